@@ -1,0 +1,216 @@
+"""The video vision transformer: tubelet embedding, blocks, sizes, and the classifier built of them.
+
+modeling_pretrain.py builds its encoder and decoder from the same parts. Parameter names are those of the
+released VideoMAE and SMILE checkpoints. Shapes: B clips, N = t·h·w tokens in the order time, row, column, D width.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch.utils.checkpoint import checkpoint
+
+PATCH_SIZE, TUBELET_SIZE = 16, 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, depth and heads of an encoder, and of the decoder that pretrains it."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_embed_dim: int
+    decoder_num_heads: int
+
+
+SIZES = {
+    "tiny": Size(192, 4, 3, 96, 3),  # for the quickstart and tests; not in the paper
+    "small": Size(384, 12, 6, 192, 3),
+    "base": Size(768, 12, 12, 384, 6),
+    "large": Size(1024, 24, 16, 512, 8),
+    "huge": Size(1280, 32, 16, 640, 8),
+}
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def token_grid(num_frames: int, height: int, width: int, patch_size: int = PATCH_SIZE,
+               tubelet_size: int = TUBELET_SIZE) -> tuple[int, int, int]:
+    """Token grid (t, h, w) of a clip.
+
+    Raises:
+        ValueError: a side that the patch or tubelet does not divide.
+    """
+    if num_frames % tubelet_size or num_frames < tubelet_size:
+        raise ValueError(f"--num_frames {num_frames} is not divisible by the tubelet size {tubelet_size}")
+    for side in (height, width):
+        if side % patch_size or side < patch_size:
+            raise ValueError(f"--input_size {side} is not divisible by the patch size {patch_size}")
+    return num_frames // tubelet_size, height // patch_size, width // patch_size
+
+
+@lru_cache
+def sinusoid_positions(num_tokens: int, dim: int) -> torch.Tensor:
+    """Fixed positions ``[1, N, D]``: sin on even, cos on odd channels of n / 10000^(2·(i//2)/D) (Vaswani et al., 3.5).
+
+    One dimension over all tokens, not one per axis: kept for the released weights.
+    """
+    position = torch.arange(num_tokens, dtype=torch.float64)[:, None]
+    channel = torch.arange(dim)
+    angle = position / 10000 ** (2 * (channel // 2) / dim)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+class TubeletEmbed(nn.Module):
+    """Cut a clip into tubelets and project each: ``[B, 3, T, H, W]`` → ``[B, N, D]``."""
+
+    def __init__(self, embed_dim: int, in_chans: int = 3):
+        super().__init__()
+        kernel = (TUBELET_SIZE, PATCH_SIZE, PATCH_SIZE)
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, D, t, h, w] → [B, N, D]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on queries and values only (a key bias cancels in the softmax)."""
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, N, D = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, ratio 4."""
+
+    def __init__(self, dim: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(4 * dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.fc2(self.act(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, ``[B, N, D]`` → ``[B, N, D]``."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0, drop: float = 0.0, attn_drop: float = 0.0):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, attn_drop, drop)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def make_blocks(dim: int, depth: int, num_heads: int, drop_path_rate: float = 0.0, **drops: float) -> nn.ModuleList:
+    """`depth` blocks whose drop path grows linearly from 0 to `drop_path_rate`."""
+    rates = torch.linspace(0, drop_path_rate, depth).tolist()
+    return nn.ModuleList(Block(dim, num_heads, rate, **drops) for rate in rates)
+
+
+def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, use_checkpoint: bool) -> torch.Tensor:
+    """Apply blocks in order, optionally keeping only their inputs for the backward pass."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if use_checkpoint and x.requires_grad else block(x)
+    return x
+
+
+class VisionTransformer(nn.Module):
+    """The encoder on all tokens, mean over them, LayerNorm, linear head.
+
+    Args:
+        num_classes: 0 gives pooled features instead of logits.
+        drop_rate, attn_drop_rate, drop_path_rate: dropout of the blocks; fc_drop_rate: before the head.
+        init_scale: factor on the head's initial weights.
+    """
+
+    def __init__(self, size: Size, num_classes: int = 400, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
+                 drop_path_rate: float = 0.0, fc_drop_rate: float = 0.0, init_scale: float = 0.0,
+                 use_checkpoint: bool = False):
+        super().__init__()
+        self.embed_dim, self.depth, self.use_checkpoint = size.embed_dim, size.depth, use_checkpoint
+        self.patch_embed = TubeletEmbed(size.embed_dim)
+        self.blocks = make_blocks(size.embed_dim, size.depth, size.num_heads, drop_path_rate,
+                                  drop=drop_rate, attn_drop=attn_drop_rate)
+        self.fc_norm = LayerNorm(size.embed_dim)
+        self.fc_dropout = nn.Dropout(fc_drop_rate)
+        self.head = nn.Linear(size.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.apply(self._init_weights)
+        if num_classes:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            with torch.no_grad():
+                self.head.weight.mul_(init_scale)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, T, H, W]`` → tokens after the last block, ``[B, N, D]``."""
+        x = self.patch_embed(x)
+        x = x + sinusoid_positions(x.shape[1], x.shape[2]).to(x)
+        return run_blocks(self.blocks, x, self.use_checkpoint)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, T, H, W]`` → ``[B, D]``: tokens averaged, then normalised."""
+        return self.fc_norm(self.forward_tokens(x).mean(dim=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, T, H, W]`` (ImageNet-normalised) → logits ``[B, num_classes]``."""
+        return self.head(self.fc_dropout(self.forward_features(x)))
+
+
+def vit_tiny_patch16_224(**kwargs) -> VisionTransformer:
+    """4 layers, 192 wide: for trying things out."""
+    return VisionTransformer(SIZES["tiny"], **kwargs)
+
+
+def vit_small_patch16_224(**kwargs) -> VisionTransformer:
+    """ViT-S."""
+    return VisionTransformer(SIZES["small"], **kwargs)
+
+
+def vit_base_patch16_224(**kwargs) -> VisionTransformer:
+    """ViT-B."""
+    return VisionTransformer(SIZES["base"], **kwargs)
+
+
+def vit_large_patch16_224(**kwargs) -> VisionTransformer:
+    """ViT-L."""
+    return VisionTransformer(SIZES["large"], **kwargs)
+
+
+def vit_huge_patch16_224(**kwargs) -> VisionTransformer:
+    """ViT-H."""
+    return VisionTransformer(SIZES["huge"], **kwargs)
+
+
+MODELS = {f"vit_{name}_patch16_224": globals()[f"vit_{name}_patch16_224"] for name in SIZES}

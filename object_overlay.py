@@ -1,0 +1,344 @@
+"""Objects that move over a clip: what is pasted, where it goes, and the pasting itself.
+
+`ObjectLibrary` finds and opens RGBA cut-outs; `key_frame_curve`, `gaussian_path` and `linear_path` draw smooth
+motion; `ObjectOverlay` puts both together paints the frames and returns the boxes `[K, T, 4]` (x1, y1, x2, y2
+in pixels) that masking_generator.py follows. All lengths are given for 224 px (as in the paper) and scale with the
+short side of the frame. Everything drawn comes from the Generator that is passed in.
+"""
+
+import os
+import struct
+import zlib
+from bisect import bisect
+from collections import OrderedDict
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import cv2
+import numpy as np
+from PIL import Image
+
+REFERENCE_SIZE = 224  # pixels; the frame size all constants below are given for
+SCALES = (32, 48, 56, 64, 96, 128)  # side of a box
+ASPECT_RATIOS = (0.5, 0.67, 0.75, 1.0, 1.33, 1.5, 2.0)  # width / height
+SIZE_JITTER = 0.18  # of log width and log height
+SIZE_RATE, ANGLE_RATE, SHIFT_RATE = 0.025, 6.0, 12.0  # a frame: log size, degrees, pixels
+PATH_POINTS, PATH_SIGMA, PATH_EXTENT = 48, 8.0, (40, 180)  # gaussian motion
+MOTION_TYPES = ("gaussian", "linear")
+IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def find_objects(root: str, objects_list: str | None = None) -> list[str]:
+    """Object images ``<category>/<name>``, relative to `root`, sorted.
+
+    Args:
+        objects_list: optional text file with one such relative path a line; narrows the search to these.
+    Raises:
+        ValueError: no such folder, nothing found, or a listed path that leaves `root`.
+    """
+    if not os.path.isdir(root):
+        raise ValueError(f"--objects_path {root}: no such folder (expected <category>/<name>.png below it)")
+    if objects_list:
+        found = [line.strip() for line in Path(objects_list).read_text().splitlines() if line.strip()]
+        for name in found:
+            if os.path.isabs(name) or ".." in Path(name).parts:
+                raise ValueError(f"--objects_list {objects_list}: {name!r} leaves the objects folder")
+    else:
+        found = [f"{category.name}/{image}" for category in os.scandir(root) if category.is_dir()
+                 for image in os.listdir(category) if image.lower().endswith(IMAGE_SUFFIXES)]
+    if not found:
+        raise ValueError(f"{objects_list or root}: no object images (expected <category>/<name>.png)")
+    return sorted(found)
+
+
+def read_object(path: str, max_side: int) -> np.ndarray:
+    """Open an image as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``, shrunk to at most `max_side`.
+
+    An image without alpha is opaque. Premultiplied colour keeps what lies under transparent pixels from
+    bleeding into the edges when the object is resized.
+
+    Raises:
+        ValueError or another of IMAGE_ERRORS: unreadable, or fully transparent.
+    """
+    with Image.open(path) as image:
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
+            raise ValueError(f"{image.width} x {image.height} pixels: too large")
+        if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.array(image.convert("RGBA").convert("RGBa"))
+    if not pixels[..., 3].any():
+        raise ValueError("fully transparent")
+    shrink = max_side / max(pixels.shape[:2])
+    if shrink < 1:
+        size = [max(1, round(side * shrink)) for side in pixels.shape[1::-1]]
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return pixels
+
+
+class ObjectLibrary:
+    """Object images, found once, opened when drawn, the latest kept in memory.
+
+    Images that cannot be used are skipped and left in `skipped` (path → reason) for the caller to report.
+
+    Args:
+        names: image paths relative to `root`, from find_objects.
+        max_side: longest side kept in memory, pixels.
+        cache_bytes: bound of the cache; every loader worker has its own.
+    """
+
+    def __init__(self, root: str, names: list[str], max_side: int = 320, cache_bytes: int = 128 << 20):
+        self.root, self.names, self.max_side, self.cache_bytes = root, names, max_side, cache_bytes
+        self.skipped: dict[str, str] = {}
+        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._cached_bytes = 0
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """A random usable object, uint8 ``[h, w, 4]`` premultiplied RGBA.
+
+        Raises:
+            RuntimeError: 100 draws in a row were unusable.
+        """
+        for _ in range(100):
+            index = int(rng.integers(len(self.names)))
+            path = os.path.join(self.root, self.names[index])
+            if path not in self.skipped:
+                try:
+                    return self._read(index, path)
+                except IMAGE_ERRORS as error:
+                    self.skipped[path] = str(error) or type(error).__name__
+        path, reason = next(iter(self.skipped.items()))
+        raise RuntimeError(f"--objects_path {self.root}: 100 unusable images in a row, among them {path}: {reason}")
+
+    def _read(self, index: int, path: str) -> np.ndarray:
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
+        pixels = read_object(path, self.max_side)
+        self._cache[index] = pixels
+        self._cached_bytes += pixels.nbytes
+        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return pixels
+
+
+def pick(rng: np.random.Generator, options: Sequence, probabilities: tuple[float, ...]) -> Any:
+    """One of `options`; what Generator.choice does, without its 20 microseconds of set-up."""
+    return options[bisect(list(accumulate(probabilities))[:-1], rng.random())]
+
+
+def key_frames(rng: np.random.Generator, num_frames: int) -> np.ndarray:
+    """The first frame, the last, and 0 / 1 / 2 jittered ones between (p = .5 / .3 / .2)."""
+    inner = pick(rng, (0, 1, 2), (0.5, 0.3, 0.2))
+    spacing = (num_frames - 1) / (inner + 1)
+    between = spacing * (np.arange(1, inner + 1) + rng.uniform(-1 / 3, 1 / 3, inner))
+    return np.unique(np.concatenate([[0], np.rint(between), [num_frames - 1]]).astype(int))
+
+
+def key_frame_curve(
+    rng: np.random.Generator, num_frames: int, start: np.ndarray, step: Callable[[np.ndarray, int], np.ndarray]
+) -> np.ndarray:
+    """A quantity that changes from key frame to key frame: linearly (p .7), speeding up or slowing down (.15 each).
+
+    Args:
+        start: value at frame 0, ``[D]``.
+        step: (value at a key frame, frames to the next) → value there.
+    Returns:
+        float ``[T, D]``.
+    """
+    values = np.tile(np.asarray(start, dtype=float), (num_frames, 1))
+    for a, b in pairwise(key_frames(rng, num_frames)):
+        end = step(values[a], int(b - a))
+        t = np.linspace(0, 1, b - a + 1)[:, None]
+        progress = pick(rng, (t, t**2, 1 - (1 - t) ** 2), (0.7, 0.15, 0.15))
+        values[a : b + 1] = values[a] + (end - values[a]) * progress
+    return values
+
+
+@lru_cache
+def _gaussian_smoother(points: int, sigma: float) -> np.ndarray:
+    """``[points, points]`` matrix of a Gaussian filter cut at 4 sigma, edges reflected (as in SciPy)."""
+    radius = int(4 * sigma + 0.5)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    padded = np.pad(np.eye(points), ((radius, radius), (0, 0)), mode="symmetric")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * radius + 1, axis=0)
+    return windows @ (kernel / kernel.sum())
+
+
+def gaussian_path(
+    rng: np.random.Generator, num_frames: int, size: np.ndarray, frame: tuple[int, int], unit: float = 1.0
+) -> np.ndarray:
+    """Smoothed random points, stretched to a random extent and put somewhere in the frame.
+
+    Args:
+        size: (w, h) of the object's first box, pixels.
+        frame: (W, H), pixels.
+        unit: frame pixels a reference pixel, so that the extent keeps its share of the frame.
+    Returns:
+        box centres, whole pixels as float, ``[T, 2]``.
+    """
+    limits = np.asarray(frame)
+    points = rng.uniform(1 + size / 2, limits - 1 - size / 2, (PATH_POINTS, 2))
+    smooth = _gaussian_smoother(PATH_POINTS, PATH_SIGMA) @ points
+    smooth = (smooth - smooth.min(axis=0)) / np.ptp(smooth, axis=0).clip(1e-6)
+    low, high = (max(1, int(side * unit)) for side in PATH_EXTENT)
+    extent = min(int(rng.integers(low, max(high, low + 1))), min(frame) - 1)
+    path = smooth * extent + rng.integers(0, limits - extent)
+    every = np.linspace(0, PATH_POINTS - 1, num_frames).astype(int)
+    return np.trunc(path[every].clip(0, limits - 1))
+
+
+def linear_path(
+    rng: np.random.Generator, num_frames: int, size: np.ndarray, frame: tuple[int, int], unit: float = 1.0
+) -> np.ndarray:
+    """A box that starts anywhere inside the frame and drifts from key frame to key frame; see gaussian_path."""
+    low, high = size / 2, np.asarray(frame) - size / 2
+
+    def drift(centre: np.ndarray, frames: int) -> np.ndarray:
+        reach = SHIFT_RATE * unit * frames
+        return np.clip(centre + rng.uniform(-reach, reach, 2), low, high)
+
+    return key_frame_curve(rng, num_frames, rng.uniform(low, high), drift)
+
+
+def shaped_patch(rng: np.random.Generator, frames: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """A piece of the clip itself as an object: rectangle, ellipse or rhombus (.5 / .35 / .15), half of them soft.
+
+    Args:
+        frames: uint8 ``[T, H, W, 3]``.
+        size: (w, h), pixels.
+    Returns:
+        uint8 ``[h, w, 4]`` premultiplied RGBA.
+    """
+    num_frames, height, width, _ = frames.shape
+    w, h = np.rint(size).astype(int).clip(1, (width, height))
+    x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+    patch = frames[rng.integers(num_frames), y : y + h, x : x + w]
+    across = np.abs((np.arange(w) + 0.5) / w * 2 - 1)[None]  # 0 in the middle, 1 at the edge
+    down = np.abs((np.arange(h) + 0.5) / h * 2 - 1)[:, None]
+    shapes = np.maximum(across, down), np.hypot(across, down), across + down
+    distance = pick(rng, shapes, (0.5, 0.35, 0.15))
+    alpha = (distance <= 1).astype(np.float32)
+    if rng.random() < 0.5:
+        alpha = ((1 - distance) / (1 - rng.uniform(0.30, 0.45))).clip(0, 1)
+    alpha = alpha[..., None]
+    return np.rint(np.concatenate([patch * alpha, 255 * alpha], axis=2)).astype(np.uint8)
+
+
+def paste(frames: np.ndarray, sprite: np.ndarray, boxes: np.ndarray, angles: np.ndarray,
+          opacity: np.ndarray | None = None) -> None:
+    """Draw `sprite` into every frame, in place: stretched to its box, turned about its centre, cut at the edge.
+
+    Args:
+        frames: uint8 ``[T, H, W, 3]``.
+        sprite: uint8 ``[h, w, 4]`` premultiplied RGBA.
+        boxes: int ``[T, 4]`` x1, y1, x2, y2.
+        angles: degrees, clockwise, ``[T]``.
+        opacity: optional factor in [0, 1], ``[T]``.
+    """
+    canvases, matrices = _placement(boxes, angles, sprite.shape[1::-1], frames.shape[2:0:-1])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    for t, ((left, top, right, bottom), matrix) in enumerate(zip(canvases.tolist(), matrices)):
+        if left >= right or top >= bottom:  # wholly outside
+            continue
+        drawn = cv2.warpAffine(sprite, matrix, (right - left, bottom - top), flags=flags)
+        if opacity is not None:
+            drawn = cv2.convertScaleAbs(drawn, alpha=float(opacity[t]))
+        below = frames[t, top:bottom, left:right]
+        through = cv2.cvtColor(cv2.bitwise_not(drawn[..., 3]), cv2.COLOR_GRAY2RGB)
+        below[...] = cv2.add(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), cv2.multiply(below, through, scale=1 / 255))
+
+
+def _placement(
+    boxes: np.ndarray, angles: np.ndarray, sprite: tuple[int, int], frame: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a turned sprite lands: canvases ``[T, 4]`` within the frame, and maps ``[T, 2, 3]`` canvas → sprite.
+
+    `sprite` and `frame` are (width, height). The canvas holds the whole turned box, centred on it.
+    """
+    size, centre = boxes[:, 2:] - boxes[:, :2], (boxes[:, 2:] + boxes[:, :2]) / 2
+    cos, sin = np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))
+    turn = np.stack([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)], axis=1)  # turns back
+    reach = (np.abs(turn) @ size[:, :, None])[..., 0] / 2 - 1e-6
+    low = np.floor(centre - reach).clip(0).astype(int)
+    high = np.minimum(np.ceil(centre + reach), frame).astype(int)
+    # To the box centre, turn back, scale to the sprite; pixel centres lie at .5.
+    turn = turn * (np.array(sprite) / size)[:, :, None]
+    shift = turn @ (low + 0.5 - centre)[:, :, None] + (np.array(sprite)[:, None] / 2 - 0.5)
+    return np.concatenate([low, high], axis=1), np.concatenate([turn, shift], axis=2)
+
+
+class ObjectOverlay:
+    """Paste moving objects on a clip.
+
+    Args:
+        frame: (W, H) of the clips, pixels.
+        library: where objects come from; None cuts patches out of the clip itself.
+        motion: ``gaussian`` (SMILE) or ``linear``.
+        scales: box sides at 224 px.
+        num_rois: objects a clip, K.
+    Raises:
+        ValueError: unknown motion.
+    """
+
+    def __init__(self, frame: tuple[int, int], library: ObjectLibrary | None, motion: str = "gaussian",
+                 scales: tuple[int, ...] = SCALES, num_rois: int = 2):
+        if motion not in MOTION_TYPES:
+            raise ValueError(f"unknown motion_type {motion!r}, choose from {MOTION_TYPES}")
+        self.path = gaussian_path if motion == "gaussian" else linear_path
+        self.frame, self.library, self.scales, self.num_rois = frame, library, scales, num_rois
+        self.unit = min(frame) / REFERENCE_SIZE
+
+    def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        """Draw K objects with their motion and paste them, larger ones first, **in place**.
+
+        Args:
+            frames: uint8 ``[T, H, W, 3]``.
+        Returns:
+            boxes int ``[K, T, 4]``, in the order of pasting.
+        """
+        tracks = [self.draw_track(rng, len(frames)) for _ in range(self.num_rois)]
+        tracks.sort(key=lambda track: -np.prod(track[0][:, 2:] - track[0][:, :2], axis=1).mean())
+        sprites = [self.draw_sprite(rng, frames, boxes) for boxes, _ in tracks]  # all before the first is pasted
+        for (boxes, angles), (sprite, opacity) in zip(tracks, sprites):
+            paste(frames, sprite, boxes, angles, opacity)
+        return np.stack([boxes for boxes, _ in tracks])
+
+    def draw_sprite(
+        self, rng: np.random.Generator, frames: np.ndarray, boxes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """What is pasted: an object, or a patch of the clip with its opacity ``[T]`` (.8 to 1, by key frames)."""
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        if self.library:
+            return fit_sprite(self.library.draw(rng), sizes.max(axis=0)), None
+        sprite = fit_sprite(shaped_patch(rng, frames, sizes[0]), sizes.max(axis=0))
+        start = np.array([rng.uniform(0.8, 1)])
+        return sprite, key_frame_curve(rng, len(frames), start, lambda *_: rng.uniform(0.8, 1))[:, 0]
+
+    def draw_track(self, rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+        """One object's boxes int ``[T, 4]`` and angles in whole degrees, int ``[T]``."""
+        ratio = rng.choice(ASPECT_RATIOS)
+        size = rng.choice(self.scales) * self.unit * np.array([ratio**0.5, ratio**-0.5])
+        size = size * np.exp(rng.uniform(-SIZE_JITTER, SIZE_JITTER, 2))
+        size = size.clip(1, np.array(self.frame) - 1)
+
+        def grow(value: np.ndarray, frames: int) -> np.ndarray:
+            return value * np.exp(rng.uniform(-SIZE_RATE * frames, SIZE_RATE * frames, 2))
+
+        def turn(value: np.ndarray, frames: int) -> np.ndarray:
+            return value + rng.uniform(-ANGLE_RATE * frames, ANGLE_RATE * frames)
+
+        centres = self.path(rng, num_frames, size, self.frame, self.unit)
+        sizes = key_frame_curve(rng, num_frames, size, grow)
+        angles = key_frame_curve(rng, num_frames, np.zeros(1), turn)[:, 0]
+        low, high = np.rint(centres - sizes / 2), np.rint(centres + sizes / 2)
+        return np.concatenate([low, np.maximum(high, low + 1)], axis=1).astype(int), angles.astype(int)
+
+
+def fit_sprite(sprite: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Resize a sprite once to its largest box (w, h), so that every frame needs one bilinear warp and no more."""
+    w, h = (int(side) for side in size)
+    shrinks = w * h < sprite.shape[0] * sprite.shape[1]
+    return cv2.resize(sprite, (w, h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
