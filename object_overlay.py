@@ -81,7 +81,7 @@ def read_object(path: str, max_side: int) -> np.ndarray:
 class ObjectLibrary:
     """Object images, found once, opened when drawn, the latest kept in memory.
 
-    Images that cannot be used are skipped and left in `skipped` (path → reason) for the caller to report.
+    Images that cannot be used are skipped, and noted in `skipped` (path → reason).
 
     Args:
         names: image paths relative to `root`, from find_objects.
@@ -92,6 +92,7 @@ class ObjectLibrary:
     def __init__(self, root: str, names: list[str], max_side: int = 320, cache_bytes: int = 128 << 20):
         self.root, self.names, self.max_side, self.cache_bytes = root, names, max_side, cache_bytes
         self.skipped: dict[str, str] = {}
+        self._reported = 0
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
 
@@ -111,6 +112,12 @@ class ObjectLibrary:
                     self.skipped[path] = str(error) or type(error).__name__
         path, reason = next(iter(self.skipped.items()))
         raise RuntimeError(f"--objects_path {self.root}: 100 unusable images in a row, among them {path}: {reason}")
+
+    def take_skipped(self) -> list[tuple[str, str]]:
+        """(path, reason) of the images skipped since the last call."""
+        new = list(self.skipped.items())[self._reported :]
+        self._reported = len(self.skipped)
+        return new
 
     def _read(self, index: int, path: str) -> np.ndarray:
         if index in self._cache:

@@ -1,0 +1,212 @@
+"""Saving and loading: atomic writes, exact resume, and reading weights that others have written.
+
+A checkpoint is a dict ``{'model', 'optimizer', 'scaler', 'epoch', 'step', 'args', …}``. ``checkpoint-{epoch}.pth``
+ends that epoch (numbered from 0); ``checkpoint-latest.pth`` may lie anywhere inside one. `epoch` and `step` say
+where the run goes on. Files are read with weights_only=True: nothing in them is ever run.
+"""
+
+import argparse
+import os
+import re
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from utils import RunError, broadcast, logger, rank
+
+LATEST = "checkpoint-latest.pth"
+MODEL_KEYS = ("model", "module", "state_dict", "model_state")
+MAX_FAILED_SAVES = 3  # in a row
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a .pth or .safetensors file to the CPU without running anything in it.
+
+    Released files hold an ``argparse.Namespace`` under ``args``; nothing else but tensors and plain values is allowed.
+
+    Raises:
+        RunError: no such file, damaged, or with forbidden contents.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"{path}: no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            return {"model": load_file(path)}
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums it writes
+                damaged = archive.testzip()
+            if damaged:
+                raise RunError(f"{path}: damaged checkpoint (checksum of {damaged})")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
+    except (Exception, SafetensorError) as error:  # zip, pickle and torch each fail in their own ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise RunError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint") -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint, whichever key it lies under, without the prefix of DDP.
+
+    Raises:
+        RunError: no state dict in it.
+    """
+    for key in MODEL_KEYS:
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    weights = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    if not weights:
+        raise RunError(f"{path}: no weights in it (looked under {', '.join(MODEL_KEYS)})")
+    return weights
+
+
+def load_strictly(model: torch.nn.Module, path: str | Path) -> None:
+    """Load all weights of a checkpoint into a model of the very same shape.
+
+    Raises:
+        RunError: unreadable, or of another model.
+    """
+    weights = model_weights(read_checkpoint(path), path)
+    own = model.state_dict()
+    wrong = [f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
+             for name in own if name in weights and weights[name].shape != own[name].shape]
+    wrong += [f"{name} is missing there" for name in own if name not in weights]
+    wrong += [f"{name} is unknown here" for name in weights if name not in own]
+    if wrong:
+        raise RunError(f"{path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more); check --model, "
+                       "--decoder_depth and the target")
+    model.load_state_dict(weights)
+    logger.info("loaded %d tensors from %s", len(weights), path)
+
+
+def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write beside `path`, flush to the disk, then rename over it: `path` is whole at every moment."""
+    draft = path.with_suffix(".tmp")
+    try:
+        with open(draft, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+class CheckpointWriter:
+    """Saves a run from the first process, and survives a full disk.
+
+    Args:
+        folder: OUTPUT_DIR; empty writes nothing.
+        every_minutes, every_steps: refresh ``checkpoint-latest.pth``; 0 never.
+        keep: numbered checkpoints to keep, 0 for all.
+    """
+
+    def __init__(self, folder: str, every_minutes: float = 0, every_steps: int = 0, keep: int = 0):
+        self.folder = Path(folder) if folder and rank() == 0 else None
+        self.every_minutes, self.every_steps, self.keep = every_minutes, every_steps, keep
+        self.failures, self.last_save = 0, time.monotonic()
+
+    def due(self, steps_done: int) -> bool:
+        """Whether ``checkpoint-latest.pth`` is to be refreshed after this many steps of the run."""
+        by_time = self.every_minutes and time.monotonic() - self.last_save >= 60 * self.every_minutes
+        return bool(self.folder and (by_time or self.every_steps and steps_done % self.every_steps == 0))
+
+    def save(self, name: str, checkpoint: dict[str, Any]) -> bool:
+        """Write a checkpoint; a failure leaves the old file whole and is reported.
+
+        Returns:
+            Whether it was written.
+        Raises:
+            RunError: the third failure in a row.
+        """
+        if not self.folder:
+            return True
+        self.last_save = time.monotonic()
+        try:
+            write_atomically(checkpoint, self.folder / name)
+        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
+            self.failures += 1
+            reason = str(error).splitlines()[0]
+            if self.failures >= MAX_FAILED_SAVES:
+                raise RunError(f"{self.folder / name}: {self.failures} saves in a row failed ({reason}); free space "
+                               "and start the same command again") from error
+            logger.warning("could not write %s (%s); training goes on to the next save", self.folder / name, reason)
+            return False
+        self.failures = 0
+        return True
+
+    def tidy(self) -> None:
+        """After a numbered checkpoint: drop those past `keep`, and ``checkpoint-latest.pth``, which it outdates."""
+        if not self.folder:
+            return
+        (self.folder / LATEST).unlink(missing_ok=True)
+        numbered = [path for _, path in sorted(numbered_checkpoints(self.folder).items())]
+        for path in numbered[: -self.keep] if self.keep else []:
+            path.unlink(missing_ok=True)
+
+
+def numbered_checkpoints(folder: str | Path) -> dict[int, Path]:
+    """``checkpoint-{epoch}.pth`` files of a folder by epoch."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in Path(folder).glob("checkpoint-*.pth")}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from: `resume` if named, else the furthest one in `folder` that loads.
+
+    The first process chooses, all read. Files that do not load are named and skipped.
+    """
+    if resume:
+        return Path(resume), read_checkpoint(resume)
+    if not (auto_resume and folder):
+        return None
+    chosen = None
+    if rank() == 0:
+        # A latest file exists only while it is further than every numbered one (see CheckpointWriter.tidy).
+        numbered = [path for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True)]
+        for path in [Path(folder) / LATEST] * (Path(folder) / LATEST).exists() + numbered:
+            try:
+                chosen = path, read_checkpoint(path)
+                break
+            except RunError as error:
+                logger.warning("auto-resume skips %s", error)
+    path = broadcast(chosen and chosen[0])
+    if path is None:
+        return None
+    return chosen or (path, read_checkpoint(path))
+
+
+def load_run(path: Path, state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+             scaler: torch.amp.GradScaler, samples_per_step: int) -> tuple[int, int]:
+    """Put a run's checkpoint back into model, optimizer and scaler.
+
+    Returns:
+        epoch and optimizer step in it at which to go on.
+    Raises:
+        RunError: of another model or program, or in mid-epoch with another number of samples a step.
+    """
+    if "optimizer" not in state or "epoch" not in state:
+        raise RunError(f"{path} holds weights only, nothing to resume from")
+    step = state.get("step", 0)
+    if step and state["samples_per_step"] != samples_per_step:
+        raise RunError(f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
+                       f"{samples_per_step}: keep GPUs x batch_size x update_freq as they were")
+    try:
+        model.load_state_dict(model_weights(state, path))
+        optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
+    return (state["epoch"], step) if step else (state["epoch"] + 1, 0)

@@ -1,0 +1,339 @@
+"""From a line of a list to a clip: lists, decoding, frame sampling, bad clips, datasets and the order of samples.
+
+Lists have a line ``path label`` for each video. Samples are drawn by the key (epoch, index), which together with
+the run's seed seeds the one Generator that goes to frame sampling, crop, overlay and mask: a clip is the same
+whatever the number of workers or processes, and after a resume. Clips stay uint8 until they are on the device.
+"""
+
+import fcntl
+import os
+from collections import deque
+from pathlib import Path
+from typing import Callable, Iterator, TypedDict
+
+import cv2
+import decord
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from masking_generator import MaskGenerator
+from object_overlay import ObjectOverlay
+from utils import RunError, logger
+from video_transforms import multi_scale_crop
+
+MAX_BAD_IN_A_ROW = 20
+Key = tuple[int, int]  # epoch, index
+
+
+class VideoError(Exception):
+    """A video that cannot be used; the message is the reason, without the path."""
+
+
+# Lists ----------------------------------------------------------------------------------------------------------
+
+
+class VideoList:
+    """Paths and labels of a list file.
+
+    Paths are kept as one array of bytes, which forked loader workers share without copying.
+
+    Args:
+        path: text file with ``path label`` a line, separated by the line's last space.
+        num_classes: labels must lie in [0, num_classes); None does not look.
+        data_root: folder that relative paths start from.
+    Raises:
+        ValueError: no such file, empty, or a line that is not ``path label``, named by its number.
+    """
+
+    def __init__(self, path: str, num_classes: int | None = None, data_root: str = ""):
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: no such list file")
+        paths, labels = [], []
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            name, _, label = line.strip().rpartition(" ")
+            if not name or not label.lstrip("-").isdigit():
+                raise ValueError(f"{path}, line {number}: {line.strip()[:80]!r} is not `path label` "
+                                 "(one space between, the label a whole number)")
+            if num_classes is not None and not 0 <= int(label) < num_classes:
+                raise ValueError(f"{path}, line {number}: label {label} is not in [0, {num_classes})")
+            paths.append(os.fsencode(os.path.join(data_root, name.strip())))
+            labels.append(int(label))
+        if not paths:
+            raise ValueError(f"{path}: the list is empty")
+        self.source, self._paths, self.labels = path, np.array(paths), np.array(labels)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        """Path of a video."""
+        return os.fsdecode(self._paths[index])
+
+
+# Decoding: the only place that knows decord ---------------------------------------------------------------------
+
+
+def read_frames(path: str, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Decode the frames that `choose` picks, given the number there are.
+
+    Args:
+        choose: number of frames → indices ``[T]``, in order; repeated ones are decoded once.
+    Returns:
+        RGB uint8 ``[T, H, W, 3]``.
+    Raises:
+        VideoError: missing, unreadable, or without frames.
+    """
+    if not os.path.isfile(path):
+        raise VideoError("no such file")
+    try:
+        reader = decord.VideoReader(path, num_threads=1)
+        if len(reader) == 0:
+            raise VideoError("no frames")
+        wanted, back = np.unique(choose(len(reader)), return_inverse=True)
+        frames = reader.get_batch(wanted).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError, TypeError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise VideoError((lines[0] if lines else type(error).__name__)[:200]) from error
+    return frames if len(back) == len(wanted) else frames[back]
+
+
+# Which frames ---------------------------------------------------------------------------------------------------
+
+
+def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stride: int) -> np.ndarray:
+    """`num_frames` frames `stride` apart from a random start; a shorter video repeats its last reachable frame."""
+    start = rng.integers(0, max(total - num_frames * stride, 0) + 1)
+    last = (total - 1 - start) // stride
+    return start + stride * np.minimum(np.arange(num_frames), last)
+
+
+# Samples --------------------------------------------------------------------------------------------------------
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The Generator of one sample."""
+    return np.random.default_rng((seed, epoch, index))
+
+
+class Sample(TypedDict):
+    """What a dataset gives for a key; V views of one video."""
+
+    clips: np.ndarray  # uint8 [V, T, H, W, 3]
+    extra: np.ndarray  # masks bool [V, N], or labels int [V]
+    path: str
+    bad: list[tuple[str, str]]  # files that could not be used, and why; the videos among them come first
+    num_bad_videos: int
+
+
+class Batch(TypedDict):
+    """Samples stacked; B = samples times views."""
+
+    clips: torch.Tensor  # uint8 [B, 3, T, H, W], colour innermost in memory
+    extra: torch.Tensor  # bool [B, N], or int64 [B]
+    paths: list[str]
+    bad: list[tuple[str, str]]
+    num_bad_videos: int
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples into a batch, views of a video side by side."""
+    clips = torch.from_numpy(np.concatenate([sample["clips"] for sample in samples]))
+    return {"clips": clips.permute(0, 4, 1, 2, 3),
+            "extra": torch.from_numpy(np.concatenate([sample["extra"] for sample in samples])),
+            "paths": [sample["path"] for sample in samples],
+            "bad": [entry for sample in samples for entry in sample["bad"]],
+            "num_bad_videos": sum(sample["num_bad_videos"] for sample in samples)}
+
+
+def read_or_replace(
+    rng: np.random.Generator, videos: VideoList, index: int, choose: Callable[[int], np.ndarray]
+) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
+    """Frames of a video for training; one that cannot be read is replaced by another, drawn from `rng`.
+
+    Returns:
+        frames uint8 ``[T, H, W, 3]``, the index they come from, and the bad (path, reason) pairs on the way.
+    Raises:
+        RunError: MAX_BAD_IN_A_ROW in a row.
+    """
+    bad = []
+    while len(bad) < MAX_BAD_IN_A_ROW:
+        try:
+            return read_frames(videos.path(index), choose), index, bad
+        except VideoError as error:
+            bad.append((videos.path(index), str(error)))
+            index = int(rng.integers(len(videos)))
+    first = "; ".join(f"{path}: {reason}" for path, reason in bad[:3])
+    raise RunError(f"{videos.source}: {len(bad)} videos in a row could not be read, the first: {first}")
+
+
+class PretrainDataset(Dataset):
+    """Clips with masks: decode, crop, overlay, mask.
+
+    Args:
+        size: (width, height) of the clips, pixels.
+        overlay: pastes objects (stage 1); None leaves clips as they are.
+        num_views: independent crops, overlays and masks of each decoded window (--num_sample).
+    """
+
+    def __init__(self, videos: VideoList, masks: MaskGenerator, overlay: ObjectOverlay | None, size: tuple[int, int],
+                 num_frames: int = 16, stride: int = 4, num_views: int = 1, seed: int = 0):
+        self.videos, self.masks, self.overlay, self.size = videos, masks, overlay, size
+        self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: Key) -> Sample:
+        rng = sample_rng(self.seed, *key)
+        choose = lambda total: pretrain_indices(rng, total, self.num_frames, self.stride)
+        frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
+        views = [self.view(rng, frames) for _ in range(self.num_views)]
+        num_bad_videos = len(bad)
+        if self.overlay and self.overlay.library:
+            bad += self.overlay.library.take_skipped()
+        return {"clips": np.stack([clip for clip, _ in views]), "extra": np.stack([mask for _, mask in views]),
+                "path": self.videos.path(index), "bad": bad, "num_bad_videos": num_bad_videos}
+
+    def view(self, rng: np.random.Generator, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One training clip uint8 ``[T, H, W, 3]`` and its mask bool ``[N]`` from decoded frames."""
+        clip = multi_scale_crop(rng, frames, self.size)
+        boxes = self.overlay(rng, clip) if self.overlay else None
+        return clip, self.masks(rng, boxes)
+
+
+class BadFiles:
+    """Notes files that could not be used, each once, in ``bad_clips.txt``, and stops a run that has too many.
+
+    Processes append to the same file under a lock.
+    """
+
+    def __init__(self, output_dir: str, max_fraction: float):
+        self.file = Path(output_dir) / "bad_clips.txt" if output_dir else None
+        self.max_fraction, self.videos, self.bad = max_fraction, 0, 0
+        self.noted: set[str] = set()
+        self.first: list[str] = []
+
+    def watch(self, batches: Iterator[Batch], shown: dict[str, float]) -> Iterator[Batch]:
+        """Pass batches on, taking note of their bad files and counting the videos among them in `shown`.
+
+        Raises:
+            RunError: more than `max_fraction` of the videos, once this process has tried 100.
+        """
+        for batch in batches:
+            self.videos += len(batch["paths"]) + batch["num_bad_videos"]
+            self.bad += batch["num_bad_videos"]
+            for path, reason in batch["bad"]:
+                if path not in self.noted:
+                    self.note(path, reason)
+            if self.bad:
+                shown["bad_clips"] = self.bad
+            if self.videos >= 100:
+                self.check(self.bad, self.videos)
+            yield batch
+
+    def check(self, bad: float, videos: float) -> None:
+        """Raise RunError if too large a part of the videos could not be read."""
+        if bad > self.max_fraction * videos:
+            raise RunError(f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
+                           f"{self.max_fraction}; the first: {'; '.join(self.first)}")
+
+    def note(self, path: str, reason: str) -> None:
+        """Write a line, unless some process has written it."""
+        line = f"{path}\t{reason}".replace("\n", " ")
+        self.noted.add(path)
+        self.first = (self.first + [f"{path}: {reason}"])[:3]
+        logger.warning("cannot use %s: %s", path, reason)
+        if self.file:
+            with open(self.file, "a+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                if line not in file.read().splitlines():
+                    file.write(line + "\n")
+
+
+# Order and loading ----------------------------------------------------------------------------------------------
+
+
+class ChunkSampler(Sampler[list[Key]]):
+    """Which samples make up each micro-batch of this process.
+
+    An epoch is one permutation of the list, cut into optimizer steps of ``chunk * world * update_freq`` samples;
+    what is left over is dropped. Chunk j of a step goes to process j % world. So two processes see, step by step,
+    what one process sees that accumulates twice as much, and a run can go on with another number of processes.
+
+    Raises:
+        ValueError: fewer samples than a step takes.
+    """
+
+    def __init__(self, num_samples: int, chunk: int, update_freq: int = 1, rank: int = 0, world: int = 1, seed: int = 0):
+        self.num_samples, self.chunk, self.update_freq = num_samples, chunk, update_freq
+        self.rank, self.world, self.seed = rank, world, seed
+        self.samples_per_step = chunk * world * update_freq
+        self.steps_per_epoch = num_samples // self.samples_per_step
+        self.epoch, self.start_step = 0, 0
+        self.issued: deque[list[int]] = deque()  # handed to workers, not yet come back
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"{num_samples} videos are fewer than the {self.samples_per_step} of an optimizer step; "
+                             "lower --batch_size or --update_freq")
+
+    def set_position(self, epoch: int, step: int = 0) -> None:
+        """The next pass is over `epoch`, from optimizer step `step` on."""
+        self.epoch, self.start_step = epoch, step
+
+    def chunk_id(self, step: int, micro_batch: int) -> int:
+        """Number of a chunk within its epoch, the same for any division into processes and micro-batches."""
+        return (step * self.update_freq + micro_batch) * self.world + self.rank
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.update_freq
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self.epoch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+        self.issued.clear()
+        for step in range(self.start_step, self.steps_per_epoch):
+            for micro_batch in range(self.update_freq):
+                first = self.chunk_id(step, micro_batch) * self.chunk
+                indices = order[first : first + self.chunk].tolist()
+                self.issued.append(indices)
+                yield [(epoch, index) for index in indices]
+
+
+def init_worker(worker: int) -> None:
+    """One thread a worker: parallelism is between clips."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def build_loader(dataset: Dataset, sampler: ChunkSampler, num_workers: int, pin_mem: bool, timeout: float) -> DataLoader:
+    """A loader of training batches. `timeout`: seconds to wait for one before the run is stopped."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=pin_mem,
+                      persistent_workers=num_workers > 0, timeout=timeout if num_workers else 0,
+                      worker_init_fn=init_worker)
+
+
+def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
+    """The batches of the sampler's epoch; a worker that hangs or dies is reported with the videos it had.
+
+    Raises:
+        RunError: a worker hung, died, or raised.
+    """
+    issued = loader.batch_sampler.issued
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RunError as error:  # raised in a worker, whose traceback comes along
+            raise RunError(str(error).strip().splitlines()[-1].removeprefix("utils.RunError: ")) from error
+        except RuntimeError as error:
+            lost = ", ".join(videos.path(index) for index in (issued[0] if issued else []))
+            reason = str(error).strip().splitlines()[-1]
+            raise RunError(f"the data loader failed ({reason}) on one of: {lost}; take it off the list, or raise "
+                           "--worker_timeout if storage is slow") from error
+        issued.popleft()
+        yield batch

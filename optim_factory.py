@@ -1,0 +1,135 @@
+"""Optimizers: which parameters decay, how fast each layer learns, and the step itself.
+
+The optimizers are timm's; precision, accumulation, clipping and the guard against non-finite gradients are in
+`Stepper`, which both engines use.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+import torch.nn as nn
+from timm.optim import create_optimizer_v2
+from torch.nn.parallel import DistributedDataParallel
+
+NO_DECAY = ("mask_token", "pos_embed", "cls_token")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FUSED = ("adamw", "adam", "sgd")
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Depth of a parameter: 0 for the embedding and tokens, k + 1 for block k, depth + 1 for the rest."""
+    if name.startswith(("patch_embed", *NO_DECAY)):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Groups by layer and decay, each with its ``lr_scale``.
+
+    One-dimensional parameters (biases, norms), the mask token and positions do not decay. The rate of layer i of
+    a model with `depth` blocks is scaled by ``layer_decay ** (depth + 1 - i)`` (BEiT's layer-wise decay).
+    """
+    depth = getattr(model, "depth", 0)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
+        layer = layer_of(name, depth) if layer_decay < 1 else depth + 1
+        group = groups.setdefault((layer, decays), {"params": [], "names": [], "weight_decay": weight_decay * decays,
+                                                    "lr_scale": layer_decay ** (depth + 1 - layer)})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict[str, Any]], opt: str, lr: float, betas: tuple[float, float] | None = None,
+                    eps: float | None = None, momentum: float = 0.9) -> torch.optim.Optimizer:
+    """A timm optimizer by name, its fused form where torch has one.
+
+    Raises:
+        ValueError: timm does not know `opt`.
+    """
+    options = {"fused": True} if opt in FUSED else {}
+    if betas and "sgd" not in opt:
+        options["betas"] = betas
+    if eps is not None and "sgd" not in opt:
+        options["eps"] = eps
+    groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, momentum=momentum, **options)
+
+
+@dataclass
+class Stepper:
+    """One optimizer step: precision, accumulation, clipping, schedules; never waits for the device if it can.
+
+    A step whose gradient is not finite changes nothing. Fused optimizers decide that on the device.
+
+    Args:
+        model: what is called in the forward pass, DDP or not.
+        update_freq: micro-batches a step.
+        lr, weight_decay: value by optimizer step of the whole run.
+        clip_grad: largest gradient norm, None for no clipping.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    precision: str
+    update_freq: int
+    lr: Callable[[int], float]
+    weight_decay: Callable[[int], float]
+    clip_grad: float | None = None
+
+    def __post_init__(self):
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of the forward pass."""
+        return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Set learning rate and weight decay for an optimizer step; returns them for the log."""
+        lr, weight_decay = self.lr(step), self.weight_decay(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            group["weight_decay"] = weight_decay if group["weight_decay"] > 0 else 0.0
+        return {"lr": lr, "weight_decay": weight_decay}
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's share of the gradient."""
+        self.scaler.scale(loss / self.update_freq).backward()
+
+    def sync(self, micro_batch: int) -> AbstractContextManager:
+        """Context of forward and backward: processes exchange gradients with the step's last micro-batch only."""
+        waits = isinstance(self.model, DistributedDataParallel) and micro_batch < self.update_freq - 1
+        return self.model.no_sync() if waits else nullcontext()
+
+    def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Update the weights.
+
+        Args:
+            loss: mean over the step's micro-batches, detached.
+        Returns:
+            device scalars ``grad_norm`` (before clipping) and ``bad`` (1 = skipped).
+        """
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad or float("inf"))
+        finite = norm.isfinite() & loss.isfinite()
+        bad = (~finite).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # skips by itself; an overflow only lowers the scale and is no error
+            self.scaler.update()
+            bad = (~loss.isfinite()).float()
+        elif self.optimizer.defaults.get("fused"):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # as GradScaler tells fused optimizers
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "bad": bad}

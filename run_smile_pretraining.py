@@ -1,0 +1,345 @@
+"""Pretrain SMILE: the command line, what is built from it, and the loop over epochs.
+
+Stage 1 pastes moving objects (``--add_tubelets --mask_type tubelet``); stage 2 starts from its weights
+(``--first_stage_path``) on natural clips with a tube mask. scripts/pretrain/ holds the recipes.
+"""
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoints
+import utils
+from datasets import BadFiles, ChunkSampler, PretrainDataset, VideoList, build_loader, epoch_batches
+from engine_for_pretraining import train_one_epoch
+from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
+from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
+from modeling_pretrain import MODELS
+from modeling_teacher import DINO_MODELS, NORMS, TARGET_TYPES, PixelTarget, build_clip, build_dino, channel_stats
+from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
+from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
+from utils import RunError, logger
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (`argv`, or sys.argv)."""
+    parser = argparse.ArgumentParser("SMILE pretraining", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", required=True, help="list file, `path label` a line (the label is not used)")
+    data.add_argument("--data_root", default="", help="folder that relative paths in the list start from")
+    data.add_argument("--num_frames", type=int, default=16, help="frames a clip")
+    data.add_argument("--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next")
+    data.add_argument("--input_size", type=int, default=224, help="clip side, pixels")
+    data.add_argument("--num_sample", type=int, default=1, help="clips (crop, overlay, mask) from each decoded window")
+    data.add_argument("--num_workers", type=int, default=10, help="loader processes a GPU")
+    data.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked batches")
+    data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
+    data.add_argument("--max_bad_fraction", type=float, default=0.05, help="stop if more of the videos are unreadable")
+
+    overlay = parser.add_argument_group("overlay (stage 1)")
+    overlay.add_argument("--add_tubelets", action="store_true", help="paste moving objects on the clips")
+    overlay.add_argument("--use_objects", action="store_true", help="object images; without it patches of the clip")
+    overlay.add_argument("--objects_path", default="", help="folder with <category>/<name>.png")
+    overlay.add_argument("--objects_list", default="", help="file that narrows the objects, a relative path a line")
+    overlay.add_argument("--motion_type", choices=MOTION_TYPES, default="gaussian", help="how objects move")
+    overlay.add_argument("--scales", type=int, nargs="+", default=list(SCALES), help="box sides, pixels of 224")
+    overlay.add_argument("--num_rois", type=int, default=2, help="objects a clip")
+
+    mask = parser.add_argument_group("mask")
+    mask.add_argument("--mask_type", choices=MASK_TYPES, default="tube", help="tubelet follows the pasted objects")
+    mask.add_argument("--sub_mask_type", choices=SUB_MASK_TYPES, default="tube+traj_mask", help="of tubelet")
+    mask.add_argument("--mask_ratio", type=float, default=0.8, help="part of the tokens hidden from the encoder")
+    mask.add_argument("--traj_unmask_ratio", type=float, default=0.1, help="part of the object tokens left visible")
+    mask.add_argument("--multiple_sampling", action="store_true", help="train each clip with two masks")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODELS, metavar="NAME", default="pretrain_videomae_base_patch16_224",
+                       help=", ".join(MODELS))
+    model.add_argument("--decoder_depth", type=int, default=4, help="decoder blocks")
+    model.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
+    model.add_argument("--use_checkpoint", action="store_true", help="recompute activations to save memory")
+    model.add_argument("--first_stage_path", default="", help="stage 1 checkpoint whose weights to start from")
+
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument("--target_type", choices=TARGET_TYPES, default="clip", help="what is reconstructed")
+    teacher.add_argument("--distillation_teacher", choices=("clip_b", *DINO_MODELS), default="clip_b",
+                         help="clip_b for target clip (see --clip_model), dino_s or dino_b for dino_v1")
+    teacher.add_argument("--clip_model", default="ViT-B-16", help="open_clip model")
+    teacher.add_argument("--clip_weights", default="openai", help="open_clip tag, local file, or `random` for tests")
+    teacher.add_argument("--dino_weights", default="timm", help="`timm` to fetch them, local file, or `random`")
+    teacher.add_argument("--teacher_norm", choices=NORMS, default="imagenet",
+                         help="normalisation of its frames; the released models used ImageNet's")
+    teacher.add_argument("--teacher_size", type=int, default=0, help="side of its frames, pixels; 0: the model's own")
+
+    optim = parser.add_argument_group("optimizer")
+    optim.add_argument("--batch_size", type=int, default=32, help="clips a GPU and forward pass, all masks counted")
+    optim.add_argument("--update_freq", type=int, default=1, help="forward passes an optimizer step")
+    optim.add_argument("--epochs", type=int, default=801, help="length of the schedule, passes over the list")
+    optim.add_argument("--stop_epoch", type=int, default=0, help="stop after so many epochs; the schedule stays")
+    optim.add_argument("--start_epoch", type=int, default=0, help="epoch to start from, numbered from 0")
+    optim.add_argument("--opt", default="adamw", help="a timm optimizer")
+    optim.add_argument("--opt_eps", type=float, default=1e-8, help="epsilon of Adam")
+    optim.add_argument("--opt_betas", type=float, nargs=2, default=[0.9, 0.95], help="betas of Adam")
+    optim.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    optim.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
+    optim.add_argument("--weight_decay", type=float, default=0.05, help="not on biases, norms and the mask token")
+    optim.add_argument("--weight_decay_end", type=float, default=None, help="its last value (cosine); None: constant")
+    optim.add_argument("--lr", type=float, default=1.5e-4, help="for a total batch of 256, scaled linearly")
+    optim.add_argument("--warmup_lr", type=float, default=0.0, help="rate of the first step, scaled likewise")
+    optim.add_argument("--min_lr", type=float, default=1e-5, help="rate of the last step, scaled likewise")
+    optim.add_argument("--warmup_epochs", type=int, default=40, help="epochs of linear warm-up")
+    optim.add_argument("--warmup_steps", type=int, default=-1, help="the same in steps, if >= 0")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default="", help="checkpoints, log.txt and bad_clips.txt; empty: none")
+    run.add_argument("--log_dir", default="", help="TensorBoard folder; empty: none")
+    run.add_argument("--log_interval", type=int, default=10, help="steps between console lines")
+    run.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
+    run.add_argument("--save_ckpt_minutes", type=float, default=15, help="refresh checkpoint-latest.pth; 0: never")
+    run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
+    run.add_argument("--keep_ckpts", type=int, default=0, help="numbered checkpoints to keep; 0: all")
+    run.add_argument("--resume", default="", help="checkpoint to go on from")
+    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the newest in output_dir")
+    run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
+    run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
+    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
+    run.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
+                     help="auto: bf16 (fp16 on older GPUs) on a GPU, fp32 on a CPU")
+    run.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
+    run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
+    return parser.parse_args(argv)
+
+
+def clips_per_video(args: argparse.Namespace) -> int:
+    """Training clips made of each video an epoch: views times masks."""
+    return args.num_sample * (2 if args.multiple_sampling else 1)
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """Everything wrong with the arguments that can be seen without building a model."""
+    problems = []
+
+    def attempt(check, *values):
+        try:
+            return check(*values)
+        except (ValueError, RunError) as error:
+            problems.append(str(error))
+
+    grid = attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+    if grid:
+        attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio)
+    attempt(VideoList, args.data_path, None, args.data_root)
+    if args.add_tubelets and args.use_objects:
+        attempt(find_objects, args.objects_path, args.objects_list)
+    if args.mask_type == "tubelet" and not args.add_tubelets:
+        problems.append("--mask_type tubelet follows pasted objects: add --add_tubelets")
+    if args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS:
+        problems.append(f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}")
+    for flag in ("first_stage_path", "resume"):
+        if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
+            problems.append(f"--{flag} {getattr(args, flag)}: no such file")
+    views = clips_per_video(args)
+    if min(args.num_sample, args.batch_size) < 1 or args.batch_size % views:
+        problems.append(f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
+                        "(--num_sample, and two masks with --multiple_sampling)")
+    for flag in ("update_freq", "epochs", "sampling_rate", "num_rois", "log_interval", "save_ckpt_freq"):
+        if getattr(args, flag) < 1:
+            problems.append(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    return problems
+
+
+def build_dataset(args: argparse.Namespace) -> PretrainDataset:
+    """The training clips that the arguments describe."""
+    size = (args.input_size, args.input_size)
+    overlay = None
+    if args.add_tubelets:
+        library = None
+        if args.use_objects:
+            names = find_objects(args.objects_path, args.objects_list)
+            library = ObjectLibrary(args.objects_path, names, max_side=round(320 * args.input_size / 224))
+        overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois)
+    masks = MaskGenerator(args.mask_type, token_grid(args.num_frames, *size), args.mask_ratio, args.sub_mask_type,
+                          args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE), TUBELET_SIZE)
+    videos = VideoList(args.data_path, data_root=args.data_root)
+    return PretrainDataset(videos, masks, overlay, size, args.num_frames, args.sampling_rate, args.num_sample, args.seed)
+
+
+def build_teacher(args: argparse.Namespace) -> torch.nn.Module:
+    """The frozen network, or the pixels, that give the targets; its `out_dim` is the target's width."""
+    if args.target_type == "pixel":
+        return PixelTarget(PATCH_SIZE, TUBELET_SIZE)
+    grid, size = token_grid(args.num_frames, args.input_size, args.input_size)[1:], args.teacher_size or None
+    weights = args.clip_weights if args.target_type == "clip" else args.dino_weights
+    if weights == "random":
+        logger.warning("THE TEACHER HAS RANDOM WEIGHTS: good for trying things out, useless for results")
+    if args.target_type == "clip":
+        return build_clip(args.clip_model, weights, args.teacher_norm, grid, size)
+    return build_dino(args.distillation_teacher, weights, args.teacher_norm, grid, size)
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Resolve `auto`."""
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def build_stepper(args: argparse.Namespace, model: torch.nn.Module, device: torch.device, total_batch: int,
+                  steps_per_epoch: int) -> Stepper:
+    """Optimizer and schedules; learning rates scale with the total batch / 256."""
+    lr, warmup_lr, min_lr = (rate * total_batch / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
+    total = args.epochs * steps_per_epoch
+    warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    optimizer = build_optimizer(parameter_groups(model, args.weight_decay), args.opt, lr, tuple(args.opt_betas),
+                                args.opt_eps, args.momentum)
+    return Stepper(model, optimizer, device, pick_precision(args.precision, device), args.update_freq,
+                   lambda step: utils.cosine_schedule(step, lr, min_lr, total, warmup, warmup_lr),
+                   lambda step: utils.cosine_schedule(step, args.weight_decay, end, total), args.clip_grad)
+
+
+def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, total_batch: int) -> None:
+    """Say what is about to run."""
+    views = clips_per_video(args)
+    stop = args.stop_epoch or args.epochs
+    lr = stepper.lr(10**12), args.lr * total_batch / 256
+    logger.info("%d process(es) x %d clips x %d accumulated = total batch %d, %s on %s", utils.world_size(),
+                args.batch_size, args.update_freq, total_batch, stepper.precision, stepper.device)
+    logger.info("%d videos, %d clips of each: %d steps an epoch; lr %.3g falling to %.3g", sampler.num_samples, views,
+                sampler.steps_per_epoch, lr[1], lr[0])
+    logger.info("epochs %d of a schedule of %d: %d in the paper's count, where every clip made of a video counts",
+                stop, args.epochs, stop * views)
+
+
+@dataclass
+class Position:
+    """Where a run goes on: an epoch, optimizer steps done in it, and the meter's state there."""
+
+    epoch: int
+    step: int
+    meter: dict
+
+
+def restore(args: argparse.Namespace, model: torch.nn.Module, stepper: Stepper, sampler: ChunkSampler) -> Position:
+    """Load what the run goes on from: its own checkpoint, else stage 1's weights, else nothing.
+
+    Raises:
+        RunError: a checkpoint of another model, or one in mid-epoch with another total batch.
+    """
+    found = checkpoints.find_resume(args.output_dir, args.resume, args.auto_resume)
+    if found is None:
+        if args.first_stage_path:
+            checkpoints.load_strictly(model, args.first_stage_path)
+        return Position(args.start_epoch, 0, {})
+    path, state = found
+    if args.first_stage_path:
+        logger.warning("going on from %s; --first_stage_path was for the start of this run", path)
+    position = checkpoints.load_run(path, state, model, stepper.optimizer, stepper.scaler, sampler.samples_per_step)
+    logger.info("resuming from %s at epoch %d, step %d", path, *position)
+    return Position(*position, state.get("meter", {}))
+
+
+def train(args: argparse.Namespace, dataset: PretrainDataset, sampler: ChunkSampler, student: torch.nn.Module,
+          teacher: torch.nn.Module, stepper: Stepper, position: Position) -> int:
+    """The loop over epochs; returns the exit code."""
+    output_dir, log_dir = ("", "") if args.dry_run else (args.output_dir, args.log_dir)
+    writer = checkpoints.CheckpointWriter(output_dir, args.save_ckpt_minutes, args.save_ckpt_steps,
+                                          args.keep_ckpts)
+    steps = sampler.steps_per_epoch
+    log = utils.RunLog(output_dir, log_dir, position.epoch, position.epoch * steps + position.step)
+    bad = BadFiles(output_dir, args.max_bad_fraction)
+    control = utils.Control()
+    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and stepper.device.type == "cuda",
+                          args.worker_timeout)
+    norm = tuple(value.to(stepper.device) for value in channel_stats("imagenet"))
+    stop_epoch = min(args.stop_epoch or args.epochs, args.epochs)
+
+    def save(name: str, epoch: int, step: int, meter: dict) -> bool:
+        return writer.save(name, {
+            "model": student.state_dict(), "optimizer": stepper.optimizer.state_dict(),
+            "scaler": stepper.scaler.state_dict(), "epoch": epoch, "step": step, "args": args,
+            "samples_per_step": sampler.samples_per_step, "meter": meter})
+
+    while position.epoch < stop_epoch:
+        epoch, started, told = position.epoch, time.time(), False
+        sampler.set_position(epoch, position.step)
+        meter = utils.StepMeter(log, stepper.device, epoch, stop_epoch, steps, args.log_interval, position.meter)
+
+        def after_step(done: int) -> bool:
+            nonlocal told
+            position.step = done
+            told, due = control.agree(writer.due(epoch * steps + done))
+            if (told or due) and done < steps:
+                meter.flush(done - 1)
+                save(checkpoints.LATEST, epoch, done, meter.state())
+            return told or args.dry_run
+
+        train_one_epoch(stepper.model, teacher, bad.watch(epoch_batches(loader, dataset.videos), meter.constants),
+                        stepper, meter, norm, position.step,
+                        lambda step, micro_batch: (args.seed, epoch, sampler.chunk_id(step, micro_batch)),
+                        args.multiple_sampling, after_step)
+        if position.step == steps:
+            position = Position(epoch + 1, 0, {})
+            counts = utils.reduce_sum([bad.bad, bad.videos], stepper.device)
+            log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, "bad_clips": counts[0],
+                       "steps": steps, "seconds": time.time() - started})
+            if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == stop_epoch:
+                if save(f"checkpoint-{epoch}.pth", epoch, 0, {}):
+                    writer.tidy()
+            elif told:
+                save(checkpoints.LATEST, epoch, 0, {})
+            bad.check(*counts)
+        if told:
+            logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", epoch, position.step)
+            control.close()
+            return utils.EXIT_REQUEUE
+        if args.dry_run:
+            utils.report_dry_run(meter, steps * (stop_epoch - epoch))
+            break
+    control.close()
+    return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, build, train; returns the exit code."""
+    device = utils.init_distributed(args.device)
+    utils.setup_logging()
+    problems = find_problems(args)
+    if problems:
+        raise RunError("\n       ".join(problems))
+    writes = args.output_dir and not args.dry_run and utils.rank() == 0
+    lock = utils.lock_folder(args.output_dir) if writes else None
+
+    utils.seed_everything(args.seed)
+    with utils.user_errors():
+        dataset = build_dataset(args)
+        sampler = ChunkSampler(len(dataset), args.batch_size // clips_per_video(args), args.update_freq, utils.rank(),
+                               utils.world_size(), args.seed)
+        teacher = build_teacher(args).to(device)
+        student = MODELS[args.model](decoder_depth=args.decoder_depth, decoder_num_classes=teacher.out_dim,
+                                     drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint).to(device)
+        total_batch = args.batch_size * args.update_freq * utils.world_size()
+        stepper = build_stepper(args, student, device, total_batch, sampler.steps_per_epoch)
+    describe(args, stepper, sampler, total_batch)
+    position = restore(args, student, stepper, sampler)
+    if args.compile:
+        student.compile(dynamic=False)
+        teacher.compile(dynamic=False)
+    if utils.world_size() > 1:
+        stepper.model = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
+                                                gradient_as_bucket_view=True)
+    code = train(args, dataset, sampler, student, teacher, stepper, position)
+    del lock
+    return code
+
+
+if __name__ == "__main__":
+    utils.run_main(main, get_args())

@@ -1,0 +1,362 @@
+"""What has no subject of its own: processes, logging, seeds, schedules, signals.
+
+Every helper works unchanged in a single process. Nothing here knows videos, masks or teachers; saving and
+loading a run is in checkpoints.py.
+"""
+
+import datetime
+import fcntl
+import json
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tensorboardX import SummaryWriter
+
+EXIT_REQUEUE = 85  # the run was asked to stop and has saved itself: start it again (scripts/slurm)
+MAX_NON_FINITE = 10  # steps in a row
+
+logger = logging.getLogger("smile")
+
+
+class RunError(Exception):
+    """Something the user can mend; shown as one line, without a traceback."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn the ValueErrors and OSErrors of set-up, which name their flag or file, into RunErrors."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RunError(str(error)) from error
+
+
+def run_main(function: Any, *args: Any) -> None:
+    """Call a program's main function; exit with 1 and one line on RunError, EXIT_REQUEUE if it was asked to stop."""
+    try:
+        code = function(*args)
+    except RunError as error:
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code or 0)
+
+
+# Processes ------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """Index of this process among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch.device:
+    """Join the other processes, if torchrun or srun started any, and pick this process's device.
+
+    torchrun's variables win over Slurm's, which are read only inside an srun step. NCCL on GPUs, Gloo on CPUs.
+
+    Returns:
+        The device: `device`, or the CPU where there is no GPU.
+    """
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        if "MASTER_ADDR" not in env:
+            hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+                                   capture_output=True, text=True, check=True)
+            env["MASTER_ADDR"] = hosts.stdout.split()[0]
+    gpu = device.startswith("cuda") and torch.cuda.is_available()
+    local = int(env.get("LOCAL_RANK", 0))
+    if gpu:
+        if local >= torch.cuda.device_count():
+            raise RunError(f"local rank {local}, but {torch.cuda.device_count()} GPUs: one process a GPU, lower GPUS")
+        torch.cuda.set_device(local)
+    if int(env.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+    return torch.device("cuda", local) if gpu else torch.device("cpu")
+
+
+def reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """Sum a list of numbers over processes."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def broadcast(value: Any) -> Any:
+    """The first process's value, in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# Seeds and schedules --------------------------------------------------------------------------------------------
+
+
+def seed_everything(*key: int) -> None:
+    """Seed the global generators (drop path, Mixup) from a key such as (seed, epoch, chunk).
+
+    Called before every forward pass, so that a resumed run draws what the undisturbed one draws and no generator
+    state has to be saved.
+    """
+    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(state)
+    np.random.seed(state % 2**32)
+    random.seed(state)
+
+
+def cosine_schedule(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
+    """Value at `step`: linear from `start` to `base` over `warmup` steps, then a cosine to `final` at `total`.
+
+    The warm-up's last step already has the value `base` (recipe of MAE and VideoMAE).
+    """
+    if step < warmup:
+        return start + (base - start) * step / max(1, warmup - 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+# Logging --------------------------------------------------------------------------------------------------------
+
+
+def setup_logging() -> None:
+    """Log to stdout, from the first process only."""
+    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
+                        stream=sys.stdout, force=True)
+    logger.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+
+
+class RunLog:
+    """Where a run's numbers go: a JSON line an epoch in ``log.txt``, and TensorBoard scalars.
+
+    Args:
+        output_dir, log_dir: either may be empty; written by the first process only.
+        start_epoch: later lines of ``log.txt`` belong to a run that was cut off, and are dropped.
+    """
+
+    def __init__(self, output_dir: str, log_dir: str, start_epoch: int = 0, start_step: int = 0):
+        self.file = Path(output_dir) / "log.txt" if output_dir and rank() == 0 else None
+        self.writer = SummaryWriter(log_dir, purge_step=start_step or None) if log_dir and rank() == 0 else None
+        if self.file and self.file.exists():
+            lines = self.file.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line).get("epoch", -1) < start_epoch]
+            if len(kept) < len(lines):
+                self.file.write_text("".join(f"{line}\n" for line in kept))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write scalars at an optimizer step."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def epoch(self, values: dict[str, Any]) -> None:
+        """Append a line to ``log.txt``."""
+        if self.file:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        if self.writer:
+            self.writer.flush()
+
+
+class StepMeter:
+    """Collects the numbers of each optimizer step on the device, and reads them once every `interval` steps.
+
+    Reading makes the CPU wait for the device, so that nothing else in a step does.
+
+    Args:
+        interval: steps between console lines.
+        state: sums of an epoch's earlier part, from a checkpoint.
+    """
+
+    def __init__(self, log: RunLog, device: torch.device, epoch: int, epochs: int, steps_per_epoch: int,
+                 interval: int = 10, state: dict | None = None):
+        self.log, self.device, self.interval = log, device, interval
+        self.epoch, self.epochs, self.steps_per_epoch = epoch, epochs, steps_per_epoch
+        self.sums, self.counts = defaultdict(float), defaultdict(float)
+        self.skipped, self.bad_in_a_row, self.step_time = 0, 0, 0.0
+        if state:
+            self.sums.update(state["sums"])
+            self.counts.update(state["counts"])
+            self.skipped, self.bad_in_a_row = state["skipped"], state["bad_in_a_row"]
+        self.constants: dict[str, float] = {}  # shown beside the averages: rates, counts
+        self._rows: list[tuple[dict[str, torch.Tensor], list[str]]] = []
+        self._data_time, self._since = 0.0, time.perf_counter()
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """Pass batches on, measuring the time spent waiting for them."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._data_time += time.perf_counter() - start
+            yield batch
+
+    def update(self, step: int, values: dict[str, torch.Tensor], sources: list[str]) -> None:
+        """Take a step's device scalars, among them ``bad`` (1 = skipped), and the samples it was made of.
+
+        Raises:
+            RunError: MAX_NON_FINITE bad steps in a row.
+        """
+        self._rows.append(({name: value.detach() for name, value in values.items()}, sources))
+        if (step + 1) % self.interval == 0 or step + 1 == self.steps_per_epoch:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Read what has been collected, in all processes: sums of the epoch, a console line, scalars."""
+        if not self._rows:
+            return
+        names = list(self._rows[0][0])
+        table = torch.stack([torch.stack([row[name].float() for name in names]) for row, _ in self._rows])
+        if world_size() > 1:
+            dist.all_reduce(table, op=dist.ReduceOp.AVG if table.is_cuda else dist.ReduceOp.SUM)
+            table = table if table.is_cuda else table / world_size()
+        window: dict[str, list[float]] = defaultdict(list)
+        for row, (_, sources) in zip(table.tolist(), self._rows):
+            values = dict(zip(names, row))
+            if values.pop("bad"):
+                self._report_bad(sources)
+                continue
+            self.bad_in_a_row = 0
+            for name, value in values.items():
+                self.sums[name] += value
+                self.counts[name] += 1
+                window[name].append(value)
+        now = time.perf_counter()
+        timing = {"data_time": self._data_time / len(self._rows), "step_time": (now - self._since) / len(self._rows)}
+        self.step_time = timing["step_time"]
+        self._rows, self._data_time, self._since = [], 0.0, now
+        shown = {name: sum(values) / len(values) for name, values in window.items()} | self.constants
+        self.log.scalars(self.epoch * self.steps_per_epoch + step, shown | timing)
+        self._console(step, shown, timing)
+        if self.bad_in_a_row >= MAX_NON_FINITE:
+            raise RunError(f"{self.bad_in_a_row} steps in a row had a non-finite loss or gradient; lower --lr, set "
+                           "--clip_grad or use --precision bf16; the last checkpoint is intact")
+
+    def _report_bad(self, sources: list[str]) -> None:
+        self.skipped += 1
+        self.bad_in_a_row += 1
+        logger.warning("non-finite loss or gradient, step skipped (%d so far); its samples: %s",
+                       self.skipped, ", ".join(sources))
+
+    def _console(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
+        left = self.steps_per_epoch - step - 1 + (self.epochs - self.epoch - 1) * self.steps_per_epoch
+        eta = datetime.timedelta(seconds=int(left * timing["step_time"]))
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in (values | timing).items())
+        memory = f"  memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if self.device.type == "cuda" else ""
+        logger.info("epoch %d [%d/%d]  %s%s  eta %s", self.epoch, step + 1, self.steps_per_epoch, numbers, memory, eta)
+
+    def averages(self) -> dict[str, float]:
+        """Means over the epoch so far, skipped steps left out."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        return {f"train_{name}": mean for name, mean in means.items()} | {"skipped_steps": self.skipped}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint in mid-epoch keeps."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": self.skipped,
+                "bad_in_a_row": self.bad_in_a_row}
+
+
+def report_dry_run(meter: StepMeter, steps: int) -> None:
+    """Say how long a run would take at the speed of the one step that was made."""
+    meter.flush(0)
+    logger.info("dry run: one step went well, nothing was written; %d steps at that speed are %s", steps,
+                datetime.timedelta(seconds=int(steps * meter.step_time)))
+
+
+# Signals and locks ----------------------------------------------------------------------------------------------
+
+
+class Control:
+    """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
+
+    Processes exchange it on a CPU group of their own, one step late, so that no GPU has to wait for it. A second
+    SIGINT ends the program at once.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def agree(self, save: bool) -> tuple[bool, bool]:
+        """Whether any process was told to stop, and whether any wants to save, by the step before this one."""
+        if self._group is None:
+            return bool(self.signal), save
+        before = self.close()
+        flags = torch.tensor([float(self.signal != 0), float(save)])
+        self._pending = (dist.all_reduce(flags, group=self._group, async_op=True), flags)
+        return before
+
+    def close(self) -> tuple[bool, bool]:
+        """Finish the exchange under way; returns its outcome."""
+        if self._pending is None:
+            return False, False
+        work, flags = self._pending
+        work.wait()
+        self._pending = None
+        return bool(flags[0]), bool(flags[1])
+
+
+def lock_folder(folder: str) -> Any:
+    """Make `folder`, and keep other runs out of it for as long as this process lives.
+
+    A POSIX record lock: it goes with the process, however that ends, and loader workers do not inherit it.
+
+    Raises:
+        RunError: another run holds it, or it cannot be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(Path(folder) / ".lock", "w")
+    except OSError as error:
+        raise RunError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+    for attempt in range(20):  # the run that this one replaces may still be dying
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            time.sleep(0.5)
+    raise RunError(f"--output_dir {folder}: another run is writing there; stop it or choose another folder")
