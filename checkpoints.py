@@ -11,7 +11,7 @@ import re
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from safetensors import SafetensorError
@@ -122,8 +122,8 @@ class CheckpointWriter:
         by_time = self.every_minutes and time.monotonic() - self.last_save >= 60 * self.every_minutes
         return bool(self.folder and (by_time or self.every_steps and steps_done % self.every_steps == 0))
 
-    def save(self, name: str, checkpoint: dict[str, Any]) -> bool:
-        """Write a checkpoint; a failure leaves the old file whole and is reported.
+    def save(self, name: str, checkpoint: Callable[[], dict[str, Any]]) -> bool:
+        """Write a checkpoint, if this process writes; a failure leaves the old file whole and is reported.
 
         Returns:
             Whether it was written.
@@ -134,7 +134,7 @@ class CheckpointWriter:
             return True
         self.last_save = time.monotonic()
         try:
-            write_atomically(checkpoint, self.folder / name)
+            write_atomically(checkpoint(), self.folder / name)
         except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
             self.failures += 1
             reason = str(error).splitlines()[0]
@@ -185,28 +185,3 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict
     if path is None:
         return None
     return chosen or (path, read_checkpoint(path))
-
-
-def load_run(path: Path, state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-             scaler: torch.amp.GradScaler, samples_per_step: int) -> tuple[int, int]:
-    """Put a run's checkpoint back into model, optimizer and scaler.
-
-    Returns:
-        epoch and optimizer step in it at which to go on.
-    Raises:
-        RunError: of another model or program, or in mid-epoch with another number of samples a step.
-    """
-    if "optimizer" not in state or "epoch" not in state:
-        raise RunError(f"{path} holds weights only, nothing to resume from")
-    step = state.get("step", 0)
-    if step and state["samples_per_step"] != samples_per_step:
-        raise RunError(f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
-                       f"{samples_per_step}: keep GPUs x batch_size x update_freq as they were")
-    try:
-        model.load_state_dict(model_weights(state, path))
-        optimizer.load_state_dict(state["optimizer"])
-        if state.get("scaler"):
-            scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
-    return (state["epoch"], step) if step else (state["epoch"] + 1, 0)

@@ -1,4 +1,4 @@
-"""One epoch of pretraining: targets, masked prediction, loss, step.
+"""One epoch of pretraining: targets, masked prediction, loss; training.py makes the steps.
 
 Clips come as uint8 ``[B, 3, T, H, W]`` with masks bool ``[B, N]``, True = hidden.
 """
@@ -10,9 +10,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from datasets import Batch
 from modeling_pretrain import split_tokens, take_tokens
 from optim_factory import Stepper
-from utils import StepMeter, seed_everything
+from training import Loss, run_steps
+from utils import StepMeter
 
 
 def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -43,7 +45,7 @@ def masked_loss(predictions: torch.Tensor, targets: torch.Tensor, masks: torch.T
 def train_one_epoch(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Iterator[dict],
+    batches: Iterator[Batch],
     stepper: Stepper,
     meter: StepMeter,
     norm: tuple[torch.Tensor, torch.Tensor],
@@ -55,34 +57,19 @@ def train_one_epoch(
     """Train on the batches of an epoch, from optimizer step `first_step` of it on.
 
     Args:
-        batches: `stepper.update_freq` micro-batches a step, see datasets.Batch.
         norm: mean and std of the clips, ``[3, 1, 1, 1]`` on the device.
-        chunk_key: (step, micro-batch) → seed of what is drawn in the forward pass.
-        multiple_sampling: train every clip with two masks.
-        after_step: called with the number of steps done in this epoch; True ends it there.
+        multiple_sampling: train every clip with two masks; the teacher sees it once.
+        batches, chunk_key, after_step: see training.run_steps.
     """
     student.train()
-    device, epoch = stepper.device, meter.epoch
-    batches = meter.timed(batches)
-    for step in range(first_step, meter.steps_per_epoch):
-        meter.constants |= stepper.schedule(epoch * meter.steps_per_epoch + step)
-        losses, sources = [], []
-        for micro_batch in range(stepper.update_freq):
-            batch, key = next(batches), chunk_key(step, micro_batch)
-            masks = second_masks(batch["extra"], key) if multiple_sampling else batch["extra"]
-            num_masked = int(masks[0].sum())  # on the CPU, the same in every row
-            clips = normalize_clips(batch["clips"].to(device, non_blocking=True), *norm)
-            masks = masks.to(device, non_blocking=True)
-            seed_everything(*key)
-            with stepper.sync(micro_batch):
-                with stepper.autocast():
-                    targets = teacher(clips)
-                    predictions = student(clips, masks, num_masked)
-                    loss, spread = masked_loss(predictions, targets, masks)
-                stepper.backward(loss)
-            losses.append(loss.detach())
-            sources += batch["paths"]
-        loss = torch.stack(losses).mean()
-        meter.update(step, {"loss": loss, **spread, **stepper.step(loss)}, sources)
-        if after_step(step + 1):
-            return
+    device = stepper.device
+
+    def loss_of(batch: Batch, key: tuple[int, ...]) -> Loss:
+        masks = second_masks(batch["extra"], key) if multiple_sampling else batch["extra"]
+        num_masked = int(masks[0].sum())  # on the CPU, the same in every row
+        masks = masks.to(device, non_blocking=True)
+        clips = normalize_clips(batch["clips"].to(device, non_blocking=True), *norm)
+        targets = teacher(clips)
+        return masked_loss(student(clips, masks, num_masked), targets, masks)
+
+    run_steps(batches, loss_of, stepper, meter, first_step, chunk_key, after_step)

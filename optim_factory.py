@@ -6,6 +6,7 @@ The optimizers are timm's; precision, accumulation, clipping and the guard again
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable
 
 import torch
@@ -133,3 +134,16 @@ class Stepper:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "bad": bad}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """Put the `state` of the checkpoint at `path` back."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def save_shards(self, folder: str, name: str) -> None:
+        """For optimizers whose state lies in several processes (DeepSpeed); called in all of them before a save."""

@@ -5,23 +5,20 @@ Stage 1 pastes moving objects (``--add_tubelets --mask_type tubelet``); stage 2 
 """
 
 import argparse
-import os
-import time
-from dataclasses import dataclass
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-import checkpoints
 import utils
-from datasets import BadFiles, ChunkSampler, PretrainDataset, VideoList, build_loader, epoch_batches
+from checkpoints import find_resume, load_strictly
+from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
 from modeling_pretrain import MODELS
 from modeling_teacher import DINO_MODELS, NORMS, TARGET_TYPES, PixelTarget, build_clip, build_dino, channel_stats
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
-from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
+from optim_factory import Stepper, build_optimizer, parameter_groups
+from training import Position, Settings, add_run_arguments, distribute, fit, path_problems, pick_precision, restore
 from utils import RunError, logger
 
 
@@ -96,23 +93,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--warmup_epochs", type=int, default=40, help="epochs of linear warm-up")
     optim.add_argument("--warmup_steps", type=int, default=-1, help="the same in steps, if >= 0")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default="", help="checkpoints, log.txt and bad_clips.txt; empty: none")
-    run.add_argument("--log_dir", default="", help="TensorBoard folder; empty: none")
-    run.add_argument("--log_interval", type=int, default=10, help="steps between console lines")
-    run.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
-    run.add_argument("--save_ckpt_minutes", type=float, default=15, help="refresh checkpoint-latest.pth; 0: never")
-    run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
-    run.add_argument("--keep_ckpts", type=int, default=0, help="numbered checkpoints to keep; 0: all")
-    run.add_argument("--resume", default="", help="checkpoint to go on from")
-    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the newest in output_dir")
-    run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
-    run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
-    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
-    run.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
-                     help="auto: bf16 (fp16 on older GPUs) on a GPU, fp32 on a CPU")
-    run.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
-    run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
+    add_run_arguments(parser, save_ckpt_freq=20)
     return parser.parse_args(argv)
 
 
@@ -132,7 +113,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
             problems.append(str(error))
 
     grid = attempt(token_grid, args.num_frames, args.input_size, args.input_size)
-    if grid:
+    if not 0 < args.mask_ratio < 1:
+        problems.append(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
+    elif grid:
         attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio)
     attempt(VideoList, args.data_path, None, args.data_root)
     if args.add_tubelets and args.use_objects:
@@ -141,9 +124,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--mask_type tubelet follows pasted objects: add --add_tubelets")
     if args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS:
         problems.append(f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}")
-    for flag in ("first_stage_path", "resume"):
-        if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
-            problems.append(f"--{flag} {getattr(args, flag)}: no such file")
+    problems += path_problems({"first_stage_path": args.first_stage_path, "resume": args.resume})
     views = clips_per_video(args)
     if min(args.num_sample, args.batch_size) < 1 or args.batch_size % views:
         problems.append(f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
@@ -183,15 +164,6 @@ def build_teacher(args: argparse.Namespace) -> torch.nn.Module:
     return build_dino(args.distillation_teacher, weights, args.teacher_norm, grid, size)
 
 
-def pick_precision(precision: str, device: torch.device) -> str:
-    """Resolve `auto`."""
-    if precision != "auto":
-        return precision
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 def build_stepper(args: argparse.Namespace, model: torch.nn.Module, device: torch.device, total_batch: int,
                   steps_per_epoch: int) -> Stepper:
     """Optimizer and schedules; learning rates scale with the total batch / 256."""
@@ -219,95 +191,6 @@ def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, 
                 stop, args.epochs, stop * views)
 
 
-@dataclass
-class Position:
-    """Where a run goes on: an epoch, optimizer steps done in it, and the meter's state there."""
-
-    epoch: int
-    step: int
-    meter: dict
-
-
-def restore(args: argparse.Namespace, model: torch.nn.Module, stepper: Stepper, sampler: ChunkSampler) -> Position:
-    """Load what the run goes on from: its own checkpoint, else stage 1's weights, else nothing.
-
-    Raises:
-        RunError: a checkpoint of another model, or one in mid-epoch with another total batch.
-    """
-    found = checkpoints.find_resume(args.output_dir, args.resume, args.auto_resume)
-    if found is None:
-        if args.first_stage_path:
-            checkpoints.load_strictly(model, args.first_stage_path)
-        return Position(args.start_epoch, 0, {})
-    path, state = found
-    if args.first_stage_path:
-        logger.warning("going on from %s; --first_stage_path was for the start of this run", path)
-    position = checkpoints.load_run(path, state, model, stepper.optimizer, stepper.scaler, sampler.samples_per_step)
-    logger.info("resuming from %s at epoch %d, step %d", path, *position)
-    return Position(*position, state.get("meter", {}))
-
-
-def train(args: argparse.Namespace, dataset: PretrainDataset, sampler: ChunkSampler, student: torch.nn.Module,
-          teacher: torch.nn.Module, stepper: Stepper, position: Position) -> int:
-    """The loop over epochs; returns the exit code."""
-    output_dir, log_dir = ("", "") if args.dry_run else (args.output_dir, args.log_dir)
-    writer = checkpoints.CheckpointWriter(output_dir, args.save_ckpt_minutes, args.save_ckpt_steps,
-                                          args.keep_ckpts)
-    steps = sampler.steps_per_epoch
-    log = utils.RunLog(output_dir, log_dir, position.epoch, position.epoch * steps + position.step)
-    bad = BadFiles(output_dir, args.max_bad_fraction)
-    control = utils.Control()
-    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and stepper.device.type == "cuda",
-                          args.worker_timeout)
-    norm = tuple(value.to(stepper.device) for value in channel_stats("imagenet"))
-    stop_epoch = min(args.stop_epoch or args.epochs, args.epochs)
-
-    def save(name: str, epoch: int, step: int, meter: dict) -> bool:
-        return writer.save(name, {
-            "model": student.state_dict(), "optimizer": stepper.optimizer.state_dict(),
-            "scaler": stepper.scaler.state_dict(), "epoch": epoch, "step": step, "args": args,
-            "samples_per_step": sampler.samples_per_step, "meter": meter})
-
-    while position.epoch < stop_epoch:
-        epoch, started, told = position.epoch, time.time(), False
-        sampler.set_position(epoch, position.step)
-        meter = utils.StepMeter(log, stepper.device, epoch, stop_epoch, steps, args.log_interval, position.meter)
-
-        def after_step(done: int) -> bool:
-            nonlocal told
-            position.step = done
-            told, due = control.agree(writer.due(epoch * steps + done))
-            if (told or due) and done < steps:
-                meter.flush(done - 1)
-                save(checkpoints.LATEST, epoch, done, meter.state())
-            return told or args.dry_run
-
-        train_one_epoch(stepper.model, teacher, bad.watch(epoch_batches(loader, dataset.videos), meter.constants),
-                        stepper, meter, norm, position.step,
-                        lambda step, micro_batch: (args.seed, epoch, sampler.chunk_id(step, micro_batch)),
-                        args.multiple_sampling, after_step)
-        if position.step == steps:
-            position = Position(epoch + 1, 0, {})
-            counts = utils.reduce_sum([bad.bad, bad.videos], stepper.device)
-            log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, "bad_clips": counts[0],
-                       "steps": steps, "seconds": time.time() - started})
-            if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == stop_epoch:
-                if save(f"checkpoint-{epoch}.pth", epoch, 0, {}):
-                    writer.tidy()
-            elif told:
-                save(checkpoints.LATEST, epoch, 0, {})
-            bad.check(*counts)
-        if told:
-            logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", epoch, position.step)
-            control.close()
-            return utils.EXIT_REQUEUE
-        if args.dry_run:
-            utils.report_dry_run(meter, steps * (stop_epoch - epoch))
-            break
-    control.close()
-    return 0
-
-
 def main(args: argparse.Namespace) -> int:
     """Check, build, train; returns the exit code."""
     device = utils.init_distributed(args.device)
@@ -315,8 +198,8 @@ def main(args: argparse.Namespace) -> int:
     problems = find_problems(args)
     if problems:
         raise RunError("\n       ".join(problems))
-    writes = args.output_dir and not args.dry_run and utils.rank() == 0
-    lock = utils.lock_folder(args.output_dir) if writes else None
+    settings = Settings.of(args)
+    lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
 
     utils.seed_everything(args.seed)
     with utils.user_errors():
@@ -329,14 +212,27 @@ def main(args: argparse.Namespace) -> int:
         total_batch = args.batch_size * args.update_freq * utils.world_size()
         stepper = build_stepper(args, student, device, total_batch, sampler.steps_per_epoch)
     describe(args, stepper, sampler, total_batch)
-    position = restore(args, student, stepper, sampler)
+
+    position, found = Position(args.start_epoch), find_resume(args.output_dir, args.resume, args.auto_resume)
+    if found:
+        position = restore(found, student, stepper, sampler)
+        if args.first_stage_path:
+            logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
+    elif args.first_stage_path:
+        load_strictly(student, args.first_stage_path)
     if args.compile:
         student.compile(dynamic=False)
         teacher.compile(dynamic=False)
-    if utils.world_size() > 1:
-        stepper.model = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
-                                                gradient_as_bucket_view=True)
-    code = train(args, dataset, sampler, student, teacher, stepper, position)
+    stepper.model = distribute(student, device)
+    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout)
+    norm = tuple(value.to(device) for value in channel_stats("imagenet"))
+
+    def train_epoch(batches, meter, first_step, chunk_key, after_step) -> None:
+        train_one_epoch(stepper.model, teacher, batches, stepper, meter, norm, first_step, chunk_key,
+                        args.multiple_sampling, after_step)
+
+    code = fit(settings, position, sampler, loader, stepper, lambda: {"model": student.state_dict(), "args": args},
+               train_epoch)
     del lock
     return code
 

@@ -291,13 +291,6 @@ class StepMeter:
                 "bad_in_a_row": self.bad_in_a_row}
 
 
-def report_dry_run(meter: StepMeter, steps: int) -> None:
-    """Say how long a run would take at the speed of the one step that was made."""
-    meter.flush(0)
-    logger.info("dry run: one step went well, nothing was written; %d steps at that speed are %s", steps,
-                datetime.timedelta(seconds=int(steps * meter.step_time)))
-
-
 # Signals and locks ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,230 @@
+"""What both training programs share around their engines: the steps of an epoch, the loop over epochs, saving,
+resuming and stopping.
+
+An engine brings the loss of a batch; a run_*.py brings models, data and options.
+"""
+
+import argparse
+import datetime
+import os
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import checkpoints
+import utils
+from datasets import BadFiles, Batch, ChunkSampler, epoch_batches
+from optim_factory import DTYPES, Stepper
+from utils import RunError, StepMeter, logger
+
+Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]  # and device scalars for the log
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
+    """The option group `run`, the same in every program."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default="", help="checkpoints, log.txt and bad_clips.txt; empty: none")
+    run.add_argument("--log_dir", default="", help="TensorBoard folder; empty: none")
+    run.add_argument("--log_interval", type=int, default=10, help="steps between console lines")
+    run.add_argument("--save_ckpt_freq", type=int, default=save_ckpt_freq, help="epochs between numbered checkpoints")
+    run.add_argument("--save_ckpt_minutes", type=float, default=15, help="refresh checkpoint-latest.pth; 0: never")
+    run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
+    run.add_argument("--keep_ckpts", type=int, default=0, help="numbered checkpoints to keep; 0: all")
+    run.add_argument("--resume", default="", help="checkpoint to go on from")
+    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the newest in output_dir")
+    run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
+    run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
+    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
+    run.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
+                     help="auto: bf16 (fp16 on older GPUs) on a GPU, fp32 on a CPU")
+    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run that the loop needs; names and meaning are those of the flags."""
+
+    output_dir: str
+    log_dir: str
+    log_interval: int
+    epochs: int
+    stop_epoch: int
+    save_ckpt_freq: int
+    save_ckpt_minutes: float
+    save_ckpt_steps: int
+    keep_ckpts: int
+    max_bad_fraction: float
+    seed: int
+    dry_run: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Settings":
+        """Taken from parsed arguments; a dry run writes nowhere."""
+        values = {field.name: getattr(args, field.name) for field in fields(cls)}
+        if args.dry_run:
+            values |= {"output_dir": "", "log_dir": ""}
+        return cls(**values)
+
+
+@dataclass
+class Position:
+    """Where a run goes on: an epoch, optimizer steps done in it, and the meter's state there."""
+
+    epoch: int = 0
+    step: int = 0
+    meter: dict | None = None
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Resolve `auto`."""
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def path_problems(paths: dict[str, str]) -> list[str]:
+    """Which of the files named by flags (flag → path, empty ones left out) do not exist or cannot be read."""
+    return [f"--{flag} {path}: no such file, or not readable" for flag, path in paths.items()
+            if path and not (os.path.isfile(path) and os.access(path, os.R_OK))]
+
+
+def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """DDP around a model, if there are several processes."""
+    if utils.world_size() == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper: Stepper, sampler: ChunkSampler) -> Position:
+    """Put a run's checkpoint back into model and stepper.
+
+    Raises:
+        RunError: of another model or program, or in mid-epoch with another number of samples a step.
+    """
+    path, state = found
+    if "epoch" not in state or "samples_per_step" not in state:
+        raise RunError(f"{path} holds weights only, nothing to resume from; start from it with --first_stage_path "
+                       "or --finetune")
+    step = state["step"]
+    if step and state["samples_per_step"] != sampler.samples_per_step:
+        raise RunError(f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
+                       f"{sampler.samples_per_step}: keep GPUs x batch_size x update_freq as they were")
+    try:
+        model.load_state_dict(checkpoints.model_weights(state, path))
+        stepper.load(state, path)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
+    position = Position(state["epoch"], step, state["meter"]) if step else Position(state["epoch"] + 1)
+    logger.info("resuming from %s at epoch %d, step %d", path, position.epoch, position.step)
+    return position
+
+
+def run_steps(batches: Iterator[Batch], loss_of: Callable[[Batch, tuple[int, ...]], Loss], stepper: Stepper,
+              meter: StepMeter, first_step: int, chunk_key: Callable[[int, int], tuple[int, ...]],
+              after_step: Callable[[int], bool]) -> None:
+    """The optimizer steps of an epoch, from `first_step` on.
+
+    Args:
+        batches: `stepper.update_freq` micro-batches a step.
+        loss_of: loss of a micro-batch, given the key that seeds what it draws.
+        chunk_key: (step, micro-batch) → that key.
+        after_step: called with the number of steps done in this epoch; True ends it there.
+    """
+    batches = meter.timed(batches)
+    for step in range(first_step, meter.steps_per_epoch):
+        meter.constants |= stepper.schedule(meter.epoch * meter.steps_per_epoch + step)
+        losses, sources = [], []
+        for micro_batch in range(stepper.update_freq):
+            batch, key = next(batches), chunk_key(step, micro_batch)
+            utils.seed_everything(*key)
+            with stepper.sync(micro_batch):
+                with stepper.autocast():
+                    loss, shown = loss_of(batch, key)
+                stepper.backward(loss)
+            losses.append(loss.detach())
+            sources += batch["paths"]
+        loss = torch.stack(losses).mean()
+        meter.update(step, {"loss": loss, **shown, **stepper.step(loss)}, sources)
+        if after_step(step + 1):
+            return
+
+
+def fit(settings: Settings, position: Position, sampler: ChunkSampler, loader: DataLoader, stepper: Stepper,
+        weights: Callable[[], dict[str, Any]], train_epoch: Callable[..., None],
+        end_epoch: Callable[[int], dict[str, Any]] = lambda epoch: {}) -> int:
+    """The loop over epochs.
+
+    Args:
+        weights: what checkpoints hold beside optimizer and position, such as ``{'model': …, 'args': …}``.
+        train_epoch: (batches, meter, first step, chunk key, after step) → None; the last two as in run_steps.
+        end_epoch: called after each epoch in all processes; returns what its log line shows besides.
+    Returns:
+        Exit code: 0, or EXIT_REQUEUE if a signal stopped the run.
+    """
+    steps, seed = sampler.steps_per_epoch, settings.seed
+    writer = checkpoints.CheckpointWriter(settings.output_dir, settings.save_ckpt_minutes, settings.save_ckpt_steps,
+                                          settings.keep_ckpts)
+    log = utils.RunLog(settings.output_dir, settings.log_dir, position.epoch, position.epoch * steps + position.step)
+    bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
+    control = utils.Control()
+    stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
+
+    def save(name: str, epoch: int, step: int, meter: dict) -> bool:
+        stepper.save_shards(settings.output_dir, name)
+        return writer.save(name, lambda: {
+            **weights(), **stepper.state(), "epoch": epoch, "step": step, "samples_per_step": sampler.samples_per_step,
+            "meter": meter})
+
+    while position.epoch < stop_epoch:
+        epoch, started, told = position.epoch, time.time(), False
+        sampler.set_position(epoch, position.step)
+        meter = StepMeter(log, stepper.device, epoch, stop_epoch, steps, settings.log_interval, position.meter)
+
+        def after_step(done: int) -> bool:
+            nonlocal told
+            position.step = done
+            told, due = control.agree(writer.due(epoch * steps + done))
+            if (told or due) and done < steps:
+                meter.flush(done - 1)
+                save(checkpoints.LATEST, epoch, done, meter.state())
+            return told or settings.dry_run
+
+        batches = bad.watch(epoch_batches(loader, loader.dataset.videos), meter.constants)
+        train_epoch(batches, meter, position.step, lambda step, micro: (seed, epoch, sampler.chunk_id(step, micro)),
+                    after_step)
+        if settings.dry_run:
+            report_dry_run(meter, steps * (stop_epoch - epoch))
+            break
+        if position.step == steps:
+            position = Position(epoch + 1)
+            counts = utils.reduce_sum([bad.bad, bad.videos], stepper.device)
+            log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, **end_epoch(epoch), "bad_clips": counts[0],
+                       "steps": steps, "seconds": time.time() - started})
+            if (epoch + 1) % settings.save_ckpt_freq == 0 or epoch + 1 == stop_epoch:
+                if save(f"checkpoint-{epoch}.pth", epoch, 0, {}):
+                    writer.tidy()
+            elif told:
+                save(checkpoints.LATEST, epoch, 0, {})
+            bad.check(*counts)
+        if told:
+            logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", epoch, position.step)
+            control.close()
+            return utils.EXIT_REQUEUE
+    control.close()
+    return 0
+
+
+def report_dry_run(meter: StepMeter, steps: int) -> None:
+    """Say how long a run would take at the speed of the one step that was made."""
+    meter.flush(0)
+    logger.info("dry run: one step went well, nothing was written; %d steps at that speed are %s", steps,
+                datetime.timedelta(seconds=int(steps * meter.step_time)))
