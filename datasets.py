@@ -1,26 +1,24 @@
-"""From a line of a list to a clip: lists, decoding, frame sampling, bad clips, datasets and the order of samples.
+"""From a line of a list to a clip: lists, decoding, frame sampling, the datasets. data_loading.py orders and loads.
 
 Lists have a line ``path label`` for each video. Samples are drawn by the key (epoch, index), which together with
 the run's seed seeds the one Generator that goes to frame sampling, crop, overlay and mask: a clip is the same
 whatever the number of workers or processes, and after a resume. Clips stay uint8 until they are on the device.
 """
 
-import fcntl
 import os
-from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, TypedDict
+from typing import Callable, NotRequired, TypedDict
 
-import cv2
 import decord
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from masking_generator import MaskGenerator
 from object_overlay import ObjectOverlay
-from utils import RunError, logger
-from video_transforms import multi_scale_crop
+from utils import RunError
+from video_transforms import TrainAugmentation, long_side_crop, multi_scale_crop, short_side_resize
 
 MAX_BAD_IN_A_ROW = 20
 Key = tuple[int, int]  # epoch, index
@@ -110,6 +108,76 @@ def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stri
     return start + stride * np.minimum(np.arange(num_frames), last)
 
 
+def dense_indices(rng: np.random.Generator | None, total: int, num_frames: int, stride: int) -> np.ndarray:
+    """Fine-tuning on Kinetics: a window of ``num_frames * stride`` frames at random (at the centre without `rng`).
+
+    Its frames are spread over the whole window, so a little more than `stride` apart (kept for the released
+    models). A video not longer than the window: its frames about `stride` apart, then the last one repeated.
+    """
+    window = num_frames * stride
+    if total <= window:
+        spread = np.linspace(0, total, total // stride)
+        indices = np.concatenate([spread, np.full(num_frames - len(spread), total)])
+        return indices.astype(int).clip(0, total - 1)
+    start = rng.integers(0, total - window) if rng else (total - window) // 2
+    return np.linspace(start, start + window, num_frames).astype(int).clip(start, start + window - 1)
+
+
+def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int) -> np.ndarray:
+    """Fine-tuning on Something-Something: one random frame (the middle one without `rng`) of each equal segment.
+
+    Fewer frames than segments are spread evenly, with repeats.
+    """
+    length = total // num_frames
+    if length == 0:
+        return np.arange(num_frames) * total // num_frames
+    inside = rng.integers(0, length, num_frames) if rng else length // 2
+    return np.arange(num_frames) * length + inside
+
+
+def test_view_indices(total: int, num_frames: int, stride: int, views: int, sampling: str) -> np.ndarray:
+    """Frames of the temporal views of the multi-view test, ``[views, T]``; a single view is the centre.
+
+    Dense: windows of T out of every `stride`-th frame of the whole video, evenly from its start to its end.
+    Segments: frames ``total / T`` apart; the views interleave.
+    """
+    if sampling == "segments":
+        tick = total / num_frames
+        phases = np.arange(views) / views if views > 1 else np.array([0.5])
+        return (tick * phases[:, None] + tick * np.arange(num_frames)).astype(int)
+    every = np.arange(0, total, stride)
+    every = np.concatenate([every, np.full(max(0, num_frames - len(every)), every[-1])])
+    spare = len(every) - num_frames
+    starts = [int(k * (spare / (views - 1))) for k in range(views)] if views > 1 else [spare // 2]
+    return np.stack([every[start : start + num_frames] for start in starts])
+
+
+# Data sets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What depends on the data set and so is no flag that could be forgotten."""
+
+    num_classes: int | None
+    sampling: str  # dense | segments
+    flip: bool
+    test_segments: int
+    test_crops: int
+    train_list: str = "train.csv"
+
+
+DATA_SETS = {
+    "Kinetics-400": DataSet(400, "dense", True, 7, 3),
+    "Mini-Kinetics": DataSet(200, "dense", True, 7, 3),
+    "SSV2": DataSet(174, "segments", False, 2, 3),
+    "SSV2-Mini": DataSet(174, "segments", False, 2, 3, train_list="train_mini.csv"),
+    "UCF101": DataSet(101, "dense", True, 5, 3),
+    "HMDB51": DataSet(51, "dense", True, 5, 3),
+    "custom": DataSet(None, "dense", True, 5, 3),
+}
+
+
 # Samples --------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +194,7 @@ class Sample(TypedDict):
     path: str
     bad: list[tuple[str, str]]  # files that could not be used, and why; the videos among them come first
     num_bad_videos: int
+    erase: NotRequired[np.ndarray]  # seeds of random erasing, int64 [V]
 
 
 class Batch(TypedDict):
@@ -136,13 +205,15 @@ class Batch(TypedDict):
     paths: list[str]
     bad: list[tuple[str, str]]
     num_bad_videos: int
+    erase: NotRequired[torch.Tensor]  # int64 [B]
 
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch, views of a video side by side."""
     clips = torch.from_numpy(np.concatenate([sample["clips"] for sample in samples]))
+    arrays = [name for name in ("extra", "erase") if name in samples[0]]
     return {"clips": clips.permute(0, 4, 1, 2, 3),
-            "extra": torch.from_numpy(np.concatenate([sample["extra"] for sample in samples])),
+            **{name: torch.from_numpy(np.concatenate([sample[name] for sample in samples])) for name in arrays},
             "paths": [sample["path"] for sample in samples],
             "bad": [entry for sample in samples for entry in sample["bad"]],
             "num_bad_videos": sum(sample["num_bad_videos"] for sample in samples)}
@@ -204,136 +275,82 @@ class PretrainDataset(Dataset):
         return clip, self.masks(rng, boxes)
 
 
-class BadFiles:
-    """Notes files that could not be used, each once, in ``bad_clips.txt``, and stops a run that has too many.
+class FinetuneDataset(Dataset):
+    """Labelled training clips: decode, augment.
 
-    Processes append to the same file under a lock.
+    Args:
+        sampling: ``dense`` (frames `stride` apart) or ``segments``.
+        num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
     """
 
-    def __init__(self, output_dir: str, max_fraction: float):
-        self.file = Path(output_dir) / "bad_clips.txt" if output_dir else None
-        self.max_fraction, self.videos, self.bad = max_fraction, 0, 0
-        self.noted: set[str] = set()
-        self.first: list[str] = []
-
-    def watch(self, batches: Iterator[Batch], shown: dict[str, float]) -> Iterator[Batch]:
-        """Pass batches on, taking note of their bad files and counting the videos among them in `shown`.
-
-        Raises:
-            RunError: more than `max_fraction` of the videos, once this process has tried 100.
-        """
-        for batch in batches:
-            self.videos += len(batch["paths"]) + batch["num_bad_videos"]
-            self.bad += batch["num_bad_videos"]
-            for path, reason in batch["bad"]:
-                if path not in self.noted:
-                    self.note(path, reason)
-            if self.bad:
-                shown["bad_clips"] = self.bad
-            if self.videos >= 100:
-                self.check(self.bad, self.videos)
-            yield batch
-
-    def check(self, bad: float, videos: float) -> None:
-        """Raise RunError if too large a part of the videos could not be read."""
-        if bad > self.max_fraction * videos:
-            raise RunError(f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
-                           f"{self.max_fraction}; the first: {'; '.join(self.first)}")
-
-    def note(self, path: str, reason: str) -> None:
-        """Write a line, unless some process has written it."""
-        line = f"{path}\t{reason}".replace("\n", " ")
-        self.noted.add(path)
-        self.first = (self.first + [f"{path}: {reason}"])[:3]
-        logger.warning("cannot use %s: %s", path, reason)
-        if self.file:
-            with open(self.file, "a+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.seek(0)
-                if line not in file.read().splitlines():
-                    file.write(line + "\n")
-
-
-# Order and loading ----------------------------------------------------------------------------------------------
-
-
-class ChunkSampler(Sampler[list[Key]]):
-    """Which samples make up each micro-batch of this process.
-
-    An epoch is one permutation of the list, cut into optimizer steps of ``chunk * world * update_freq`` samples;
-    what is left over is dropped. Chunk j of a step goes to process j % world. So two processes see, step by step,
-    what one process sees that accumulates twice as much, and a run can go on with another number of processes.
-
-    Raises:
-        ValueError: fewer samples than a step takes.
-    """
-
-    def __init__(self, num_samples: int, chunk: int, update_freq: int = 1, rank: int = 0, world: int = 1, seed: int = 0):
-        self.num_samples, self.chunk, self.update_freq = num_samples, chunk, update_freq
-        self.rank, self.world, self.seed = rank, world, seed
-        self.samples_per_step = chunk * world * update_freq
-        self.steps_per_epoch = num_samples // self.samples_per_step
-        self.epoch, self.start_step = 0, 0
-        self.issued: deque[list[int]] = deque()  # handed to workers, not yet come back
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"{num_samples} videos are fewer than the {self.samples_per_step} of an optimizer step; "
-                             "lower --batch_size or --update_freq")
-
-    def set_position(self, epoch: int, step: int = 0) -> None:
-        """The next pass is over `epoch`, from optimizer step `step` on."""
-        self.epoch, self.start_step = epoch, step
-
-    def chunk_id(self, step: int, micro_batch: int) -> int:
-        """Number of a chunk within its epoch, the same for any division into processes and micro-batches."""
-        return (step * self.update_freq + micro_batch) * self.world + self.rank
+    def __init__(self, videos: VideoList, augment: TrainAugmentation, sampling: str, num_frames: int = 16,
+                 stride: int = 4, num_views: int = 1, seed: int = 0):
+        self.videos, self.augment, self.sampling = videos, augment, sampling
+        self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
 
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.update_freq
+        return len(self.videos)
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-        self.issued.clear()
-        for step in range(self.start_step, self.steps_per_epoch):
-            for micro_batch in range(self.update_freq):
-                first = self.chunk_id(step, micro_batch) * self.chunk
-                indices = order[first : first + self.chunk].tolist()
-                self.issued.append(indices)
-                yield [(epoch, index) for index in indices]
+    def __getitem__(self, key: Key) -> Sample:
+        rng = sample_rng(self.seed, *key)
 
+        def choose(total: int) -> np.ndarray:
+            if self.sampling == "segments":
+                return segment_indices(rng, total, self.num_frames)
+            return dense_indices(rng, total, self.num_frames, self.stride)
 
-def init_worker(worker: int) -> None:
-    """One thread a worker: parallelism is between clips."""
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+        frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
+        clips = np.stack([self.augment(rng, frames) for _ in range(self.num_views)])
+        return {"clips": clips, "extra": np.full(self.num_views, self.videos.labels[index]),
+                "erase": rng.integers(2**32, size=self.num_views), "path": self.videos.path(index), "bad": bad,
+                "num_bad_videos": len(bad)}
 
 
-def build_loader(dataset: Dataset, sampler: ChunkSampler, num_workers: int, pin_mem: bool, timeout: float) -> DataLoader:
-    """A loader of training batches. `timeout`: seconds to wait for one before the run is stopped."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=pin_mem,
-                      persistent_workers=num_workers > 0, timeout=timeout if num_workers else 0,
-                      worker_init_fn=init_worker)
+class EvalSample(TypedDict):
+    """A video of a validation or test list, with all its views."""
+
+    index: int
+    views: torch.Tensor  # uint8 [V, 3, T, H, W]
+    error: str  # why it could not be read; then `views` is empty
 
 
-def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
-    """The batches of the sampler's epoch; a worker that hangs or dies is reported with the videos it had.
+class EvalDataset(Dataset):
+    """Videos to be judged, each decoded once for all its views; nothing is random.
 
-    Raises:
-        RunError: a worker hung, died, or raised.
+    Args:
+        segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
+        size: side of the views, pixels.
     """
-    issued = loader.batch_sampler.issued
-    batches = iter(loader)
-    while True:
+
+    def __init__(self, videos: VideoList, sampling: str, segments: int, crops: int, size: int, num_frames: int = 16,
+                 stride: int = 4):
+        self.videos, self.sampling, self.segments, self.crops, self.size = videos, sampling, segments, crops, size
+        self.num_frames, self.stride = num_frames, stride
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def frame_indices(self, total: int) -> np.ndarray:
+        """Frames of each temporal view, ``[segments, T]``."""
+        if self.segments:
+            return test_view_indices(total, self.num_frames, self.stride, self.segments, self.sampling)
+        if self.sampling == "segments":
+            return segment_indices(None, total, self.num_frames)[None]
+        return dense_indices(None, total, self.num_frames, self.stride)[None]
+
+    def __getitem__(self, index: int) -> EvalSample:
+        views: list[np.ndarray] = []
+
+        def choose(total: int) -> np.ndarray:
+            views.append(self.frame_indices(total))
+            return np.unique(views[0])
+
         try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RunError as error:  # raised in a worker, whose traceback comes along
-            raise RunError(str(error).strip().splitlines()[-1].removeprefix("utils.RunError: ")) from error
-        except RuntimeError as error:
-            lost = ", ".join(videos.path(index) for index in (issued[0] if issued else []))
-            reason = str(error).strip().splitlines()[-1]
-            raise RunError(f"the data loader failed ({reason}) on one of: {lost}; take it off the list, or raise "
-                           "--worker_timeout if storage is slow") from error
-        issued.popleft()
-        yield batch
+            frames = short_side_resize(read_frames(self.videos.path(index), choose), self.size)
+        except VideoError as error:
+            empty = torch.empty(0, 3, self.num_frames, self.size, self.size, dtype=torch.uint8)
+            return {"index": index, "views": empty, "error": str(error)}
+        where = np.searchsorted(np.unique(views[0]), views[0])  # [segments, T]
+        squares = [long_side_crop(frames, self.size, crop, self.crops) for crop in range(self.crops)]
+        clips = np.stack([square[window] for window in where for square in squares])
+        return {"index": index, "views": torch.from_numpy(clips).permute(0, 4, 1, 2, 3), "error": ""}

@@ -29,7 +29,7 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups by layer and decay, each with its ``lr_scale``.
+    """Groups by layer and decay, each with its ``lr_scale`` and ``wd_scale``.
 
     One-dimensional parameters (biases, norms), the mask token and positions do not decay. The rate of layer i of
     a model with `depth` blocks is scaled by ``layer_decay ** (depth + 1 - i)`` (BEiT's layer-wise decay).
@@ -41,8 +41,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
             continue
         decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
         layer = layer_of(name, depth) if layer_decay < 1 else depth + 1
-        group = groups.setdefault((layer, decays), {"params": [], "names": [], "weight_decay": weight_decay * decays,
-                                                    "lr_scale": layer_decay ** (depth + 1 - layer)})
+        group = groups.setdefault((layer, decays), {
+            "params": [], "names": [], "weight_decay": weight_decay * decays, "wd_scale": float(decays),
+            "lr_scale": layer_decay ** (depth + 1 - layer)})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -89,6 +90,11 @@ class Stepper:
     def __post_init__(self):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
+    @property
+    def module(self) -> nn.Module:
+        """The model itself, without DDP around it."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass."""
         return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
@@ -98,7 +104,7 @@ class Stepper:
         lr, weight_decay = self.lr(step), self.weight_decay(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-            group["weight_decay"] = weight_decay if group["weight_decay"] > 0 else 0.0
+            group["weight_decay"] = weight_decay * group["wd_scale"]
         return {"lr": lr, "weight_decay": weight_decay}
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -10,15 +10,18 @@ import torch
 
 import utils
 from checkpoints import find_resume, load_strictly
-from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
+from data_loading import ChunkSampler, build_loader
+from datasets import PretrainDataset, VideoList
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
 from modeling_pretrain import MODELS
 from modeling_teacher import DINO_MODELS, NORMS, TARGET_TYPES, PixelTarget, build_clip, build_dino, channel_stats
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
-from optim_factory import Stepper, build_optimizer, parameter_groups
-from training import Position, Settings, add_run_arguments, distribute, fit, path_problems, pick_precision, restore
+from optim_factory import Stepper, parameter_groups
+from options import (add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
+                     path_problems)
+from training import Position, Settings, distribute, fit, restore
 from utils import RunError, logger
 
 
@@ -27,17 +30,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("SMILE pretraining", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    data = parser.add_argument_group("data")
+    data = add_data_arguments(parser)
     data.add_argument("--data_path", required=True, help="list file, `path label` a line (the label is not used)")
-    data.add_argument("--data_root", default="", help="folder that relative paths in the list start from")
-    data.add_argument("--num_frames", type=int, default=16, help="frames a clip")
-    data.add_argument("--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next")
-    data.add_argument("--input_size", type=int, default=224, help="clip side, pixels")
     data.add_argument("--num_sample", type=int, default=1, help="clips (crop, overlay, mask) from each decoded window")
-    data.add_argument("--num_workers", type=int, default=10, help="loader processes a GPU")
-    data.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked batches")
-    data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
-    data.add_argument("--max_bad_fraction", type=float, default=0.05, help="stop if more of the videos are unreadable")
 
     overlay = parser.add_argument_group("overlay (stage 1)")
     overlay.add_argument("--add_tubelets", action="store_true", help="paste moving objects on the clips")
@@ -74,26 +69,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                          help="normalisation of its frames; the released models used ImageNet's")
     teacher.add_argument("--teacher_size", type=int, default=0, help="side of its frames, pixels; 0: the model's own")
 
-    optim = parser.add_argument_group("optimizer")
+    optim = add_optimizer_arguments(parser)
     optim.add_argument("--batch_size", type=int, default=32, help="clips a GPU and forward pass, all masks counted")
-    optim.add_argument("--update_freq", type=int, default=1, help="forward passes an optimizer step")
-    optim.add_argument("--epochs", type=int, default=801, help="length of the schedule, passes over the list")
-    optim.add_argument("--stop_epoch", type=int, default=0, help="stop after so many epochs; the schedule stays")
-    optim.add_argument("--start_epoch", type=int, default=0, help="epoch to start from, numbered from 0")
-    optim.add_argument("--opt", default="adamw", help="a timm optimizer")
-    optim.add_argument("--opt_eps", type=float, default=1e-8, help="epsilon of Adam")
-    optim.add_argument("--opt_betas", type=float, nargs=2, default=[0.9, 0.95], help="betas of Adam")
-    optim.add_argument("--momentum", type=float, default=0.9, help="of SGD")
-    optim.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
-    optim.add_argument("--weight_decay", type=float, default=0.05, help="not on biases, norms and the mask token")
-    optim.add_argument("--weight_decay_end", type=float, default=None, help="its last value (cosine); None: constant")
-    optim.add_argument("--lr", type=float, default=1.5e-4, help="for a total batch of 256, scaled linearly")
-    optim.add_argument("--warmup_lr", type=float, default=0.0, help="rate of the first step, scaled likewise")
-    optim.add_argument("--min_lr", type=float, default=1e-5, help="rate of the last step, scaled likewise")
-    optim.add_argument("--warmup_epochs", type=int, default=40, help="epochs of linear warm-up")
-    optim.add_argument("--warmup_steps", type=int, default=-1, help="the same in steps, if >= 0")
-
-    add_run_arguments(parser, save_ckpt_freq=20)
+    parser.set_defaults(epochs=801, opt_betas=[0.9, 0.95], lr=1.5e-4, min_lr=1e-5, warmup_epochs=40)
+    add_run_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -124,14 +103,13 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--mask_type tubelet follows pasted objects: add --add_tubelets")
     if args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS:
         problems.append(f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}")
-    problems += path_problems({"first_stage_path": args.first_stage_path, "resume": args.resume})
+    problems += path_problems(args, ("first_stage_path", "resume"))
     views = clips_per_video(args)
     if min(args.num_sample, args.batch_size) < 1 or args.batch_size % views:
         problems.append(f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
                         "(--num_sample, and two masks with --multiple_sampling)")
-    for flag in ("update_freq", "epochs", "sampling_rate", "num_rois", "log_interval", "save_ckpt_freq"):
-        if getattr(args, flag) < 1:
-            problems.append(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    problems += number_problems(args, ("update_freq", "epochs", "sampling_rate", "num_rois", "log_interval",
+                                       "save_ckpt_freq"))
     return problems
 
 
@@ -162,20 +140,6 @@ def build_teacher(args: argparse.Namespace) -> torch.nn.Module:
     if args.target_type == "clip":
         return build_clip(args.clip_model, weights, args.teacher_norm, grid, size)
     return build_dino(args.distillation_teacher, weights, args.teacher_norm, grid, size)
-
-
-def build_stepper(args: argparse.Namespace, model: torch.nn.Module, device: torch.device, total_batch: int,
-                  steps_per_epoch: int) -> Stepper:
-    """Optimizer and schedules; learning rates scale with the total batch / 256."""
-    lr, warmup_lr, min_lr = (rate * total_batch / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
-    total = args.epochs * steps_per_epoch
-    warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
-    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    optimizer = build_optimizer(parameter_groups(model, args.weight_decay), args.opt, lr, tuple(args.opt_betas),
-                                args.opt_eps, args.momentum)
-    return Stepper(model, optimizer, device, pick_precision(args.precision, device), args.update_freq,
-                   lambda step: utils.cosine_schedule(step, lr, min_lr, total, warmup, warmup_lr),
-                   lambda step: utils.cosine_schedule(step, args.weight_decay, end, total), args.clip_grad)
 
 
 def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, total_batch: int) -> None:
@@ -210,7 +174,8 @@ def main(args: argparse.Namespace) -> int:
         student = MODELS[args.model](decoder_depth=args.decoder_depth, decoder_num_classes=teacher.out_dim,
                                      drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint).to(device)
         total_batch = args.batch_size * args.update_freq * utils.world_size()
-        stepper = build_stepper(args, student, device, total_batch, sampler.steps_per_epoch)
+        stepper = build_stepper(args, student, parameter_groups(student, args.weight_decay), device, total_batch,
+                                sampler.steps_per_epoch)
     describe(args, stepper, sampler, total_batch)
 
     position, found = Position(args.start_epoch), find_resume(args.output_dir, args.resume, args.auto_resume)

@@ -6,7 +6,6 @@ An engine brings the loss of a batch; a run_*.py brings models, data and options
 
 import argparse
 import datetime
-import os
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,32 +17,13 @@ from torch.utils.data import DataLoader
 
 import checkpoints
 import utils
-from datasets import BadFiles, Batch, ChunkSampler, epoch_batches
-from optim_factory import DTYPES, Stepper
+from data_loading import BadFiles, ChunkSampler, epoch_batches
+from datasets import Batch
+from optim_factory import Stepper
 from utils import RunError, StepMeter, logger
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]  # and device scalars for the log
-
-
-def add_run_arguments(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
-    """The option group `run`, the same in every program."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default="", help="checkpoints, log.txt and bad_clips.txt; empty: none")
-    run.add_argument("--log_dir", default="", help="TensorBoard folder; empty: none")
-    run.add_argument("--log_interval", type=int, default=10, help="steps between console lines")
-    run.add_argument("--save_ckpt_freq", type=int, default=save_ckpt_freq, help="epochs between numbered checkpoints")
-    run.add_argument("--save_ckpt_minutes", type=float, default=15, help="refresh checkpoint-latest.pth; 0: never")
-    run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
-    run.add_argument("--keep_ckpts", type=int, default=0, help="numbered checkpoints to keep; 0: all")
-    run.add_argument("--resume", default="", help="checkpoint to go on from")
-    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the newest in output_dir")
-    run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
-    run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
-    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
-    run.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
-                     help="auto: bf16 (fp16 on older GPUs) on a GPU, fp32 on a CPU")
-    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
+EndEpoch = Callable[[int, Callable[[str], bool]], tuple[dict[str, Any], bool]]
 
 
 @dataclass(frozen=True)
@@ -79,21 +59,6 @@ class Position:
     epoch: int = 0
     step: int = 0
     meter: dict | None = None
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """Resolve `auto`."""
-    if precision != "auto":
-        return precision
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def path_problems(paths: dict[str, str]) -> list[str]:
-    """Which of the files named by flags (flag → path, empty ones left out) do not exist or cannot be read."""
-    return [f"--{flag} {path}: no such file, or not readable" for flag, path in paths.items()
-            if path and not (os.path.isfile(path) and os.access(path, os.R_OK))]
 
 
 def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -160,13 +125,14 @@ def run_steps(batches: Iterator[Batch], loss_of: Callable[[Batch, tuple[int, ...
 
 def fit(settings: Settings, position: Position, sampler: ChunkSampler, loader: DataLoader, stepper: Stepper,
         weights: Callable[[], dict[str, Any]], train_epoch: Callable[..., None],
-        end_epoch: Callable[[int], dict[str, Any]] = lambda epoch: {}) -> int:
+        end_epoch: EndEpoch = lambda epoch, save: ({}, False)) -> int:
     """The loop over epochs.
 
     Args:
         weights: what checkpoints hold beside optimizer and position, such as ``{'model': …, 'args': …}``.
         train_epoch: (batches, meter, first step, chunk key, after step) → None; the last two as in run_steps.
-        end_epoch: called after each epoch in all processes; returns what its log line shows besides.
+        end_epoch: called after each epoch in all processes with a function that saves a checkpoint by name; returns
+            what the epoch's log line shows besides, and whether to stop.
     Returns:
         Exit code: 0, or EXIT_REQUEUE if a signal stopped the run.
     """
@@ -207,7 +173,9 @@ def fit(settings: Settings, position: Position, sampler: ChunkSampler, loader: D
         if position.step == steps:
             position = Position(epoch + 1)
             counts = utils.reduce_sum([bad.bad, bad.videos], stepper.device)
-            log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, **end_epoch(epoch), "bad_clips": counts[0],
+            shown, enough = end_epoch(epoch, lambda name: save(name, epoch, 0, {}))
+            stop_epoch = epoch + 1 if enough else stop_epoch
+            log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, **shown, "bad_clips": counts[0],
                        "steps": steps, "seconds": time.time() - started})
             if (epoch + 1) % settings.save_ckpt_freq == 0 or epoch + 1 == stop_epoch:
                 if save(f"checkpoint-{epoch}.pth", epoch, 0, {}):

@@ -1,0 +1,112 @@
+"""Command-line options that pretraining and fine-tuning share, and what is built from them alone."""
+
+import argparse
+import os
+from typing import Any
+
+import torch
+
+from optim_factory import DTYPES, Stepper, build_optimizer
+from utils import cosine_schedule
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The option group `data`."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_root", default="", help="folder that relative paths in the lists start from")
+    data.add_argument("--num_frames", type=int, default=16, help="frames a clip")
+    data.add_argument("--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next")
+    data.add_argument("--input_size", type=int, default=224, help="clip side, pixels")
+    data.add_argument("--num_workers", type=int, default=10, help="loader processes a GPU")
+    data.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked batches")
+    data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
+    data.add_argument("--max_bad_fraction", type=float, default=0.05, help="stop if more of the videos are unreadable")
+    return data
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The option group `optimizer`; defaults that differ between programs are set by them."""
+    optim = parser.add_argument_group("optimizer")
+    optim.add_argument("--update_freq", type=int, default=1, help="forward passes an optimizer step")
+    optim.add_argument("--epochs", type=int, help="length of the schedule, passes over the list")
+    optim.add_argument("--stop_epoch", type=int, default=0, help="stop after so many epochs; the schedule stays")
+    optim.add_argument("--start_epoch", type=int, default=0, help="epoch to start from, numbered from 0")
+    optim.add_argument("--opt", default="adamw", help="a timm optimizer")
+    optim.add_argument("--opt_eps", type=float, default=1e-8, help="epsilon of Adam")
+    optim.add_argument("--opt_betas", type=float, nargs=2, help="betas of Adam")
+    optim.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    optim.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
+    optim.add_argument("--weight_decay", type=float, default=0.05, help="not on biases, norms and the mask token")
+    optim.add_argument("--weight_decay_end", type=float, default=None, help="its last value (cosine); None: constant")
+    optim.add_argument("--lr", type=float, help="for a total batch of 256, scaled linearly")
+    optim.add_argument("--warmup_lr", type=float, default=0.0, help="rate of the first step, scaled likewise")
+    optim.add_argument("--min_lr", type=float, help="rate of the last step, scaled likewise")
+    optim.add_argument("--warmup_epochs", type=int, help="epochs of linear warm-up")
+    optim.add_argument("--warmup_steps", type=int, default=-1, help="the same in steps, if >= 0")
+    return optim
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The option group `run`."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default="", help="checkpoints, log.txt and bad_clips.txt; empty: none")
+    run.add_argument("--log_dir", default="", help="TensorBoard folder; empty: none")
+    run.add_argument("--log_interval", type=int, default=10, help="steps between console lines")
+    run.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
+    run.add_argument("--save_ckpt_minutes", type=float, default=15, help="refresh checkpoint-latest.pth; 0: never")
+    run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
+    run.add_argument("--keep_ckpts", type=int, default=0, help="numbered checkpoints to keep; 0: all")
+    run.add_argument("--resume", default="", help="checkpoint to go on from")
+    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the newest in output_dir")
+    run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
+    run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
+    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
+    run.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
+                     help="auto: bf16 (fp16 on older GPUs) on a GPU, fp32 on a CPU")
+    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
+    return run
+
+
+def number_problems(args: argparse.Namespace, at_least_one: tuple[str, ...]) -> list[str]:
+    """Which of these options are below 1."""
+    return [f"--{name} {getattr(args, name)}: must be at least 1" for name in at_least_one if getattr(args, name) < 1]
+
+
+def path_problems(args: argparse.Namespace, files: tuple[str, ...]) -> list[str]:
+    """What is wrong with the paths that options name: files that cannot be read, output that cannot be written."""
+    problems = [f"--{name} {getattr(args, name)}: no such file, or not readable" for name in files
+                if getattr(args, name) and not os.access(getattr(args, name), os.R_OK)]
+    for name in ("output_dir", "log_dir"):
+        folder = os.path.abspath(getattr(args, name))
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if getattr(args, name) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            problems.append(f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written")
+    return problems
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Resolve `auto`."""
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def build_stepper(args: argparse.Namespace, model: torch.nn.Module, groups: list[dict[str, Any]],
+                  device: torch.device, total_batch: int, steps_per_epoch: int) -> Stepper:
+    """Optimizer and schedules; learning rates scale with the total batch / 256.
+
+    Raises:
+        ValueError: an optimizer that timm does not know.
+    """
+    lr, warmup_lr, min_lr = (rate * total_batch / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
+    total = args.epochs * steps_per_epoch
+    warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
+    return Stepper(model, optimizer, device, pick_precision(args.precision, device), args.update_freq,
+                   lambda step: cosine_schedule(step, lr, min_lr, total, warmup, warmup_lr),
+                   lambda step: cosine_schedule(step, args.weight_decay, end, total), args.clip_grad)
