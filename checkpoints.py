@@ -55,29 +55,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint") -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint, whichever key it lies under, without the prefix of DDP.
+def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", key: str = "") -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint, under `key` or whichever is usual, without the prefix of DDP.
 
     Raises:
         RunError: no state dict in it.
     """
-    for key in MODEL_KEYS:
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    weights = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    keys = (key,) if key else MODEL_KEYS
+    state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), {} if key else checkpoint)
+    weights = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if not weights:
-        raise RunError(f"{path}: no weights in it (looked under {', '.join(MODEL_KEYS)})")
+        raise RunError(f"{path}: no weights in it (looked under {', '.join(keys)})")
     return weights
 
 
-def load_strictly(model: torch.nn.Module, path: str | Path) -> None:
-    """Load all weights of a checkpoint into a model of the very same shape.
+def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> None:
+    """Load all weights of a checkpoint (those under `key`) into a model of the very same shape.
 
     Raises:
         RunError: unreadable, or of another model.
     """
-    weights = model_weights(read_checkpoint(path), path)
+    weights = model_weights(read_checkpoint(path), path, key)
     own = model.state_dict()
     wrong = [f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
              for name in own if name in weights and weights[name].shape != own[name].shape]
@@ -88,6 +86,41 @@ def load_strictly(model: torch.nn.Module, path: str | Path) -> None:
                        "--decoder_depth and the target")
     model.load_state_dict(weights)
     logger.info("loaded %d tensors from %s", len(weights), path)
+
+
+def load_encoder(model: torch.nn.Module, path: str | Path, need_head: bool = False) -> None:
+    """Load what fits from a pretraining or a fine-tuned checkpoint into a classifier, and say what did.
+
+    From a pretraining checkpoint the encoder is taken (``encoder.`` or ``backbone.`` prefix). A head for another
+    number of classes is left out.
+
+    Args:
+        need_head: the model is to be used as it is, so that head and final norm must be there.
+    Raises:
+        RunError: unreadable, of another size, or without an encoder.
+    """
+    weights = model_weights(read_checkpoint(path), path)
+    for prefix in ("encoder.", "backbone."):
+        inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        weights = inside or weights
+    own = model.state_dict()
+    fitting = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
+    other = [name for name in own if name in weights and name not in fitting and not name.startswith("head.")]
+    if other or not any(name.startswith("blocks.") for name in fitting):
+        reason = (f"{other[0]} is {list(weights[other[0]].shape)} there, {list(own[other[0]].shape)} here" if other
+                  else "no weight of it has a name of this model")
+        raise RunError(f"{path} does not fit this model: {reason}; check --model")
+    new, left = [name for name in own if name not in fitting], [name for name in weights if name not in fitting]
+    if [name for name in new if name.startswith("blocks.") or need_head]:
+        raise RunError(f"{path} lacks {', '.join(new[:4])}" + ("; it is not fine-tuned for this number of classes"
+                                                                if need_head else ""))
+    model.load_state_dict(fitting, strict=False)
+    logger.info("%s: loaded %d tensors; new here: %s; left out: %s", path, len(fitting), _names(new), _names(left))
+
+
+def _names(names: list[str]) -> str:
+    """A list of names, cut short."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"
 
 
 def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:

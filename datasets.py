@@ -5,6 +5,7 @@ the run's seed seeds the one Generator that goes to frame sampling, crop, overla
 whatever the number of workers or processes, and after a resume. Clips stay uint8 until they are on the device.
 """
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,34 @@ class VideoList:
     def path(self, index: int) -> str:
         """Path of a video."""
         return os.fsdecode(self._paths[index])
+
+    def subset(self, indices: np.ndarray) -> "VideoList":
+        """The list of these videos alone."""
+        part = copy.copy(self)
+        part._paths, part.labels = self._paths[indices], self.labels[indices]
+        return part
+
+    def write(self, path: str) -> None:
+        """Write it as a list file."""
+        Path(path).write_text("".join(f"{self.path(i)} {self.labels[i]}\n" for i in range(len(self))))
+
+
+def few_shot(videos: VideoList, seed: int, per_class: int = 0, total: int = 0) -> VideoList:
+    """A fixed random part of a list: so many videos of each class, or so many in all, in the list's order.
+
+    Raises:
+        ValueError: more are asked for than there are.
+    """
+    order = np.random.default_rng(seed).permutation(len(videos))
+    if per_class:
+        of_class = [order[videos.labels[order] == label][:per_class] for label in np.unique(videos.labels)]
+        short = [int(videos.labels[part[0]]) for part in of_class if len(part) < per_class]
+        if short:
+            raise ValueError(f"--samples_per_class {per_class}: class {short[0]} of {videos.source} has fewer videos")
+        order = np.concatenate(of_class)
+    if total > len(order):
+        raise ValueError(f"--num_train_videos {total}: {videos.source} has {len(order)}")
+    return videos.subset(np.sort(order[:total] if total else order))
 
 
 # Decoding: the only place that knows decord ---------------------------------------------------------------------
@@ -314,21 +343,22 @@ class EvalSample(TypedDict):
     error: str  # why it could not be read; then `views` is empty
 
 
-class EvalDataset(Dataset):
-    """Videos to be judged, each decoded once for all its views; nothing is random.
+@dataclass(frozen=True)
+class ViewReader:
+    """Reads all views of a video, decoding it once; nothing is random.
 
     Args:
+        sampling: ``dense`` or ``segments``.
         segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
         size: side of the views, pixels.
     """
 
-    def __init__(self, videos: VideoList, sampling: str, segments: int, crops: int, size: int, num_frames: int = 16,
-                 stride: int = 4):
-        self.videos, self.sampling, self.segments, self.crops, self.size = videos, sampling, segments, crops, size
-        self.num_frames, self.stride = num_frames, stride
-
-    def __len__(self) -> int:
-        return len(self.videos)
+    sampling: str
+    segments: int
+    crops: int
+    size: int
+    num_frames: int = 16
+    stride: int = 4
 
     def frame_indices(self, total: int) -> np.ndarray:
         """Frames of each temporal view, ``[segments, T]``."""
@@ -338,19 +368,36 @@ class EvalDataset(Dataset):
             return segment_indices(None, total, self.num_frames)[None]
         return dense_indices(None, total, self.num_frames, self.stride)[None]
 
-    def __getitem__(self, index: int) -> EvalSample:
+    def __call__(self, path: str) -> torch.Tensor:
+        """uint8 ``[segments * crops, 3, T, size, size]``, the crops of a segment side by side.
+
+        Raises:
+            VideoError: unreadable.
+        """
         views: list[np.ndarray] = []
 
         def choose(total: int) -> np.ndarray:
             views.append(self.frame_indices(total))
             return np.unique(views[0])
 
-        try:
-            frames = short_side_resize(read_frames(self.videos.path(index), choose), self.size)
-        except VideoError as error:
-            empty = torch.empty(0, 3, self.num_frames, self.size, self.size, dtype=torch.uint8)
-            return {"index": index, "views": empty, "error": str(error)}
+        frames = short_side_resize(read_frames(path, choose), self.size)
         where = np.searchsorted(np.unique(views[0]), views[0])  # [segments, T]
         squares = [long_side_crop(frames, self.size, crop, self.crops) for crop in range(self.crops)]
         clips = np.stack([square[window] for window in where for square in squares])
-        return {"index": index, "views": torch.from_numpy(clips).permute(0, 4, 1, 2, 3), "error": ""}
+        return torch.from_numpy(clips).permute(0, 4, 1, 2, 3)
+
+
+class EvalDataset(Dataset):
+    """Videos to be judged, each with all its views."""
+
+    def __init__(self, videos: VideoList, read_views: ViewReader):
+        self.videos, self.read_views = videos, read_views
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> EvalSample:
+        try:
+            return {"index": index, "views": self.read_views(self.videos.path(index)), "error": ""}
+        except VideoError as error:
+            return {"index": index, "views": torch.empty(0, dtype=torch.uint8), "error": str(error)}

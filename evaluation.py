@@ -16,21 +16,31 @@ from utils import broadcast, logger, rank, world_size
 
 @dataclass(frozen=True)
 class VideoScore:
-    """What a model says of a video: its line in the list and class probabilities ``[V, C]`` of its views."""
+    """What a model says of a video: its line in the list and class probabilities of its views.
+
+    `views` is ``[V, C]``, or ``[V, P, C]`` from P probes; without rows if the video could not be read.
+    """
 
     index: int
     views: np.ndarray
     error: str = ""
 
+    def of_probe(self, p: int) -> "VideoScore":
+        """The scores that probe `p` gives."""
+        return self if self.error else VideoScore(self.index, self.views[:, p])
 
-def gather_scores(scores: list[VideoScore]) -> list[VideoScore]:
-    """The scores of all processes by line of the list, in the first process; nothing in the others."""
-    if world_size() == 1:
-        return sorted(scores, key=lambda score: score.index)
-    parts = [None] * world_size() if rank() == 0 else None
-    group = dist.new_group(backend="gloo")
-    dist.gather_object(scores, parts, dst=0, group=group)
-    dist.destroy_process_group(group)
+
+def gather_scores(scores: list[VideoScore], everywhere: bool = False) -> list[VideoScore]:
+    """The scores of all processes by line of the list, in the first process or `everywhere`; else none."""
+    parts: list | None = [scores]
+    if world_size() > 1:
+        group = dist.new_group(backend="gloo")
+        parts = [None] * world_size() if everywhere or rank() == 0 else None
+        if everywhere:
+            dist.all_gather_object(parts, scores, group=group)
+        else:
+            dist.gather_object(scores, parts, dst=0, group=group)
+        dist.destroy_process_group(group)
     return sorted((score for part in parts or () for score in part), key=lambda score: score.index)
 
 
@@ -70,8 +80,7 @@ def judge(scores: list[VideoScore], videos: VideoList, num_classes: int, output_
     Returns:
         accuracy(), and the numbers of ``videos``, ``views`` and ``unreadable`` videos.
     """
-    scores = gather_scores(scores)
-    metrics = None
+    scores, metrics = gather_scores(scores), None
     if rank() == 0:
         mean = average_views(scores, num_classes)
         metrics = accuracy(mean, videos.labels[[score.index for score in scores]])

@@ -19,6 +19,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FUSED = ("adamw", "adam", "sgd")
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Context of a forward pass in fp32, bf16 or fp16."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
 def layer_of(name: str, depth: int) -> int:
     """Depth of a parameter: 0 for the embedding and tokens, k + 1 for block k, depth + 1 for the rest."""
     if name.startswith(("patch_embed", *NO_DECAY)):
@@ -97,7 +102,7 @@ class Stepper:
 
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass."""
-        return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
+        return autocast(self.device, self.precision)
 
     def schedule(self, step: int) -> dict[str, float]:
         """Set learning rate and weight decay for an optimizer step; returns them for the log."""

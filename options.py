@@ -18,7 +18,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     data.add_argument("--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next")
     data.add_argument("--input_size", type=int, default=224, help="clip side, pixels")
     data.add_argument("--num_workers", type=int, default=10, help="loader processes a GPU")
-    data.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked batches")
+    data.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches")
+    data.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
     data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
     data.add_argument("--max_bad_fraction", type=float, default=0.05, help="stop if more of the videos are unreadable")
     return data

@@ -1,0 +1,120 @@
+"""Frozen evaluation: probes on an encoder that does not learn, and nearest neighbours.
+
+Many probes, one for each learning rate and weight decay, are trained side by side on the same features. Their
+number is written P.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from modeling_finetune import LayerNorm, Mlp, VisionTransformer
+
+
+class LinearProbe(nn.Module):
+    """Mean over tokens, BatchNorm without affine parameters (as MAE's probe), linear: ``[B, N, D]`` → ``[B, C]``."""
+
+    def __init__(self, dim: int, num_heads: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(tokens.mean(dim=1)))
+
+
+class AttentiveProbe(nn.Module):
+    """One learned query attends to all tokens, an MLP, linear: ``[B, N, D]`` → ``[B, C]`` (V-JEPA's probe)."""
+
+    def __init__(self, dim: int, num_heads: int, num_classes: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 1, dim))
+        self.norm = LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.mlp_norm = LayerNorm(dim)
+        self.mlp = Mlp(dim)
+        self.head_norm = LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+        for weight in (self.query, self.head.weight):
+            nn.init.trunc_normal_(weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(tokens)
+        pooled, _ = self.attention(self.query.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)
+        pooled = pooled + self.query
+        pooled = pooled + self.mlp(self.mlp_norm(pooled))
+        return self.head(self.head_norm(pooled[:, 0]))
+
+
+PROBES = {"linear": LinearProbe, "attentive": AttentiveProbe}
+
+
+class ProbedEncoder(nn.Module):
+    """A frozen encoder with P probes.
+
+    Args:
+        kind: linear | attentive.
+        settings: learning rate and weight decay of each probe.
+    """
+
+    def __init__(self, encoder: VisionTransformer, num_heads: int, kind: str, num_classes: int,
+                 settings: list[tuple[float, float]]):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.settings = settings
+        self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in settings)
+        self.register_buffer("best", torch.tensor(0))  # the probe that did best in validation
+
+    def train(self, mode: bool = True) -> "ProbedEncoder":
+        """The encoder stays in eval mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, T, H, W]`` → logits of all probes, ``[B, P, C]``."""
+        with torch.no_grad():
+            tokens = self.encoder.forward_tokens(x)
+        return torch.stack([probe(tokens) for probe in self.probes], dim=1)
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        """A group for each probe, whose rate and decay are multiples of the scheduled `lr` and `weight_decay`."""
+        return [{"params": list(probe.parameters()), "weight_decay": decay, "wd_scale": decay / weight_decay,
+                 "lr_scale": rate / lr} for probe, (rate, decay) in zip(self.probes, self.settings)]
+
+
+class MeanTokens(nn.Module):
+    """Features for nearest neighbours: ``[B, 3, T, H, W]`` → mean of the encoder's tokens, ``[B, D]``."""
+
+    def __init__(self, encoder: VisionTransformer):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder.forward_tokens(x).mean(dim=1)
+
+
+class ProbeLoss(nn.Module):
+    """Sum of the probes' own losses, so that each has its own gradient: logits ``[B, P, C]``, labels ``[B]``."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        B, P, C = logits.shape
+        return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(P), reduction="sum") / B
+
+
+def nearest_neighbours(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int, num_classes: int,
+                       temperature: float = 0.07) -> torch.Tensor:
+    """Weighted k-NN vote by cosine similarity, weights exp(similarity / temperature) (Wu et al. 2018; DINO).
+
+    Args:
+        train: features ``[n, D]`` with labels ``[n]``; test: ``[m, D]``.
+    Returns:
+        Class scores ``[m, num_classes]`` that sum to 1.
+    """
+    similarity, nearest = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)
+    votes = torch.zeros(len(test), num_classes, dtype=similarity.dtype)
+    votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+    return votes / votes.sum(dim=1, keepdim=True)

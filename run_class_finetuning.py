@@ -1,0 +1,317 @@
+"""Fine-tune or probe a SMILE encoder for classification, and test it: the command line and what is built from it.
+
+scripts/finetune/ and scripts/test/ hold the recipes. Without further flags it fine-tunes, then tests the best
+checkpoint on all views; ``--eval``, ``--predict`` and ``--knn`` do no training.
+"""
+
+import argparse
+import os
+from itertools import product
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn as nn
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+
+import utils
+from checkpoints import find_resume, load_encoder, load_strictly
+from data_loading import ChunkSampler, build_loader
+from datasets import DATA_SETS, FinetuneDataset, VideoList, ViewReader, few_shot
+from engine_for_finetuning import Evaluator, train_one_epoch
+from modeling_finetune import MODELS, SIZES, token_grid
+from modeling_probe import ProbedEncoder, ProbeLoss
+from optim_factory import parameter_groups
+from options import (add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
+                     path_problems, pick_precision)
+from training import Position, Settings, distribute, fit, restore
+from utils import RunError, logger
+from video_transforms import TrainAugmentation
+
+BEST = "checkpoint-best.pth"
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (`argv`, or sys.argv)."""
+    parser = argparse.ArgumentParser("SMILE fine-tuning", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    data = add_data_arguments(parser)
+    data.add_argument("--data_set", choices=DATA_SETS, default="Kinetics-400",
+                      help="decides classes, flip, sampling and test views; `custom` needs --nb_classes")
+    data.add_argument("--data_path", default="", help="folder with train.csv, val.csv, test.csv (and classes.txt)")
+    data.add_argument("--nb_classes", type=int, default=0, help="classes; 0: the data set's")
+    data.add_argument("--num_sample", type=int, default=1, help="augmentations of each decoded clip")
+    data.add_argument("--samples_per_class", type=int, default=0, help="train on so many videos a class; 0: all")
+    data.add_argument("--num_train_videos", type=int, default=0, help="train on so many videos; 0: all")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
+    model.add_argument("--finetune", default="", help="checkpoint to start from, or to test with --eval")
+    model.add_argument("--drop", type=float, default=0.0, help="dropout in the blocks")
+    model.add_argument("--attn_drop_rate", type=float, default=0.0, help="dropout of attention")
+    model.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth rate of the last block")
+    model.add_argument("--fc_drop_rate", type=float, default=0.0, help="dropout before the head")
+    model.add_argument("--init_scale", type=float, default=0.001, help="factor on the head's initial weights")
+    model.add_argument("--use_checkpoint", action="store_true", help="recompute activations to save memory")
+    model.add_argument("--model_ema", action="store_true", help="also keep, and validate, an average of the weights")
+    model.add_argument("--model_ema_decay", type=float, default=0.9999, help="of that average")
+
+    augment = parser.add_argument_group("augmentation")
+    augment.add_argument("--aa", default="rand-m7-n4-mstd0.5-inc1", help="timm RandAugment policy; '' for none")
+    augment.add_argument("--train_interpolation", choices=("bilinear", "bicubic", "random"), default="bicubic",
+                         help="of RandAugment's turns and shears")
+    augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    augment.add_argument("--mixup", type=float, default=0.8, help="alpha; 0: off")
+    augment.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0: off")
+    augment.add_argument("--mixup_prob", type=float, default=1.0, help="of either")
+    augment.add_argument("--mixup_switch_prob", type=float, default=0.5, help="of CutMix, where both are on")
+    augment.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="drawn once for what")
+    augment.add_argument("--reprob", type=float, default=0.25, help="random erasing, probability")
+    augment.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing, filling")
+    augment.add_argument("--recount", type=int, default=1, help="random erasing, rectangles")
+
+    optim = add_optimizer_arguments(parser)
+    optim.add_argument("--batch_size", type=int, default=4, help="videos a GPU and forward pass")
+    optim.add_argument("--layer_decay", type=float, default=0.75, help="factor on the rate from a layer to the one below")
+    parser.set_defaults(epochs=100, opt_betas=[0.9, 0.999], lr=1e-3, min_lr=1e-6, warmup_epochs=5)
+
+    frozen = parser.add_argument_group("frozen evaluation")
+    frozen.add_argument("--linear_probe", action="store_true", help="train linear classifiers on the frozen encoder")
+    frozen.add_argument("--attentive_probe", action="store_true", help="the same, pooling with learned attention")
+    frozen.add_argument("--probe_lrs", type=float, nargs="+", default=[1e-2, 3e-3, 1e-3], help="rates tried together")
+    frozen.add_argument("--probe_wds", type=float, nargs="+", default=[0.0, 0.05], help="weight decays tried together")
+    frozen.add_argument("--knn", type=int, default=0, metavar="K", help="test K nearest neighbours, without training")
+
+    test = parser.add_argument_group("validation and test")
+    test.add_argument("--eval", action="store_true", help="only test --finetune (or output_dir's best)")
+    test.add_argument("--predict", default="", metavar="VIDEO", help="print the five likeliest classes of one video")
+    test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
+    test.add_argument("--patience", type=int, default=0, help="stop after so many validations without a best; 0: never")
+    test.add_argument("--test_num_segment", type=int, default=0, help="views in time; 0: the data set's")
+    test.add_argument("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
+
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def read_list(args: argparse.Namespace, name: str) -> VideoList:
+    """The list `name` of the data set, labels checked."""
+    return VideoList(os.path.join(args.data_path, name), num_classes(args), args.data_root)
+
+
+def num_classes(args: argparse.Namespace) -> int:
+    """Number of classes, from the flag or the data set."""
+    return args.nb_classes or DATA_SETS[args.data_set].num_classes
+
+
+def class_names(args: argparse.Namespace) -> list[str] | None:
+    """The lines of classes.txt, if there is one.
+
+    Raises:
+        ValueError: another number of lines than classes.
+    """
+    file = Path(args.data_path) / "classes.txt"
+    if not (args.data_path and file.is_file()):
+        return None
+    names = file.read_text().splitlines()
+    if len(names) != num_classes(args):
+        raise ValueError(f"{file} has {len(names)} lines, but there are {num_classes(args)} classes")
+    return names
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """Everything wrong with the arguments that can be seen without building a model."""
+    problems = path_problems(args, ("finetune", "resume", "predict"))
+
+    def attempt(check, *values):
+        try:
+            check(*values)
+        except ValueError as error:
+            problems.append(str(error))
+
+    attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+    known = DATA_SETS[args.data_set].num_classes
+    if not num_classes(args):
+        problems.append(f"--data_set {args.data_set} needs --nb_classes")
+    elif known and args.nb_classes not in (0, known):
+        problems.append(f"--nb_classes {args.nb_classes}: {args.data_set} has {known} classes")
+    else:
+        attempt(class_names, args)
+        for name in needed_lists(args):
+            attempt(read_list, args, name)
+    if args.mixup_mode != "elem" and args.batch_size * args.num_sample % 2 and mixes(args):
+        problems.append(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch")
+    if args.linear_probe and args.attentive_probe:
+        problems.append("--linear_probe and --attentive_probe: choose one")
+    if (args.linear_probe or args.attentive_probe or args.knn) and not (args.finetune or args.eval):
+        problems.append("a frozen encoder needs weights: give --finetune")
+    if (args.linear_probe or args.attentive_probe) and args.weight_decay <= 0:
+        problems.append("probes take their weight decay from --probe_wds; leave --weight_decay alone")
+    return problems + number_problems(args, ("update_freq", "epochs", "sampling_rate", "batch_size", "num_sample",
+                                             "val_freq", "log_interval", "save_ckpt_freq"))
+
+
+def needed_lists(args: argparse.Namespace) -> list[str]:
+    """Which lists the chosen job reads."""
+    train = DATA_SETS[args.data_set].train_list
+    if args.predict:
+        return []
+    if args.eval:
+        return ["test.csv"]
+    return [train, "test.csv"] if args.knn else [train, "val.csv", "test.csv"]
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether batches are mixed: not for probes."""
+    return (args.mixup > 0 or args.cutmix > 0) and not (args.linear_probe or args.attentive_probe or args.knn)
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """Classifier, or frozen encoder with probes; new weights."""
+    probing = args.linear_probe or args.attentive_probe
+    model = MODELS[args.model](
+        num_classes=0 if probing or args.knn else num_classes(args), drop_rate=args.drop,
+        attn_drop_rate=args.attn_drop_rate, drop_path_rate=args.drop_path, fc_drop_rate=args.fc_drop_rate,
+        init_scale=args.init_scale, use_checkpoint=args.use_checkpoint)
+    if not probing:
+        return model
+    heads = next(size.num_heads for name, size in SIZES.items() if f"_{name}_" in args.model)
+    return ProbedEncoder(model, heads, "linear" if args.linear_probe else "attentive", num_classes(args),
+                         list(product(args.probe_lrs, args.probe_wds)))
+
+
+def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
+    """Training clips, augmented as the data set allows; probes see crops and flips only."""
+    data_set = DATA_SETS[args.data_set]
+    videos = read_list(args, data_set.train_list)
+    if args.samples_per_class or args.num_train_videos:
+        videos = few_shot(videos, args.seed, args.samples_per_class, args.num_train_videos)
+        if args.output_dir and not args.dry_run and utils.rank() == 0:
+            videos.write(os.path.join(args.output_dir, "train_subset.csv"))
+    policy = "" if args.linear_probe or args.attentive_probe else args.aa
+    augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation)
+    return FinetuneDataset(videos, augment, data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed)
+
+
+def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
+    """The views of a test, or the one of a validation."""
+    data_set = DATA_SETS[args.data_set]
+    segments, crops = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
+    return ViewReader(data_set.sampling, *((segments, crops) if test else (0, 1)), args.input_size, args.num_frames,
+                      args.sampling_rate)
+
+
+def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
+    """What validates and tests on the lists of the data set."""
+    return Evaluator(device=device, precision=pick_precision(args.precision, device), num_classes=num_classes(args),
+                     read_list=lambda name: read_list(args, name), val_views=view_reader(args, test=False),
+                     test_views=view_reader(args, test=True), num_workers=args.num_workers,
+                     timeout=args.worker_timeout, output_dir=args.output_dir, classes=class_names(args))
+
+
+def train(args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module,
+          evaluator: Evaluator) -> int:
+    """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
+    probing = isinstance(model, ProbedEncoder)
+    total_batch = args.batch_size * args.num_sample * args.update_freq * utils.world_size()
+    with utils.user_errors():
+        dataset = build_train_set(args)
+        sampler = ChunkSampler(len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed)
+        groups = (model.parameter_groups(args.lr, args.weight_decay) if probing
+                  else parameter_groups(model, args.weight_decay, args.layer_decay))
+        stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+    ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+    best = {"acc1": -1.0, "epoch": -1}
+
+    found, position = find_resume(args.output_dir, args.resume, args.auto_resume), Position(args.start_epoch)
+    if found:
+        position = restore(found, model, stepper, sampler)
+        best = found[1]["best"]
+        if ema:
+            ema.module.load_state_dict(found[1]["model_ema"])
+    logger.info("total batch %d clips, %d steps an epoch, %d epochs, lr %.3g, %s on %s", total_batch,
+                sampler.steps_per_epoch, args.epochs, args.lr * total_batch / 256, stepper.precision, device)
+    if args.compile:
+        model.compile(dynamic=False)
+    stepper.model = distribute(model, device)
+    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout)
+    mixup = Mixup(args.mixup, args.cutmix, None, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                  label_smoothing=args.smoothing, num_classes=num_classes(args)) if mixes(args) else None
+    eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob else None
+    criterion = ProbeLoss() if probing else (
+        SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(args.smoothing))
+
+    def train_epoch(batches, meter, first_step, chunk_key, after_step) -> None:
+        train_one_epoch(stepper.model, criterion, batches, stepper, meter, evaluator.norm, first_step, chunk_key, after_step,
+                        mixup, None if probing else eraser, ema)
+
+    def end_epoch(epoch: int, save: Callable[[str], bool]) -> tuple[dict, bool]:
+        if (epoch + 1) % args.val_freq and epoch + 1 < args.epochs:
+            return {}, False
+        metrics = evaluator.validate(ema.module if ema else model)
+        if metrics["acc1"] > best["acc1"]:
+            best.update(acc1=metrics["acc1"], epoch=epoch)
+            save(BEST)
+        logger.info("validation: acc1 %.2f  acc5 %.2f  (best %.2f in epoch %d)", metrics["acc1"], metrics["acc5"],
+                    best["acc1"], best["epoch"])
+        waited = (epoch - best["epoch"]) // args.val_freq
+        return {f"val_{name}": value for name, value in metrics.items()}, 0 < args.patience <= waited
+
+    def weights() -> dict:
+        return {"model": model.state_dict(), "args": args, "best": best} | (
+            {"model_ema": ema.module.state_dict()} if ema else {})
+
+    return fit(settings, position, sampler, loader, stepper, weights, train_epoch, end_epoch)
+
+
+def load_for_test(args: argparse.Namespace, model: nn.Module) -> None:
+    """The weights to test: --finetune, else the best of output_dir.
+
+    Raises:
+        RunError: neither is there, or it holds no head for these classes.
+    """
+    best = os.path.join(args.output_dir, BEST)
+    path = args.finetune or (best if args.output_dir and os.path.isfile(best) else "")
+    if not path:
+        raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
+    if isinstance(model, ProbedEncoder) or args.model_ema:
+        load_strictly(model, path, "model_ema" if args.model_ema else "")
+    else:
+        load_encoder(model, path, need_head=True)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, build, and do the chosen job; returns the exit code."""
+    device = utils.init_distributed(args.device)
+    utils.setup_logging()
+    problems = find_problems(args)
+    if problems:
+        raise RunError("\n       ".join(problems))
+    settings = Settings.of(args)
+    lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
+    utils.seed_everything(args.seed)
+    with utils.user_errors():
+        evaluator = build_evaluator(args, device)
+        model = build_model(args).to(device)
+    if args.eval or args.predict:
+        load_for_test(args, model)
+        return evaluator.predict(model, args.predict) if args.predict else evaluator.test(model)
+    if args.finetune:
+        load_encoder(getattr(model, "encoder", model), args.finetune)
+    if args.knn:
+        return evaluator.knn(model, args.knn, DATA_SETS[args.data_set].train_list)
+    code = train(args, settings, device, model, evaluator)
+    if code == 0 and not args.dry_run:
+        args.finetune = ""
+        load_for_test(args, model)
+        code = evaluator.test(model)
+    del lock
+    return code
+
+
+if __name__ == "__main__":
+    utils.run_main(main, get_args())
