@@ -83,7 +83,8 @@ def train_one_epoch(
         if mixup:
             clips, targets = mix(clips, labels, mixup)
         logits = model(clips)
-        return criterion(logits, targets), {"acc1": (logits.argmax(-1) == labels).float().mean() * 100}
+        right = logits.argmax(dim=-1) == labels.view(-1, *[1] * (logits.ndim - 2))  # [B], or [B, P] of probes
+        return criterion(logits, targets), {"acc1": right.float().mean() * 100}
 
     def stepped(done: int) -> bool:
         if ema:

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
 
@@ -60,20 +61,33 @@ def sinusoid_positions(num_tokens: int, dim: int) -> torch.Tensor:
     """
     position = torch.arange(num_tokens, dtype=torch.float64)[:, None]
     channel = torch.arange(dim)
-    angle = position / 10000 ** (2 * (channel // 2) / dim)
+    power = 2 * (channel // 2).double() / dim
+    angle = position / 10000**power
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
 
 
 class TubeletEmbed(nn.Module):
-    """Cut a clip into tubelets and project each: ``[B, 3, T, H, W]`` → ``[B, N, D]``."""
+    """Cut a clip into tubelets and project each: ``[B, 3, T, H, W]`` → ``[B, N, D]``.
+
+    `proj` is a Conv3d for the sake of the released weights; since its kernel is its stride it is computed as the
+    matrix product it amounts to, which is faster and can be limited to some of the tubelets.
+    """
 
     def __init__(self, embed_dim: int, in_chans: int = 3):
         super().__init__()
         kernel = (TUBELET_SIZE, PATCH_SIZE, PATCH_SIZE)
         self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
 
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, T, H, W]`` → pixels of each tubelet in the order of the kernel, ``[B, N, 3·2·16·16]``."""
+        return rearrange(x, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=TUBELET_SIZE, q=PATCH_SIZE, r=PATCH_SIZE)
+
+    def project(self, tubelets: torch.Tensor) -> torch.Tensor:
+        """``[B, M, 3·2·16·16]`` → ``[B, M, D]``."""
+        return F.linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, D, t, h, w] → [B, N, D]
+        return self.project(self.cut(x))
 
 
 class Attention(nn.Module):

@@ -47,8 +47,9 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(size.embed_dim)
 
     def forward(self, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed(x)
-        x = take_tokens(x + sinusoid_positions(x.shape[1], x.shape[2]).to(x), visible)
+        tubelets = self.patch_embed.cut(x)  # [B, N, 1536]
+        x = self.patch_embed.project(take_tokens(tubelets, visible))  # hidden ones are not even embedded
+        x = x + take_tokens(sinusoid_positions(tubelets.shape[1], x.shape[2]).to(x), visible)
         return self.norm(run_blocks(self.blocks, x, self.use_checkpoint))
 
 

@@ -307,7 +307,8 @@ def main(args: argparse.Namespace) -> int:
     code = train(args, settings, device, model, evaluator)
     if code == 0 and not args.dry_run:
         args.finetune = ""
-        load_for_test(args, model)
+        if args.output_dir:
+            load_for_test(args, model)
         code = evaluator.test(model)
     del lock
     return code
