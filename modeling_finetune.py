@@ -54,16 +54,17 @@ def token_grid(num_frames: int, height: int, width: int, patch_size: int = PATCH
 
 
 @lru_cache
-def sinusoid_positions(num_tokens: int, dim: int) -> torch.Tensor:
+def sinusoid_positions(num_tokens: int, dim: int, device: torch.device | str = "cpu",
+                       dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Fixed positions ``[1, N, D]``: sin on even, cos on odd channels of n / 10000^(2·(i//2)/D) (Vaswani et al., 3.5).
 
     One dimension over all tokens, not one per axis: kept for the released weights.
     """
-    position = torch.arange(num_tokens, dtype=torch.float64)[:, None]
-    channel = torch.arange(dim)
+    position = torch.arange(num_tokens, dtype=torch.float64, device=device)[:, None]
+    channel = torch.arange(dim, device=device)
     power = 2 * (channel // 2).double() / dim
     angle = position / 10000**power
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).to(dtype)[None]
 
 
 class TubeletEmbed(nn.Module):
@@ -143,7 +144,7 @@ class Block(nn.Module):
 
 def make_blocks(dim: int, depth: int, num_heads: int, drop_path_rate: float = 0.0, **drops: float) -> nn.ModuleList:
     """`depth` blocks whose drop path grows linearly from 0 to `drop_path_rate`."""
-    rates = torch.linspace(0, drop_path_rate, depth).tolist()
+    rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
     return nn.ModuleList(Block(dim, num_heads, rate, **drops) for rate in rates)
 
 
@@ -190,7 +191,7 @@ class VisionTransformer(nn.Module):
     def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, 3, T, H, W]`` → tokens after the last block, ``[B, N, D]``."""
         x = self.patch_embed(x)
-        x = x + sinusoid_positions(x.shape[1], x.shape[2]).to(x)
+        x = x + sinusoid_positions(*x.shape[1:], x.device, x.dtype)
         return run_blocks(self.blocks, x, self.use_checkpoint)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

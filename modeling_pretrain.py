@@ -49,7 +49,7 @@ class Encoder(nn.Module):
     def forward(self, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         tubelets = self.patch_embed.cut(x)  # [B, N, 1536]
         x = self.patch_embed.project(take_tokens(tubelets, visible))  # hidden ones are not even embedded
-        x = x + take_tokens(sinusoid_positions(tubelets.shape[1], x.shape[2]).to(x), visible)
+        x = x + take_tokens(sinusoid_positions(tubelets.shape[1], x.shape[2], x.device, x.dtype), visible)
         return self.norm(run_blocks(self.blocks, x, self.use_checkpoint))
 
 
@@ -110,7 +110,7 @@ class PretrainVisionTransformer(nn.Module):
         """
         visible, hidden = split_tokens(mask, num_masked)
         x = self.encoder_to_decoder(self.encoder(x, visible))  # [R·B, N_visible, D_decoder]
-        positions = sinusoid_positions(mask.shape[1], x.shape[2]).to(x)
+        positions = sinusoid_positions(mask.shape[1], x.shape[2], x.device, x.dtype)
         x = torch.cat([x + take_tokens(positions, visible), self.mask_token + take_tokens(positions, hidden)], dim=1)
         return self.decoder(x, hidden.shape[1])
 
