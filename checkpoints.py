@@ -69,6 +69,16 @@ def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", k
     return weights
 
 
+def check_kind(path: str, name: str, kind: str) -> None:
+    """Make sure that a checkpoint is of the right kind before anything is built: that it has weights called `name`.
+
+    Raises:
+        RunError: unreadable, or without them.
+    """
+    if not any(name in own for own in model_weights(read_checkpoint(path), path)):
+        raise RunError(f"{path} is not a {kind} checkpoint: it has no {name}")
+
+
 def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> None:
     """Load all weights of a checkpoint (those under `key`) into a model of the very same shape.
 

@@ -18,7 +18,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 import utils
-from checkpoints import find_resume, load_encoder, load_strictly
+from checkpoints import check_kind, find_resume, load_encoder, load_strictly
 from data_loading import ChunkSampler, build_loader
 from datasets import DATA_SETS, FinetuneDataset, VideoList, ViewReader, few_shot
 from engine_for_finetuning import Evaluator, train_one_epoch
@@ -130,9 +130,11 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     def attempt(check, *values):
         try:
             check(*values)
-        except ValueError as error:
+        except (ValueError, RunError) as error:
             problems.append(str(error))
 
+    if os.path.isfile(args.finetune):
+        attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     attempt(token_grid, args.num_frames, args.input_size, args.input_size)
     known = DATA_SETS[args.data_set].num_classes
     if not num_classes(args):

@@ -5,11 +5,12 @@ Stage 1 pastes moving objects (``--add_tubelets --mask_type tubelet``); stage 2 
 """
 
 import argparse
+import os
 
 import torch
 
 import utils
-from checkpoints import find_resume, load_strictly
+from checkpoints import check_kind, find_resume, load_strictly
 from data_loading import ChunkSampler, build_loader
 from datasets import PretrainDataset, VideoList
 from engine_for_pretraining import train_one_epoch
@@ -104,6 +105,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS:
         problems.append(f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}")
     problems += path_problems(args, ("first_stage_path", "resume"))
+    if os.path.isfile(args.first_stage_path):
+        attempt(check_kind, args.first_stage_path, "encoder_to_decoder.weight", "pretraining")
     views = clips_per_video(args)
     if min(args.num_sample, args.batch_size) < 1 or args.batch_size % views:
         problems.append(f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "

@@ -6,6 +6,7 @@ An engine brings the loss of a batch; a run_*.py brings models, data and options
 
 import argparse
 import datetime
+import resource
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -192,7 +193,9 @@ def fit(settings: Settings, position: Position, sampler: ChunkSampler, loader: D
 
 
 def report_dry_run(meter: StepMeter, steps: int) -> None:
-    """Say how long a run would take at the speed of the one step that was made."""
+    """Say how long a run would take at the speed of the one step that was made, and the memory it took."""
     meter.flush(0)
-    logger.info("dry run: one step went well, nothing was written; %d steps at that speed are %s", steps,
-                datetime.timedelta(seconds=int(steps * meter.step_time)))
+    on_gpu = meter.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    logger.info("dry run: one step went well, nothing was written; peak memory %.1f GiB; %d steps at that speed are %s",
+                peak / 2**30, steps, datetime.timedelta(seconds=int(steps * meter.step_time)))
