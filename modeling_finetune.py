@@ -165,7 +165,7 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(self, size: Size, num_classes: int = 400, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.0, fc_drop_rate: float = 0.0, init_scale: float = 0.0,
+                 drop_path_rate: float = 0.0, fc_drop_rate: float = 0.0, init_scale: float = 0.001,
                  use_checkpoint: bool = False):
         super().__init__()
         self.embed_dim, self.depth, self.use_checkpoint = size.embed_dim, size.depth, use_checkpoint

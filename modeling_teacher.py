@@ -52,6 +52,9 @@ class PixelTarget(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
+    def compile(self, **options) -> None:
+        """Nothing worth compiling."""
+
     @torch.inference_mode()
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """ImageNet-normalised ``[B, 3, T, H, W]`` → ``[B, N, out_dim]``, fp32."""
@@ -86,6 +89,10 @@ class FrameTeacher(nn.Module):
     def train(self, mode: bool = True) -> "FrameTeacher":
         """A frozen teacher stays in eval mode."""
         return super().train(False)
+
+    def compile(self, **options) -> None:
+        """Compile the network, inside of inference mode, which torch.compile cannot trace."""
+        self.patch_features = torch.compile(self.patch_features, **options)
 
     def patch_features(self, frames: torch.Tensor) -> torch.Tensor:
         """``[B, 3, H, W]`` → all patch tokens of the last layer after its final norm, ``[B, h·w, D]``.

@@ -21,6 +21,7 @@ import utils
 from checkpoints import check_kind, find_resume, load_encoder, load_strictly
 from data_loading import ChunkSampler, build_loader
 from datasets import DATA_SETS, FinetuneDataset, VideoList, ViewReader, few_shot
+from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import Evaluator, train_one_epoch
 from modeling_finetune import MODELS, SIZES, token_grid
 from modeling_probe import ProbedEncoder, ProbeLoss
@@ -95,6 +96,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
 
     add_run_arguments(parser)
+    deepspeed = parser.add_argument_group("DeepSpeed")
+    deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
+    deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0,
+                           help="what processes share out: 0 nothing, 1 optimizer state, 2 gradients too")
     return parser.parse_args(argv)
 
 
@@ -228,6 +233,10 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
     best = {"acc1": -1.0, "epoch": -1}
+    if args.enable_deepspeed:
+        with utils.user_errors():
+            stepper = with_deepspeed(stepper, args.zero_stage, args.batch_size * args.num_sample, args.opt,
+                                     settings.output_dir)
 
     found, position = find_resume(args.output_dir, args.resume, args.auto_resume), Position(args.start_epoch)
     if found:
@@ -239,7 +248,8 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
                 sampler.steps_per_epoch, args.epochs, args.lr * total_batch / 256, stepper.precision, device)
     if args.compile:
         model.compile(dynamic=False)
-    stepper.model = distribute(model, device)
+    if not args.enable_deepspeed:
+        stepper.model = distribute(model, device)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout)
     mixup = Mixup(args.mixup, args.cutmix, None, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
                   label_smoothing=args.smoothing, num_classes=num_classes(args)) if mixes(args) else None
@@ -267,7 +277,10 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         return {"model": model.state_dict(), "args": args, "best": best} | (
             {"model_ema": ema.module.state_dict()} if ema else {})
 
-    return fit(settings, position, sampler, loader, stepper, weights, train_epoch, end_epoch)
+    code = fit(settings, position, sampler, loader, stepper, weights, train_epoch, end_epoch)
+    if args.enable_deepspeed:
+        stepper.close(settings.output_dir)
+    return code
 
 
 def load_for_test(args: argparse.Namespace, model: nn.Module) -> None:

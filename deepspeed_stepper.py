@@ -1,0 +1,182 @@
+"""The optimizer step by DeepSpeed (``--enable_deepspeed``): ZeRO stages 0, 1 and 2 in fp32, bf16 or fp16.
+
+Below fp32 the model itself is kept in low precision, its fp32 master weights by DeepSpeed's optimizer. Optimizer state
+goes to ``OUTPUT_DIR/deepspeed/``, a folder a checkpoint; the .pth beside it holds the weights and names its folder.
+deepspeed is imported where a stepper is built, not at the top: that takes seconds, and few runs need it.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from optim_factory import DTYPES, FUSED, Stepper
+from utils import RunError, barrier, broadcast, rank, reduce_sum, world_size
+
+FOLDER = "deepspeed"  # of OUTPUT_DIR
+BUCKET = 50_000_000  # numbers exchanged at a time; with DeepSpeed's default their buffer takes 2 GB
+
+
+class DeepSpeedStepper(Stepper):
+    """A Stepper whose `model` is a DeepSpeed engine; made by `with_deepspeed`."""
+
+    def __post_init__(self):
+        self.stage = self.model.zero_optimization_stage()
+        self.tag, self.failed, self.casts = "", False, []
+        if self.precision != "fp32":  # clips in low precision, logits in fp32, in training and validation alike
+            dtype = DTYPES[self.precision]
+            self.casts = [
+                self.module.register_forward_pre_hook(lambda module, inputs: tuple(x.to(dtype) for x in inputs)),
+                self.module.register_forward_hook(lambda module, inputs, output: output.float())]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module
+
+    def autocast(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def sync(self, micro_batch: int) -> AbstractContextManager:
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss)
+        if not self.model.is_gradient_accumulation_boundary():
+            self.model.step()  # only counts the micro-batch
+
+    def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        engine = self.model
+        if self.stage == 0 and self.precision == "fp32":  # the one case in which DeepSpeed neither measures nor skips
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), float("inf"))
+            bad = not norm.isfinite()
+            engine.set_gradient_accumulation_boundary(False if bad else None)
+            engine.step()
+            engine.set_gradient_accumulation_boundary(None)
+            engine.zero_grad()
+        else:
+            scale = engine.optimizer.loss_scale if self.stage == 0 else 1.0  # stages 1 and 2 divide by it themselves
+            engine.step()
+            norm, bad = engine.get_global_grad_norm() / scale, engine.optimizer.overflow
+        if self.precision == "fp16":  # an overflow only lowers the scale and is no error
+            bad = not loss.isfinite()
+        return {"grad_norm": torch.as_tensor(norm, device=self.device), "bad": torch.tensor(float(bad), device=self.device)}
+
+    def _layout(self) -> dict[str, Any]:
+        """What must be the same for shards to be read."""
+        return {"zero_stage": self.stage, "precision": self.precision, "processes": world_size()}
+
+    def state(self) -> dict[str, Any]:
+        if self.failed:  # an OSError, which the writer of checkpoints counts as a failed save
+            raise OSError("DeepSpeed's optimizer state could not be written")
+        return {"optimizer": {"deepspeed": self.tag, **self._layout()}, "scaler": {}}
+
+    def save_shards(self, folder: str, name: str) -> None:
+        """Write the optimizer state of a checkpoint. Until its .pth replaces the old one, the old state stays too."""
+        if not folder:
+            return
+        shards, stem, reason = Path(folder) / FOLDER, Path(name).stem, ""
+        if rank() == 0:
+            remove_unused(folder)
+        self.tag = broadcast(f"{stem}-b" if (shards / stem).exists() else stem)
+        try:
+            self.model.save_checkpoint(str(shards), tag=self.tag)
+        except (OSError, RuntimeError) as error:
+            reason = str(error)
+            barrier()  # where the others wait
+        self.failed = reduce_sum([float(bool(reason))], self.device)[0] > 0
+
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """Read the shards of the checkpoint at `path`, as everything, without running what is in them."""
+        saved = dict(state["optimizer"])
+        tag = saved.pop("deepspeed", None)
+        if tag is None or saved != self._layout():
+            raise RunError(f"{path} is of {saved if tag else 'a run without DeepSpeed'}, this run has {self._layout()}; "
+                           "to start from its weights alone, use --finetune and another --output_dir")
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+        safe = torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed itself would unpickle anything
+        try:
+            with safe:
+                self.model.load_checkpoint(str(path.parent / FOLDER), tag=tag)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RunError(f"{path.parent / FOLDER / tag}: not readable by DeepSpeed ({reason[:200]})") from error
+        finally:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        self.model.optimizer.clip_grad = self.clip_grad or 0.0  # not that of the checkpoint
+
+    def close(self, folder: str) -> None:
+        """After training: the model as any other, in fp32, and no shards without their .pth."""
+        for cast in self.casts:
+            cast.remove()
+        self.module.float()
+        if folder and rank() == 0:
+            remove_unused(folder)
+
+
+def remove_unused(folder: str) -> None:
+    """Remove the shards that no .pth names."""
+    used = set()
+    for path in Path(folder).glob("checkpoint-*.pth"):
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                used.add(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["optimizer"].get("deepspeed"))
+        except Exception:  # whatever is wrong with it, this is not the time to lose what may belong to it
+            used |= {path.stem, f"{path.stem}-b"}
+    for shards in (Path(folder) / FOLDER).glob("checkpoint-*"):
+        if shards.name not in used:
+            shutil.rmtree(shards, ignore_errors=True)
+
+
+def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, opt: str, output_dir: str) -> DeepSpeedStepper:
+    """The same steps made by DeepSpeed, configured by ``output_dir/deepspeed_config.json``, which is written here.
+
+    Args:
+        stepper: its model must have no DDP around it, and is changed.
+        batch_size: clips a process and forward pass.
+        opt: name of the optimizer.
+    Raises:
+        ValueError: deepspeed is missing or cannot do this.
+    """
+    if zero_stage and opt not in FUSED:
+        raise ValueError(f"--zero_stage {zero_stage} cuts weights into flat pieces, which is known to be right for --opt "
+                         f"{', '.join(FUSED)} only; --opt {opt} needs --zero_stage 0")
+    os.environ.setdefault("DS_ACCELERATOR", stepper.device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(f"--enable_deepspeed: deepspeed cannot be imported ({error})") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes minutes; training has no use for it
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if stepper.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
+                                world_size=1)
+    config = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": stepper.update_freq,
+        "gradient_clipping": stepper.clip_grad or 0.0,
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
+        "zero_allow_untested_optimizer": True,  # SGD
+        "zero_force_ds_cpu_optimizer": False,
+        "fp16": {"enabled": stepper.precision == "fp16"},  # dynamic loss scale
+        "bf16": {"enabled": stepper.precision == "bf16"},
+    }
+    if output_dir and rank() == 0:
+        (Path(output_dir) / "deepspeed_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for group in stepper.optimizer.param_groups:
+        group["lr"] = 0.0  # until scheduled: below fp32, stage 0 makes a step here to create the optimizer's state
+    engine, *_ = deepspeed.initialize(model=stepper.model, optimizer=stepper.optimizer, config=config)
+    stepper.optimizer.state.clear()
+    return DeepSpeedStepper(engine, *(getattr(stepper, field.name) for field in fields(Stepper)[1:]))
