@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: a Python environment with everything installed, as `python`.
+#
+# Uses the active virtual or conda environment, or makes .venv in the repository. Installs only when the
+# requirements have changed since this script last did. PYTHON_BIN picks the interpreter that .venv is made with.
+
+setup_env() {
+  local root env stamp wanted log
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  env=${VIRTUAL_ENV:-}
+  if [[ -z $env && -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != base ]]; then
+    env=$CONDA_PREFIX
+  fi
+  if [[ -z $env ]]; then
+    env=$root/.venv
+    if ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
+      echo "environment: making $env"
+      "${PYTHON_BIN:-python3}" -m venv "$env" >/dev/null ||
+        { echo "error: '${PYTHON_BIN:-python3} -m venv' failed: install python3-venv, or activate an environment" >&2; return 1; }
+    fi
+  fi
+  [[ -x $env/bin/python ]] || { echo "error: the active environment $env has no bin/python" >&2; return 1; }
+  export PATH="$env/bin:$PATH"
+  python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: Python 3.11 or newer is needed, $env has $(python -V 2>&1); set PYTHON_BIN and remove .venv" >&2; return 1; }
+
+  stamp=$env/.smile-requirements
+  wanted=$(cat "$root/requirements.txt" "$root/requirements-dev.txt" | cksum)
+  if [[ -r $stamp && $(<"$stamp") == "$wanted" ]]; then
+    return 0
+  fi
+  log=$(mktemp "${TMPDIR:-/tmp}/smile-install.XXXXXX")
+  echo "environment: checking and installing requirements into $env (a few GB the first time; log: $log)"
+  python -m pip --version >/dev/null 2>&1 || python -m ensurepip >/dev/null ||
+    { echo "error: $env has no pip" >&2; return 1; }
+  if ! (
+    set -o pipefail
+    python -m pip install --progress-bar off -r "$root/requirements.txt" -r "$root/requirements-dev.txt" 2>&1 |
+      tee "$log" | awk '/^Collecting /{print "  collecting " $2; fflush()}
+                        /^Installing collected packages/{print "  installing " NF - 3 " packages, please wait"; fflush()}'
+  ); then
+    echo "error: pip failed: $(grep -m1 '^ERROR' "$log" || tail -n 1 "$log") (see $log)" >&2
+    return 1
+  fi
+  echo "$wanted" >"$stamp" || echo "note: $env cannot be written to; requirements will be checked every time" >&2
+}
+
+setup_env || return 1
