@@ -7,6 +7,7 @@ whatever the number of workers or processes, and after a resume. Clips stay uint
 
 import copy
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NotRequired, TypedDict
@@ -22,6 +23,7 @@ from utils import RunError
 from video_transforms import TrainAugmentation, long_side_crop, multi_scale_crop, short_side_resize
 
 MAX_BAD_IN_A_ROW = 20
+DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 Key = tuple[int, int]  # epoch, index
 
 
@@ -48,7 +50,7 @@ class VideoList:
     def __init__(self, path: str, num_classes: int | None = None, data_root: str = ""):
         if not os.path.isfile(path):
             raise ValueError(f"{path}: no such list file")
-        paths, labels = [], []
+        paths, labels, lines = [], [], []
         for number, line in enumerate(Path(path).read_text().splitlines(), 1):
             if not line.strip():
                 continue
@@ -60,9 +62,10 @@ class VideoList:
                 raise ValueError(f"{path}, line {number}: label {label} is not in [0, {num_classes})")
             paths.append(os.fsencode(os.path.join(data_root, name.strip())))
             labels.append(int(label))
+            lines.append(number)
         if not paths:
             raise ValueError(f"{path}: the list is empty")
-        self.source, self._paths, self.labels = path, np.array(paths), np.array(labels)
+        self.source, self._paths, self.labels, self._lines = path, np.array(paths), np.array(labels), np.array(lines)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -74,8 +77,21 @@ class VideoList:
     def subset(self, indices: np.ndarray) -> "VideoList":
         """The list of these videos alone."""
         part = copy.copy(self)
-        part._paths, part.labels = self._paths[indices], self.labels[indices]
+        part._paths, part.labels, part._lines = self._paths[indices], self.labels[indices], self._lines[indices]
         return part
+
+    def check_files(self, max_bad_fraction: float, look_at: int = 200) -> None:
+        """Look for some of the files, evenly over the list, so that a wrong folder shows before anything is computed.
+
+        Raises:
+            ValueError: more than this fraction of them is missing.
+        """
+        looked = np.unique(np.linspace(0, len(self) - 1, look_at).astype(int))
+        missing = [index for index in looked if not os.path.isfile(self.path(index))]
+        if len(missing) > max_bad_fraction * len(looked):
+            raise ValueError(f"{self.source}, line {self._lines[missing[0]]}: no such file: {self.path(missing[0])} "
+                             f"({len(missing)} of {len(looked)} looked for are missing, more than --max_bad_fraction "
+                             f"{max_bad_fraction}); relative paths start from --data_root")
 
     def write(self, path: str) -> None:
         """Write it as a list file."""
@@ -121,10 +137,17 @@ def read_frames(path: str, choose: Callable[[int], np.ndarray]) -> np.ndarray:
             raise VideoError("no frames")
         wanted, back = np.unique(choose(len(reader)), return_inverse=True)
         frames = reader.get_batch(wanted).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError, TypeError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise VideoError((lines[0] if lines else type(error).__name__)[:200]) from error
+    except (decord.DECORDError, RuntimeError, IndexError, TypeError, UnicodeEncodeError) as error:
+        raise VideoError(decoder_reason(error, path)) from error
     return frames if len(back) == len(wanted) else frames[back]
+
+
+def decoder_reason(error: Exception, path: str) -> str:
+    """A decoder's error in one line that is the same every time: without clock times, places in its source, path."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    for code, meaning in DECORD_CODES.items():
+        line = meaning if f"({code} vs. 0)" in line else line
+    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: ", "", line).replace(path, "it").strip()[:200]
 
 
 # Which frames ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -27,10 +28,12 @@ BUCKET = 50_000_000  # numbers exchanged at a time; with DeepSpeed's default the
 
 
 class DeepSpeedStepper(Stepper):
-    """A Stepper whose `model` is a DeepSpeed engine; made by `with_deepspeed`."""
+    """A Stepper whose `model` is a DeepSpeed engine; see with_deepspeed."""
 
     def __post_init__(self):
-        self.stage = self.model.zero_optimization_stage()
+        self.layout = {"zero_stage": self.model.zero_optimization_stage(), "precision": self.precision,
+                       "processes": world_size()}  # what shards can only be read with
+        self.by_hand = not self.layout["zero_stage"]  # what stage 0 leaves undone, see backward and step
         self.tag, self.failed, self.casts = "", False, []
         if self.precision != "fp32":  # clips in low precision, logits in fp32, in training and validation alike
             dtype = DTYPES[self.precision]
@@ -49,13 +52,15 @@ class DeepSpeedStepper(Stepper):
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
+        if self.by_hand and self.precision == "fp16" and self.model.scale(loss) is loss:
+            loss = loss * self.model.optimizer.loss_scale  # DeepSpeed 0.19.8 divides by it, but does not multiply
         self.model.backward(loss)
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()  # only counts the micro-batch
 
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         engine = self.model
-        if self.stage == 0 and self.precision == "fp32":  # the one case in which DeepSpeed neither measures nor skips
+        if self.by_hand and self.precision == "fp32":  # DeepSpeed would neither measure the gradient nor skip a step
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), float("inf"))
             bad = not norm.isfinite()
             engine.set_gradient_accumulation_boundary(False if bad else None)
@@ -63,61 +68,56 @@ class DeepSpeedStepper(Stepper):
             engine.set_gradient_accumulation_boundary(None)
             engine.zero_grad()
         else:
-            scale = engine.optimizer.loss_scale if self.stage == 0 else 1.0  # stages 1 and 2 divide by it themselves
+            scale = engine.optimizer.loss_scale if self.by_hand else 1.0
             engine.step()
             norm, bad = engine.get_global_grad_norm() / scale, engine.optimizer.overflow
         if self.precision == "fp16":  # an overflow only lowers the scale and is no error
             bad = not loss.isfinite()
         return {"grad_norm": torch.as_tensor(norm, device=self.device), "bad": torch.tensor(float(bad), device=self.device)}
 
-    def _layout(self) -> dict[str, Any]:
-        """What must be the same for shards to be read."""
-        return {"zero_stage": self.stage, "precision": self.precision, "processes": world_size()}
-
     def state(self) -> dict[str, Any]:
-        if self.failed:  # an OSError, which the writer of checkpoints counts as a failed save
+        if self.failed:  # whoever writes the checkpoint counts an OSError as a failed save
             raise OSError("DeepSpeed's optimizer state could not be written")
-        return {"optimizer": {"deepspeed": self.tag, **self._layout()}, "scaler": {}}
+        return {"optimizer": {"deepspeed": self.tag, **self.layout}, "scaler": {}}
 
     def save_shards(self, folder: str, name: str) -> None:
         """Write the optimizer state of a checkpoint. Until its .pth replaces the old one, the old state stays too."""
         if not folder:
             return
-        shards, stem, reason = Path(folder) / FOLDER, Path(name).stem, ""
+        shards, stem, failed = Path(folder) / FOLDER, Path(name).stem, False
         if rank() == 0:
             remove_unused(folder)
         self.tag = broadcast(f"{stem}-b" if (shards / stem).exists() else stem)
         try:
             self.model.save_checkpoint(str(shards), tag=self.tag)
-        except (OSError, RuntimeError) as error:
-            reason = str(error)
+        except (OSError, RuntimeError):
+            failed = True
             barrier()  # where the others wait
-        self.failed = reduce_sum([float(bool(reason))], self.device)[0] > 0
+        self.failed = reduce_sum([float(failed)], self.device)[0] > 0
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Read the shards of the checkpoint at `path`, as everything, without running what is in them."""
-        saved = dict(state["optimizer"])
-        tag = saved.pop("deepspeed", None)
-        if tag is None or saved != self._layout():
-            raise RunError(f"{path} is of {saved if tag else 'a run without DeepSpeed'}, this run has {self._layout()}; "
-                           "to start from its weights alone, use --finetune and another --output_dir")
+        """Read the shards of the checkpoint at `path`, as everything else, without running what is in them."""
+        layout = dict(state["optimizer"])
+        tag = layout.pop("deepspeed", None)
+        if tag is None or layout != self.layout:
+            raise RunError(f"{path} is of {layout if tag else 'a run without DeepSpeed'}, this run has {self.layout}; to "
+                           "go on with its weights alone, give it to --finetune with another --output_dir")
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
-        safe = torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed itself would unpickle anything
         try:
-            with safe:
+            with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
                 self.model.load_checkpoint(str(path.parent / FOLDER), tag=tag)
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise RunError(f"{path.parent / FOLDER / tag}: not readable by DeepSpeed ({reason[:200]})") from error
+            raise RunError(f"{path.parent / FOLDER / tag}: cannot be read by DeepSpeed ({reason[:200]})") from error
         finally:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         self.model.optimizer.clip_grad = self.clip_grad or 0.0  # not that of the checkpoint
 
     def close(self, folder: str) -> None:
-        """After training: the model as any other, in fp32, and no shards without their .pth."""
+        """After training: the model in fp32 as any other, and no shards without their .pth."""
         for cast in self.casts:
             cast.remove()
         self.module.float()
@@ -147,19 +147,17 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, opt: str,
         batch_size: clips a process and forward pass.
         opt: name of the optimizer.
     Raises:
-        ValueError: deepspeed is missing or cannot do this.
+        ValueError: DeepSpeed cannot do this.
     """
     if zero_stage and opt not in FUSED:
         raise ValueError(f"--zero_stage {zero_stage} cuts weights into flat pieces, which is known to be right for --opt "
                          f"{', '.join(FUSED)} only; --opt {opt} needs --zero_stage 0")
     os.environ.setdefault("DS_ACCELERATOR", stepper.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ValueError(f"--enable_deepspeed: deepspeed cannot be imported ({error})") from error
+    import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes minutes; training has no use for it
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling for what training never calls
     if not dist.is_initialized():
         dist.init_process_group("nccl" if stepper.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
                                 world_size=1)
@@ -169,7 +167,6 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, opt: str,
         "gradient_clipping": stepper.clip_grad or 0.0,
         "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
         "zero_allow_untested_optimizer": True,  # SGD
-        "zero_force_ds_cpu_optimizer": False,
         "fp16": {"enabled": stepper.precision == "fp16"},  # dynamic loss scale
         "bf16": {"enabled": stepper.precision == "bf16"},
     }

@@ -149,7 +149,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     else:
         attempt(class_names, args)
         for name in needed_lists(args):
-            attempt(read_list, args, name)
+            attempt(lambda: read_list(args, name).check_files(args.max_bad_fraction))
     if args.mixup_mode != "elem" and args.batch_size * args.num_sample % 2 and mixes(args):
         problems.append(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch")
     if args.linear_probe and args.attentive_probe:
@@ -323,6 +323,7 @@ def main(args: argparse.Namespace) -> int:
     if code == 0 and not args.dry_run:
         args.finetune = ""
         if args.output_dir:
+            utils.barrier()  # the first process may still be writing the best checkpoint
             load_for_test(args, model)
         code = evaluator.test(model)
     del lock

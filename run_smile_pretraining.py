@@ -97,7 +97,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
     elif grid:
         attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio)
-    attempt(VideoList, args.data_path, None, args.data_root)
+    attempt(lambda: VideoList(args.data_path, None, args.data_root).check_files(args.max_bad_fraction))
     if args.add_tubelets and args.use_objects:
         attempt(find_objects, args.objects_path, args.objects_list)
     if args.mask_type == "tubelet" and not args.add_tubelets:
