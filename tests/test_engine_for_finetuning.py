@@ -1,0 +1,198 @@
+"""Erasing and mixing of clips, the learning rate and weight decay of every parameter of ViT-B against METHOD 8, and
+scores of videos.
+"""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from fixtures_video import write_list
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+
+from datasets import EvalDataset, VideoList, ViewReader
+from engine_for_finetuning import Evaluator, erase, mix
+from modeling_finetune import MODELS, Size, VisionTransformer
+from optim_factory import Stepper, build_optimizer, parameter_groups
+from utils import RunError
+
+pytest_plugins = "fixtures_video"
+
+
+# Erasing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_same_rectangles_are_erased_in_all_frames(mode, count):
+    clips = torch.full((40, 3, 5, 32, 24), 7.0)  # no normal number is as large
+    erased = erase(clips, torch.arange(40), RandomErasing(0.5, mode=mode, max_count=count, device="cpu")) != 7
+    assert (erased == erased[:, :1, :1]).all()  # [B, 3, T, H, W]: alike in colours and frames
+    areas = erased[:, 0, 0].float().mean(dim=(1, 2))
+    hit = areas > 0
+    assert 8 < hit.sum() < 32 and areas.max() < 0.45 and areas[hit].min() > 0.005
+    assert len({mask.numpy().tobytes() for mask in erased[hit]}) == hit.sum()  # each clip its own
+    if count == 1:  # one rectangle: as large as its outline
+        for mask in erased[hit][:, 0, 0]:
+            assert mask.sum() == mask.any(dim=0).sum() * mask.any(dim=1).sum()
+
+
+def test_erasing_depends_on_the_seed_of_the_clip_only():
+    """Not on its place in the batch, nor on the global generators."""
+    clips, eraser = torch.randn(4, 3, 2, 32, 32), RandomErasing(1.0, mode="pixel", device="cpu")
+    together = erase(clips.clone(), torch.tensor([5, 6, 7, 5]), eraser)
+    torch.manual_seed(99), random.seed(99)
+    alone = erase(clips[2:3].clone(), torch.tensor([7]), eraser)
+    assert torch.equal(together[2:3], alone) and not torch.equal(together[2], clips[2])
+    assert torch.equal(together[0] != clips[0], together[3] != clips[3])
+
+
+def test_erasing_draws_as_timm_does():
+    """The rectangle of a clip is that of an image with its seed; area 2 to 33 %, a quarter of the clips."""
+    eraser = RandomErasing(0.25, mode="const", device="cpu")
+    clips = erase(torch.ones(400, 3, 2, 32, 32), torch.arange(400), eraser)
+    for seed in range(400):
+        random.seed(seed)
+        assert torch.equal(clips[seed, 0, 0], eraser(torch.ones(1, 32, 32))[0])
+    assert 70 < (clips == 0).flatten(1).any(dim=1).sum() < 130
+
+
+# Mixing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_clips_are_mixed_as_timm_mixes_each_frame(mode, alphas):
+    clips, labels = torch.randn(6, 3, 4, 16, 24), torch.tensor([0, 3, 2, 1, 4, 4])
+    mixup, changed = Mixup(*alphas, mode=mode, label_smoothing=0.1, num_classes=5), 0
+    for seed in range(6):
+        np.random.seed(seed)
+        mixed, soft = mix(clips.clone(), labels, mixup)
+        assert mixed.shape == clips.shape and soft.shape == (6, 5)
+        for t in range(4):
+            np.random.seed(seed)
+            frame, targets = mixup(clips[:, :, t].clone(), labels)
+            torch.testing.assert_close(mixed[:, :, t], frame, atol=1e-6, rtol=0)
+            assert torch.equal(soft, targets)
+        torch.testing.assert_close(soft.sum(dim=1), torch.ones(6))
+        changed += not torch.equal(mixed, clips)
+    assert changed >= 5
+
+
+# Learning rate and weight decay ---------------------------------------------------------------------------------
+
+
+def layer_by_hand(name):
+    """METHOD 8, for 12 blocks: 0 for the embedding, k + 1 for block k, 13 for the rest."""
+    if name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return 1 + int(name.split(".")[1])
+    assert name in ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"), name
+    return 13
+
+
+@pytest.mark.parametrize("layer_decay", [0.75, 0.7, 1.0])
+def test_rate_and_decay_of_every_parameter_of_vit_b(layer_decay):
+    with torch.device("meta"):
+        model = MODELS["vit_base_patch16_224"](num_classes=400)
+    groups = parameter_groups(model, 0.05, layer_decay)
+    optimizer = build_optimizer(groups, "adamw", 1e-3, (0.9, 0.999), 1e-8)
+    rates = [2e-4, 5e-5]
+    stepper = Stepper(model, optimizer, torch.device("cpu"), "fp32", 1, lambda step: rates[step], lambda step: 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for step, rate in enumerate(rates):
+        stepper.schedule(step)
+        seen = {}
+        for group in optimizer.param_groups:
+            assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
+            for parameter in group["params"]:
+                assert seen.setdefault(names[id(parameter)], group) is group
+        assert seen.keys() == set(names.values()) and len(seen) == 162  # each parameter once
+        for name, parameter in model.named_parameters():
+            scale = layer_decay ** (13 - layer_by_hand(name))
+            assert seen[name]["lr"] == pytest.approx(rate * scale, rel=1e-12), name
+            no_decay = parameter.ndim == 1  # biases and norms
+            assert no_decay == (name.endswith("bias") or "norm" in name)
+            assert seen[name]["weight_decay"] == (0.0 if no_decay else 0.05), name
+
+
+def test_a_few_rates_of_vit_b():
+    with torch.device("meta"):
+        model = MODELS["vit_base_patch16_224"]()
+    scales = {name: group["lr_scale"] for group in parameter_groups(model, 0.05, 0.75) for name in group["names"]}
+    assert scales["patch_embed.proj.weight"] == pytest.approx(0.0237573, rel=1e-5)  # .75 ** 13
+    assert scales["blocks.0.attn.q_bias"] == pytest.approx(0.0316764, rel=1e-5)
+    assert scales["blocks.11.mlp.fc2.weight"] == 0.75 and scales["fc_norm.weight"] == scales["head.weight"] == 1
+
+
+# Scores of videos -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluator(clips, broken, tmp_path):
+    """Of five good videos and one that is none."""
+    names = [*list(clips.values())[:3], broken["text"], *list(clips.values())[3:5]]
+    lists = {name: VideoList(write_list(tmp_path / name, names, 2), 4) for name in ("val.csv", "test.csv")}
+    reader = {"sampling": "dense", "size": 32, "num_frames": 4, "stride": 2}
+    return Evaluator(torch.device("cpu"), "fp32", 4, lists.get, ViewReader(segments=0, crops=1, **reader),
+                     ViewReader(segments=2, crops=3, **reader), output_dir=str(tmp_path), classes=list("abcd"))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return VisionTransformer(Size(24, 2, 3, 24, 3), num_classes=4, init_scale=50, drop_path_rate=0.5).train()
+
+
+def test_scores_are_softmax_of_normalised_views_in_eval_mode(evaluator, model):
+    videos = evaluator.read_list("test.csv")
+    for batch_size in (16, 4, 1):
+        scores = evaluator.scores(model, evaluator.loader(videos, evaluator.test_views), "test", batch_size)
+        assert [score.index for score in scores] == list(range(6))
+        assert [bool(score.error) for score in scores] == [False] * 3 + [True] + [False] * 2
+        for score in scores:
+            if score.error:
+                assert len(score.views) == 0
+                continue
+            views = EvalDataset(videos, evaluator.test_views)[score.index]["views"].float() / 255
+            mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+            with torch.no_grad():
+                logits = model.eval()((views - mean.view(3, 1, 1, 1)) / std.view(3, 1, 1, 1))
+            np.testing.assert_allclose(score.views, logits.softmax(dim=1), atol=1e-5)
+            assert np.ptp(score.views, axis=0).max() > 1e-3  # views differ
+        model.train()
+
+
+def test_a_test_reports_what_its_files_hold(evaluator, model, tmp_path):
+    assert evaluator.test(model) == 0
+    with np.load(tmp_path / "test_predictions.npz") as file:
+        right = file["scores"].argmax(axis=1) == file["label"]
+        right[3] = False
+        assert np.isnan(file["scores"][3]).all() and file["view_scores"].shape == (6, 6, 4)
+    [line] = (tmp_path / "log.txt").read_text().splitlines()
+    log = json.loads(line)
+    assert log["test_acc1"] == pytest.approx(100 * right.mean()) and log["test_videos"] == 6
+    assert log["test_views"] == 30 and log["test_unreadable"] == 1
+    assert evaluator.validate(model)["views"] == 5
+
+
+def test_predict_names_the_classes_from_the_likeliest_on(evaluator, model, clips, broken, capsys):
+    path = str(clips["bikes.mp4"])
+    assert evaluator.predict(model, path) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    sample = {"index": 0, "views": evaluator.test_views(path), "error": ""}
+    mean = evaluator.scores(model, [sample], "")[0].views.mean(axis=0)
+    assert [row[1] for row in rows] == ["abcd"[c] for c in np.argsort(-mean)] and len(rows) == 4
+    assert [float(row[0]) for row in rows] == pytest.approx(sorted(mean, reverse=True), abs=1e-4)
+    with pytest.raises(RunError, match="--predict .*text.mp4"):
+        evaluator.predict(model, str(broken["text"]))
+
+
+def test_a_model_without_a_number_is_wrong(evaluator, model):
+    """NaN logits must not pass for an answer."""
+    nn.init.constant_(model.head.bias, float("nan"))
+    assert evaluator.validate(model)["acc5"] == 0

@@ -1,0 +1,229 @@
+"""The loss against NumPy, multiple sampling, accumulation, bad batches, and learning one batch by heart."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from fixtures_video import write_list
+
+from data_loading import ChunkSampler, build_loader, epoch_batches
+from datasets import PretrainDataset, VideoList
+from engine_for_pretraining import masked_loss, normalize_clips, second_masks, train_one_epoch
+from masking_generator import MaskGenerator
+from modeling_pretrain import MODELS
+from modeling_teacher import PixelTarget, build_clip, channel_stats
+from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
+from optim_factory import Stepper, build_optimizer, parameter_groups
+from utils import RunLog, StepMeter
+
+pytest_plugins = "fixtures_video"
+CPU = torch.device("cpu")
+NORM = channel_stats("imagenet")
+
+
+def random_masks(rng, rows, tokens, hidden):
+    masks = np.zeros((rows, tokens), bool)
+    for row in masks:
+        row[rng.permutation(tokens)[:hidden]] = True
+    return torch.from_numpy(masks)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other cost these small networks far more than they gain, on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masks_per_clip", [1, 2])
+def test_masked_loss_by_hand(masks_per_clip):
+    rng, (B, N, M, D) = np.random.default_rng(0), (3, 10, 6, 4)
+    masks = random_masks(rng, masks_per_clip * B, N, M)
+    predictions, targets = rng.normal(size=(masks_per_clip * B, M, D)), rng.normal(2, 3, size=(B, N, D))
+    loss, spread = masked_loss(torch.tensor(predictions), torch.tensor(targets, dtype=torch.float32), masks)
+    errors, target_stds = [], []
+    for row in range(masks_per_clip * B):
+        wanted = targets[row % B][masks[row].numpy()]
+        errors += list((predictions[row] - wanted).ravel() ** 2)
+        target_stds += list(wanted.std(axis=0, ddof=1))
+    assert float(loss) == pytest.approx(np.mean(errors), rel=1e-5)
+    assert float(spread["pred_std"]) == pytest.approx(predictions.std(axis=1, ddof=1).mean(), rel=1e-5)
+    assert float(spread["target_std"]) == pytest.approx(np.mean(target_stds), rel=1e-5)
+
+
+def test_normalize_clips_by_hand():
+    clips = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = (clips.permute(0, 2, 3, 4, 1).numpy() / 255 - mean) / std
+    out = normalize_clips(clips, *NORM)
+    assert out.dtype == torch.float32
+    np.testing.assert_allclose(out.permute(0, 2, 3, 4, 1).numpy(), expected, atol=1e-5)
+
+
+def test_second_masks_are_a_permutation_of_the_first():
+    masks = random_masks(np.random.default_rng(0), 8, 20, 12)
+    orders = set()
+    for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        out = second_masks(masks, key)
+        assert out.dtype == torch.bool and out.shape == (16, 20) and torch.equal(out[:8], masks)
+        order = [next(i for i in range(8) if torch.equal(row, masks[i])) for row in out[8:]]
+        assert sorted(order) == list(range(8)) and torch.equal(out, second_masks(masks, key))
+        orders.add(tuple(order))
+    assert len(orders) == 4
+
+
+# Steps ----------------------------------------------------------------------------------------------------------
+
+
+def student_of(teacher, **options):
+    torch.manual_seed(0)
+    options = {"decoder_depth": 1, "decoder_num_classes": teacher.out_dim} | options
+    return MODELS["pretrain_videomae_tiny_patch16_224"](**options)
+
+
+def stepper_of(student, update_freq=1, opt="adamw", precision="fp32", lr=1e-3, clip_grad=None):
+    optimizer = build_optimizer(parameter_groups(student, 0.05), opt, lr, (0.9, 0.95), 1e-8)
+    return Stepper(student, optimizer, CPU, precision, update_freq, lambda step: lr, lambda step: 0.05, clip_grad)
+
+
+def meter_of(steps):
+    return StepMeter(RunLog("", ""), CPU, 0, 1, steps, interval=1)
+
+
+def train(stepper, teacher, batches, steps, multiple_sampling=False, first_step=0, norm=NORM, stop_after=None,
+          key=None):
+    """Run train_one_epoch; its meter, and the numbers of steps it told of."""
+    meter, told = meter_of(steps), []
+
+    def after_step(done):
+        told.append(done)
+        return done == stop_after
+
+    train_one_epoch(stepper.model, teacher, iter(batches), stepper, meter, norm, first_step,
+                    key or (lambda step, micro_batch: (0, 0, step * stepper.update_freq + micro_batch)),
+                    multiple_sampling, after_step)
+    return meter, told
+
+
+@pytest.fixture(scope="module")
+def dataset(clips, objects_folder, tmp_path_factory):
+    """Clips of 4 frames, 32 px, with objects: 8 tokens each, 4 of them hidden."""
+    path = write_list(tmp_path_factory.mktemp("list") / "list.csv", list(clips.values()) * 2)
+    overlay = ObjectOverlay((32, 32), ObjectLibrary(str(objects_folder), find_objects(str(objects_folder))))
+    return PretrainDataset(VideoList(path), MaskGenerator("tubelet", (2, 2, 2), 0.5), overlay, (32, 32), 4, 2)
+
+
+def batches_of(dataset, chunk, steps):
+    loader = build_loader(dataset, ChunkSampler(len(dataset), chunk), 0, False, 0)
+    return list(epoch_batches(loader, dataset.videos))[:steps]
+
+
+def weights(stepper):
+    return copy.deepcopy(stepper.model.state_dict())
+
+
+def largest_difference(one, other):
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_accumulation_reaches_the_weights_of_the_larger_batch(dataset):
+    """Two micro-batches of 3 clips against one of 6: the same clips, and so the same steps."""
+    teacher, runs = PixelTarget(), []
+    for chunk, update_freq in ((6, 1), (3, 2)):
+        stepper = stepper_of(student_of(teacher), update_freq, opt="momentum", lr=0.05)
+        meter, told = train(stepper, teacher, batches_of(dataset, chunk, 2 * update_freq), steps=2)
+        assert told == [1, 2]
+        runs.append((weights(stepper), meter.averages()))
+    start = student_of(teacher).state_dict()
+    assert largest_difference(runs[0][0], start) > 1e-3 > 1e-6 > largest_difference(runs[0][0], runs[1][0])
+    assert runs[0][1]["train_loss"] == pytest.approx(runs[1][1]["train_loss"], rel=1e-5)
+    assert runs[0][1]["train_grad_norm"] == pytest.approx(runs[1][1]["train_grad_norm"], rel=1e-4)
+
+
+def test_the_loss_is_that_of_both_masks_together(dataset):
+    teacher, [batch] = PixelTarget(), batches_of(dataset, 4, 1)
+    student = student_of(teacher).eval()
+    clips = normalize_clips(batch["clips"], *NORM)
+    masks = second_masks(batch["extra"], (0, 0, 0))
+    with torch.no_grad():
+        predictions = torch.cat([student(clips, masks[:4]), student(clips, masks[4:])])
+        targets = teacher(clips).repeat(2, 1, 1)
+    expected = (predictions - targets[masks].reshape(predictions.shape)).pow(2).mean()
+    meter, _ = train(stepper_of(student), teacher, [batch], steps=1, multiple_sampling=True)
+    assert meter.averages()["train_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_what_is_drawn_depends_on_the_chunk_alone(dataset):
+    """Drop path and second masks: steps made after a resume are those of the undisturbed run."""
+    teacher, batches = PixelTarget(), batches_of(dataset, 4, 3)
+    whole = stepper_of(student_of(teacher, drop_path_rate=0.5))
+    train(whole, teacher, batches, 3, multiple_sampling=True)
+    parts = stepper_of(student_of(teacher, drop_path_rate=0.5))
+    assert train(parts, teacher, batches, 3, multiple_sampling=True, stop_after=2)[1] == [1, 2]
+    torch.rand(1000)  # the global generators may be anywhere
+    assert train(parts, teacher, batches[2:], 3, multiple_sampling=True, first_step=2)[1] == [3]
+    assert largest_difference(weights(whole), weights(parts)) == 0
+    other = stepper_of(student_of(teacher, drop_path_rate=0.5))
+    train(other, teacher, batches, 3, multiple_sampling=True, key=lambda step, micro_batch: (1, 0, step))
+    assert largest_difference(weights(whole), weights(other)) > 0
+
+
+@pytest.mark.parametrize("opt, precision", [("adamw", "fp32"), ("lamb", "fp32"), ("adamw", "bf16")])
+def test_a_batch_with_a_bad_loss_changes_nothing(dataset, opt, precision, caplog):
+    """A zero std makes the clips infinite, and so the loss."""
+    teacher, batches = PixelTarget(), batches_of(dataset, 4, 2)
+    stepper = stepper_of(student_of(teacher), opt=opt, precision=precision)
+    train(stepper, teacher, batches[:1], 1)
+    before, state = weights(stepper), copy.deepcopy(stepper.optimizer.state_dict())
+    meter, _ = train(stepper, teacher, batches[1:], 1, norm=(NORM[0], torch.zeros_like(NORM[1])))
+    assert meter.averages() == {"skipped_steps": 1} and largest_difference(before, weights(stepper)) == 0
+    for old, new in zip(state["state"].values(), stepper.optimizer.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(old[name]), torch.as_tensor(new[name])) for name in old)
+    assert all(path in caplog.text for path in batches[1]["paths"])
+
+
+def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(dataset):
+    teacher, batches = PixelTarget(), batches_of(dataset, 4, 2)
+    losses = []
+    for precision in ("fp32", "bf16"):
+        stepper = stepper_of(student_of(teacher), precision=precision)
+        meter, _ = train(stepper, teacher, batches, 2, multiple_sampling=True)
+        losses.append(meter.averages()["train_loss"])
+        assert {value.dtype for value in weights(stepper).values()} == {torch.float32}
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_schedules_see_the_step_of_the_run(dataset):
+    teacher, seen = PixelTarget(), []
+    stepper = stepper_of(student_of(teacher), update_freq=2)
+    stepper.lr = lambda step: seen.append(step) or 1e-3
+    meter = StepMeter(RunLog("", ""), CPU, epoch=3, epochs=5, steps_per_epoch=2, interval=1)
+    train_one_epoch(stepper.model, teacher, iter(batches_of(dataset, 2, 4)), stepper, meter, NORM, 0,
+                    lambda step, micro_batch: (0, 3, step, micro_batch), True, lambda done: False)
+    assert seen == [6, 7]
+
+
+@pytest.fixture(scope="module")
+def clip_teacher():
+    """CLIP ViT-S/16 with random weights, fed with 32 px frames."""
+    return build_clip("ViT-S-16", "random", "imagenet", (2, 2), 32)
+
+
+def test_one_batch_is_learnt_by_heart(dataset, clip_teacher):
+    """100 steps on one batch with the CLIP target take the loss below half its start; the teacher stays as it is."""
+    [batch] = batches_of(dataset, 4, 1)
+    before = [value.clone() for value in clip_teacher.state_dict().values()]
+    stepper, losses = stepper_of(student_of(clip_teacher, decoder_depth=2), lr=1e-3), []
+    for _ in range(100):
+        meter, _ = train(stepper, clip_teacher, [batch], 1)
+        losses.append(meter.averages()["train_loss"])
+    assert 0.8 < losses[0] < 4 and np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert meter.averages()["train_pred_std"] > 0.3  # not by predicting the mean
+    assert all(torch.equal(a, b) for a, b in zip(before, clip_teacher.state_dict().values()))
+    assert all(parameter.grad is None for parameter in clip_teacher.parameters())

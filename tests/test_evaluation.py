@@ -1,0 +1,208 @@
+"""Metrics of videos by counting, the files a test writes, and gathering over processes."""
+
+import csv
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from datasets import VideoList
+from evaluation import VideoScore, accuracy, average_views, gather_scores, in_top_k, judge
+
+
+def make_list(folder, labels, names=None):
+    names = names or [f"{chr(97 + i % 26)}/video {i}.mp4" for i in range(len(labels))]
+    (folder / "test.csv").write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels)))
+    return VideoList(str(folder / "test.csv"), data_root="/root")
+
+
+def accuracy_by_hand(scores, labels):
+    """By sorting, one video and one class at a time; of equal scores the first class counts as higher."""
+    found = {}
+    for k in (1, 5):
+        right = [not np.isnan(row).any() and label in sorted(range(len(row)), key=lambda c: -row[c])[:k]
+                 for row, label in zip(scores, labels)]
+        classes = [[r for r, label in zip(right, labels) if label == c] for c in sorted(set(labels))]
+        found[f"acc{k}"] = 100 * sum(right) / len(right)
+        found[f"class_acc{k}"] = 100 * sum(sum(part) / len(part) for part in classes) / len(classes)
+    return found
+
+
+def random_scores(num_videos=200, num_classes=12, seed=0):
+    """Logits of which about half are right, and uneven labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.minimum(rng.geometric(0.25, num_videos) - 1, num_classes - 1)
+    scores = rng.normal(size=(num_videos, num_classes))
+    scores[np.arange(num_videos), labels] += 1.5
+    return scores, labels
+
+
+# Metrics --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [3, 5, 12, 100])
+def test_accuracy_equals_counting(num_classes):
+    scores, labels = random_scores(num_classes=num_classes)
+    ours = accuracy(scores, labels)
+    assert ours == pytest.approx(accuracy_by_hand(scores, labels.tolist()))
+    assert 10 < ours["acc1"] < 95 and ours["acc1"] != ours["class_acc1"]
+
+
+def test_accuracy_of_a_few_videos():
+    scores = np.array([[0.5, 0.2, 0.3], [0.5, 0.2, 0.3], [0.1, 0.6, 0.3], [0.0, 0.1, 0.9]])
+    assert accuracy(scores, np.array([0, 0, 2, 2])) == {"acc1": 75, "class_acc1": 75, "acc5": 100, "class_acc5": 100}
+    assert accuracy(scores, np.array([0, 2, 2, 2]))["class_acc1"] == pytest.approx(100 * (1 + 1 / 3) / 2)
+    assert in_top_k(scores, np.array([1, 2, 0, 1]), 2).tolist() == [False, True, False, True]
+
+
+def test_the_mean_over_classes_leaves_out_classes_without_videos():
+    scores = np.eye(6)[[0, 0, 5]]
+    assert accuracy(scores, np.array([0, 5, 5])) == {"acc1": pytest.approx(200 / 3), "class_acc1": 75, "acc5": 100,
+                                                    "class_acc5": 100}
+
+
+def test_a_model_that_says_the_same_of_all_classes_is_not_right():
+    """Nor are neighbours of one class, who give the others 0, right in the top 5."""
+    labels = np.arange(20)
+    equal = np.full((20, 20), 0.05)
+    assert accuracy(equal, labels)["acc1"] <= 5 and accuracy(equal, labels)["acc5"] <= 25
+    one_vote = np.eye(20)[np.zeros(20, int)]
+    assert accuracy(one_vote, labels)["acc1"] == 5 and accuracy(one_vote, labels)["acc5"] <= 25
+
+
+def test_ties_are_counted_as_by_sorting():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 4, (300, 9)).astype(float), rng.integers(0, 9, 300)
+    assert accuracy(scores, labels) == pytest.approx(accuracy_by_hand(scores, labels.tolist()))
+
+
+def test_unreadable_videos_are_wrong():
+    scores, labels = random_scores(50)
+    clean = accuracy(scores, labels)
+    right = np.flatnonzero(in_top_k(scores, labels, 1))[:5]
+    scores[right] = np.nan
+    assert not in_top_k(scores, labels, 5)[right].any()
+    assert accuracy(scores, labels) == pytest.approx(accuracy_by_hand(scores, labels.tolist()))
+    assert accuracy(scores, labels)["acc1"] == pytest.approx(clean["acc1"] - 10)
+
+
+def test_views_are_averaged():
+    views = np.random.default_rng(0).random((3, 4, 6)).astype(np.float32)
+    scores = [VideoScore(i, v[: 4 - i]) for i, v in enumerate(views)] + [VideoScore(3, np.empty(0, np.float32), "bad")]
+    mean = average_views(scores, 6)
+    assert mean.dtype == np.float64 and np.isnan(mean[3]).all()
+    for i in range(3):
+        np.testing.assert_allclose(mean[i], sum(views[i][v].astype(float) for v in range(4 - i)) / (4 - i))
+
+
+def test_the_scores_of_one_probe():
+    views = np.random.default_rng(0).random((4, 3, 6))
+    one = VideoScore(7, views).of_probe(1)
+    assert np.array_equal(one.views, views[:, 1]) and one.index == 7
+    bad = VideoScore(2, np.empty(0), "why")
+    assert bad.of_probe(1) == bad
+
+
+# A test's result ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """12 videos of 7 classes with 6 views each, two of them unreadable; their scores come in another order."""
+    rng = np.random.default_rng(1)
+    labels = [0, 1, 2, 6, 4, 5, 0, 1, 2, 6, 4, 0]
+    views = rng.random((12, 6, 7)).astype(np.float32) + 0.4 * np.eye(7, dtype=np.float32)[labels][:, None]
+    views /= views.sum(axis=2, keepdims=True)
+    scores = [VideoScore(i, views[i]) if i not in (3, 7) else VideoScore(i, np.empty(0, np.float32), "moov atom")
+              for i in rng.permutation(12).tolist()]
+    mean = views.astype(np.float64).mean(axis=1)
+    mean[[3, 7]] = np.nan
+    return scores, make_list(tmp_path, labels), labels, views, mean
+
+
+def test_metrics_and_counts(judged):
+    scores, videos, labels, _, mean = judged
+    metrics = judge(scores, videos, 7)
+    assert (metrics.pop("videos"), metrics.pop("views"), metrics.pop("unreadable")) == (12, 60, 2)
+    assert metrics == pytest.approx(accuracy_by_hand(mean, labels))
+
+
+def test_predictions_are_written(judged, tmp_path):
+    scores, videos, labels, views, mean = judged
+    judge(scores, videos, 7, str(tmp_path))
+    with np.load(tmp_path / "test_predictions.npz", allow_pickle=False) as file:
+        assert sorted(file) == ["label", "scores", "video", "view_scores"]
+        assert file["video"].tolist() == [videos.path(i) for i in range(12)]  # in the order of the list
+        assert file["label"].tolist() == labels
+        np.testing.assert_allclose(file["scores"], mean, rtol=1e-6)  # NaN where unreadable
+        assert file["view_scores"].shape == (12, 6, 7) and np.isnan(file["view_scores"][[3, 7]]).all()
+        good = [i for i in range(12) if i not in (3, 7)]
+        assert np.array_equal(file["view_scores"][good], views[good])
+
+
+@pytest.mark.parametrize("names", [None, [f"class {c}, so called" for c in range(7)]])
+def test_a_table_by_class_is_written(judged, tmp_path, names):
+    scores, videos, labels, _, mean = judged
+    judge(scores, videos, 7, str(tmp_path), names)
+    with open(tmp_path / "test_per_class.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == ["0", "1", "2", "4", "5", "6"]
+    for row in rows:
+        label = int(row["class"])
+        of_class = [i for i in range(12) if labels[i] == label]
+        by_hand = accuracy_by_hand(mean[of_class], [label] * len(of_class))
+        assert row["videos"] == str(len(of_class)) and row["name"] == (names[label] if names else "")
+        assert row["top1"] == f"{by_hand['acc1']:.2f}" and row["top5"] == f"{by_hand['acc5']:.2f}"
+
+
+def test_videos_of_the_same_name_in_two_folders_are_two(tmp_path):
+    videos = make_list(tmp_path, [0, 1, 1], ["a/1.mp4", "b/1.mp4", "a/1.mp4"])  # and one is listed twice
+    views = np.eye(2, dtype=np.float32)
+    scores = [VideoScore(i, views[[label]]) for i, label in enumerate([0, 1, 0])]
+    metrics = judge(scores, videos, 2, str(tmp_path))
+    assert metrics["videos"] == 3 and metrics["acc1"] == pytest.approx(200 / 3)
+    with np.load(tmp_path / "test_predictions.npz") as file:
+        assert file["video"].tolist() == ["/root/a/1.mp4", "/root/b/1.mp4", "/root/a/1.mp4"]
+
+
+def test_a_list_of_which_nothing_can_be_read(tmp_path):
+    videos = make_list(tmp_path, [0, 1])
+    scores = [VideoScore(i, np.empty(0, np.float32), "no such file") for i in range(2)]
+    metrics = judge(scores, videos, 6, str(tmp_path))
+    assert metrics == {"acc1": 0, "class_acc1": 0, "acc5": 0, "class_acc5": 0, "videos": 2, "views": 0, "unreadable": 2}
+
+
+# Processes ------------------------------------------------------------------------------------------------------
+
+
+def judge_share(rank, world, folder, scores, videos, pipe):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    everywhere = [score.index for score in gather_scores(scores[rank::world], everywhere=True)]
+    first = [score.index for score in gather_scores(scores[rank::world])]
+    (folder / str(rank)).mkdir()
+    pipe.send((judge(scores[rank::world], videos, 7, str(folder / str(rank))), everywhere, first))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_processes_together_find_what_one_finds(judged, tmp_path, world):
+    """12 videos; world 5 does not divide them."""
+    scores, videos, *_ = judged
+    alone = judge(scores, videos, 7)
+    fork = multiprocessing.get_context("fork")
+    pipes = [fork.Pipe(duplex=False) for _ in range(world)]
+    processes = [fork.Process(target=judge_share, args=(rank, world, tmp_path, scores, videos, pipes[rank][1]))
+                 for rank in range(world)]
+    for process in processes:
+        process.start()
+    for rank, (ours, _) in enumerate(pipes):
+        assert ours.poll(60), f"process {rank} does not answer"
+        metrics, everywhere, first = ours.recv()
+        assert metrics == alone  # to the last digit
+        assert everywhere == list(range(12)) and first == (list(range(12)) if rank == 0 else [])
+    for process in processes:
+        process.join(20)
+        assert process.exitcode == 0
+    assert [bool(list((tmp_path / str(rank)).iterdir())) for rank in range(world)] == [True] + [False] * (world - 1)

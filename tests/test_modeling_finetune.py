@@ -1,0 +1,218 @@
+"""The classifier against Hugging Face's VideoMAE with the same weights, against the released parameter names and
+shapes, and its parts against computations by hand.
+"""
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from test_modeling_pretrain import BLOCK, MINI, to_hugging_face
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+from modeling_finetune import MODELS, Attention, TubeletEmbed, VisionTransformer, token_grid
+
+# frames, height, width
+SHAPES = [(16, 32, 32), (8, 64, 64), (6, 32, 80), (4, 96, 48), (2, 16, 16), (32, 16, 32)]
+
+
+def random_classifier(seed=0, **kwargs):
+    """A small classifier none of whose parameters is at its initial, special value."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(MINI, **{"num_classes": 7, **kwargs})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm" in name and "weight" in name else 0.0))
+    return model.eval()
+
+
+def random_clips(num_frames, height, width, batch=2):
+    return torch.randn(batch, 3, num_frames, height, width, generator=torch.Generator().manual_seed(1))
+
+
+# -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+def with_their_names(state):
+    """Our parameter names → theirs."""
+    own = ("fc_norm", "head")
+    state = {name if name.startswith(own) else f"encoder.{name}": value for name, value in state.items()}
+    return {name.replace("head.", "classifier."): value for name, value in to_hugging_face(state).items()}
+
+
+def hugging_face_twin(model, num_frames, height, width):
+    config = VideoMAEConfig(
+        image_size=[height, width], patch_size=16, num_frames=num_frames, tubelet_size=2, hidden_size=48,
+        num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, layer_norm_eps=1e-6, use_mean_pooling=True,
+        num_labels=7)
+    twin = VideoMAEForVideoClassification(config).eval()
+    twin.fc_norm.eps = 1e-6  # theirs is PyTorch's default, VideoMAE's own code has 1e-6
+    twin.load_state_dict(with_their_names(model.state_dict()), strict=True)
+    return twin
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_hugging_face(shape):
+    model, clips = random_classifier(), random_clips(*shape)
+    with torch.no_grad():
+        ours, theirs = model(clips), hugging_face_twin(model, *shape)(clips.transpose(1, 2)).logits
+    assert ours.shape == (2, 7) and ours.std() > 0.1 and (ours[0] - ours[1]).abs().max() > 0.05
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_gradients_equal_hugging_face():
+    model, clips, labels = random_classifier(), random_clips(8, 32, 48), torch.tensor([3, 6])
+    twin = hugging_face_twin(model, 8, 32, 48)
+    F.cross_entropy(model(clips), labels).backward()
+    twin(clips.transpose(1, 2), labels=labels).loss.backward()
+    theirs = dict(twin.named_parameters())
+    ours = with_their_names({name: p.grad for name, p in model.named_parameters()})
+    assert ours.keys() == {name for name in theirs if not name.endswith("key.bias")}
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, theirs[name].grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ released checkpoints
+
+# size: width, depth, heads, tensors
+RELEASED = {"small": (384, 12, 6, 162), "base": (768, 12, 12, 162), "large": (1024, 24, 16, 318),
+            "huge": (1280, 32, 16, 422)}
+
+
+def released_shapes(width, depth, num_classes):
+    """Names and shapes of the tensors in the released files."""
+    widths = {"D": width, "3D": 3 * width, "4D": 4 * width}
+    blocks = {f"blocks.{i}.{name}": tuple(widths[side] for side in shape.split())
+              for i in range(depth) for name, shape in BLOCK.items()}
+    return {"patch_embed.proj.weight": (width, 3, 2, 16, 16), "patch_embed.proj.bias": (width,), **blocks,
+            "fc_norm.weight": (width,), "fc_norm.bias": (width,), "head.weight": (num_classes, width),
+            "head.bias": (num_classes,)}
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_names_and_shapes_equal_the_released_ones(size):
+    width, depth, heads, number = RELEASED[size]
+    with torch.device("meta"):
+        model = MODELS[f"vit_{size}_patch16_224"](num_classes=400)
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert ours == released_shapes(width, depth, 400) and len(ours) == number
+    assert {block.attn.num_heads for block in model.blocks} == {heads}  # they leave no trace in the shapes
+    assert (model.embed_dim, model.depth) == (width, depth)
+
+
+def test_our_names_are_not_in_the_registry_of_timm():
+    assert MODELS.keys() == {f"vit_{size}_patch16_224" for size in ("tiny", *RELEASED)}
+    for name in MODELS:
+        assert not timm.is_model(name) or timm.model_entrypoint(name).__module__.startswith("timm.")
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_attention_equals_softmax_by_hand():
+    torch.manual_seed(0)
+    dim, heads = 24, 4
+    attention, x = Attention(dim, heads), torch.randn(2, 10, dim)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.normal_()
+    wq, wk, wv = attention.qkv.weight.chunk(3)
+    q, k, v = x @ wq.T + attention.q_bias, x @ wk.T, x @ wv.T + attention.v_bias
+    by_hand = []
+    for clip in range(2):
+        of_heads = []
+        for head in range(heads):
+            part = slice(head * 6, head * 6 + 6)
+            scores = q[clip, :, part] @ k[clip, :, part].T / math.sqrt(6)
+            weights = (scores - scores.max(dim=1, keepdim=True).values).exp()
+            of_heads.append(weights / weights.sum(dim=1, keepdim=True) @ v[clip, :, part])
+        by_hand.append(torch.cat(of_heads, dim=1) @ attention.proj.weight.T + attention.proj.bias)
+    torch.testing.assert_close(attention(x), torch.stack(by_hand), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tubelets_are_embedded_as_by_the_convolution(shape):
+    """And come in the order time, row, column."""
+    torch.manual_seed(0)
+    embed, clips = TubeletEmbed(20), random_clips(*shape)
+    by_convolution = embed.proj(clips)
+    torch.testing.assert_close(embed(clips), by_convolution.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
+    assert by_convolution.shape[2:] == token_grid(*shape)
+
+
+@pytest.mark.parametrize("shape, named", [((15, 224, 224), "--num_frames 15"), ((0, 224, 224), "--num_frames 0"),
+                                          ((16, 224, 100), "--input_size 100"), ((16, 0, 224), "--input_size 0")])
+def test_a_clip_that_tubelets_do_not_divide(shape, named):
+    with pytest.raises(ValueError, match=named):
+        token_grid(*shape)
+
+
+def test_features_are_the_normalised_mean_of_the_tokens():
+    model, clips = random_classifier(num_classes=0), random_clips(8, 32, 48)
+    with torch.no_grad():
+        tokens, features = model.forward_tokens(clips), model(clips)
+    assert tokens.shape == (2, 24, 48)
+    mean = tokens.mean(dim=1)
+    normed = (mean - mean.mean(dim=1, keepdim=True)) / (mean.var(dim=1, correction=0, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(features, normed * model.fc_norm.weight + model.fc_norm.bias, atol=1e-5, rtol=1e-5)
+    assert not [name for name in model.state_dict() if name.startswith("head")]
+
+
+def test_clips_of_a_batch_do_not_mix():
+    model, clips = random_classifier(), random_clips(8, 32, 48, batch=3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clips)[1:2], model(clips[1:2]), atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("init_scale", [0.001, 1.0])
+def test_initial_weights(init_scale):
+    torch.manual_seed(0)
+    model = MODELS["vit_tiny_patch16_224"](num_classes=400, init_scale=init_scale)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == (1 if name.endswith("weight") else 0)).all(), name
+        elif name.endswith("bias") and "patch_embed" not in name:
+            assert (parameter == 0).all(), name
+        elif parameter.ndim == 2:
+            std = 0.02 * (init_scale if name == "head.weight" else 1)
+            assert parameter.std().item() == pytest.approx(std, rel=0.02), name
+            assert abs(parameter.mean().item()) < 0.02 * std, name
+
+
+def test_drop_path_grows_over_the_blocks():
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in random_classifier(drop_path_rate=0.2).blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("rate", ["drop_rate", "attn_drop_rate", "drop_path_rate", "fc_drop_rate"])
+def test_every_dropout_acts_in_training_only(rate):
+    model, clips = random_classifier(**{rate: 0.5}), random_clips(8, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clips), random_classifier()(clips), atol=1e-6, rtol=0)
+        model.train()
+        assert (model(clips) - model(clips)).abs().max() > 1e-3
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    clips, results = random_clips(8, 32, 48), []
+    for use_checkpoint in (False, True):
+        model, kept = random_classifier(use_checkpoint=use_checkpoint).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+            logits = model(clips)
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+        results.append(sum(kept))
+    for plain, checkpointed in zip(results[0], results[2]):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-5)
+    assert results[3] < 0.5 * results[1]
+
+
+def test_every_parameter_learns():
+    """Distributed training needs it: a parameter without gradient stops it."""
+    model = random_classifier(drop_path_rate=0.1).train()
+    F.cross_entropy(model(random_clips(8, 32, 48)), torch.tensor([1, 5])).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())

@@ -1,0 +1,307 @@
+"""The student against Hugging Face's VideoMAE with the same weights, against the released parameter names and shapes,
+and against what a masked encoder must and must not see.
+"""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import VideoMAEConfig, VideoMAEForPreTraining
+from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
+
+from modeling_finetune import Size, sinusoid_positions
+from modeling_pretrain import MODELS, PretrainVisionTransformer, split_tokens, take_tokens
+from modeling_teacher import PixelTarget
+
+MINI = Size(embed_dim=48, depth=3, num_heads=4, decoder_embed_dim=24, decoder_num_heads=3)
+# frames, height, width, hidden tokens
+SHAPES = [(8, 64, 64, 51), (16, 32, 32, 24), (6, 32, 80, 22), (4, 96, 48, 5)]
+
+
+def random_student(seed=0, **kwargs):
+    """A small student none of whose parameters is at its initial, special value."""
+    torch.manual_seed(seed)
+    model = PretrainVisionTransformer(MINI, **{"decoder_depth": 2, "decoder_num_classes": 1536, **kwargs})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm" in name and "weight" in name else 0.0))
+    return model.eval()
+
+
+def random_masks(rows, num_tokens, num_hidden, seed=0):
+    """bool [rows, N], each row another choice."""
+    order = torch.rand(rows, num_tokens, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    return order < num_hidden
+
+
+def clip_and_mask(num_frames, height, width, num_hidden, batch=2):
+    torch.manual_seed(1)
+    clips = torch.randn(batch, 3, num_frames, height, width)
+    return clips, random_masks(batch, num_frames // 2 * (height // 16) * (width // 16), num_hidden)
+
+
+# -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+def to_hugging_face(state):
+    """Our parameter names → theirs."""
+    renamed = {}
+    for key, value in state.items():
+        key = key.replace("encoder.patch_embed.proj", "videomae.embeddings.patch_embeddings.projection")
+        key = key.replace("encoder.blocks", "videomae.encoder.layer").replace("encoder.norm", "videomae.layernorm")
+        key = key.replace("decoder.blocks", "decoder.decoder_layers")
+        key = key.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
+        key = key.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
+        key = key.replace("attn.proj", "attention.output.dense").replace("attn.", "attention.attention.")
+        if key.endswith("qkv.weight"):
+            for name, part in zip(("query", "key", "value"), value.chunk(3)):
+                renamed[key.replace("qkv", name)] = part
+        else:
+            renamed[key.replace("q_bias", "query.bias").replace("v_bias", "value.bias")] = value
+    return renamed
+
+
+def hugging_face_twin(student, num_frames, height, width):
+    config = VideoMAEConfig(
+        image_size=[height, width], patch_size=16, num_frames=num_frames, tubelet_size=2, norm_pix_loss=True,
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192,
+        decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
+        decoder_intermediate_size=96, layer_norm_eps=1e-6, use_mean_pooling=False)
+    twin = VideoMAEForPreTraining(config).eval()
+    twin.decoder.norm.eps = 1e-6  # theirs is PyTorch's default, VideoMAE's own code has 1e-6
+    twin.load_state_dict(to_hugging_face(student.state_dict()), strict=True)
+    return twin
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_loss_equal_hugging_face(shape):
+    student, (clips, mask) = random_student(), clip_and_mask(*shape)
+    with torch.no_grad():
+        ours, theirs = student(clips, mask), hugging_face_twin(student, *shape[:3])(clips.transpose(1, 2), mask)
+    assert ours.shape == (2, shape[3], 1536) and ours.std() > 0.1
+    torch.testing.assert_close(ours, theirs.logits, atol=1e-4, rtol=0)
+
+    target = torch.randn(2, mask.shape[1], 1536)[mask].view(2, -1, 1536)
+    torch.testing.assert_close(F.mse_loss(ours, target), ((theirs.logits - target) ** 2).mean(), atol=1e-4, rtol=0)
+    pixels = PixelTarget()(clips)[mask].view(2, -1, 1536)  # their loss, with their own targets
+    torch.testing.assert_close(F.mse_loss(ours, pixels), theirs.loss, atol=1e-4, rtol=0)
+
+
+def test_gradients_equal_hugging_face():
+    student, (clips, mask) = random_student(), clip_and_mask(8, 32, 48, 15)
+    twin, target = hugging_face_twin(student, 8, 32, 48), torch.randn(2, 15, 1536)
+    F.mse_loss(student(clips, mask), target).backward()
+    F.mse_loss(twin(clips.transpose(1, 2), mask).logits, target).backward()
+    theirs = dict(twin.named_parameters())
+    for name, grad in to_hugging_face({name: p.grad for name, p in student.named_parameters()}).items():
+        torch.testing.assert_close(grad, theirs[name].grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("num_tokens, dim", [(1568, 192), (98, 384), (5, 30)])
+def test_positions_equal_hugging_face(num_tokens, dim):
+    expected = get_sinusoid_encoding_table(num_tokens, dim)
+    torch.testing.assert_close(sinusoid_positions(num_tokens, dim), expected, atol=1e-6, rtol=0)
+
+
+def test_positions_by_hand():
+    positions = sinusoid_positions(1568, 768)[0]
+    for n, i in [(0, 0), (0, 1), (1567, 0), (1567, 767), (700, 10), (700, 11)]:
+        angle = n / 10000 ** (2 * (i // 2) / 768)
+        assert positions[n, i].item() == pytest.approx(math.cos(angle) if i % 2 else math.sin(angle), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ released checkpoints
+
+BLOCK = {"norm1.weight": "D", "norm1.bias": "D", "attn.q_bias": "D", "attn.v_bias": "D", "attn.qkv.weight": "3D D",
+         "attn.proj.weight": "D D", "attn.proj.bias": "D", "norm2.weight": "D", "norm2.bias": "D",
+         "mlp.fc1.weight": "4D D", "mlp.fc1.bias": "4D", "mlp.fc2.weight": "D 4D", "mlp.fc2.bias": "D"}
+# size: encoder width, depth, decoder width, target width, tensors
+RELEASED = {"small": (384, 12, 192, 384, 218), "base": (768, 12, 384, 768, 218), "large": (1024, 24, 512, 768, 374),
+            "huge": (1280, 32, 640, 1536, 478)}
+
+
+def released_shapes(width, depth, decoder_width, out_dim):
+    """Names and shapes of the tensors in the released files."""
+    def blocks(prefix, dim, number):
+        widths = {"D": dim, "3D": 3 * dim, "4D": 4 * dim}
+        return {f"{prefix}.blocks.{i}.{name}": tuple(widths[side] for side in shape.split())
+                for i in range(number) for name, shape in BLOCK.items()}
+
+    return {"mask_token": (1, 1, decoder_width), "encoder_to_decoder.weight": (decoder_width, width),
+            "encoder.patch_embed.proj.weight": (width, 3, 2, 16, 16), "encoder.patch_embed.proj.bias": (width,),
+            **blocks("encoder", width, depth), "encoder.norm.weight": (width,), "encoder.norm.bias": (width,),
+            **blocks("decoder", decoder_width, 4), "decoder.norm.weight": (decoder_width,),
+            "decoder.norm.bias": (decoder_width,), "decoder.head.weight": (out_dim, decoder_width),
+            "decoder.head.bias": (out_dim,)}
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_names_and_shapes_equal_the_released_ones(size):
+    *widths, number = RELEASED[size]
+    with torch.device("meta"):
+        model = MODELS[f"pretrain_videomae_{size}_patch16_224"](decoder_depth=4, decoder_num_classes=widths[-1])
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert ours == released_shapes(*widths) and len(ours) == number
+
+
+@pytest.mark.parametrize("size, heads, decoder_heads", [
+    ("small", 6, 3), ("base", 12, 6), ("large", 16, 8), ("huge", 16, 8)])
+def test_numbers_of_heads(size, heads, decoder_heads):
+    """They leave no trace in the shapes."""
+    with torch.device("meta"):
+        model = MODELS[f"pretrain_videomae_{size}_patch16_224"]()
+    assert {block.attn.num_heads for block in model.encoder.blocks} == {heads}
+    assert {block.attn.num_heads for block in model.decoder.blocks} == {decoder_heads}
+    assert len(model.decoder.blocks) == 4 and model.decoder.head.out_features == 768
+
+
+def test_released_file_loads_strictly_in_both_directions(tmp_path):
+    shapes = released_shapes(384, 12, 192, 384)
+    released = {key: torch.full(shape, 0.01 * i) for i, (key, shape) in enumerate(shapes.items())}
+    file = tmp_path / "checkpoint-149.pth"
+    torch.save({"model": released, "args": argparse.Namespace(model="pretrain_videomae_small_patch16_224")}, file)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    file.unlink()
+    assert checkpoint["args"].model == "pretrain_videomae_small_patch16_224"
+    model = MODELS[checkpoint["args"].model](decoder_depth=4, decoder_num_classes=384)
+    assert str(model.load_state_dict(checkpoint["model"], strict=True)) == "<All keys matched successfully>"
+    back = model.state_dict()
+    assert back.keys() == released.keys() and all(torch.equal(back[key], released[key]) for key in released)
+
+
+# -------------------------------------------------------------------------------------------------- masks and tokens
+
+
+def test_split_tokens():
+    mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
+    visible, hidden = split_tokens(mask)
+    assert visible.tolist() == [[1, 3, 4], [0, 1, 2]] and hidden.tolist() == [[0, 2], [3, 4]]
+    for ours, known in zip(split_tokens(mask), split_tokens(mask, num_masked=2)):
+        assert torch.equal(ours, known)
+
+
+def test_take_tokens_equals_gather():
+    tokens, index = torch.randn(3, 7, 4), torch.randint(7, (6, 5))
+    expected = tokens.repeat(2, 1, 1).gather(1, index[..., None].expand(-1, -1, 4))
+    assert torch.equal(take_tokens(tokens, index), expected)
+
+
+def test_rows_with_different_counts_are_refused():
+    clips, mask = clip_and_mask(4, 32, 32, 5)
+    mask[1, mask[1].nonzero()[0]] = False
+    with pytest.raises(ValueError, match=r"\[5, 4\]"):
+        random_student()(clips, mask)
+
+
+def test_several_masks_a_clip_equal_several_passes():
+    student, (clips, _) = random_student(), clip_and_mask(8, 48, 32, 0, batch=3)
+    masks = random_masks(9, 24, 17)
+    with torch.no_grad():
+        together, apart = student(clips, masks), [student(clips, masks[3 * r : 3 * r + 3]) for r in range(3)]
+    torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=0)
+    assert (together[:3] - together[3:6]).abs().max() > 0.1
+
+
+def test_several_masks_give_the_summed_gradient():
+    student, (clips, _) = random_student(), clip_and_mask(4, 32, 32, 0)
+    masks, target = random_masks(4, 8, 6), torch.randn(4, 6, 1536)
+    F.mse_loss(student(clips, masks), target).backward()
+    together = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    for r in range(2):
+        (F.mse_loss(student(clips, masks[2 * r : 2 * r + 2]), target[2 * r : 2 * r + 2]) / 2).backward()
+    for grad, parameter in zip(together, student.parameters()):
+        torch.testing.assert_close(grad, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_known_count_changes_nothing():
+    student, (clips, mask) = random_student(), clip_and_mask(8, 32, 48, 15)
+    with torch.no_grad():
+        assert torch.equal(student(clips, mask), student(clips, mask, num_masked=15))
+
+
+def tubelet_pixels(mask, grid):
+    """Token mask [B, N] → pixel mask [B, 1, T, H, W]."""
+    pixels = mask.view(-1, 1, *grid)
+    return pixels.repeat_interleave(2, 2).repeat_interleave(16, 3).repeat_interleave(16, 4)
+
+
+def test_only_visible_pixels_matter():
+    student, (clips, mask) = random_student(), clip_and_mask(8, 32, 48, 15)
+    hidden = tubelet_pixels(mask, (4, 2, 3))
+    with torch.no_grad():
+        output = student(clips, mask)
+        blacked = student(clips.masked_fill(hidden, 100.0), mask)
+        unmasked = student(clips + torch.randn_like(clips) * ~hidden, mask)
+    assert torch.equal(output, blacked) and (output - unmasked).abs().max() > 1e-2
+
+
+def test_clips_of_a_batch_do_not_mix():
+    student, (clips, mask) = random_student(), clip_and_mask(8, 32, 48, 15, batch=3)
+    with torch.no_grad():
+        together, alone = student(clips, mask), student(clips[1:2], mask[1:2])
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    clips, mask = clip_and_mask(8, 32, 48, 15)
+    results = []
+    for use_checkpoint in (False, True):
+        student = random_student(use_checkpoint=use_checkpoint).train()
+        output = student(clips, mask)
+        output.square().mean().backward()
+        results.append([output.detach(), *(p.grad for p in student.parameters())])
+    for plain, checkpointed in zip(*results):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size, decoder_depth", [(Size(48, 4, 4, 24, 3), 1), (Size(24, 1, 3, 48, 4), 4)])
+def test_activation_checkpointing_keeps_fewer_activations(size, decoder_depth):
+    """Of the encoder and of the decoder."""
+    clips, mask = clip_and_mask(8, 32, 48, 15)
+    saved = []
+    for use_checkpoint in (False, True):
+        student, sizes = PretrainVisionTransformer(size, decoder_depth, use_checkpoint=use_checkpoint), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            student(clips, mask)
+        saved.append(sum(sizes))
+    assert saved[1] < 0.7 * saved[0]  # what remains: inputs of blocks, and everything outside them
+
+
+def test_every_parameter_learns():
+    """Distributed training needs it: a parameter without gradient stops it."""
+    student, (clips, mask) = random_student(drop_path_rate=0.1).train(), clip_and_mask(8, 32, 48, 15)
+    student(clips, mask).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
+
+
+def test_drop_path_grows_over_the_encoder_only():
+    student = random_student(drop_path_rate=0.2)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in student.encoder.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2])
+    assert all(getattr(block.drop_path, "drop_prob", 0.0) == 0 for block in student.decoder.blocks)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = MODELS["pretrain_videomae_tiny_patch16_224"](decoder_num_classes=384)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == (1 if name.endswith("weight") else 0)).all()
+        elif name.endswith("bias") and "patch_embed" not in name:
+            assert (parameter == 0).all()
+        elif parameter.ndim == 2:  # Xavier: uniform in ±sqrt(6 / (in + out))
+            bound = math.sqrt(6 / sum(parameter.shape))
+            assert 0.98 * bound < parameter.abs().max() <= bound
+            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    token = model.mask_token.detach()
+    assert token.abs().max() <= 0.02
+    expected = 0.02 * math.sqrt(1 - 2 * math.exp(-0.5) / math.sqrt(2 * math.pi) / math.erf(1 / math.sqrt(2)))
+    assert np.std(token.numpy()) == pytest.approx(expected, rel=0.25)  # 96 values of a normal cut at one sigma

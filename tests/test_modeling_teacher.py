@@ -1,0 +1,447 @@
+"""Teachers against the libraries their encoders come from (open_clip, timm), captured up to the final norm, and targets
+against hand-written formulas. Weights are random: what is checked is that every file form gives the same network.
+"""
+
+import copy
+import math
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import QuickGELU, VisionTransformer
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_dino, normalize_features
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+OPENAI_EXTRAS = {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77),
+                 "vocab_size": torch.tensor(49408)}
+
+
+def random_clips(num_frames, side=224, batch=1, seed=0):
+    """ImageNet-normalised [B, 3, T, H, W], smooth enough to look like pictures."""
+    small = torch.rand(batch, 3, num_frames, 8, 8, generator=torch.Generator().manual_seed(seed))
+    clips = F.interpolate(small.flatten(0, 1), size=(side, side), mode="bilinear").unflatten(0, (batch, 3))
+    return (clips - torch.tensor(IMAGENET_MEAN).view(3, 1, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1, 1)
+
+
+def tokens_after_ln_post(visual, frames):
+    """What leaves `ln_post` in open_clip's own forward pass, class token dropped."""
+    caught = []
+    handle = visual.ln_post.register_forward_hook(lambda module, args, output: caught.append(output))
+    with torch.no_grad():
+        visual(frames)
+    handle.remove()
+    return caught[0][:, 1:]
+
+
+# ------------------------------------------------------------------------------------------------- CLIP's file forms
+
+
+@pytest.fixture(scope="module")
+def clip_model():
+    """ViT-B-16 with random weights as fp16 stores them; open_clip gives it GELU."""
+    torch.manual_seed(0)
+    return open_clip.create_model("ViT-B-16").eval().half().float()
+
+
+@pytest.fixture(scope="module")
+def clip_tokens(clip_model):
+    """Expected tokens of frames 0 and 2 of the clip, by activation, with the same weights."""
+    quick = VisionTransformer(224, 16, 768, layers=12, heads=12, mlp_ratio=4.0, output_dim=512, act_layer=QuickGELU)
+    quick.load_state_dict(clip_model.visual.state_dict())
+    frames = random_clips(4)[0, :, ::2].transpose(0, 1)
+    tokens = {"gelu": tokens_after_ln_post(clip_model.visual, frames),
+              "quick_gelu": tokens_after_ln_post(quick, frames)}
+    assert (tokens["gelu"] - tokens["quick_gelu"]).abs().max() > 0.01  # the test can tell them apart
+    return tokens
+
+
+@pytest.fixture
+def weight_file(tmp_path):
+    """Names a file that is deleted after the test: 150 MB each."""
+    names = []
+    yield lambda name: names.append(tmp_path / name) or str(tmp_path / name)
+    for path in names:
+        path.unlink(missing_ok=True)
+
+
+class OpenAIArchive(nn.Module):
+    """What OpenAI's downloads hold: the whole model in fp16, three numbers beside it, traced."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.visual = copy.deepcopy(model.visual)  # is cast to fp16 later
+        self.token_embedding = nn.Embedding(8, 512)
+        self.text_projection = nn.Parameter(torch.zeros(8, 8))
+        for name, value in OPENAI_EXTRAS.items():
+            self.register_buffer(name, value)
+
+    def forward(self, image):
+        return self.visual(image)
+
+
+def tower_state(model):
+    """Image tower, bare keys, without projection, as SMILE's release."""
+    return {key: value.half() for key, value in model.visual.state_dict().items() if key != "proj"}
+
+
+def whole_state(model):
+    """Whole model; the text tower is cut to single rows to keep files small."""
+    return {key: value.half() if key.startswith("visual.") or value.ndim == 0 else value[:1].half().clone()
+            for key, value in model.state_dict().items()}
+
+
+def write_jit(model, path):
+    archive = torch.jit.trace(OpenAIArchive(model).eval(), torch.zeros(1, 3, 224, 224), check_trace=False)
+    for name, parameter in archive.named_parameters():
+        parameter.data = parameter.data.half()
+    archive.save(path)
+
+
+def write_wrapped(model, path):
+    state = {f"module.{key}": value for key, value in whole_state(model).items()}
+    torch.save({"epoch": 32, "name": "run", "state_dict": state}, path)
+
+
+FORMS = {
+    "ViT-B-16.pt": (write_jit, "quick_gelu"),
+    "openai.pth": (lambda model, path: torch.save({**whole_state(model), **OPENAI_EXTRAS}, path), "quick_gelu"),
+    "open_clip.pt": (lambda model, path: torch.save(whole_state(model), path), "gelu"),
+    "epoch_32.pt": (write_wrapped, "gelu"),
+    "vision.pth": (lambda model, path: torch.save(tower_state(model), path), "quick_gelu"),
+    "open_clip.safetensors": (lambda model, path: save_file(whole_state(model), path), "gelu"),
+    "vision.safetensors": (lambda model, path: save_file(tower_state(model), path), "quick_gelu"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@torch.no_grad()
+def test_clip_tokens_equal_open_clip(name, clip_model, clip_tokens, weight_file):
+    write, activation = FORMS[name]
+    path = weight_file(name)
+    write(clip_model, path)
+    teacher = build_clip("ViT-B-16", path, "imagenet", (14, 14))
+    tokens = teacher.tokens(random_clips(4))
+    assert tokens.shape == (1, 2 * 196, 768) and teacher.out_dim == 768
+    torch.testing.assert_close(tokens.view(2, 196, 768), clip_tokens[activation], atol=1e-4, rtol=1e-4)
+
+
+def test_released_tower_has_151_tensors(clip_model):
+    """The form that the tests above call SMILE's: bare names, no projection."""
+    state = tower_state(clip_model)
+    assert len(state) == 151 and state["positional_embedding"].shape == (197, 768) and "proj" not in state
+    assert {"class_embedding", "conv1.weight", "ln_pre.bias", "ln_post.weight",
+            "transformer.resblocks.11.mlp.c_proj.weight"} < state.keys()
+
+
+@torch.no_grad()
+def test_clip_at_another_image_size(clip_model, weight_file):
+    """Positions are interpolated as open_clip does: bicubic, antialiased. PIL's bicubic is the same filter."""
+    path = weight_file("vision.pth")
+    torch.save(tower_state(clip_model), path)
+    teacher = build_clip("ViT-B-16", path, "imagenet", (7, 7), image_size=112)
+    old = clip_model.visual.positional_embedding.numpy()
+    maps = old[1:].reshape(14, 14, 768)[..., :20]
+    resized = [np.asarray(Image.fromarray(np.ascontiguousarray(maps[..., i])).resize((7, 7), Image.Resampling.BICUBIC))
+               for i in range(20)]
+    ours = teacher.tower.positional_embedding.numpy()
+    np.testing.assert_allclose(ours[1:].reshape(7, 7, 768)[..., :20], np.stack(resized, axis=-1), atol=1e-4)
+    np.testing.assert_array_equal(ours[0], old[0])
+    frames = random_clips(2, side=112)
+    assert teacher.tokens(frames).shape == (1, 49, 768)
+    expected = tokens_after_ln_post(teacher.tower, frames[:, :, 0])
+    torch.testing.assert_close(teacher.tokens(frames), expected, atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- bad weight files
+
+
+def bad_file(kind, path):
+    """Files that are no weights of an image tower."""
+    if kind == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "no tower":
+        torch.save({"cls_token": torch.zeros(1, 1, 384), "blocks.0.norm1.weight": torch.zeros(384)}, path)
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "object":
+        torch.save({"state_dict": np.array([print], dtype=object)}, path)
+    elif kind == "cut":
+        torch.save({"conv1.weight": torch.zeros(768, 3, 16, 16)}, path)
+        path.write_bytes(path.read_bytes()[:100_000])
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "no tower", "tensor", "object", "cut", "missing"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_bad_clip_weights_name_the_flag_and_the_file(tmp_path, kind, suffix):
+    path = tmp_path / f"weights{suffix}"
+    bad_file(kind, path)
+    with pytest.raises(ValueError, match=f"--clip_weights {path}"):
+        build_clip("ViT-B-16", str(path), "imagenet", (14, 14))
+
+
+@pytest.mark.parametrize("kind", ["patch 32", "deeper", "shallower"])
+def test_weights_of_another_clip_model_are_refused(clip_model, weight_file, kind):
+    state = tower_state(clip_model)
+    if kind == "patch 32":
+        state["conv1.weight"] = torch.zeros(768, 3, 32, 32)
+    elif kind == "deeper":
+        state["transformer.resblocks.12.ln_1.weight"] = torch.zeros(768)
+    else:
+        state = {key: value for key, value in state.items() if ".11." not in key}
+    path = weight_file("other.pth")
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"--clip_weights {path}: of another model"):
+        build_clip("ViT-B-16", path, "imagenet", (14, 14))
+
+
+def test_unknown_clip_model_is_refused():
+    with pytest.raises(ValueError, match="--clip_model ViT-Q-99"):
+        build_clip("ViT-Q-99", "random", "imagenet", (14, 14))
+
+
+# ------------------------------------------------------------------------------------------------------ frames, grids
+
+
+def small_tower(image_size=56, patch_size=14):
+    torch.manual_seed(0)
+    return VisionTransformer(image_size, patch_size, width=32, layers=2, heads=2, mlp_ratio=4.0, output_dim=16)
+
+
+def small_teacher(norm="imagenet", image_size=64, patch_size=16, grid=(4, 4), **kwargs):
+    return FrameTeacher(small_tower(image_size, patch_size), (image_size, image_size), norm, grid, **kwargs)
+
+
+def frames_fed(teacher, clips):
+    """What the first layer of the encoder is given."""
+    caught = []
+    handle = teacher.tower.conv1.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    teacher(clips)
+    handle.remove()
+    return torch.cat(caught).clone()
+
+
+def bilinear(maps, out_h, out_w):
+    """[h, w, D] → [out_h, out_w, D]; pixel centres at .5, edges repeated."""
+    h, w, _ = maps.shape
+    result = np.zeros((out_h, out_w, maps.shape[2]))
+    for i in range(out_h):
+        for j in range(out_w):
+            y, x = max((i + 0.5) * h / out_h - 0.5, 0), max((j + 0.5) * w / out_w - 0.5, 0)
+            top, left = int(y), int(x)
+            for row, wy in ((top, 1 - (y - top)), (min(top + 1, h - 1), y - top)):
+                for column, wx in ((left, 1 - (x - left)), (min(left + 1, w - 1), x - left)):
+                    result[i, j] += wy * wx * maps[row, column]
+    return result
+
+
+@pytest.mark.parametrize("grid", [(7, 5), (2, 3), (3, 8)])
+@torch.no_grad()
+def test_other_token_grid_is_resized_bilinearly(grid):
+    """Patch 14 on 56 px: 4 × 4 tokens."""
+    teacher, clips = small_teacher(image_size=56, patch_size=14, grid=grid), random_clips(4, side=56, batch=2)
+    tokens = teacher.tokens(clips)
+    assert tokens.shape == (2, 2 * grid[0] * grid[1], 32)
+    for b in range(2):
+        own = tokens_after_ln_post(teacher.tower, clips[b, :, ::2].transpose(0, 1)).view(2, 4, 4, 32).numpy()
+        expected = np.concatenate([bilinear(own[step], *grid).reshape(-1, 32) for step in range(2)])
+        np.testing.assert_allclose(tokens[b], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_frames_of_another_size_are_resized(side):
+    """PIL's bilinear filter is antialiased too."""
+    teacher, clips = small_teacher(), random_clips(2, side=side) + 0.1 * torch.randn(1, 3, 2, side, side)
+    fed = frames_fed(teacher, clips)
+    expected = [Image.fromarray(channel.numpy()).resize((64, 64), Image.Resampling.BILINEAR)
+                for channel in clips[0, :, 0]]
+    np.testing.assert_allclose(fed[0], np.stack(expected), atol=1e-4)
+
+
+def test_frames_fed_under_each_norm():
+    clips = random_clips(4, side=64, batch=2)
+    frames = clips[:, :, ::2].transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(frames_fed(small_teacher("imagenet"), clips), frames, atol=1e-6, rtol=0)
+    expected = torch.empty_like(frames)
+    for c in range(3):
+        pixels = frames[:, c] * IMAGENET_STD[c] + IMAGENET_MEAN[c]
+        expected[:, c] = (pixels - CLIP_MEAN[c]) / CLIP_STD[c]
+    torch.testing.assert_close(frames_fed(small_teacher("clip"), clips), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_towers_that_open_clip_takes_from_timm():
+    torch.manual_seed(0)
+    tower = TimmModel("vit_tiny_patch16_224", embed_dim=8, image_size=224, pool="", proj="linear")
+    teacher, clips = FrameTeacher(tower, (224, 224), "imagenet", (14, 14)), random_clips(4)
+    expected = tower.trunk.forward_features(clips[0, :, ::2].transpose(0, 1))[:, 1:]  # one class token
+    torch.testing.assert_close(teacher.tokens(clips).view(2, 196, 192), expected, atol=1e-5, rtol=0)
+    assert teacher.patch_size == (16, 16)
+
+
+@pytest.mark.parametrize("tubelet_size", [1, 2, 4])
+def test_only_the_first_frame_of_each_tubelet_counts(tubelet_size):
+    teacher, clips = small_teacher(tubelet_size=tubelet_size), random_clips(8, side=64, batch=2)
+    others = clips.clone()
+    others[:, :, [t for t in range(8) if t % tubelet_size]] = 5.0
+    assert torch.equal(teacher(clips), teacher(others))
+    assert teacher(clips).shape == (2, 8 // tubelet_size * 16, 32)
+
+
+def test_tokens_are_ordered_by_clip_and_time():
+    teacher, clips = small_teacher(), random_clips(6, side=64, batch=2)
+    tokens = teacher.tokens(clips).view(2, 3, 16, 32)
+    for b in range(2):
+        for step in range(3):
+            alone = teacher.patch_features(clips[b : b + 1, :, 2 * step])
+            torch.testing.assert_close(tokens[b, step], alone[0], atol=1e-5, rtol=0)
+
+
+def test_targets_are_the_normalised_tokens():
+    teacher, clips = small_teacher(), random_clips(6, side=64, batch=2)
+    tokens, targets = teacher.tokens(clips).double().numpy(), teacher(clips)
+    expected = (tokens - tokens.mean(axis=1, keepdims=True)) / (tokens.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(targets, expected, atol=1e-4)
+    assert targets.dtype == torch.float32 and not targets.requires_grad
+
+
+def test_teacher_is_frozen_and_stays_in_eval_mode():
+    teacher = small_teacher()
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("build", [small_teacher, lambda: PixelTarget()])
+def test_targets_serve_a_loss(build):
+    targets = build()(random_clips(4, side=64))
+    mask = torch.arange(32)[None] < 20
+    prediction = torch.zeros(1, 20, targets.shape[2], requires_grad=True)
+    F.mse_loss(prediction, targets[mask].view(1, 20, -1)).backward()
+    torch.testing.assert_close(prediction.grad, -2 * targets[:, :20] / (20 * targets.shape[2]))
+
+
+def test_targets_are_fp32_under_autocast():
+    teacher, clips = small_teacher(), random_clips(4, side=64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for target in (teacher(clips), PixelTarget()(clips)):
+            assert target.dtype == torch.float32
+            torch.testing.assert_close(target.std(dim=1).mean(), torch.tensor(1.0), atol=0.02, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------------------- DINO
+
+
+@pytest.fixture(scope="module")
+def dino():
+    torch.manual_seed(1)
+    return timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0).eval()
+
+
+@torch.no_grad()
+def test_dino_tokens_equal_timm(dino, weight_file):
+    path = weight_file("dino.pth")
+    torch.save(dino.state_dict(), path)
+    teacher, clips = build_dino("dino_s", path, "imagenet", (14, 14)), random_clips(4)
+    expected = dino.forward_features(clips[0, :, ::2].transpose(0, 1))[:, 1:]
+    assert teacher.out_dim == 384
+    torch.testing.assert_close(teacher.tokens(clips).view(2, 196, 384), expected, atol=1e-4, rtol=0)
+    expected = expected.reshape(392, 384)
+    expected = (expected - expected.mean(0)) / (expected.std(0) + 1e-6)
+    torch.testing.assert_close(teacher(clips)[0], expected, atol=1e-3, rtol=0)
+
+
+def test_dino_base_width():
+    teacher = build_dino("dino_b", "random", "imagenet", (14, 14))
+    assert teacher.out_dim == 768 and len(teacher.tower.blocks) == 12 and teacher.patch_size == (16, 16)
+
+
+def test_random_teacher_is_always_the_same_and_leaves_the_seed_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = build_dino("dino_s", "random", "imagenet", (14, 14))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(4)
+    second = build_dino("dino_s", "random", "imagenet", (14, 14))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+@torch.no_grad()
+def test_dino_at_another_image_size():
+    teacher = build_dino("dino_s", "random", "imagenet", (7, 7), image_size=112)
+    clips = random_clips(2, side=112)
+    expected = teacher.tower.forward_features(clips[:, :, 0])[:, 1:]
+    torch.testing.assert_close(teacher.tokens(clips), expected)
+    assert expected.shape == (1, 49, 384)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "no tower", "tensor", "cut", "missing"])
+def test_bad_dino_weights_name_the_flag_and_the_file(tmp_path, kind):
+    path = tmp_path / "weights.pth"
+    bad_file(kind, path)
+    with pytest.raises(ValueError, match=f"--dino_weights {path}"):
+        build_dino("dino_s", str(path), "imagenet", (14, 14))
+
+
+# ---------------------------------------------------------------------------------------------------- pixels, features
+
+
+@pytest.mark.parametrize("num_frames, height, width", [(4, 32, 48), (16, 16, 16)])
+def test_pixel_target_equals_a_loop(num_frames, height, width):
+    clips = torch.randn(2, 3, num_frames, height, width, generator=torch.Generator().manual_seed(0))
+    targets, pixels = PixelTarget()(clips), clips.double().numpy().copy()
+    for c in range(3):
+        pixels[:, c] = pixels[:, c] * IMAGENET_STD[c] + IMAGENET_MEAN[c]
+    expected = []
+    for clip in pixels:
+        for t in range(0, num_frames, 2):
+            for y in range(0, height, 16):
+                for x in range(0, width, 16):
+                    cube = clip[:, t : t + 2, y : y + 16, x : x + 16].reshape(3, 512)
+                    cube = (cube - cube.mean(1, keepdims=True)) / (cube.std(1, ddof=1, keepdims=True) + 1e-6)
+                    expected.append(cube.T.reshape(-1))  # p0 p1 p2 c
+    assert targets.shape == (2, num_frames // 2 * height // 16 * width // 16, 1536) and targets.dtype == torch.float32
+    np.testing.assert_allclose(targets.reshape(-1, 1536), np.stack(expected), atol=1e-4)
+
+
+def test_pixel_target_layout():
+    """One bright red pixel: frame 1, row 2, column 3 of the second cube of the row."""
+    clips = torch.zeros(1, 3, 2, 16, 32)
+    clips[0, 0, 1, 2, 16 + 3] = 1
+    target = PixelTarget()(clips)[0]
+    assert target.abs().argmax() == 1536 + ((1 * 16 + 2) * 16 + 3) * 3 and target[0].abs().max() < 0.05
+
+
+def test_pixel_target_of_a_black_clip_is_finite():
+    target = PixelTarget()(torch.full((1, 3, 4, 32, 32), -2.0))
+    assert target.isfinite().all() and target.abs().max() < 1
+
+
+def test_features_have_mean_0_and_unbiased_std_1():
+    features = torch.randn(3, 50, 7) * torch.rand(3, 1, 7) * 10 + torch.randn(3, 1, 7) * 5
+    normalised = normalize_features(features).double().numpy()
+    np.testing.assert_allclose(normalised.mean(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(normalised.std(axis=1, ddof=1), 1, atol=1e-4)
+
+
+def test_features_by_hand():
+    features = torch.tensor([[[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]]])  # mean 3, squares 4 + 1 + 9, over 2
+    std = math.sqrt(7) + 1e-6
+    expected = torch.tensor([[[-2 / std, 0], [-1 / std, 0], [3 / std, 0]]])
+    torch.testing.assert_close(normalize_features(features), expected, atol=1e-6, rtol=0)
+
+
+def test_half_precision_features_are_normalised_in_fp32():
+    features = (torch.randn(1, 200, 4) + 30).to(torch.bfloat16)
+    expected = normalize_features(features.double().float())
+    assert torch.equal(normalize_features(features), expected) and expected.dtype == torch.float32

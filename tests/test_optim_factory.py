@@ -1,0 +1,287 @@
+"""Parameter groups and layer decay against tables, and the step: accumulation, clipping, precision, bad gradients."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+
+from modeling_finetune import vit_base_patch16_224
+from modeling_pretrain import pretrain_videomae_small_patch16_224
+from optim_factory import Stepper, build_optimizer, parameter_groups
+from utils import RunLog, StepMeter
+
+CPU = torch.device("cpu")
+
+
+def on_meta(build, **options):
+    with torch.device("meta"):
+        return build(**options)
+
+
+def by_name(groups):
+    """Group of every parameter name."""
+    return {name: group for group in groups for name in group["names"]}
+
+
+# Groups ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [pretrain_videomae_small_patch16_224, vit_base_patch16_224])
+def test_every_parameter_is_in_one_group_and_matrices_alone_decay(build):
+    model = on_meta(build)
+    groups = parameter_groups(model, 0.05)
+    found = by_name(groups)
+    assert len(groups) == 2 and sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = found[name]
+        assert any(parameter is other for other in group["params"]) and group["lr_scale"] == 1
+        plain = parameter.ndim == 1 or name.endswith(".bias") or name == "mask_token"
+        assert (group["weight_decay"], group["wd_scale"]) == ((0, 0) if plain else (0.05, 1)), name
+    if build is pretrain_videomae_small_patch16_224:
+        assert found["mask_token"]["weight_decay"] == 0 and found["encoder.blocks.3.attn.q_bias"]["weight_decay"] == 0
+        assert found["encoder.patch_embed.proj.weight"]["weight_decay"] == 0.05
+
+
+LAYERS = {"patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0, "blocks.0.norm1.weight": 1,
+          "blocks.0.attn.qkv.weight": 1, "blocks.4.mlp.fc1.bias": 5, "blocks.11.mlp.fc2.weight": 12,
+          "blocks.11.attn.v_bias": 12, "fc_norm.weight": 13, "head.weight": 13, "head.bias": 13}
+
+
+def test_layer_decay_of_vit_base():
+    model = on_meta(vit_base_patch16_224, num_classes=400)
+    groups = parameter_groups(model, 0.05, layer_decay=0.75)
+    found = by_name(groups)
+    assert set(found) == {name for name, _ in model.named_parameters()} and len(groups) == 2 * 14
+    for name, layer in LAYERS.items():
+        assert found[name]["lr_scale"] == pytest.approx(0.75 ** (13 - layer)), name
+    for block in range(12):
+        scales = {found[name]["lr_scale"] for name in found if name.startswith(f"blocks.{block}.")}
+        assert len(scales) == 1 and scales.pop() == pytest.approx(0.75 ** (12 - block))
+    assert found["patch_embed.proj.weight"]["lr_scale"] == pytest.approx(0.0237573, rel=1e-5)  # .75 ** 13
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    assert set(by_name(parameter_groups(model, 0.1))) == {"1.weight", "1.bias"}
+
+
+# Optimizers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lion", "nadamw", "adafactor", "momentum"])
+def test_optimizers_by_name(opt):
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(parameter_groups(model, 0.05), opt, 1e-3, (0.9, 0.95), 1e-8)
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0, 0.05]
+    assert all("lr_scale" in group for group in optimizer.param_groups)
+    if opt == "adamw":
+        assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+        assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.95), 1e-8)}
+
+
+def test_an_unknown_optimizer():
+    with pytest.raises(ValueError, match="adamx"):
+        build_optimizer(parameter_groups(nn.Linear(2, 2), 0), "adamx", 1e-3)
+
+
+# Steps ----------------------------------------------------------------------------------------------------------
+
+
+def constant(value):
+    return lambda step: value
+
+
+def make(opt="adamw", update_freq=1, precision="fp32", weight_decay=0.05, clip_grad=None, width=5, schedules=None):
+    """A stepper around a small network; `schedules`: lr and weight decay by step, else constant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Linear(width, 1))
+    optimizer = build_optimizer(parameter_groups(model, weight_decay), opt, 1e-2, (0.9, 0.95), 1e-8)
+    lr, decay = schedules or (constant(1e-2), constant(weight_decay))
+    return Stepper(model, optimizer, CPU, precision, update_freq, lr, decay, clip_grad)
+
+
+def run(stepper, batches, step=0):
+    """One optimizer step on a list of (x, y); what it returns."""
+    stepper.schedule(step)
+    losses = []
+    for micro_batch, (x, y) in enumerate(batches):
+        with stepper.sync(micro_batch), stepper.autocast():
+            loss = nn.functional.mse_loss(stepper.model(x).float(), y)
+        stepper.backward(loss)
+        losses.append(loss.detach())
+    return stepper.step(torch.stack(losses).mean())
+
+
+def data(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 4, generator=generator), torch.randn(count, 1, generator=generator)
+
+
+def weights(stepper):
+    return copy.deepcopy(stepper.model.state_dict())
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("clip_grad", [None, 0.05])
+def test_accumulating_two_halves_is_one_batch(opt, clip_grad):
+    whole, halves = (make(opt, update_freq=n, clip_grad=clip_grad) for n in (1, 2))
+    for step in range(5):
+        x, y = data(8, step)
+        norm = run(whole, [(x, y)])["grad_norm"]
+        assert run(halves, [(x[:4], y[:4]), (x[4:], y[4:])])["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(halves)[name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_adamw_with_schedules_is_the_formula():
+    """Five steps of decoupled weight decay, bias correction and all, by hand in double precision."""
+    rates, decays = [0.0, 0.01, 0.02, 0.01, 0.005], [0.0, 0.1, 0.2, 0.3, 0.4]
+    stepper = make(weight_decay=0.0, schedules=(lambda step: rates[step], lambda step: decays[step]))
+    x, y = data(6)
+    name, first = "0.weight", weights(stepper)["0.weight"].double()
+    p, m, v = first.clone(), torch.zeros_like(first), torch.zeros_like(first)
+    for step in range(5):
+        model = copy.deepcopy(stepper.model)
+        nn.functional.mse_loss(model(x), y).backward()
+        g = dict(model.named_parameters())[name].grad.double()
+        p = p * (1 - rates[step] * decays[step])
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        t = step + 1
+        p = p - rates[step] * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        run(stepper, [(x, y)], step)
+        torch.testing.assert_close(weights(stepper)[name].double(), p, atol=2e-6, rtol=1e-4)
+
+
+def test_schedules_reach_the_groups_scaled():
+    model = on_meta(vit_base_patch16_224)
+    groups = parameter_groups(model, 0.05, layer_decay=0.75)
+    names = [group["names"] for group in groups]
+    optimizer = torch.optim.AdamW([{key: group[key] for key in group if key != "names"} for group in groups])
+    stepper = Stepper(model, optimizer, CPU, "fp32", 1, lambda step: 0.1 * step, lambda step: 0.3 - 0.1 * step)
+    assert stepper.schedule(2) == {"lr": pytest.approx(0.2), "weight_decay": pytest.approx(0.1)}
+    for group, inside in zip(optimizer.param_groups, names):
+        assert group["lr"] == pytest.approx(0.2 * group["lr_scale"])
+        plain = dict(model.named_parameters())[inside[0]].ndim == 1
+        assert group["weight_decay"] == pytest.approx(0 if plain else 0.1)
+    stepper.schedule(3)
+    stepper.schedule(1)  # a decay that was 0 for a while comes back
+    assert {round(group["weight_decay"], 6) for group in optimizer.param_groups} == {0, 0.2}
+
+
+def test_clipping():
+    x, y = data(8)
+    free, clipped, loose = (make("momentum", weight_decay=0.0, clip_grad=norm) for norm in (None, 0.01, 1e6))
+    before = weights(free)
+    norms = [float(run(stepper, [(x, y)])["grad_norm"]) for stepper in (free, clipped, loose)]
+    assert norms[0] == norms[1] == norms[2] > 0.05  # the norm before clipping
+    steps = [torch.cat([(weights(s)[name] - before[name]).flatten() for name in before]) for s in (free, clipped)]
+    ratio = steps[1].norm() / steps[0].norm()
+    assert ratio == pytest.approx(0.01 / norms[0], rel=0.05) and equal(weights(free), weights(loose))
+    assert nn.functional.cosine_similarity(*steps, dim=0) > 0.999
+
+
+def test_the_norm_is_that_of_all_gradients():
+    stepper = make()
+    x, y = data(8)
+    model = copy.deepcopy(stepper.model)
+    nn.functional.mse_loss(model(x), y).backward()
+    expected = sum(float(p.grad.double().pow(2).sum()) for p in model.parameters()) ** 0.5
+    assert float(run(stepper, [(x, y)])["grad_norm"]) == pytest.approx(expected, rel=1e-6)
+
+
+# Bad gradients --------------------------------------------------------------------------------------------------
+
+
+def state_of(stepper):
+    return copy.deepcopy(stepper.optimizer.state_dict()["state"])
+
+
+def same_state(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(one[key][name]), torch.as_tensor(other[key][name]))
+        for key in one for name in one[key] if one[key][name] is not None)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("opt, clip_grad", [("adamw", None), ("adamw", 1.0), ("sgd", None), ("lamb", None),
+                                            ("lion", 1.0), ("momentum", None)])
+def test_a_bad_step_changes_nothing(opt, clip_grad, poison):
+    stepper, x_y = make(opt, clip_grad=clip_grad, update_freq=2), data(4)
+    for step in range(3):
+        assert run(stepper, [data(4, step), data(4, step + 9)])["bad"] == 0
+    before, state = weights(stepper), state_of(stepper)
+    bad = (x_y[0].clone().fill_(poison), x_y[1])
+    for order in ([x_y, bad], [bad, x_y]):
+        assert run(stepper, order)["bad"] == 1
+        assert equal(weights(stepper), before) and same_state(state_of(stepper), state)
+        assert all(p.grad is None for p in stepper.model.parameters())
+    assert run(stepper, [x_y, x_y])["bad"] == 0 and not equal(weights(stepper), before)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lion"])
+def test_a_bad_first_step_leaves_no_trace(opt):
+    """The optimizer's state is made in the first step: it must not hold what happened to be in memory."""
+    width = 3000
+    stepper, fresh = make(opt, width=width), make(opt, width=width)
+    x, y = data(4)
+    for shape in [(width, 4), (width,), (1, width), (1,)] * 4:
+        torch.full(shape, 1e30)  # memory that is given back, and likely to be taken next
+    assert run(stepper, [(x * float("nan"), y)])["bad"] == 1
+    for step in range(2):
+        run(stepper, [(x, y)], step)
+        run(fresh, [(x, y)], step)
+    assert equal(weights(stepper), weights(fresh))
+
+
+# Precision ------------------------------------------------------------------------------------------------------
+
+
+def test_precision_of_the_forward_pass():
+    x, y = data(4)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        stepper = make(precision=precision)
+        with stepper.autocast():
+            assert stepper.model(x).dtype == dtype
+        assert run(stepper, [(x, y)])["bad"] == 0 and not stepper.scaler.is_enabled()
+        assert {value.dtype for value in weights(stepper).values()} == {torch.float32}
+
+
+def test_fp16_scales_the_loss_and_reports_unscaled_norms():
+    x, y = data(64)
+    exact, half = make(), make(precision="fp16")
+    half.scaler.scale(torch.zeros(1))  # makes the scale, 2 ** 16
+    norms = [float(run(stepper, [(x, y)])["grad_norm"]) for stepper in (exact, half)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.02) and half.scaler.get_scale() == 2**16
+
+
+def test_an_overflow_in_fp16_lowers_the_scale_and_does_no_harm():
+    stepper, (x, y) = make(precision="fp16"), data(4)
+    meter = StepMeter(RunLog("", ""), CPU, 0, 1, 3)
+    for step, scale in enumerate((1, 1e5, 1)):  # gradients beyond fp16's 65504 once scaled
+        before, state = weights(stepper), state_of(stepper)
+        shown = run(stepper, [(x, y * scale)])
+        assert stepper.scaler.get_scale() == (2**16 if step == 0 else 2**15) and shown["bad"] == 0
+        assert step != 1 or equal(weights(stepper), before) and same_state(state_of(stepper), state)
+        meter.update(step, {"loss": torch.ones(()), **shown}, ["x"])
+    assert meter.averages()["skipped_steps"] == 0
+    json.dumps(meter.averages(), allow_nan=False)  # one overflow must not hide the epoch's gradient norm
+
+
+def test_stepper_state_goes_through_a_file(tmp_path):
+    for precision in ("fp32", "fp16"):
+        one, other = make(precision=precision), make(precision=precision)
+        for step in range(3):
+            run(one, [data(4, step)])
+        torch.save(one.state(), tmp_path / "x.pth")
+        other.model.load_state_dict(weights(one))
+        other.load(torch.load(tmp_path / "x.pth", weights_only=True), tmp_path / "x.pth")
+        for stepper in (one, other):
+            run(stepper, [data(4, 7)])
+        assert equal(weights(one), weights(other)) and one.scaler.state_dict() == other.scaler.state_dict()

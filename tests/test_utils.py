@@ -1,0 +1,287 @@
+"""Schedules against arrays of the released recipe, the step meter, the run's log, signals and locks."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from fixtures_video import in_child
+
+import utils
+from utils import MAX_NON_FINITE, Control, RunError, RunLog, StepMeter, cosine_schedule, lock_folder, seed_everything
+
+CPU = torch.device("cpu")
+
+
+# Schedules ------------------------------------------------------------------------------------------------------
+
+
+def recipe(base, final, epochs, steps_per_epoch, warmup_epochs=0, start=0.0, warmup_steps=-1):
+    """The schedule of MAE, VideoMAE and the released code: one value for every step of a run."""
+    warmup_iters = warmup_steps if warmup_steps >= 0 else warmup_epochs * steps_per_epoch
+    iters = np.arange(epochs * steps_per_epoch - warmup_iters)
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * iters / len(iters)))
+    return np.concatenate([np.linspace(start, base, warmup_iters), cosine])
+
+
+@pytest.mark.parametrize("base, final, epochs, steps, warmup, start", [
+    (1.5e-4, 1e-5, 801, 7, 40, 0.0), (1e-3, 1e-6, 10, 30, 5, 1e-6), (0.05, 0.05, 12, 3, 0, 0.0),
+    (0.04, 0.4, 9, 11, 0, 0.0), (1.0, 0.0, 4, 1, 1, 0.25), (1.0, 0.5, 3, 5, 3, 0.0),
+])
+def test_cosine_schedule_is_that_of_the_recipe(base, final, epochs, steps, warmup, start):
+    total = epochs * steps
+    expected = recipe(base, final, epochs, steps, warmup, start)
+    ours = [cosine_schedule(step, base, final, total, warmup * steps, start) for step in range(total)]
+    np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_the_schedule_ends_at_its_last_value_and_stays_there():
+    assert [cosine_schedule(step, 1.0, 0.1, 100, 10) for step in (9, 10, 100, 10**9)] == [1.0, 1.0, 0.1, 0.1]
+
+
+# Meter and log --------------------------------------------------------------------------------------------------
+
+
+def meter_of(folder, steps=100, interval=10, **options):
+    return StepMeter(RunLog(str(folder), ""), CPU, 0, 2, steps, interval, **options)
+
+
+def feed(meter, step, loss, bad=0.0):
+    values = {"loss": torch.tensor(float(loss)), "grad_norm": torch.tensor(2.0), "bad": torch.tensor(bad)}
+    meter.update(step, values, [f"/videos/{step}.mp4"])
+
+
+def test_skipped_steps_are_not_in_the_mean_and_are_named(tmp_path, caplog):
+    meter = meter_of(tmp_path, steps=12, interval=5)
+    with caplog.at_level("INFO", "smile"):
+        for step in range(12):
+            feed(meter, step, float("nan") if step in (3, 7) else step, bad=float(step in (3, 7)))
+    good = [step for step in range(12) if step not in (3, 7)]
+    assert meter.averages() == {"train_loss": np.mean(good), "train_grad_norm": 2.0, "skipped_steps": 2}
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(": ")[-1] for text in warnings] == ["/videos/3.mp4", "/videos/7.mp4"]
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert [line.split("]")[0] for line in lines] == [f"epoch 0 [{done}/12" for done in (5, 10, 12)]
+    assert all(word in lines[0] for word in ("loss 1.75", "grad_norm 2", "data_time", "step_time", "eta"))
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):
+    assert MAX_NON_FINITE == 10
+    meter = meter_of(tmp_path, interval=1)
+    for step in range(9):
+        feed(meter, step, float("nan"), 1.0)
+    feed(meter, 9, 1.0)  # one good step in between: the count starts anew
+    for step in range(10, 19):
+        feed(meter, step, float("nan"), 1.0)
+    with pytest.raises(RunError, match="10 steps in a row.*--lr.*--clip_grad"):
+        feed(meter, 19, float("nan"), 1.0)
+
+
+def test_an_epoch_with_no_good_step_has_averages_too(tmp_path):
+    meter = meter_of(tmp_path, steps=4, interval=2)
+    for step in range(4):
+        feed(meter, step, float("inf"), 1.0)
+    assert meter.averages() == {"skipped_steps": 4}
+
+
+def test_the_meter_goes_on_from_its_state(tmp_path):
+    whole, first = meter_of(tmp_path, steps=20), meter_of(tmp_path, steps=20)
+    for step in range(20):
+        feed(whole, step, step, bad=float(step == 6))
+    for step in range(13):
+        feed(first, step, step, bad=float(step == 6))
+    first.flush(12)
+    second = meter_of(tmp_path, steps=20, state=json.loads(json.dumps(first.state())))
+    for step in range(13, 20):
+        feed(second, step, step)
+    assert second.averages() == whole.averages()
+
+
+def test_waiting_for_data_is_measured(tmp_path, caplog):
+    def slow():
+        for number in range(4):
+            time.sleep(0.05)
+            yield number
+
+    meter = meter_of(tmp_path, steps=4, interval=4)
+    with caplog.at_level("INFO", "smile"):
+        for step, _ in enumerate(meter.timed(slow())):
+            feed(meter, step, 1.0)
+    shown = dict(pair.split(" ") for pair in caplog.records[-1].getMessage().split("  ")[1:] if pair.count(" ") == 1)
+    assert 0.045 < float(shown["data_time"]) <= float(shown["step_time"]) < 0.3
+
+
+def test_the_log_is_a_json_line_an_epoch_and_drops_what_was_cut_off(tmp_path):
+    log = RunLog(str(tmp_path), "")
+    for epoch in range(5):
+        log.epoch({"epoch": epoch, "train_loss": epoch / 3})
+    for resume_at in (3, 3, 1):
+        log = RunLog(str(tmp_path), "", start_epoch=resume_at)
+        lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+        assert lines == [{"epoch": epoch, "train_loss": epoch / 3} for epoch in range(resume_at)]
+    log.epoch({"epoch": 1})
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+
+
+def test_a_torn_last_line_does_not_keep_a_run_from_going_on(tmp_path):
+    """A kill or a full disk in the middle of a write leaves half a line."""
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n{"epoch": 1, "train_l')
+    RunLog(str(tmp_path), "", start_epoch=1).epoch({"epoch": 1, "train_loss": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+
+
+# Seeds ----------------------------------------------------------------------------------------------------------
+
+
+def draws(*key):
+    seed_everything(*key)
+    return torch.rand(2).tolist() + np.random.rand(2).tolist() + [random.random()]
+
+
+def test_seeds_repeat_and_differ():
+    assert draws(0, 1, 2) == draws(0, 1, 2)
+    seen = {tuple(draws(seed, epoch, chunk)) for seed in range(3) for epoch in range(5) for chunk in range(20)}
+    assert len(seen) == 300 and len({row[0] for row in seen}) > 290  # torch.rand gives 24 bits
+
+
+# Single process -------------------------------------------------------------------------------------------------
+
+
+def test_helpers_work_in_one_process():
+    assert (utils.rank(), utils.world_size(), utils.broadcast({"a": 1})) == (0, 1, {"a": 1})
+    assert utils.reduce_sum([1, 2.5], CPU) == [1, 2.5]
+    utils.barrier()
+
+
+def test_user_errors_become_one_line_errors():
+    for error in (ValueError("--lr x: wrong"), FileNotFoundError(2, "no such file", "/a/b")):
+        with pytest.raises(RunError, match="--lr x: wrong|/a/b"), utils.user_errors():
+            raise error
+    with pytest.raises(ZeroDivisionError), utils.user_errors():
+        1 / 0
+
+
+def test_exit_codes(capfd):
+    def fails():
+        raise RunError("--flag x: wrong")
+
+    for function, code in ((fails, 1), (lambda: 0, 0), (lambda: None, 0), (lambda: utils.EXIT_REQUEUE, 85)):
+        with pytest.raises(SystemExit) as exit_:
+            utils.run_main(function)
+        assert exit_.value.code == code
+    assert capfd.readouterr().err == "error: --flag x: wrong\n"
+
+
+# Two processes --------------------------------------------------------------------------------------------------
+
+PAIR = """
+import os, sys
+import torch
+sys.path.insert(0, {root!r})
+import utils
+device = utils.init_distributed("cpu", 1)
+log = utils.RunLog("", "")
+meter = utils.StepMeter(log, device, 0, 1, 2, 2)
+for step in range(2):
+    values = {{"loss": torch.tensor(1.0 + utils.rank() + step), "bad": torch.tensor(float(utils.rank() * step))}}
+    meter.update(step, values, ["x"])
+control = utils.Control()
+heard = []
+for step in range(4):
+    if step == 1 and utils.rank() == 1:
+        os.kill(os.getpid(), 15)
+    heard.append(control.agree(save=step == 2 and utils.rank() == 0))
+control.close()
+seen = utils.reduce_sum([1, utils.rank()], device), utils.broadcast(utils.rank() + 5), meter.averages(), heard
+open(os.path.join({folder!r}, str(utils.rank())), "w").write(repr(seen))
+
+def fail():
+    utils.barrier()
+    if utils.rank() == 1:
+        raise utils.RunError("only process 1 saw it")
+    utils.barrier()
+
+utils.run_main(fail)
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two processes over Gloo: what each saw, and how the program ended, in which the second one failed."""
+    folder, env = tmp_path_factory.mktemp("pair"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = folder / "pair.py"
+    script.write_text(PAIR.format(root=os.path.dirname(utils.__file__), folder=str(folder)))
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                             str(script)], capture_output=True, text=True, env=env, timeout=120)
+    return [eval((folder / str(rank)).read_text()) for rank in range(2)], result
+
+
+def test_two_processes_decide_alike(pair):
+    for sums, value, averages, heard in pair[0]:
+        assert (sums, value) == ([2.0, 1.0], 5)
+        assert averages == {"train_loss": 1.5, "skipped_steps": 1}  # the mean of both; a step bad in one is skipped
+        assert heard == [(False, False), (False, False), (True, False), (True, True)]  # one step late
+
+
+def test_an_error_of_any_process_is_told(pair):
+    assert pair[1].returncode != 0 and "error: only process 1 saw it" in pair[1].stderr
+
+
+# Signals and locks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_noted(number):
+    def told():
+        control = Control()
+        before = control.agree(False)
+        os.kill(os.getpid(), number)
+        return before, control.agree(False), control.agree(True)
+
+    assert in_child(told) == (((False, False), (True, False), (True, True)), None)
+
+
+def test_a_second_interrupt_ends_the_program():
+    def twice():
+        Control()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    assert in_child(twice) == (None, f"died: {-signal.SIGINT}")
+
+
+def hold(folder):
+    """A process that holds a folder's lock, and a way to let go of it."""
+    code = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
+            "sys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder / ".lock")], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    return process
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    holder = hold(tmp_path)
+    try:
+        with pytest.raises(RunError, match=f"--output_dir {tmp_path}: another run"):
+            lock_folder(str(tmp_path))
+        holder.kill()  # however it ends
+        assert lock_folder(str(tmp_path))
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="--output_dir .*cannot be written"):
+        lock_folder(str(tmp_path / "file" / "run"))
+    assert lock_folder(str(tmp_path / "new" / "run"))
