@@ -73,7 +73,8 @@ class DeepSpeedStepper(Stepper):
             norm, bad = engine.get_global_grad_norm() / scale, engine.optimizer.overflow
         if self.precision == "fp16":  # an overflow only lowers the scale and is no error
             bad = not loss.isfinite()
-        return {"grad_norm": torch.as_tensor(norm, device=self.device), "bad": torch.tensor(float(bad), device=self.device)}
+        values = {"grad_norm": float(norm), "bad": float(bad)}
+        return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
 
     def state(self) -> dict[str, Any]:
         if self.failed:  # whoever writes the checkpoint counts an OSError as a failed save
@@ -100,8 +101,8 @@ class DeepSpeedStepper(Stepper):
         layout = dict(state["optimizer"])
         tag = layout.pop("deepspeed", None)
         if tag is None or layout != self.layout:
-            raise RunError(f"{path} is of {layout if tag else 'a run without DeepSpeed'}, this run has {self.layout}; to "
-                           "go on with its weights alone, give it to --finetune with another --output_dir")
+            raise RunError(f"{path} is of {layout if tag else 'a run without DeepSpeed'}, this run has {self.layout}; "
+                           "to go on with its weights alone, give it to --finetune with another --output_dir")
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
@@ -131,7 +132,8 @@ def remove_unused(folder: str) -> None:
     for path in Path(folder).glob("checkpoint-*.pth"):
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                used.add(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["optimizer"].get("deepspeed"))
+                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            used.add(state["optimizer"].get("deepspeed"))
         except Exception:  # whatever is wrong with it, this is not the time to lose what may belong to it
             used |= {path.stem, f"{path.stem}-b"}
     for shards in (Path(folder) / FOLDER).glob("checkpoint-*"):
@@ -150,8 +152,8 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, opt: str,
         ValueError: DeepSpeed cannot do this.
     """
     if zero_stage and opt not in FUSED:
-        raise ValueError(f"--zero_stage {zero_stage} cuts weights into flat pieces, which is known to be right for --opt "
-                         f"{', '.join(FUSED)} only; --opt {opt} needs --zero_stage 0")
+        raise ValueError(f"--zero_stage {zero_stage} cuts weights into flat pieces, which is known to be right for "
+                         f"--opt {', '.join(FUSED)} only; --opt {opt} needs --zero_stage 0")
     os.environ.setdefault("DS_ACCELERATOR", stepper.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed

@@ -262,7 +262,7 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
                         mixup, None if probing else eraser, ema)
 
     def end_epoch(epoch: int, save: Callable[[str], bool]) -> tuple[dict, bool]:
-        if (epoch + 1) % args.val_freq and epoch + 1 < args.epochs:
+        if (epoch + 1) % args.val_freq and epoch + 1 < (args.stop_epoch or args.epochs):
             return {}, False
         metrics = evaluator.validate(ema.module if ema else model)
         if metrics["acc1"] > best["acc1"]:

@@ -7,3 +7,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    """--soak runs the tests in soak/ too, which take minutes."""
+    parser.addoption("--soak", action="store_true", help="run the soak tests in tests/soak too (minutes)")

@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 # name: (video, first frame, frames, width, height)
@@ -121,6 +122,7 @@ def in_child(function, *args):
     ours, theirs = fork.Pipe(duplex=False)
 
     def report():
+        torch.set_num_threads(1)  # a forked process has lost the other threads, and would wait for them
         try:
             outcome = function(*args), None
         except BaseException as error:

@@ -69,6 +69,21 @@ def test_a_missing_list(tmp_path):
             VideoList(str(path))
 
 
+def test_missing_files_are_told_before_anything_is_computed(clips, tmp_path):
+    """A look at some files, evenly over the list; the first one missing is named with its line."""
+    there, gone = clips["bikes.mp4"], tmp_path / "gone.mp4"
+    path = write_list(tmp_path / "list.csv", [there] * 19 + [gone])
+    VideoList(path).check_files(0.05)
+    with pytest.raises(ValueError, match=f"list.csv, line 20: no such file: {gone} .*--max_bad_fraction 0.04"):
+        VideoList(path).check_files(0.04)
+    (tmp_path / "list.csv").write_text(f"\n{there} 0\n\n{gone} 0\n{gone} 0\n")
+    with pytest.raises(ValueError, match="line 4: no such file.*--data_root"):
+        VideoList(path).check_files(0.6)
+    many = VideoList(write_list(tmp_path / "long.csv", [there] * 2000 + [gone] * 8000))
+    with pytest.raises(ValueError, match="160 of 200 looked for are missing"):
+        many.check_files(0.79)
+
+
 # Decoding -------------------------------------------------------------------------------------------------------
 
 

@@ -313,6 +313,38 @@ def test_a_replaced_video_brings_its_own_label(labelled_list, broken, tmp_path):
     assert len(seen) > 2
 
 
+# Files that are not there ---------------------------------------------------------------------------------------
+
+
+def list_with_missing(clips, folder, total, missing):
+    """`total` lines after a blank one; the videos at the places `missing` are not there."""
+    lines = [f"gone {i}.mp4 1" if i in missing else f"{clips['small.mp4']} 0" for i in range(total)]
+    (folder / "some.csv").write_text("\n" + "\n".join(lines))
+    return VideoList(str(folder / "some.csv"), data_root="/root")
+
+
+def test_missing_files_are_told_by_list_line_path_and_remedy(clips, tmp_path):
+    videos = list_with_missing(clips, tmp_path, 10, {3, 7})
+    with pytest.raises(ValueError) as error:
+        videos.check_files(0.1)
+    assert str(error.value) == (
+        f"{tmp_path}/some.csv, line 5: no such file: /root/gone 3.mp4 (2 of 10 looked for are missing, more than "
+        "--max_bad_fraction 0.1); relative paths start from --data_root")
+    videos.check_files(0.2)
+    videos.subset(np.array([0, 1, 2])).check_files(0)
+    with pytest.raises(ValueError, match="line 9: no such file: /root/gone 7.mp4 .1 of 2"):
+        videos.subset(np.array([4, 7])).check_files(0)
+
+
+def test_a_long_list_is_looked_through_evenly(clips, tmp_path):
+    list_with_missing(clips, tmp_path, 3000, set(range(1, 3000, 100))).check_files(0.05)
+    for missing in (range(200), range(2800, 3000), range(1400, 1600)):  # 200 of 3000: one in 15
+        with pytest.raises(ValueError, match="1[34] of 200 looked for are missing"):
+            list_with_missing(clips, tmp_path, 3000, set(missing)).check_files(0.05)
+    with pytest.raises(ValueError, match="line 2: .*200 of 200"):
+        list_with_missing(clips, tmp_path, 3000, set(range(3000))).check_files(0.05)
+
+
 # Few-shot lists and data sets -----------------------------------------------------------------------------------
 
 

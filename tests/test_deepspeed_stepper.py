@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,9 @@ def run(server, clips, tmp_path_factory):
         argv = [*options, "--output_dir", str(folder), "--update_freq", str(2 // processes), *argv]
         shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         if torchrun:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                       str(ROOT / NAME), *argv]
-            codes = [subprocess.run(command, stdout=open(output, "a"), stderr=subprocess.STDOUT, timeout=150).returncode]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            codes = [subprocess.run([*launcher, str(ROOT / NAME), *argv], stdout=open(output, "a"),
+                                    stderr=subprocess.STDOUT, timeout=150).returncode]
         else:
             started = [server.Process(target=program, args=(argv, output, env, event)) for env in (
                 {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))]
@@ -167,10 +168,10 @@ def test_the_weights_moved(run, plain):
     assert distance(weights(start), weights(plain)) > 1e-3
 
 
-def test_two_processes_learn_the_same(run, plain):
-    """Under torchrun, and as the plain run under DDP."""
-    for name, torchrun, argv in (("ddp", False, []), ("two1", False, STAGES[1]), ("two2", True, STAGES[2])):
-        assert distance(weights(run(name, *argv, processes=2, torchrun=torchrun)), weights(plain)) < 1e-6, name
+def test_two_processes_learn_what_they_learn_with_ddp(run, plain):
+    ddp, deepspeed = run("ddp", processes=2), run("two", *STAGES[2], processes=2, torchrun=True)
+    assert distance(weights(deepspeed), weights(ddp)) < 1e-6
+    assert distance(weights(deepspeed), weights(plain)) < 1e-6
 
 
 # Saving ---------------------------------------------------------------------------------------------------------
@@ -189,10 +190,10 @@ def test_resume_after_sigkill_between_shards_and_checkpoint(run, stage1):
 
 
 def test_resume_of_two_processes_after_sigterm(run, plain):
-    folder = run("told", *STAGES[2], processes=2, event="SIGTERM in step 2", code=EXIT_REQUEUE)
-    run("told", *STAGES[2], code=1)  # one process cannot read the shards of two
+    folder = run("told", *STAGES[1], processes=2, event="SIGTERM in step 2", code=EXIT_REQUEUE)
+    run("told", *STAGES[1], code=1)  # one process cannot read the shards of two
     assert "'processes': 2}, this run has" in folder.with_suffix(".out").read_text()
-    run("told", *STAGES[2], processes=2)
+    run("told", *STAGES[1], processes=2)
     assert "checkpoint-latest.pth at epoch 0, step 3" in folder.with_suffix(".out").read_text()
     assert distance(weights(folder), weights(plain)) < 1e-6
 
@@ -264,43 +265,41 @@ def copy_of(stepper):
     return {name: value.clone() for name, value in stepper.module.state_dict().items()}
 
 
-def skipping(precision):
+def skipping():
     outcome = []
-    for stage in (0, 1, 2):
+    for precision, stage in product(("fp32", "bf16"), (0, 1, 2)):
         stepper = stepper_of(stage, precision)
         start = copy_of(stepper)
         bad = one_step(stepper, float("nan"))
         kept = all(torch.equal(start[name], value) for name, value in copy_of(stepper).items())
         good = one_step(stepper)
-        outcome.append((bad["bad"], kept, good["bad"], np.isfinite(good["grad_norm"]), distance(start, copy_of(stepper)) > 0))
+        moved = distance(start, copy_of(stepper)) > 0
+        outcome.append((bad["bad"], kept, good["bad"], np.isfinite(good["grad_norm"]), moved))
     return outcome
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_that_is_not_finite_changes_nothing(precision):
-    outcome, error = in_child(skipping, precision)
-    assert error is None and outcome == [(1, True, 0, True, True)] * 3
+def test_a_step_that_is_not_finite_changes_nothing():
+    outcome, error = in_child(skipping)
+    assert error is None and outcome == [(1, True, 0, True, True)] * 6
 
 
-def norms_and_weights(precision):
+def norms_and_weights():
     outcome = []
-    for stage in (0, 1, 2):
+    for precision, stage in product(("fp32", "bf16", "fp16"), (0, 1, 2)):
         stepper = stepper_of(stage, precision, fp16_on_cpu=True)
         norms = [one_step(stepper)["grad_norm"] for step in range(4)]
-        outcome.append((norms, {name: value.float().numpy() for name, value in copy_of(stepper).items()}))
+        outcome.append((norms, nn.utils.parameters_to_vector(stepper.module.parameters()).detach().float().numpy()))
     return outcome
 
 
 def test_precisions_and_stages_agree():
     """Gradient norms are those before clipping and without loss scale; no step is made while starting."""
-    reference, error = in_child(norms_and_weights, "fp32")
+    outcome, error = in_child(norms_and_weights)
     assert error is None
-    for precision in ("bf16", "fp16"):
-        outcome, error = in_child(norms_and_weights, precision)
-        assert error is None
-        for (norms, state), (right_norms, right_state) in zip(outcome, reference):
-            assert norms == pytest.approx(right_norms, rel=0.05)
-            assert all(np.allclose(state[name], right_state[name], atol=0.01) for name in state)
+    right_norms, right_weights = outcome[0]
+    for norms, state in outcome:
+        assert norms == pytest.approx(right_norms, rel=0.01)
+        assert abs(state - right_weights).mean() < 1e-3
 
 
 def full_disk(folder):
@@ -316,7 +315,8 @@ def full_disk(folder):
         one_step(stepper)
         Engine.save = fail if number == 1 else save
         stepper.save_shards(str(folder), checkpoints.LATEST)
-        written.append(writer.save(checkpoints.LATEST, lambda: {"model": stepper.module.state_dict(), **stepper.state()}))
+        content = lambda: {"model": stepper.module.state_dict(), **stepper.state()}
+        written.append(writer.save(checkpoints.LATEST, content))
         found = checkpoints.read_checkpoint(folder / checkpoints.LATEST)
         fresh = stepper_of(1)
         fresh.load(found, folder / checkpoints.LATEST)

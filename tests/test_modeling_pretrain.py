@@ -275,6 +275,17 @@ def test_activation_checkpointing_keeps_fewer_activations(size, decoder_depth):
     assert saved[1] < 0.7 * saved[0]  # what remains: inputs of blocks, and everything outside them
 
 
+def test_evaluation_does_not_spoil_training():
+    """What is computed once and kept must be usable in both modes."""
+    sinusoid_positions.cache_clear()
+    student, (clips, mask) = random_student(), clip_and_mask(8, 32, 48, 15)
+    with torch.inference_mode():
+        output = student(clips, mask)
+    again = student(clips, mask)
+    again.square().mean().backward()
+    assert torch.equal(output, again.detach())
+
+
 def test_every_parameter_learns():
     """Distributed training needs it: a parameter without gradient stops it."""
     student, (clips, mask) = random_student(drop_path_rate=0.1).train(), clip_and_mask(8, 32, 48, 15)

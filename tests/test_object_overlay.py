@@ -186,6 +186,17 @@ def test_missing_file_is_skipped(tmp_path):
     assert [path.endswith("good/gone.png") for path in library.skipped] == [True]
 
 
+def test_skipped_images_are_told_once(tmp_path):
+    bad = bad_files(tmp_path)
+    write(tmp_path, "good/red.png", solid(255, 0, 0, 255))
+    library, rng, told = ObjectLibrary(str(tmp_path), find_objects(str(tmp_path))), np.random.default_rng(0), []
+    for _ in range(60):
+        library.draw(rng)
+        told += library.take_skipped()
+    assert sorted(path.rsplit("/", 1)[1] for path, _ in told) == sorted(bad)
+    assert dict(told) == library.skipped and library.take_skipped() == []
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("limit", [1500, 500])
 def test_huge_image_is_skipped(tmp_path, monkeypatch, limit):
@@ -501,6 +512,16 @@ def test_sprite_of_its_box_size_is_copied():
     np.testing.assert_array_equal(frames[0, 20:50, 10:51], sprite[..., :3])
     np.testing.assert_array_equal(frames[1, 60:72, 0:31], sprite[:12, 10:, :3])
     np.testing.assert_array_equal(frames[2, 0:25, 80:100], sprite[5:, :20, :3])
+
+
+@pytest.mark.parametrize("size", [(320, 200), (320, 1), (1, 1), (37, 320), (3, 2)])
+@pytest.mark.parametrize("box", [(60, 40), (1, 1), (13, 200), (319, 201)])
+def test_fitted_sprite_keeps_its_opacity_and_mean(size, box):
+    ramp = np.linspace(0, 255, size[0])[None, :, None] * np.ones((size[1], 1, 4))
+    ramp[..., 3] = 255
+    fitted = fit_sprite(ramp.astype(np.uint8), np.array(box))
+    assert fitted.shape == (box[1], box[0], 4) and (fitted[..., 3] == 255).all()
+    assert fitted[..., 0].mean() == pytest.approx(ramp.astype(np.uint8)[..., 0].mean(), abs=2)
 
 
 @pytest.mark.parametrize("angle, turns", [(90, -1), (-90, 1), (180, 2), (270, 1)])

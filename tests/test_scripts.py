@@ -1,4 +1,4 @@
-"""Every shell script parses, and every recipe gives a command line that run_smile_pretraining.py understands.
+"""Every shell script parses, and every recipe gives a command line that its program understands.
 
 torchrun, srun and scontrol are stubs that write down their arguments.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import run_class_finetuning
 from modeling_finetune import SIZES
 from run_smile_pretraining import get_args
 from utils import EXIT_REQUEUE
@@ -168,3 +169,96 @@ def test_slurm_queues_the_job_again_only_when_the_run_asks_for_it(run):
 def test_slurm_directives_ask_for_a_warning_and_a_requeue():
     directives = [line for line in SBATCH.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --requeue" in directives and "#SBATCH --signal=USR1@120" in directives
+
+
+# Fine-tuning and tests ------------------------------------------------------------------------------------------
+
+FINETUNE, TEST = (sorted((SCRIPTS / folder).glob("*.sh")) for folder in ("finetune", "test"))
+SETS = {"k400": "Kinetics-400", "ssv2": "SSV2", "ucf101": "UCF101", "hmdb51": "HMDB51"}
+BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
+# lr, layer decay, drop path, head dropout, epochs, total batch; of Kinetics and SSv2 as METHOD has them
+NUMBERS = {"k400": (1e-3, 0.75, 0.1, 0, 100, 16), "ssv2": (1e-3, 0.7, 0.1, 0, 40, 32),
+           "ucf101": (5e-4, 0.7, 0.2, 0.5, 100, 64), "hmdb51": (1e-3, 0.7, 0.2, 0.5, 50, 64)}
+
+
+def finetune_args(run, tmp_path, script, *options, **variables):
+    """What run_class_finetuning.py makes of a script's command, and the command."""
+    paths = {"DATA_PATH": str(tmp_path / "my data"), "MODEL_PATH": str(tmp_path / "my model.pth")}
+    (tmp_path / "my data").mkdir(exist_ok=True)
+    (tmp_path / "my model.pth").touch()
+    result, commands = run(script, *options, **paths | variables)
+    assert result.returncode == 0 and len(commands) == 1, result.stderr
+    (command,) = commands
+    program = next(i for i, word in enumerate(command) if word.endswith("/run_class_finetuning.py"))
+    args = run_class_finetuning.get_args(command[program + 1:])
+    assert (args.data_path, args.finetune) == (paths["DATA_PATH"], paths["MODEL_PATH"])
+    return args, command
+
+
+def test_all_fine_tuning_scripts_are_there():
+    models = ["hmdb51_vit_b", "k400_vit_b", "k400_vit_s", "ssv2_vit_b", "ssv2_vit_s", "ucf101_vit_b"]
+    assert [path.stem for path in FINETUNE] == [*(f"finetune_{name}" for name in models),
+                                               "linear_probe_k400_vit_b", "linear_probe_ssv2_vit_b"]
+    assert [path.stem for path in TEST] == [f"test_{name}" for name in models]
+
+
+@pytest.mark.parametrize("script", [*FINETUNE, *TEST], ids=lambda path: path.stem)
+def test_fine_tuning_script(run, tmp_path, script):
+    args, command = finetune_args(run, tmp_path, script)
+    data, _, size = script.stem.split("_")[-3:]
+    assert command[0] == "torchrun" and args.output_dir == f"output/{script.stem}"
+    assert args.data_set == SETS[data] and args.model == {"b": BASE, "s": SMALL}[size]
+    assert args.num_frames == 16 and args.input_size == 224 and (args.sampling_rate == 4 or data == "ssv2")
+    assert not args.nb_classes and not args.test_num_segment and not args.test_num_crop  # those of the data set
+    assert args.eval == (script in TEST) and args.linear_probe == script.stem.startswith("linear")
+    gpus = int(launcher_option(command, "--nproc_per_node"))
+    if script.stem.startswith("finetune"):
+        lr, layer_decay, drop_path, dropout, epochs, total = NUMBERS[data]
+        assert (args.lr, args.layer_decay, args.drop_path, args.fc_drop_rate) == (lr, layer_decay, drop_path, dropout)
+        assert args.epochs == epochs and gpus * args.batch_size * args.update_freq * args.num_sample == total
+        assert (args.min_lr, args.warmup_epochs, args.weight_decay, args.opt_betas) == (1e-6, 5, 0.05, [0.9, 0.999])
+        assert (args.smoothing, args.mixup, args.cutmix, args.mixup_switch_prob) == (0.1, 0.8, 1, 0.5)
+        assert args.opt == "adamw" and (args.aa, args.reprob, args.remode) == ("rand-m7-n4-mstd0.5-inc1", 0.25, "pixel")
+    elif args.linear_probe:
+        assert gpus * args.batch_size * args.update_freq == 256 and len(args.probe_lrs) * len(args.probe_wds) == 10
+
+
+@pytest.mark.parametrize("script", FINETUNE, ids=lambda path: path.stem)
+def test_the_total_batch_of_fine_tuning_stays(run, tmp_path, script):
+    totals = set()
+    for gpus, nodes, batch in ((1, 1, 2), (4, 1, 4), (8, 1, 2), (2, 2, 4)):
+        args, command = finetune_args(run, tmp_path, script, GPUS=str(gpus), NODES=str(nodes), BATCH_SIZE=str(batch))
+        totals.add(gpus * nodes * args.batch_size * args.update_freq)
+        assert args.batch_size == batch and launcher_option(command, "--nnodes") == str(nodes)
+    assert len(totals) == 1
+
+
+@pytest.mark.parametrize("script", [*FINETUNE, *TEST], ids=lambda path: path.stem)
+def test_what_fine_tuning_starts_from(run, tmp_path, script):
+    """The default is what another script leaves behind; what is not there is named."""
+    result, commands = run(script, DATA_PATH=str(tmp_path), MODEL_PATH="")
+    assert result.returncode == 1 and commands == [] and result.stderr.count("\n") == 1
+    path = Path(result.stderr.removeprefix("error: MODEL_PATH=").split(": no such file")[0])
+    source = path.parent.name
+    if script in TEST:
+        assert path.name == "checkpoint-best.pth" and source == script.stem.replace("test_", "finetune_")
+    else:
+        (command,) = run(SCRIPTS / "pretrain" / f"{source}.sh")[1]
+        assert path.name == f"checkpoint-{program_args(command).stop_epoch - 1}.pth"
+        assert program_args(command).model.split("_")[2] == finetune_args(run, tmp_path, script)[0].model.split("_")[1]
+    result, commands = run(script, DATA_PATH="/path/to/nothing", MODEL_PATH=str(tmp_path))
+    assert result.returncode == 1 and commands == [] and "DATA_PATH=/path/to/nothing: no such" in result.stderr
+
+
+def test_options_of_fine_tuning_come_last_and_variables_from_the_environment(run, tmp_path):
+    for script in (FINETUNE[1], TEST[1]):
+        args, command = finetune_args(run, tmp_path, script, "--seed", "7", "--input_size", "112", OUTPUT_DIR="out dir",
+                                      NODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234", GPUS="2",
+                                      NUM_WORKERS="3")
+        assert (args.output_dir, args.seed, args.input_size, args.num_workers) == ("out dir", 7, 112, 3)
+        for name, value in {"--nnodes": "2", "--node_rank": "1", "--master_addr": "10.0.0.1", "--master_port": "1234",
+                            "--nproc_per_node": "2"}.items():
+            assert launcher_option(command, name) == value
+    result, commands = run(FINETUNE[1], GPUS="8", MODEL_PATH=str(tmp_path))
+    assert result.returncode == 1 and commands == []
+    assert result.stderr == "error: GPUS 8 x NODES 1 x BATCH_SIZE 4 = 32 does not divide TOTAL_BATCH 16\n"

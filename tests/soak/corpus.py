@@ -189,6 +189,15 @@ def rotated(content):
     return content[:place] + turned + content[place + len(turned) :]
 
 
+def claim_frames(content, count):
+    """An avi whose headers claim so many frames."""
+    content = bytearray(content)
+    for name, offset in ((b"avih", 24), (b"strh", 40)):
+        place = content.index(name) + offset
+        content[place : place + 4] = struct.pack("<I", count)
+    return bytes(content)
+
+
 def cut_odd(frames, shares=(0.3, 0.6, 0.9)):
     """(name, bytes): good encodings, truncated and with bits flipped."""
     rng = random.Random(1)

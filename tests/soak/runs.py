@@ -17,7 +17,8 @@ STEP = re.compile(r"epoch (\d+) \[(\d+)/\d+\]  loss (\S+)")
 RESUME = re.compile(r"resuming from \S+ at epoch (\d+), step (\d+)")
 OPTIONS = """--model pretrain_videomae_tiny_patch16_224 --target_type pixel --decoder_depth 1 --input_size 32
     --num_frames 4 --sampling_rate 1 --add_tubelets --mask_type tubelet --mask_ratio 0.75 --batch_size 2
-    --epochs 2 --warmup_epochs 1 --num_workers 2 --device cpu --log_interval 1 --save_ckpt_minutes 0""".split()
+    --epochs 2 --warmup_epochs 1 --lr 0.1 --num_workers 2 --device cpu --log_interval 1 --save_ckpt_freq 1
+    --save_ckpt_minutes 0 --save_ckpt_steps 2""".split()
 
 
 def make_videos(folder, count, name="bikes"):
@@ -34,19 +35,20 @@ class Run:
     Args:
         processes: 1, or the ranks to start under torchrun.
         restarts: torchrun's --max-restarts.
-        prepare: called in the child before the program starts.
+        before: Python code to run in the program's process before the program.
     """
 
-    def __init__(self, list_file, output_dir, *options, processes=1, restarts=0, prepare=None):
-        launch = [sys.executable, "-u"]
+    def __init__(self, list_file, output_dir, *options, processes=1, restarts=0, before=""):
+        program = str(ROOT / "run_smile_pretraining.py")
+        launch = [sys.executable, "-u", program]
         if processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                       f"--max-restarts={restarts}"]
-        command = [*launch, str(ROOT / "run_smile_pretraining.py"), "--data_path", str(list_file), "--output_dir",
-                   str(output_dir), *OPTIONS, *options]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
-                                        preexec_fn=prepare, cwd=ROOT)
+            launch[2:2] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                           f"--max-restarts={restarts}"]
+        if before:
+            launch[2:] = ["-c", f"{before}\nimport runpy\nrunpy.run_path({program!r}, run_name='__main__')"]
+        command = [*launch, "--data_path", str(list_file), "--output_dir", str(output_dir), *OPTIONS, *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.started, self.lines, self.news = time.monotonic(), [], threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()

@@ -1,0 +1,115 @@
+"""Hundreds of broken and odd videos and objects: nothing crashes, nothing hangs, each is read or refused with a reason."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures_video import decode_all, source_frames
+
+from soak import corpus
+
+from data_loading import ChunkSampler, build_loader, epoch_batches
+from datasets import PretrainDataset, VideoList, read_frames
+from masking_generator import MaskGenerator
+from object_overlay import ObjectLibrary, find_objects
+from utils import RunError
+
+NOT_READ = {  # good videos that decord 0.6 cannot read; all are refused with a reason
+    "av1.mp4", "av1.webm",  # it has no decoder for AV1
+    "plain.h264", "pal.gif",  # no length in the file
+    "tiny.mp4", "two.mp4", "tall.mp4", "one.mkv", "png.avi"}  # narrower than 32 pixels, or padded lines
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """24 frames of a real video, 96 x 64."""
+    return source_frames("bikes", 0, 24, (96, 64))
+
+
+def read_all(variants, folder, reader):
+    """{name: (outcome, shape or reason, seconds)}; each file is removed after it was read."""
+    outcomes = {}
+    for name, content in variants:
+        path = folder / name
+        path.write_bytes(content)
+        outcomes[name] = reader(path)
+        path.unlink()
+    return outcomes
+
+
+def tell(outcomes):
+    """Counts by outcome, and the longest time."""
+    counts = Counter(outcome for outcome, _, _ in outcomes.values())
+    slowest = max(seconds for _, _, seconds in outcomes.values())
+    return ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + f", slowest {slowest:.1f} s"
+
+
+def test_videos(tmp_path, frames, figure):
+    groups = {"real mp4s, damaged": corpus.damaged(cuts=24, flips=40), "good but odd": corpus.odd(frames),
+              "other formats, damaged": corpus.cut_odd(frames), "no videos": corpus.no_videos()}
+    total = 0
+    with corpus.Reader("video") as reader:
+        for group, variants in groups.items():
+            outcomes = read_all(variants, tmp_path, reader)
+            figure(f"{len(outcomes)} videos ({group}): {tell(outcomes)}")
+            bad = {name: seen for name, seen in outcomes.items() if seen[0] not in ("read", "refused")}
+            assert not bad
+            if group == "good but odd":
+                assert {name for name, seen in outcomes.items() if seen[0] == "refused"} == NOT_READ
+            if group == "no videos":
+                assert all(seen[0] == "refused" for seen in outcomes.values())
+            total += len(outcomes)
+    assert total >= 300
+
+
+def test_odd_videos_are_read_as_pyav_reads_them(tmp_path, frames):
+    for name, content in corpus.odd(frames):
+        if name in NOT_READ or name == "rotated.mp4":  # PyAV leaves that as it is
+            continue
+        path = tmp_path / name
+        path.write_bytes(content)
+        expected = decode_all(path).astype(int)
+        ours = read_frames(str(path), lambda total: np.arange(total))
+        assert ours.shape == expected.shape, name
+        assert np.abs(ours - expected).mean() < 4, name
+
+
+def test_objects(tmp_path, figure):
+    root, names = tmp_path / "objects", set()
+    (root / "all").mkdir(parents=True)
+    with corpus.Reader("object") as reader:
+        good = read_all(corpus.good_objects(), root / "all", reader)
+        bad = read_all(corpus.bad_objects(cuts=24, flips=40), root / "all", reader)
+    figure(f"{len(good) + len(bad)} object images: good ones {tell(good)}; broken ones {tell(bad)}")
+    assert {seen[0] for seen in good.values()} == {"read"} and {seen[0] for seen in bad.values()} <= {"read", "refused"}
+    assert len(good) + len(bad) >= 100
+    for name, content in itertools.chain(corpus.good_objects(), corpus.bad_objects(cuts=24, flips=40)):
+        (root / "all" / name).write_bytes(content)
+    library = ObjectLibrary(str(root), find_objects(str(root)))
+    rng = np.random.default_rng(0)
+    for _ in range(30 * len(library.names)):
+        assert library.draw(rng).dtype == np.uint8
+    names = {Path(path).name: reason for path, reason in library.take_skipped()}
+    assert names.keys() == {name for name, seen in bad.items() if seen[0] == "refused" and name != "half.webp"} | (
+        names.keys() & {"half.webp"}) and all(names.values())
+
+
+def test_a_file_that_kills_the_decoder(tmp_path, frames):
+    """decord 0.6 makes room for as many frames as a file claims and ends its process if it cannot (bad_alloc).
+
+    Only a file that claims more than about a billion frames does that. The run stops with the file's name.
+    """
+    names = [tmp_path / f"{number}.avi" for number in range(6)]
+    for path in names:
+        path.write_bytes(corpus.encode(frames, "avi", "mjpeg", "yuvj420p"))
+    names[3].write_bytes(corpus.claim_frames(names[3].read_bytes(), 2_000_000_000))
+    with corpus.Reader("video") as reader:
+        assert reader(names[3])[:2] == ("crash", "-6")
+    (tmp_path / "list.csv").write_text("".join(f"{path} 0\n" for path in names))
+    videos = VideoList(str(tmp_path / "list.csv"))
+    dataset = PretrainDataset(videos, MaskGenerator("tube", (2, 4, 4), 0.75), None, (64, 64), 4, 2)
+    loader = build_loader(dataset, ChunkSampler(6, 1), 2, False, 60)
+    with pytest.raises((RunError, RuntimeError), match="killed by signal: Aborted"):
+        list(epoch_batches(loader, videos))

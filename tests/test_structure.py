@@ -1,0 +1,135 @@
+"""The map of the house: who may import whom, options that are read, and sizes of files. Sources are parsed, not run."""
+
+import ast
+import importlib
+from dataclasses import fields
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from training import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+PROGRAMS = [name for name in SOURCES if name.startswith("run_")]
+
+# What each module may import of ours; a module not named here obeys the general rules below alone.
+MAY_IMPORT = {
+    "masking_generator": set(), "object_overlay": set(), "modeling_finetune": set(), "utils": set(),
+    "video_transforms": set(), "modeling_teacher": set(), "modeling_pretrain": {"modeling_finetune"},
+    "checkpoints": {"utils"}, "optim_factory": {"utils"}, "options": {"optim_factory", "utils"},
+    "datasets": {"masking_generator", "object_overlay", "video_transforms", "utils"},
+    "data_loading": {"datasets", "utils"},
+    "training": {"checkpoints", "data_loading", "datasets", "optim_factory", "utils"},
+    "engine_for_pretraining": {"datasets", "modeling_pretrain", "optim_factory", "training", "utils"},
+}
+
+
+def imports(name):
+    """All imports of a module, wherever they stand: module → the names taken from it."""
+    found = {}
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.setdefault(alias.name.split(".")[0], set())
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "modules are flat"
+            found.setdefault(node.module.split(".")[0], set()).update(alias.name for alias in node.names)
+    return found
+
+
+GRAPH = {name: imports(name).keys() & SOURCES.keys() for name in SOURCES}
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_module_imports_only_what_lies_below_it(name):
+    assert GRAPH[name] <= MAY_IMPORT[name]
+
+
+def test_there_are_no_cycles():
+    assert len(list(TopologicalSorter(GRAPH).static_order())) == len(SOURCES)  # raises CycleError
+
+
+def test_nothing_imports_a_program():
+    assert PROGRAMS and not any(GRAPH[name] & set(PROGRAMS) for name in SOURCES)
+
+
+def test_masks_know_no_torch_and_no_files():
+    assert not imports("masking_generator").keys() & {"torch", "torchvision", "cv2", "os", "pathlib", "argparse"}
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("engine_")])
+def test_engines_build_no_models_and_know_no_command_line(name):
+    found = imports(name)
+    assert not found.keys() & {"argparse", "options", "open_clip"}
+    taken = {item for module, items in found.items() if module.startswith("modeling_") for item in items}
+    assert not [item for item in taken if item == "MODELS" or item.startswith(("build_", "vit_", "pretrain_"))]
+    if name == "engine_for_pretraining":
+        assert taken == {"split_tokens", "take_tokens"} and found["datasets"] <= {"Batch"}
+
+
+def test_a_reader_of_pretraining_meets_few_files():
+    """Those that the pretraining program reaches, itself included."""
+    seen, ahead = set(), ["run_smile_pretraining"]
+    while ahead:
+        name = ahead.pop()
+        seen.add(name)
+        ahead += GRAPH[name] - seen
+    assert len(seen) <= 18 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 3600
+
+
+# Options --------------------------------------------------------------------------------------------------------
+
+
+def names_read():
+    """Attributes read of anything called `args` in any module, and the fields that Settings copies."""
+    read = {field.name for field in fields(Settings)}
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+                if isinstance(node.ctx, ast.Load):
+                    read.add(node.attr)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+                if isinstance(node.args[1], ast.Constant):
+                    read.add(node.args[1].value)
+    return read
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_option_is_read(program):
+    options = vars(importlib.import_module(program).get_args(["--data_path", "x"])).keys()
+    assert len(options) > 40 and not options - names_read()
+
+
+# Sizes and habits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_file_opens_with_a_docstring_and_is_short(name):
+    lines = SOURCES[name].read_text().splitlines()
+    assert ast.get_docstring(TREES[name]) and len(lines) < 450
+
+
+def prints_of(node, said=False):
+    """Lines of calls of print outside functions whose docstring says that they print."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        said = (ast.get_docstring(node) or "").startswith("Print")
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    inside = [line for child in ast.iter_child_nodes(node) for line in prints_of(child, said)]
+    return [node.lineno, *inside] if called and not said else inside
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_bare_except_and_no_print(name):
+    """Modules log, from the first process alone."""
+    bare = [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    assert bare == [] and (name == "utils" or prints_of(TREES[name]) == [])
+
+
+def test_args_are_unpacked_in_programs_and_options_alone():
+    """Everything below takes plain typed values, and can be built in a test."""
+    takes = {name for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.arg)
+             and isinstance(node.annotation, ast.Attribute) and node.annotation.attr == "Namespace"}
+    assert takes <= {*PROGRAMS, "options", "training", "deepspeed_stepper"}  # Settings.of and with_deepspeed
