@@ -2,7 +2,7 @@
 
 One convention everywhere: a mask is boolean over the token grid (t, h, w), flattened to ``[N]`` in the
 order time, row, column; **True = hidden from the encoder**. Every mask of a run hides exactly
-``t * int(ratio * h * w)`` tokens, so that masks stack into a batch. Boxes come from object_overlay.py;
+``t * int(ratio * (h * w))`` tokens, so that masks stack into a batch. Boxes come from object_overlay.py;
 nothing here knows pixels, files or torch.
 """
 
@@ -17,7 +17,7 @@ SUB_MASK_TYPES = ("tube+traj_mask", "tube+picked_frame_visible")
 def num_masked(grid: tuple[int, int, int], ratio: float) -> int:
     """Number of hidden tokens of every mask: whole tubes, so rounded down per time step."""
     t, h, w = grid
-    return t * int(ratio * h * w)
+    return t * int(ratio * (h * w))
 
 
 def random_mask(rng: np.random.Generator, grid: tuple[int, int, int], ratio: float) -> np.ndarray:

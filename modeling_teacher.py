@@ -220,6 +220,8 @@ def build_clip(model: str, weights: str, norm: str, grid: tuple[int, int], image
         except Exception as error:  # whatever the network gives
             raise ValueError(f"--clip_weights {weights}: open_clip could not fetch it ({_first_line(error)}); "
                              "download it elsewhere and give the file's path") from error
+    if not (hasattr(clip.visual, "trunk") or hasattr(clip.visual, "transformer")):
+        raise ValueError(f"--clip_model {model}: its image tower is no vision transformer")
     if state is not None:
         _load_tower(clip, state, weights)
     return FrameTeacher(clip.visual, to_2tuple(clip.visual.image_size), norm, grid)

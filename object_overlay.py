@@ -187,7 +187,8 @@ def gaussian_path(
         box centres, whole pixels as float, ``[T, 2]``.
     """
     limits = np.asarray(frame)
-    points = rng.uniform(1 + size / 2, limits - 1 - size / 2, (PATH_POINTS, 2))
+    low = 1 + size / 2
+    points = rng.uniform(low, np.maximum(low, limits - 1 - size / 2), (PATH_POINTS, 2))
     smooth = _gaussian_smoother(PATH_POINTS, PATH_SIGMA) @ points
     smooth = (smooth - smooth.min(axis=0)) / np.ptp(smooth, axis=0).clip(1e-6)
     low, high = (max(1, int(side * unit)) for side in PATH_EXTENT)
