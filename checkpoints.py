@@ -205,6 +205,27 @@ def numbered_checkpoints(folder: str | Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in found.items() if match}
 
 
+def resume_candidates(folder: str) -> list[Path]:
+    """Checkpoints of a folder: the latest one, then the numbered ones from the last to the first."""
+    latest = Path(folder) / LATEST
+    return [latest] * latest.exists() + [path for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True)]
+
+
+def progress(state: dict[str, Any]) -> tuple[int, int]:
+    """Epoch and step at which a checkpoint goes on."""
+    epoch, step = state.get("epoch", -1), state.get("step", 0)
+    return (epoch, step) if step else (epoch + 1, 0)
+
+
+def _read_or_warn(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """A checkpoint, or None and a warning if it cannot be read."""
+    try:
+        return path, read_checkpoint(path)
+    except RunError as error:
+        logger.warning("auto-resume skips %s", error)
+        return None
+
+
 def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from: `resume` if named, else the furthest one in `folder` that loads.
 
@@ -216,14 +237,12 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict
         return None
     chosen = None
     if rank() == 0:
-        # A latest file exists only while it is further than every numbered one (see CheckpointWriter.tidy).
-        numbered = [path for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True)]
-        for path in [Path(folder) / LATEST] * (Path(folder) / LATEST).exists() + numbered:
-            try:
-                chosen = path, read_checkpoint(path)
-                break
-            except RunError as error:
-                logger.warning("auto-resume skips %s", error)
+        readable = (found for found in map(_read_or_warn, resume_candidates(folder)) if found)
+        chosen = next(readable, None)
+        if chosen and chosen[0].name == LATEST:  # outdated, if the run died before it was removed
+            rival = next(readable, None)
+            if rival and progress(rival[1]) >= progress(chosen[1]):
+                chosen = rival
     path = broadcast(chosen and chosen[0])
     if path is None:
         return None

@@ -142,5 +142,5 @@ class BadFiles:
             with open(self.file, "a+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.seek(0)
-                if line not in file.read().splitlines():
+                if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
                     file.write(line + "\n")

@@ -56,7 +56,7 @@ class VideoList:
             if not line.strip():
                 continue
             name, _, label = line.strip().rpartition(" ")
-            if not name or not label.lstrip("-").isdigit():
+            if not name or not re.fullmatch(r"-?[0-9]+", label):
                 raise ValueError(f"{path}, line {number}: {line.strip()[:80]!r} is not `path label` "
                                  "(one space between, the label a whole number)")
             if num_classes is not None and not 0 <= int(label) < num_classes:
@@ -324,7 +324,10 @@ class PretrainDataset(Dataset):
     def view(self, rng: np.random.Generator, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One training clip uint8 ``[T, H, W, 3]`` and its mask bool ``[N]`` from decoded frames."""
         clip = multi_scale_crop(rng, frames, self.size)
-        boxes = self.overlay(rng, clip) if self.overlay else None
+        try:
+            boxes = self.overlay(rng, clip) if self.overlay else None
+        except RuntimeError as error:  # no usable object; not to be taken for a failed worker
+            raise RunError(str(error)) from error
         return clip, self.masks(rng, boxes)
 
 

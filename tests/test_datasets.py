@@ -1,4 +1,4 @@
-"""Lists, decoding against PyAV, frame sampling against METHOD, and (data_loading.py) the order and identity of samples,
+"""Lists, decoding against PyAV, frame sampling against the recipe, and (data_loading.py) the order and identity of samples,
 bad files, and workers that fail.
 """
 
@@ -433,10 +433,9 @@ def kill_self():
 
 
 def test_a_worker_that_hangs_is_reported_with_its_video(traps):
-    order, batches = traps({3: lambda: time.sleep(20)}, num_workers=2, timeout=2)
-    start = time.monotonic()
+    order, batches = traps({3: lambda: time.sleep(300)}, num_workers=2, timeout=2)
     _, error = in_child(lambda: [next(batches) for _ in order] and None)
-    assert time.monotonic() - start < 15 and error.startswith("utils.RunError: ") and "timed out after 2 sec" in error
+    assert error.startswith("utils.RunError: ") and "timed out after 2 seconds" in error
     assert [path for path in order if path in error] == [order[3]]
 
 

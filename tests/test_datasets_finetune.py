@@ -28,7 +28,7 @@ SAMPLING = [(16, 4), (16, 2), (8, 8), (4, 1), (32, 3)]  # frames, stride
 
 
 def dense_by_hand(total, frames, stride, start=None):
-    """METHOD 8, in exact numbers; `start` of the window."""
+    """the recipe, in exact numbers; `start` of the window."""
     window = frames * stride
     if total <= window:
         number = total // stride
@@ -139,7 +139,7 @@ def long_clip(tmp_path_factory):
 
 
 def square(frames, size, crop, crops):
-    """METHOD's spatial view by torchvision: uint8 [T, H, W, 3] → [T, size, size, 3]."""
+    """the recipe's spatial view by torchvision: uint8 [T, H, W, 3] → [T, size, size, 3]."""
     height, width = frames.shape[1:3]
     shape = [size, int(width * size / height)] if height <= width else [int(height * size / width), size]
     resized = resize(torch.from_numpy(frames).permute(0, 3, 1, 2), shape, antialias=True).permute(0, 2, 3, 1).numpy()
@@ -389,7 +389,7 @@ def test_the_subset_is_fixed_by_the_seed(uneven, tmp_path):
 
 
 def test_the_table_of_data_sets():
-    """METHOD 8; the test views of UCF101, HMDB51 and custom sets are VideoMAE's."""
+    """the recipe; the test views of UCF101, HMDB51 and custom sets are VideoMAE's."""
     dense, segments = ("dense", True), ("segments", False)
     expected = {"Kinetics-400": (400, *dense, 7, 3, "train.csv"), "Mini-Kinetics": (200, *dense, 7, 3, "train.csv"),
                 "SSV2": (174, *segments, 2, 3, "train.csv"), "SSV2-Mini": (174, *segments, 2, 3, "train_mini.csv"),

@@ -1,4 +1,4 @@
-"""Erasing and mixing of clips, the learning rate and weight decay of every parameter of ViT-B against METHOD 8, and
+"""Erasing and mixing of clips, the learning rate and weight decay of every parameter of ViT-B against the recipe, and
 scores of videos.
 """
 
@@ -86,7 +86,7 @@ def test_clips_are_mixed_as_timm_mixes_each_frame(mode, alphas):
 
 
 def layer_by_hand(name):
-    """METHOD 8, for 12 blocks: 0 for the embedding, k + 1 for block k, 13 for the rest."""
+    """the recipe, for 12 blocks: 0 for the embedding, k + 1 for block k, 13 for the rest."""
     if name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):

@@ -66,7 +66,7 @@ def test_every_token_is_equally_likely(draw):
 
 
 def brute_force_tokens(boxes, grid, patch_size, tubelet_size):
-    """METHOD's definition, a loop a token: patches floor(min / patch) up to and including ceil(max / patch)."""
+    """the recipe's definition, a loop a token: patches floor(min / patch) up to and including ceil(max / patch)."""
     t, h, w = grid
     under = np.zeros(grid, dtype=bool)
     for box in boxes:

@@ -1,4 +1,4 @@
-"""The overlay against METHOD's definition: geometry by hand and by PIL, distributions by an independent simulation
+"""The overlay against the recipe's definition: geometry by hand and by PIL, distributions by an independent simulation
 compared with Kolmogorov-Smirnov tests, and every kind of image file an object folder may hold.
 """
 
@@ -236,7 +236,7 @@ def test_cache_stays_bounded(tmp_path):
 
 
 def method_key_frames(rng, num_frames):
-    """METHOD §5, told anew."""
+    """the recipe, told anew."""
     inner = rng.choice([0, 1, 2], p=[0.5, 0.3, 0.2])
     spacing = (num_frames - 1) / (inner + 1)
     jittered = [j * spacing + rng.uniform(-spacing / 3, spacing / 3) for j in range(1, inner + 1)]
@@ -382,7 +382,7 @@ def tracks(overlay, num_frames, draws, seed=0):
 
 
 def method_sizes(rng, draws, scales, unit, whole_centres):
-    """METHOD §5, told anew: sizes of the first box [draws, 2], whole pixels."""
+    """the recipe, told anew: sizes of the first box [draws, 2], whole pixels."""
     ratio, scale = rng.choice([0.5, 0.67, 0.75, 1, 1.33, 1.5, 2], draws), rng.choice(scales, draws)
     sizes = np.stack([scale * np.sqrt(ratio), scale / np.sqrt(ratio)], axis=1) * unit
     sizes = sizes * np.exp(rng.uniform(-0.18, 0.18, (draws, 2)))

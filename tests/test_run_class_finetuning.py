@@ -184,7 +184,7 @@ def test_it_overfits_a_tiny_set(trained, broken):
 def test_a_killed_run_goes_on_where_it_was(run, custom, trained, tmp_path):
     """The curve is that of the undisturbed run, and the best epoch so far is remembered."""
     best, folder = read(trained.best), tmp_path / "killed"
-    options = ["--epochs", EPOCHS, "--output_dir", folder, "--save_ckpt_freq", "100", "--save_ckpt_steps", "3"]
+    options = ["--epochs", EPOCHS, "--output_dir", folder, "--save_ckpt_freq", "100", "--save_ckpt_steps", "1"]
     process, kill_at = run(*custom, *TRAIN, *options, start_only=True), best["best"]["epoch"] + 2
     deadline = time.monotonic() + 100
     while not (folder / "log.txt").exists() or len(log_of(folder)) < kill_at:
@@ -193,7 +193,8 @@ def test_a_killed_run_goes_on_where_it_was(run, custom, trained, tmp_path):
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL and kill_at <= len(log_of(folder)) < EPOCHS
-    assert not list(folder.glob("checkpoint-1*.pth")) and (folder / "checkpoint-latest.pth").exists()
+    assert not list(folder.glob("checkpoint-1*.pth"))
+    assert read(folder / "checkpoint-latest.pth")["epoch"] > best["best"]["epoch"]  # so the best is not found anew
     again = run(*custom, *TRAIN, *options)
     assert again.code == 0 and "resuming from" in again.out, again.all
     same_curves(log_of(folder), log_of(trained.folder))
@@ -219,6 +220,13 @@ def test_two_processes_train_as_one_that_accumulates(run, custom, tmp_path):
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], atol=1e-4, rtol=1e-2, msg=name)
     same_curves(*logs, rel=1e-3, abs=1e-4)  # train_acc1 too is of all clips of a step
+
+
+def test_all_processes_test_the_best_weights_that_the_first_one_wrote(run, custom, tmp_path):
+    """A large file, written just before."""
+    folder, small = tmp_path / "run", ["--model", "vit_small_patch16_224", "--num_sample", "1"]
+    found = run(*custom, *TRAIN, *small, "--epochs", "1", "--output_dir", folder, processes=2)
+    assert found.codes == [0, 0] and len(test_metrics_of(log_of(folder))) == 1, found.all
 
 
 def test_an_average_of_the_weights_is_validated_and_tested(run, custom, trained, tmp_path):
@@ -511,6 +519,10 @@ FAULTS = {
     "two probes": ([*CUSTOM, "--data_path", "{d}", "--linear_probe", "--attentive_probe", "--finetune", "{b}"],
                    "--linear_probe and --attentive_probe: choose one"),
     "neighbours and eval": ([*CUSTOM, "--data_path", "{d}", "--knn", "3", "--eval", "--finetune", "{b}"], "--knn"),
+    "fewer than no neighbours": ([*CUSTOM, "--data_path", "{d}", "--knn", "-1", "--finetune", "{b}"], "--knn -1"),
+    "fewer than no views": ([*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{b}", "--test_num_crop", "-1"],
+                            "--test_num_crop -1"),
+    "probes at rate 0": ([*CUSTOM, "--data_path", "{d}", "--linear_probe", "--finetune", "{b}", "--lr", "0"], "--lr"),
     "too many shots": ([*CUSTOM, "--data_path", "{d}", "--samples_per_class", "3"], "--samples_per_class 3: class 0"),
     "too large a batch": ([*CUSTOM, "--data_path", "{d}", "--batch_size", "8"], "lower --batch_size"),
     "mixing an odd batch": ([*CUSTOM, "--data_path", "{d}", "--mixup", "0.8", "--num_sample", "1"], "--batch_size 3"),
@@ -571,7 +583,7 @@ def test_a_few_videos_of_many_may_be_missing(run, data, trained, tmp_path):
 
 
 def test_defaults_are_the_recipe_of_k400():
-    """METHOD 8."""
+    """the recipe."""
     args = importlib.import_module("run_class_finetuning").get_args([])
     expected = {
         "model": "vit_base_patch16_224", "data_set": "Kinetics-400", "num_frames": 16, "sampling_rate": 4,

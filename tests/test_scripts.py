@@ -176,7 +176,7 @@ def test_slurm_directives_ask_for_a_warning_and_a_requeue():
 FINETUNE, TEST = (sorted((SCRIPTS / folder).glob("*.sh")) for folder in ("finetune", "test"))
 SETS = {"k400": "Kinetics-400", "ssv2": "SSV2", "ucf101": "UCF101", "hmdb51": "HMDB51"}
 BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
-# lr, layer decay, drop path, head dropout, epochs, total batch; of Kinetics and SSv2 as METHOD has them
+# lr, layer decay, drop path, head dropout, epochs, total batch; of Kinetics and SSv2 as in the released recipes
 NUMBERS = {"k400": (1e-3, 0.75, 0.1, 0, 100, 16), "ssv2": (1e-3, 0.7, 0.1, 0, 40, 32),
            "ucf101": (5e-4, 0.7, 0.2, 0.5, 100, 64), "hmdb51": (1e-3, 0.7, 0.2, 0.5, 50, 64)}
 

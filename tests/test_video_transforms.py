@@ -1,4 +1,4 @@
-"""Crops against a brute-force enumeration of METHOD's boxes, and the resize against PIL's bilinear filter."""
+"""Crops against a brute-force enumeration of the recipe's boxes, and the resize against PIL's bilinear filter."""
 
 from itertools import product
 

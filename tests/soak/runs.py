@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"epoch (\d+) \[(\d+)/\d+\]  loss (\S+)")
 RESUME = re.compile(r"resuming from \S+ at epoch (\d+), step (\d+)")
 OPTIONS = """--model pretrain_videomae_tiny_patch16_224 --target_type pixel --decoder_depth 1 --input_size 32
-    --num_frames 4 --sampling_rate 1 --add_tubelets --mask_type tubelet --mask_ratio 0.75 --batch_size 2
+    --num_frames 4 --sampling_rate 1 --add_tubelets --scales 32 48 64 --mask_type tubelet --mask_ratio 0.75 --batch_size 2
     --epochs 2 --warmup_epochs 1 --lr 0.1 --num_workers 2 --device cpu --log_interval 1 --save_ckpt_freq 1
     --save_ckpt_minutes 0 --save_ckpt_steps 2""".split()
 
@@ -78,7 +78,7 @@ class Run:
     def wait(self, timeout=400):
         """Wait for the end; returns the exit code."""
         code = self.process.wait(timeout)
-        self.reader.join(10)
+        self.reader.join(1)
         return code
 
     def text(self):
@@ -110,7 +110,7 @@ class Run:
             except ProcessLookupError:
                 pass
         self.process.wait()
-        self.reader.join(20)
+        self.reader.join(1)  # its loader workers may keep the console open a little longer
 
 
 def children(pid):

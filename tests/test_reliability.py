@@ -1,0 +1,127 @@
+"""What a run survives, in seconds: odd videos, damaged checkpoints, a decoder that hangs or dies, a second run.
+
+The long versions are in soak/. Resuming, signals and wrong input are tested with the program, in
+test_run_smile_pretraining.py.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+from fixtures_video import source_frames
+from soak import corpus, mutants
+from soak.runs import Run, children, gone, make_videos
+from soak.test_checkpoints import refused, restored
+
+from checkpoints import read_checkpoint
+
+HANG = """
+import ctypes, datasets
+read = datasets.read_frames
+datasets.read_frames = lambda path, choose: (
+    ctypes.CDLL(None).sleep(1000) if path.endswith("7.mp4") else read(path, choose))
+"""
+
+
+@pytest.fixture(scope="module")
+def list_file(tmp_path_factory):
+    """A list of 16 short videos, 0.mp4 to 15.mp4."""
+    return make_videos(tmp_path_factory.mktemp("videos"), 16)
+
+
+def start(list_file, folder, *options, **more):
+    """A run of 8 steps an epoch that would go on for long."""
+    return Run(list_file, folder, "--epochs", "500", "--save_ckpt_freq", "500", "--save_ckpt_steps", "0", *options, **more)
+
+
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+def test_odd_and_broken_videos(tmp_path):
+    frames = source_frames("bikes", 0, 12, (96, 64))
+    whole = corpus.encode(frames)
+    variants = {
+        "10bit.mp4": corpus.encode(frames, pix_fmt="yuv420p10le"), "444.mp4": corpus.encode(frames, pix_fmt="yuv444p"),
+        "vp9.webm": corpus.encode(frames, "webm", "libvpx-vp9"), "mpeg4.avi": corpus.encode(frames, "avi", "mpeg4"),
+        "ffv1.mkv": corpus.encode(frames, "matroska", "ffv1"), "one-frame.mp4": corpus.encode(frames[:1]),
+        "variable-rate.mp4": corpus.encode(frames, every=[0, 1, 2, 10, 11, 40, 41, 42, 43, 44, 200, 201]),
+        "portrait.mp4": corpus.encode(corpus.resized(frames, 54, 96)),
+        "odd.mp4": corpus.encode(corpus.resized(frames, 33, 51), pix_fmt="yuv444p")}
+    broken = {
+        "cut.mp4": whole[: len(whole) // 2], "headless.mp4": whole[300:], "sound.mp4": corpus.encode_sound("mp4"),
+        "cut index first.mp4": corpus.encode(frames, muxer={"movflags": "faststart"})[:-500],
+        "av1.mp4": corpus.encode(frames, codec="libsvtav1")}
+    with corpus.Reader("video") as reader:
+        for name, content in (variants | broken).items():
+            (tmp_path / name).write_bytes(content)
+            outcome, reason, _ = reader(tmp_path / name)
+            assert outcome == ("read" if name in variants else "refused"), (name, reason)
+
+
+def test_checkpoints_that_are_damaged_or_do_not_fit(tmp_path):
+    path, whole = tmp_path / "checkpoint.pth", mutants.as_bytes(mutants.content())
+    for name, content in [*mutants.truncated(whole, 12), *mutants.flipped(whole, 4)]:
+        path.write_bytes(content)
+        if name.startswith(("cut", "flip-pickle", "flip-tensor")):
+            assert refused(read_checkpoint, path), name
+    for name in ("no-optimizer", "no-step", "fewer-groups", "fewer-parameters", "other-batch", "wider-exp_avg-0"):
+        assert refused(restored, dict(mutants.wrong_run())[name], path), name
+
+
+# A decoder that hangs or dies -----------------------------------------------------------------------------------
+
+
+def one_error(run, *words):
+    """The run failed with one line, in which these words are."""
+    code = run.wait(90)
+    errors = run.find("^error: ")
+    assert code == 1 and len(errors) == 1 and "Traceback" not in run.text(), run.text()[-3000:]
+    assert all(word in errors[0] for word in words), errors[0]
+    return True
+
+
+def test_a_decoder_that_hangs_stops_the_run(list_file, tmp_path):
+    """Inside the decoder, which heeds no Python; the worker is gone afterwards."""
+    run = start(list_file, tmp_path / "run", "--worker_timeout", "5", before=HANG)
+    run.wait_for("eta")
+    workers = children(run.process.pid)
+    assert one_error(run, "the data loader failed", "timed out after 5", "/7.mp4", "--worker_timeout")
+    assert gone(workers)
+
+
+def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
+    """decord 0.6 asks for room for all the frames that a file claims; beyond a billion that ends its process."""
+    (tmp_path / "claims.avi").write_bytes(corpus.claim_frames(
+        corpus.encode(source_frames("bikes", 0, 12, (64, 48)), "avi", "mjpeg", "yuvj420p"), 2_000_000_000))
+    (tmp_path / "list.csv").write_text(f"{tmp_path / 'claims.avi'} 0\n" + open(list_file).read())
+    run = start(tmp_path / "list.csv", tmp_path / "run")
+    assert one_error(run, "the data loader failed", "claims.avi")
+
+
+# One run a folder -----------------------------------------------------------------------------------------------
+
+
+def test_one_run_a_folder(list_file, tmp_path):
+    first = start(list_file, tmp_path / "run")
+    second = start(list_file, tmp_path / "run") if first.wait_for(r"epoch 0 \[1/") else None
+    assert one_error(second, f"--output_dir {tmp_path / 'run'}: another run is writing there")
+    before = len(first.steps())
+    assert first.process.poll() is None and first.wait_for("eta", before + 8)  # and has not been disturbed
+    first.kill()
+    third = start(list_file, tmp_path / "run", before=HANG)  # at once: the lock has gone with its owner
+    assert third.wait_for("eta")
+    interrupt_twice(third)
+
+
+def interrupt_twice(run):
+    """The first SIGINT waits for the step to end, which it does not here; the second one ends the program at once."""
+    workers = children(run.process.pid)
+    time.sleep(1)
+    os.kill(run.process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert run.process.poll() is None
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait(5) == -signal.SIGINT
+    for pid in workers:  # one still hangs in the decoder
+        os.kill(pid, signal.SIGKILL) if not gone([pid], 0) else None
