@@ -1,6 +1,7 @@
 """How samples reach the training loop: their order, the loader, its workers' failures, and the list of bad files."""
 
 import fcntl
+import itertools
 from collections import deque
 from pathlib import Path
 from typing import Iterator
@@ -87,8 +88,10 @@ def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
             return
         except RunError as error:  # raised in a worker, whose traceback comes along
             raise RunError(str(error).strip().splitlines()[-1].removeprefix("utils.RunError: ")) from error
-        except RuntimeError as error:
-            lost = ", ".join(videos.path(index) for index in (issued[0] if issued else []))
+        except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while handing over
+            waits = isinstance(error, RuntimeError) and "timed out" in str(error)
+            flying = itertools.islice(issued, 1 if waits else None)  # one that died need not be the one waited for
+            lost = ", ".join(videos.path(index) for indices in flying for index in indices)
             reason = str(error).strip().splitlines()[-1]
             raise RunError(f"the data loader failed ({reason}) on one of: {lost}; take it off the list, or raise "
                            "--worker_timeout if storage is slow") from error

@@ -89,7 +89,7 @@ def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper:
         stepper.load(state, path)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
-    position = Position(state["epoch"], step, state["meter"]) if step else Position(state["epoch"] + 1)
+    position = Position(*checkpoints.progress(state), state["meter"])
     logger.info("resuming from %s at epoch %d, step %d", path, position.epoch, position.step)
     return position
 

@@ -242,13 +242,13 @@ def test_tensorboard_has_every_step(two_processes):
 # Kills and signals ----------------------------------------------------------------------------------------------
 
 
-def stopped(start, number, text, folder, *command, send=os.kill):
+def stopped(start, number, text, folder, *command):
     """A run that got a signal when it had said a text; started anew if it was through before the signal came."""
     for _ in range(4):
         run = start(*command)
         run.wait_for(text)
         try:
-            send(run.pid, number)
+            os.kill(run.pid, number)
         except ProcessLookupError:
             pass
         result = run.end()
