@@ -48,7 +48,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except RunError:
         raise
     except (Exception, SafetensorError) as error:  # zip, pickle and torch each fail in their own ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". In PyTorch")[0]
         raise RunError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise RunError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")

@@ -99,6 +99,24 @@ def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
         yield batch
 
 
+def unbatched(loader: DataLoader) -> Iterator:
+    """The samples of a validation or test; a worker that hangs or dies stops the run with one line.
+
+    Raises:
+        RunError: it hung, died, or raised.
+    """
+    samples = iter(loader)
+    while True:
+        try:
+            sample = next(samples)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            raise RunError(f"the data loader failed on a list of {len(loader)} videos "
+                           f"({str(error).strip().splitlines()[-1]})") from error
+        yield sample
+
+
 class BadFiles:
     """Notes files that could not be used, each once, in ``bad_clips.txt``, and stops a run that has too many.
 

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data_loading import init_worker
+from data_loading import init_worker, unbatched
 from datasets import Batch, EvalDataset, EvalSample, VideoError, VideoList, ViewReader
 from engine_for_pretraining import normalize_clips
 from evaluation import VideoScore, gather_scores, judge
@@ -120,11 +120,12 @@ class Evaluator:
     def __post_init__(self):
         self.norm = tuple(value.to(self.device) for value in channel_stats("imagenet"))
 
-    def loader(self, videos: VideoList, read_views: ViewReader) -> DataLoader:
+    def loader(self, videos: VideoList, read_views: ViewReader) -> Iterator[EvalSample]:
         """This process's share of a list; over all processes every video comes once."""
         mine = range(rank(), len(videos), world_size())
-        return DataLoader(EvalDataset(videos, read_views), batch_size=None, sampler=mine, num_workers=self.num_workers,
-                          worker_init_fn=init_worker, timeout=self.timeout if self.num_workers else 0)
+        return unbatched(DataLoader(
+            EvalDataset(videos, read_views), batch_size=None, sampler=mine, num_workers=self.num_workers,
+            worker_init_fn=init_worker, timeout=self.timeout if self.num_workers else 0))
 
     @torch.inference_mode()
     def scores(self, model: nn.Module, samples: Iterable[EvalSample], title: str, batch_size: int = 16,

@@ -51,9 +51,13 @@ def average_views(scores: list[VideoScore], num_classes: int) -> np.ndarray:
 
 
 def in_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Whether each label is among its video's k highest scores, bool ``[n]``; False for NaN."""
+    """Whether each label is among its video's k highest scores, bool ``[n]``; False for NaN.
+
+    Of equal scores the class with the lower number comes first, so that a constant answer is not right.
+    """
     own = np.take_along_axis(scores, labels[:, None], axis=1)
-    return (scores > own).sum(axis=1) < np.where(np.isnan(own[:, 0]), 0, k)
+    earlier = (scores == own) & (np.arange(scores.shape[1]) < labels[:, None])
+    return ((scores > own) | earlier).sum(axis=1) < np.where(np.isnan(own[:, 0]), 0, k)
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

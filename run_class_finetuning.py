@@ -150,14 +150,17 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         attempt(class_names, args)
         for name in needed_lists(args):
             attempt(lambda: read_list(args, name).check_files(args.max_bad_fraction))
-    if args.mixup_mode != "elem" and args.batch_size * args.num_sample % 2 and mixes(args):
+    if args.batch_size * args.num_sample % 2 and mixes(args):
         problems.append(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch")
-    if args.linear_probe and args.attentive_probe:
-        problems.append("--linear_probe and --attentive_probe: choose one")
+    if sum((args.linear_probe, args.attentive_probe, bool(args.knn))) > 1 or args.knn and (args.eval or args.predict):
+        problems.append("--linear_probe, --attentive_probe and --knn (which is a test already): choose one")
+    problems += [f"--{name} {getattr(args, name)}: must not be negative" for name in (
+        "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos") if getattr(args, name) < 0]
+    attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation)
     if (args.linear_probe or args.attentive_probe or args.knn) and not (args.finetune or args.eval):
         problems.append("a frozen encoder needs weights: give --finetune")
-    if (args.linear_probe or args.attentive_probe) and args.weight_decay <= 0:
-        problems.append("probes take their weight decay from --probe_wds; leave --weight_decay alone")
+    if (args.linear_probe or args.attentive_probe) and min(args.weight_decay, args.lr) <= 0:
+        problems.append("probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay")
     return problems + number_problems(args, ("update_freq", "epochs", "sampling_rate", "batch_size", "num_sample",
                                              "val_freq", "log_interval", "save_ckpt_freq"))
 
@@ -243,6 +246,8 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         position = restore(found, model, stepper, sampler)
         best = found[1]["best"]
         if ema:
+            if "model_ema" not in found[1]:
+                raise RunError(f"{found[0]} has no averaged weights: it was trained without --model_ema")
             ema.module.load_state_dict(found[1]["model_ema"])
     logger.info("total batch %d clips, %d steps an epoch, %d epochs, lr %.3g, %s on %s", total_batch,
                 sampler.steps_per_epoch, args.epochs, args.lr * total_batch / 256, stepper.precision, device)

@@ -108,7 +108,8 @@ def run_steps(batches: Iterator[Batch], loss_of: Callable[[Batch, tuple[int, ...
     batches = meter.timed(batches)
     for step in range(first_step, meter.steps_per_epoch):
         meter.constants |= stepper.schedule(meter.epoch * meter.steps_per_epoch + step)
-        losses, sources = [], []
+        rows: list[dict[str, torch.Tensor]] = []
+        sources: list[str] = []
         for micro_batch in range(stepper.update_freq):
             batch, key = next(batches), chunk_key(step, micro_batch)
             utils.seed_everything(*key)
@@ -116,10 +117,10 @@ def run_steps(batches: Iterator[Batch], loss_of: Callable[[Batch, tuple[int, ...
                 with stepper.autocast():
                     loss, shown = loss_of(batch, key)
                 stepper.backward(loss)
-            losses.append(loss.detach())
+            rows.append({"loss": loss.detach(), **shown})
             sources += batch["paths"]
-        loss = torch.stack(losses).mean()
-        meter.update(step, {"loss": loss, **shown, **stepper.step(loss)}, sources)
+        means = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+        meter.update(step, means | stepper.step(means["loss"]), sources)
         if after_step(step + 1):
             return
 
@@ -152,12 +153,12 @@ def fit(settings: Settings, position: Position, sampler: ChunkSampler, loader: D
             "meter": meter})
 
     while position.epoch < stop_epoch:
-        epoch, started, told = position.epoch, time.time(), False
+        epoch, started, told, due = position.epoch, time.time(), False, False
         sampler.set_position(epoch, position.step)
         meter = StepMeter(log, stepper.device, epoch, stop_epoch, steps, settings.log_interval, position.meter)
 
         def after_step(done: int) -> bool:
-            nonlocal told
+            nonlocal told, due
             position.step = done
             told, due = control.agree(writer.due(epoch * steps + done))
             if (told or due) and done < steps:
@@ -181,7 +182,7 @@ def fit(settings: Settings, position: Position, sampler: ChunkSampler, loader: D
             if (epoch + 1) % settings.save_ckpt_freq == 0 or epoch + 1 == stop_epoch:
                 if save(f"checkpoint-{epoch}.pth", epoch, 0, {}):
                     writer.tidy()
-            elif told:
+            elif told or due:
                 save(checkpoints.LATEST, epoch, 0, {})
             bad.check(*counts)
         if told:

@@ -79,13 +79,21 @@ class TrainAugmentation:
         size: side of the output, pixels.
         auto_augment: timm's RandAugment policy; empty for none.
         flip: whether the data set may be mirrored (not SSv2: left and right are labels there).
+    Raises:
+        ValueError: a policy that timm does not know.
     """
 
     def __init__(self, size: int, auto_augment: str, flip: bool, interpolation: str = "bicubic"):
         self.size, self.flip, self.rand_augment = size, flip, None
         if auto_augment:
-            options = {"translate_const": int(size * 0.45), "interpolation": str_to_pil_interp(interpolation)}
-            self.rand_augment = rand_augment_transform(auto_augment, options)
+            options = {"translate_const": int(size * 0.45)}
+            if interpolation != "random":  # else timm draws one
+                options["interpolation"] = str_to_pil_interp(interpolation)
+            try:
+                self.rand_augment = rand_augment_transform(auto_augment, options)
+            except (AssertionError, ValueError, KeyError) as error:
+                raise ValueError(f"--aa {auto_augment}: not a RandAugment policy of timm, such as "
+                                 "rand-m7-n4-mstd0.5-inc1") from error
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
         """uint8 ``[T, H, W, 3]`` → ``[T, size, size, 3]``."""
