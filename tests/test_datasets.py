@@ -439,6 +439,20 @@ def test_a_worker_that_hangs_is_reported_with_its_video(traps):
     assert [path for path in order if path in error] == [order[3]]
 
 
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset by peer"), RuntimeError("boom")])
+def test_any_failure_of_a_loader_is_told_in_one_line(traps, error):
+    """A connection that breaks, too, whose EOFError comes without a word."""
+    order, batches = traps({0: lambda: raises(error)}, num_workers=0, timeout=0)
+    with pytest.raises(RunError, match="data loader failed") as told:
+        next(batches)
+    assert order[0] in str(told.value) and (str(error) or "EOFError") in str(told.value)
+    assert "\n" not in str(told.value)
+
+
 def test_a_worker_that_dies_is_reported_with_its_video(traps):
     order, batches = traps({1: kill_self, 0: lambda: time.sleep(2)}, num_workers=2, timeout=20)
     _, error = in_child(lambda: next(batches) and None)
