@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from optim_factory import DTYPES, FUSED, Stepper
+from optim_factory import DTYPES, Stepper
 from utils import RunError, barrier, broadcast, rank, reduce_sum, world_size
 
 FOLDER = "deepspeed"  # of OUTPUT_DIR
+ELEMENTWISE = ("adamw", "adam", "sgd")  # optimizers that may be cut anywhere
 BUCKET = 50_000_000  # numbers exchanged at a time; with DeepSpeed's default their buffer takes 2 GB
 
 
@@ -151,9 +152,9 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, opt: str,
     Raises:
         ValueError: DeepSpeed cannot do this.
     """
-    if zero_stage and opt not in FUSED:
+    if zero_stage and opt not in ELEMENTWISE:
         raise ValueError(f"--zero_stage {zero_stage} cuts weights into flat pieces, which is known to be right for "
-                         f"--opt {', '.join(FUSED)} only; --opt {opt} needs --zero_stage 0")
+                         f"--opt {', '.join(ELEMENTWISE)} only; --opt {opt} needs --zero_stage 0")
     os.environ.setdefault("DS_ACCELERATOR", stepper.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 NO_DECAY = ("mask_token", "pos_embed", "cls_token")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FUSED = ("adamw", "adam", "sgd")
+FUSED = ("adamw", "adam")  # fused SGD starts from garbage if its first step is skipped
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -153,6 +153,10 @@ class Stepper:
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Put the `state` of the checkpoint at `path` back."""
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in self.optimizer.state.items():  # which torch does not compare
+            for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                if values.get(name) is not None and values[name].shape != parameter.shape:
+                    raise ValueError(f"{name} is {list(values[name].shape)} for a weight {list(parameter.shape)}")
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

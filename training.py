@@ -77,19 +77,19 @@ def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper:
         RunError: of another model or program, or in mid-epoch with another number of samples a step.
     """
     path, state = found
-    if "epoch" not in state or "samples_per_step" not in state:
-        raise RunError(f"{path} holds weights only, nothing to resume from; start from it with --first_stage_path "
-                       "or --finetune")
-    step = state["step"]
-    if step and state["samples_per_step"] != sampler.samples_per_step:
+    missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
+    if missing:
+        raise RunError(f"{path} is nothing to resume from: it lacks {', '.join(sorted(missing))}; start from its weights "
+                       "with --first_stage_path or --finetune")
+    if state["step"] and state["samples_per_step"] != sampler.samples_per_step:
         raise RunError(f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
                        f"{sampler.samples_per_step}: keep GPUs x batch_size x update_freq as they were")
     try:
         model.load_state_dict(checkpoints.model_weights(state, path))
         stepper.load(state, path)
+        position = Position(*checkpoints.progress(state), state["meter"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
-    position = Position(*checkpoints.progress(state), state["meter"])
     logger.info("resuming from %s at epoch %d, step %d", path, position.epoch, position.step)
     return position
 

@@ -253,6 +253,8 @@ class StepMeter:
                 continue
             self.bad_in_a_row = 0
             for name, value in values.items():
+                if not math.isfinite(value):  # the norm of a gradient that overflowed in fp16
+                    continue
                 self.sums[name] += value
                 self.counts[name] += 1
                 window[name].append(value)
