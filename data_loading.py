@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import signal
 from collections import deque
 from pathlib import Path
 from typing import Iterator
@@ -61,7 +62,9 @@ class ChunkSampler(Sampler[list[Key]]):
 
 
 def init_worker(worker: int) -> None:
-    """One thread a worker: parallelism is between clips."""
+    """One thread a worker, as parallelism is between clips; signals to the whole group are the main process's affair."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
@@ -71,6 +74,15 @@ def build_loader(dataset: Dataset, sampler: ChunkSampler, num_workers: int, pin_
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=pin_mem,
                       persistent_workers=num_workers > 0, timeout=timeout if num_workers else 0,
                       worker_init_fn=init_worker)
+
+
+def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList) -> RunError:
+    """What to tell of a worker that hung or died: the videos of its batches."""
+    hangs = "timed out" in str(error)
+    flying = itertools.islice(issued, 1 if hangs else None)  # one that died need not be the one waited for
+    lost = ", ".join(videos.path(index) for indices in flying for index in indices)
+    return RunError(f"the data loader failed ({str(error).strip().splitlines()[-1]}) on one of: {lost}; take it off "
+                    "the list, or raise --worker_timeout if storage is slow")
 
 
 def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
@@ -89,12 +101,7 @@ def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
         except RunError as error:  # raised in a worker, whose traceback comes along
             raise RunError(str(error).strip().splitlines()[-1].removeprefix("utils.RunError: ")) from error
         except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while handing over
-            waits = isinstance(error, RuntimeError) and "timed out" in str(error)
-            flying = itertools.islice(issued, 1 if waits else None)  # one that died need not be the one waited for
-            lost = ", ".join(videos.path(index) for indices in flying for index in indices)
-            reason = str(error).strip().splitlines()[-1]
-            raise RunError(f"the data loader failed ({reason}) on one of: {lost}; take it off the list, or raise "
-                           "--worker_timeout if storage is slow") from error
+            raise loader_failure(error, issued, videos) from error
         issued.popleft()
         yield batch
 

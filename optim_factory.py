@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import torch
 import torch.nn as nn
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch.nn.parallel import DistributedDataParallel
 
 NO_DECAY = ("mask_token", "pos_embed", "cls_token")
@@ -67,6 +67,8 @@ def build_optimizer(groups: list[dict[str, Any]], opt: str, lr: float, betas: tu
     if eps is not None and "sgd" not in opt:
         options["eps"] = eps
     groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    if opt.lower() not in list_optimizers():
+        raise ValueError(f"--opt {opt}: timm has no such optimizer")
     return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, momentum=momentum, **options)
 
 

@@ -29,7 +29,7 @@ from optim_factory import parameter_groups
 from options import (add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
                      path_problems, pick_precision)
 from training import Position, Settings, distribute, fit, restore
-from utils import RunError, logger
+from utils import RunError, SharedError, logger
 from video_transforms import TrainAugmentation
 
 BEST = "checkpoint-best.pth"
@@ -152,10 +152,13 @@ def find_problems(args: argparse.Namespace) -> list[str]:
             attempt(lambda: read_list(args, name).check_files(args.max_bad_fraction))
     if args.batch_size * args.num_sample % 2 and mixes(args):
         problems.append(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch")
-    if sum((args.linear_probe, args.attentive_probe, bool(args.knn))) > 1 or args.knn and (args.eval or args.predict):
-        problems.append("--linear_probe, --attentive_probe and --knn (which is a test already): choose one")
+    if args.linear_probe and args.attentive_probe:
+        problems.append("--linear_probe and --attentive_probe: choose one")
+    if args.knn and (args.eval or args.predict or args.linear_probe or args.attentive_probe):
+        problems.append("--knn is a test of its own: give it without --eval, --predict and probes")
     problems += [f"--{name} {getattr(args, name)}: must not be negative" for name in (
-        "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos") if getattr(args, name) < 0]
+        "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos",
+        "seed", "num_workers") if getattr(args, name) < 0]
     attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation)
     if (args.linear_probe or args.attentive_probe or args.knn) and not (args.finetune or args.eval):
         problems.append("a frozen encoder needs weights: give --finetune")
@@ -310,7 +313,7 @@ def main(args: argparse.Namespace) -> int:
     utils.setup_logging()
     problems = find_problems(args)
     if problems:
-        raise RunError("\n       ".join(problems))
+        raise SharedError("\n       ".join(problems))
     settings = Settings.of(args)
     lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
     utils.seed_everything(args.seed)

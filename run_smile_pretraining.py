@@ -23,7 +23,7 @@ from optim_factory import Stepper, parameter_groups
 from options import (add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
                      path_problems)
 from training import Position, Settings, distribute, fit, restore
-from utils import RunError, logger
+from utils import RunError, SharedError, logger
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,7 +89,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     def attempt(check, *values):
         try:
             return check(*values)
-        except (ValueError, RunError) as error:
+        except (ValueError, OSError, RunError) as error:
             problems.append(str(error))
 
     grid = attempt(token_grid, args.num_frames, args.input_size, args.input_size)
@@ -111,6 +111,12 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if min(args.num_sample, args.batch_size) < 1 or args.batch_size % views:
         problems.append(f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
                         "(--num_sample, and two masks with --multiple_sampling)")
+    if not 0 <= args.traj_unmask_ratio <= 1:
+        problems.append(f"--traj_unmask_ratio {args.traj_unmask_ratio}: must lie between 0 and 1")
+    if min(args.scales) < 1:
+        problems.append(f"--scales {min(args.scales)}: must be at least 1")
+    problems += [f"--{name} {getattr(args, name)}: must not be negative"
+                 for name in ("seed", "num_workers", "decoder_depth") if getattr(args, name) < 0]
     problems += number_problems(args, ("update_freq", "epochs", "sampling_rate", "num_rois", "log_interval",
                                        "save_ckpt_freq"))
     return problems
@@ -164,7 +170,7 @@ def main(args: argparse.Namespace) -> int:
     utils.setup_logging()
     problems = find_problems(args)
     if problems:
-        raise RunError("\n       ".join(problems))
+        raise SharedError("\n       ".join(problems))
     settings = Settings.of(args)
     lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
 

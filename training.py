@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import checkpoints
 import utils
-from data_loading import BadFiles, ChunkSampler, epoch_batches
+from data_loading import BadFiles, ChunkSampler, epoch_batches, loader_failure
 from datasets import Batch
 from optim_factory import Stepper
 from utils import RunError, StepMeter, logger
@@ -79,8 +79,8 @@ def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper:
     path, state = found
     missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
     if missing:
-        raise RunError(f"{path} is nothing to resume from: it lacks {', '.join(sorted(missing))}; start from its weights "
-                       "with --first_stage_path or --finetune")
+        raise RunError(f"{path} holds weights only, nothing to resume from (it lacks {', '.join(sorted(missing))}); "
+                       "start from its weights with --first_stage_path or --finetune")
     if state["step"] and state["samples_per_step"] != sampler.samples_per_step:
         raise RunError(f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
                        f"{sampler.samples_per_step}: keep GPUs x batch_size x update_freq as they were")
@@ -167,8 +167,13 @@ def fit(settings: Settings, position: Position, sampler: ChunkSampler, loader: D
             return told or settings.dry_run
 
         batches = bad.watch(epoch_batches(loader, loader.dataset.videos), meter.constants)
-        train_epoch(batches, meter, position.step, lambda step, micro: (seed, epoch, sampler.chunk_id(step, micro)),
-                    after_step)
+        try:
+            train_epoch(batches, meter, position.step, lambda step, micro: (seed, epoch, sampler.chunk_id(step, micro)),
+                        after_step)
+        except RuntimeError as error:  # torch tells of dead workers from a signal handler, wherever that strikes
+            if "DataLoader worker" not in str(error):
+                raise
+            raise loader_failure(error, sampler.issued, loader.dataset.videos) from error
         if settings.dry_run:
             report_dry_run(meter, steps * (stop_epoch - epoch))
             break

@@ -36,13 +36,17 @@ class RunError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
 
 
+class SharedError(RunError):
+    """A RunError that all processes find alike, so that the first one alone shows it."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn the ValueErrors and OSErrors of set-up, which name their flag or file, into RunErrors."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise RunError(str(error)) from error
+        raise SharedError(str(error)) from error
 
 
 def run_main(function: Any, *args: Any) -> None:
@@ -50,7 +54,7 @@ def run_main(function: Any, *args: Any) -> None:
     try:
         code = function(*args)
     except RunError as error:
-        if rank() == 0:
+        if rank() == 0 or not isinstance(error, SharedError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
@@ -172,9 +176,17 @@ class RunLog:
         self.writer = SummaryWriter(log_dir, purge_step=start_step or None) if log_dir and rank() == 0 else None
         if self.file and self.file.exists():
             lines = self.file.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line).get("epoch", -1) < start_epoch]
+            kept = [line for line in lines if self._epoch_of(line) < start_epoch]
             if len(kept) < len(lines):
                 self.file.write_text("".join(f"{line}\n" for line in kept))
+
+    @staticmethod
+    def _epoch_of(line: str) -> float:
+        """Epoch of a line; -1 of a line without, infinity of one that was cut off in the middle."""
+        try:
+            return json.loads(line).get("epoch", -1)
+        except json.JSONDecodeError:
+            return math.inf
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write scalars at an optimizer step."""
