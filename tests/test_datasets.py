@@ -462,9 +462,9 @@ def test_a_worker_that_dies_is_reported_with_its_video(traps):
 
 def test_a_worker_that_dies_after_some_batches_is_reported(traps):
     """It may take batches with it that were on their way, which breaks their connection. Torch's own error comes out
-    of a signal handler, and so possibly outside epoch_batches: see the run whose worker is killed.
+    of a signal handler, and so possibly while that one is being told.
     """
-    for _ in range(2):
+    for _ in range(4):
         order, batches = traps({4: kill_self}, num_workers=1, timeout=20)
         _, error = in_child(lambda: [next(batches) for _ in order] and None)
-        assert error.startswith(("utils.RunError: the data loader failed", "RuntimeError: DataLoader worker"))
+        assert error.startswith("utils.RunError: the data loader failed")
