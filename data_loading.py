@@ -76,12 +76,17 @@ def build_loader(dataset: Dataset, sampler: ChunkSampler, num_workers: int, pin_
                       worker_init_fn=init_worker)
 
 
+def last_line(error: Exception) -> str:
+    """The end of a message, which may carry a worker's traceback before it; an EOFError has none, and gives its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList) -> RunError:
     """What to tell of a worker that hung or died: the videos of its batches."""
     hangs = "timed out" in str(error)
     flying = itertools.islice(issued, 1 if hangs else None)  # one that died need not be the one waited for
     lost = ", ".join(videos.path(index) for indices in flying for index in indices)
-    return RunError(f"the data loader failed ({str(error).strip().splitlines()[-1]}) on one of: {lost}; take it off "
+    return RunError(f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "
                     "the list, or raise --worker_timeout if storage is slow")
 
 
@@ -99,7 +104,7 @@ def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
         except StopIteration:
             return
         except RunError as error:  # raised in a worker, whose traceback comes along
-            raise RunError(str(error).strip().splitlines()[-1].removeprefix("utils.RunError: ")) from error
+            raise RunError(last_line(error).removeprefix("utils.RunError: ")) from error
         except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while handing over
             raise loader_failure(error, issued, videos) from error
         issued.popleft()
@@ -120,7 +125,7 @@ def unbatched(loader: DataLoader) -> Iterator:
             return
         except (RuntimeError, OSError, EOFError) as error:
             raise RunError(f"the data loader failed on a list of {len(loader)} videos "
-                           f"({str(error).strip().splitlines()[-1]})") from error
+                           f"({last_line(error)})") from error
         yield sample
 
 

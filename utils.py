@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -58,9 +59,17 @@ def run_main(function: Any, *args: Any) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
+        end_workers()
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(code or 0)
+
+
+def end_workers() -> None:
+    """Kill this process's loader workers: one that hangs heeds nothing else, and Python would wait for it at exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 # Processes ------------------------------------------------------------------------------------------------------

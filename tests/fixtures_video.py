@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from utils import end_workers
+
 # name: (video, first frame, frames, width, height)
 CLIPS = {"bikes.mp4": ("bikes", 0, 40, 176, 128), "bunny.mp4": ("bigbuckbunny", 60, 36, 160, 128),
          "with two spaces.mp4": ("carphone_pristine", 0, 48, 160, 128), "upright.mp4": ("bikes", 100, 32, 112, 144),
@@ -128,6 +130,7 @@ def in_child(function, *args):
         except BaseException as error:
             outcome = None, traceback.format_exception_only(error)[-1].strip()
         theirs.send(outcome)
+        end_workers()
         os._exit(0)
 
     process = fork.Process(target=report)

@@ -18,7 +18,7 @@ from datasets import (MAX_BAD_IN_A_ROW, PretrainDataset, VideoError, VideoList, 
                       sample_rng)
 from masking_generator import MaskGenerator, num_masked
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
-from utils import RunError
+from utils import RunError, run_main
 
 pytest_plugins = "fixtures_video"
 GRID, FRAMES, SIDE = (2, 4, 4), 4, 64
@@ -433,10 +433,26 @@ def kill_self():
 
 
 def test_a_worker_that_hangs_is_reported_with_its_video(traps):
-    order, batches = traps({3: lambda: time.sleep(300)}, num_workers=2, timeout=2)
+    order, batches = traps({3: lambda: time.sleep(30)}, num_workers=2, timeout=2)
     _, error = in_child(lambda: [next(batches) for _ in order] and None)
     assert error.startswith("utils.RunError: ") and "timed out after 2 seconds" in error
     assert [path for path in order if path in error] == [order[3]]
+
+
+def test_a_worker_that_hangs_does_not_outlive_the_run(traps):
+    """Python ends a program by asking its workers to end, and waits for them; this one would not heed it."""
+    _, batches = traps({2: lambda: time.sleep(300)}, num_workers=2, timeout=2)
+
+    def run():
+        torch.set_num_threads(1)
+        run_main(list, batches)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(40)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 1
 
 
 def raises(error):

@@ -81,7 +81,6 @@ def one_error(run, *words):
     return True
 
 
-@pytest.mark.skip(reason="not seen green yet on a busy machine; see RELIABILITY.md")
 def test_a_decoder_that_hangs_stops_the_run(list_file, tmp_path):
     """Inside the decoder, which heeds no Python; the worker is gone afterwards."""
     run = start(list_file, tmp_path / "run", "--worker_timeout", "5", before=HANG)
@@ -91,7 +90,6 @@ def test_a_decoder_that_hangs_stops_the_run(list_file, tmp_path):
     assert gone(workers)
 
 
-@pytest.mark.skip(reason="not seen green yet on a busy machine; see RELIABILITY.md")
 def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
     """decord 0.6 asks for room for all the frames that a file claims; beyond a billion that ends its process."""
     (tmp_path / "claims.avi").write_bytes(corpus.claim_frames(
@@ -104,7 +102,6 @@ def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
 # One run a folder -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skip(reason="not seen green yet on a busy machine; see RELIABILITY.md")
 def test_one_run_a_folder(list_file, tmp_path):
     first = start(list_file, tmp_path / "run")
     second = start(list_file, tmp_path / "run") if first.wait_for(r"epoch 0 \[1/") else None

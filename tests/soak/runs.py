@@ -36,6 +36,8 @@ class Run:
         processes: 1, or the ranks to start under torchrun.
         restarts: torchrun's --max-restarts.
         before: Python code to run in the program's process before the program.
+
+    `first_step` is the time until the first step was logged, in seconds.
     """
 
     def __init__(self, list_file, output_dir, *options, processes=1, restarts=0, before=""):
@@ -49,7 +51,8 @@ class Run:
         command = [*launch, "--data_path", str(list_file), "--output_dir", str(output_dir), *OPTIONS, *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
                                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self.started, self.lines, self.news = time.monotonic(), [], threading.Condition()
+        self.started, self.first_step, self.lines = time.monotonic(), 0.0, []
+        self.news = threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -57,6 +60,7 @@ class Run:
         for line in self.process.stdout:
             with self.news:
                 self.lines.append(line.rstrip("\n"))
+                self.first_step = self.first_step or bool(STEP.search(line)) * (time.monotonic() - self.started)
                 self.news.notify_all()
 
     def find(self, pattern):
@@ -114,11 +118,14 @@ class Run:
 
 
 def children(pid):
-    """Process ids of a process's children."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
+    """Process ids of a process's children, whichever of its threads started them."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, path.read_text().split())
+        except (FileNotFoundError, ProcessLookupError):  # that thread has ended
+            continue
+    return sorted(found)
 
 
 def gone(pids, seconds=30):

@@ -24,14 +24,14 @@ def start(list_file, folder, processes, **more):
 
 @pytest.fixture(scope="module")
 def undisturbed(list_file, tmp_path_factory):
-    """{processes: (folder, loss by (epoch, step))} of runs that nothing disturbed."""
+    """{processes: (folder, loss by (epoch, step), seconds to the first step)} of runs that nothing disturbed."""
     folder, done = tmp_path_factory.mktemp("undisturbed"), {}
 
     def run(processes):
         if processes not in done:
             whole = start(list_file, folder / str(processes), processes)
             assert whole.wait() == 0, whole.text()[-3000:]
-            done[processes] = folder / str(processes), whole.steps()
+            done[processes] = folder / str(processes), whole.steps(), whole.first_step
             assert list(whole.steps()) == all_steps()
         return done[processes]
 
@@ -53,22 +53,24 @@ def go_on_check(run, losses):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_20_times(processes, list_file, undisturbed, tmp_path, figure):
-    reference, losses = undisturbed(processes)
+    reference, losses, start_up = undisturbed(processes)
     rng = random.Random(processes)
     last_step = STEPS * EPOCHS
-    targets = sorted(rng.sample(range(last_step), KILLS - 3) + [0, 0, STEPS])  # when to kill, in steps of the whole run
+    targets = sorted(rng.sample(range(last_step - 8), KILLS))  # when to kill, in steps of the whole run
+    starting = rng.sample(range(KILLS), 4)  # kills that come before the first step
     resumed, lost, left = [], 0, []
     for number, target in enumerate(targets):
         run = start(list_file, tmp_path / "run", processes)
-        pause = rng.uniform(0, 0.4)
-        if rng.random() < 0.15:
-            pause = rng.uniform(0, 10)  # while it is starting, most likely
+        if number in starting:
+            pause = rng.uniform(0.3, 1) * start_up
         else:
             run.wait_for(r"epoch \d+ \[")
             done = STEPS * run.resumed_at()[0] + run.resumed_at()[1]
             run.wait_for(r"epoch \d+ \[", count=max(1, target - done))
+            pause = rng.uniform(0, 0.2)
         time.sleep(pause)
         left += run.ranks()
+        assert len(run.ranks()) == processes or number in starting
         assert run.process.poll() is None, f"it ended before it was killed: {run.text()[-3000:]}"
         run.kill()
         steps = go_on_check(run, losses)
@@ -88,7 +90,7 @@ def test_killed_20_times(processes, list_file, undisturbed, tmp_path, figure):
 
 def test_one_of_two_ranks_is_killed(list_file, undisturbed, tmp_path, figure):
     """torchrun --max-restarts starts both again."""
-    reference, losses = undisturbed(2)
+    reference, losses, _ = undisturbed(2)
     run = start(list_file, tmp_path / "run", 2, restarts=3)
     for kill, rank in enumerate((1, 0)):
         run.wait_for(rf"epoch {kill} \[{7 + 4 * kill}/")
