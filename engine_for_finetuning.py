@@ -26,7 +26,7 @@ from modeling_probe import MeanTokens, ProbedEncoder, nearest_neighbours
 from modeling_teacher import channel_stats
 from optim_factory import Stepper, autocast
 from training import Loss, run_steps
-from utils import RunError, RunLog, StepMeter, logger, rank, world_size
+from utils import RunError, RunLog, SharedError, StepMeter, logger, rank, warn_once, world_size
 
 
 def erase(clips: torch.Tensor, seeds: torch.Tensor, eraser: RandomErasing) -> torch.Tensor:
@@ -83,8 +83,9 @@ def train_one_epoch(
         if mixup:
             clips, targets = mix(clips, labels, mixup)
         logits = model(clips)
-        right = logits.argmax(dim=-1) == labels.view(-1, *[1] * (logits.ndim - 2))  # [B], or [B, P] of probes
-        return criterion(logits, targets), {"acc1": right.float().mean() * 100}
+        loss, probes = criterion(logits, targets), logits.shape[1:-1].numel()  # logits [B, C], or [B, P, C] of P probes
+        right = logits.argmax(dim=-1) == labels.view(-1, *[1] * (logits.ndim - 2))
+        return loss, {"loss": loss.detach() / probes, "acc1": right.float().mean() * 100}
 
     def stepped(done: int) -> bool:
         if ema:
@@ -169,15 +170,24 @@ class Evaluator:
             scores = [score.of_probe(int(model.best)) for score in scores]
         return self.report(scores, videos)
 
-    def knn(self, encoder: nn.Module, k: int, train_list: str) -> int:
-        """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report."""
+    def knn(self, encoder: nn.Module, k: int, train: VideoList) -> int:
+        """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report.
+
+        Raises:
+            RunError: no training video can be read.
+        """
 
         def features(videos: VideoList, title: str) -> list[VideoScore]:
             return self.scores(MeanTokens(encoder), self.loader(videos, self.val_views), title, finish=lambda x: x)
 
-        train, test = self.read_list(train_list), self.read_list("test.csv")
-        bank = [score for score in gather_scores(features(train, "train features"), everywhere=True)
-                if not score.error]
+        test = self.read_list("test.csv")
+        train_scores = gather_scores(features(train, "train features"), everywhere=True)
+        bank = [score for score in train_scores if not score.error]
+        for score in train_scores:
+            if score.error:
+                warn_once(f"left out, {train.path(score.index)} could not be read: {score.error}")
+        if not bank:
+            raise SharedError(f"{train.source}: none of its {len(train)} videos could be read")
         queries = features(test, "test features")
         known = torch.from_numpy(np.concatenate([score.views for score in bank]))
         labels = torch.from_numpy(train.labels[[score.index for score in bank]])

@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 
 from datasets import VideoList
-from utils import broadcast, logger, rank, world_size
+from utils import broadcast, rank, warn_once, world_size
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def judge(scores: list[VideoScore], videos: VideoList, num_classes: int, output_
         metrics = accuracy(mean, videos.labels[[score.index for score in scores]])
         unreadable = [score for score in scores if score.error]
         for score in unreadable:
-            logger.warning("counted as wrong, %s could not be read: %s", videos.path(score.index), score.error)
+            warn_once(f"counted as wrong, {videos.path(score.index)} could not be read: {score.error}")
         metrics |= {"videos": len(scores), "views": sum(len(score.views) for score in scores),
                     "unreadable": len(unreadable)}
         if output_dir:

@@ -154,6 +154,8 @@ class Stepper:
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Put the `state` of the checkpoint at `path` back."""
+        if "deepspeed" in state["optimizer"]:
+            raise ValueError("its optimizer state is DeepSpeed's: go on with --enable_deepspeed")
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, values in self.optimizer.state.items():  # which torch does not compare
             for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):

@@ -197,14 +197,19 @@ def build_model(args: argparse.Namespace) -> nn.Module:
                          list(product(args.probe_lrs, args.probe_wds)))
 
 
-def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
-    """Training clips, augmented as the data set allows; probes see crops and flips only."""
-    data_set = DATA_SETS[args.data_set]
-    videos = read_list(args, data_set.train_list)
+def train_videos(args: argparse.Namespace) -> VideoList:
+    """The training list, or the part of it that was asked for, which is also written to ``train_subset.csv``."""
+    videos = read_list(args, DATA_SETS[args.data_set].train_list)
     if args.samples_per_class or args.num_train_videos:
         videos = few_shot(videos, args.seed, args.samples_per_class, args.num_train_videos)
         if args.output_dir and not args.dry_run and utils.rank() == 0:
             videos.write(os.path.join(args.output_dir, "train_subset.csv"))
+    return videos
+
+
+def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
+    """Training clips, augmented as the data set allows; probes see crops and flips only."""
+    data_set, videos = DATA_SETS[args.data_set], train_videos(args)
     policy = "" if args.linear_probe or args.attentive_probe else args.aa
     augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation)
     return FinetuneDataset(videos, augment, data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed)
@@ -326,7 +331,9 @@ def main(args: argparse.Namespace) -> int:
     if args.finetune:
         load_encoder(getattr(model, "encoder", model), args.finetune)
     if args.knn:
-        return evaluator.knn(model, args.knn, DATA_SETS[args.data_set].train_list)
+        with utils.user_errors():
+            neighbours = train_videos(args)
+        return evaluator.knn(model, args.knn, neighbours)
     code = train(args, settings, device, model, evaluator)
     if code == 0 and not args.dry_run:
         args.finetune = ""

@@ -6,6 +6,7 @@ loading a run is in checkpoints.py.
 
 import datetime
 import fcntl
+import functools
 import json
 import logging
 import math
@@ -163,6 +164,12 @@ def cosine_schedule(step: int, base: float, final: float, total: int, warmup: in
 
 
 # Logging --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, the first time that it comes."""
+    logger.warning(message)
 
 
 def setup_logging() -> None:

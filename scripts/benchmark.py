@@ -39,6 +39,7 @@ from modeling_pretrain import MODELS
 from modeling_teacher import build_clip, channel_stats
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, build_optimizer, parameter_groups
+from utils import run_main
 from video_transforms import long_side_crop, multi_scale_crop, short_side_resize
 
 Numbers = dict[str, float]
@@ -291,4 +292,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

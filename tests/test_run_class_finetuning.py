@@ -372,6 +372,26 @@ def test_neighbours_of_a_trained_encoder_are_of_the_same_class(run, custom, trai
             assert metrics["acc1"] == pytest.approx(600 / 7)
 
 
+def test_neighbours_among_few_videos(run, custom, trained, data, tmp_path):
+    """One of all training videos is left, so that all answers are its class."""
+    found = run(*custom, *TRAIN, "--knn", 3, "--num_train_videos", "1", "--finetune", trained.best,
+                "--output_dir", tmp_path / "few")
+    assert found.code == 0, found.all
+    [(_, label)] = [line.rsplit(" ", 1) for line in (tmp_path / "few" / "train_subset.csv").read_text().splitlines()]
+    table = (tmp_path / "few" / "test_per_class.csv").read_text().splitlines()[1:]
+    assert all(float(row.split(",")[3]) == 0 for row in table if row.split(",")[0] != label)
+    assert any(float(row.split(",")[3]) > 0 for row in table if row.split(",")[0] == label)
+
+
+def test_no_training_video_can_be_read(run, trained, broken, data, tmp_path):
+    for name in ("val.csv", "test.csv"):
+        (tmp_path / name).write_text((data / name).read_text())
+    (tmp_path / "train.csv").write_text(f"{broken['text']} 0\n{broken['empty']} 1\n")
+    found = run(*CUSTOM, "--data_path", tmp_path, "--data_root", data, *TRAIN, "--knn", 1, "--finetune", trained.best)
+    assert found.code == 1 and "train.csv: none of its 2 videos could be read" in found.all
+    assert "Traceback" not in found.all
+
+
 @pytest.mark.parametrize("kind, rates", [("--linear_probe", ("3", "1e-7")), ("--attentive_probe", ("0.1", "1e-9"))])
 def test_probes_learn_and_leave_the_encoder_alone(run, custom, trained, tmp_path, kind, rates):
     probe = [*custom, *TRAIN, kind, "--probe_lrs", *rates[::-1], "--probe_wds", "0", "0.05",

@@ -16,7 +16,7 @@ from utils import EXIT_REQUEUE
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 RECIPES = sorted((SCRIPTS / "pretrain").glob("*.sh"))
-SBATCH = SCRIPTS / "slurm" / "pretrain.sbatch"
+SBATCH = SCRIPTS / "slurm" / "recipe.sbatch"
 STUB = """#!/usr/bin/env bash
 printf '%s\\0' "$(basename "$0")" "$@" >> "$STUB_LOG"
 printf '\\n' >> "$STUB_LOG"
@@ -150,7 +150,7 @@ def submit(run, *arguments, **variables):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_slurm_runs_a_recipe_under_srun(run, recipe):
-    result, (command,) = submit(run, recipe.stem, "--seed", "5")
+    result, (command,) = submit(run, f"pretrain/{recipe.stem}", "--seed", "5")
     args = program_args(command)
     assert result.returncode == 0 and command[0] == "srun"
     assert launcher_option(command, "--nodes") == "2" and launcher_option(command, "--ntasks-per-node") == "4"
@@ -159,11 +159,19 @@ def test_slurm_runs_a_recipe_under_srun(run, recipe):
 
 
 def test_slurm_queues_the_job_again_only_when_the_run_asks_for_it(run):
-    result, commands = submit(run, RECIPES[0].stem, STUB_EXIT=str(EXIT_REQUEUE))
+    result, commands = submit(run, f"pretrain/{RECIPES[0].stem}", STUB_EXIT=str(EXIT_REQUEUE))
     assert result.returncode == EXIT_REQUEUE and commands[1:] == [["scontrol", "requeue", "42"]]
     for code in (0, 1):
-        result, commands = submit(run, RECIPES[0].stem, STUB_EXIT=str(code))
+        result, commands = submit(run, f"pretrain/{RECIPES[0].stem}", STUB_EXIT=str(code))
         assert result.returncode == code and len(commands) == 1
+
+
+def test_slurm_runs_the_other_recipes_too(run, tmp_path):
+    for recipe in ("finetune/finetune_ucf101_vit_b", "test/test_k400_vit_b"):
+        result, (command,) = submit(run, recipe, DATA_PATH=str(tmp_path), MODEL_PATH=str(tmp_path), TOTAL_BATCH="32",
+                                    BATCH_SIZE="4")
+        assert result.returncode == 0 and command[0] == "srun", result.stderr
+        assert any(word.endswith("/run_class_finetuning.py") for word in command)
 
 
 def test_slurm_directives_ask_for_a_warning_and_a_requeue():
