@@ -136,12 +136,12 @@ def pick(rng: np.random.Generator, options: Sequence, probabilities: tuple[float
     return options[bisect(list(accumulate(probabilities))[:-1], rng.random())]
 
 
-def key_frames(rng: np.random.Generator, num_frames: int) -> np.ndarray:
+def key_frames(rng: np.random.Generator, num_frames: int) -> list[int]:
     """The first frame, the last, and 0 / 1 / 2 jittered ones between (p = .5 / .3 / .2)."""
     inner = pick(rng, (0, 1, 2), (0.5, 0.3, 0.2))
     spacing = (num_frames - 1) / (inner + 1)
-    between = spacing * (np.arange(1, inner + 1) + rng.uniform(-1 / 3, 1 / 3, inner))
-    return np.unique(np.concatenate([[0], np.rint(between), [num_frames - 1]]).astype(int))
+    between = [round(spacing * (i + rng.uniform(-1 / 3, 1 / 3))) for i in range(1, inner + 1)]
+    return sorted({0, *between, num_frames - 1})
 
 
 def key_frame_curve(
@@ -155,10 +155,11 @@ def key_frame_curve(
     Returns:
         float ``[T, D]``.
     """
-    values = np.tile(np.asarray(start, dtype=float), (num_frames, 1))
+    values = np.empty((num_frames, len(start)))
+    values[0] = start
     for a, b in pairwise(key_frames(rng, num_frames)):
-        end = step(values[a], int(b - a))
-        t = np.linspace(0, 1, b - a + 1)[:, None]
+        end = step(values[a], b - a)
+        t = np.arange(b - a + 1)[:, None] / (b - a)
         progress = pick(rng, (t, t**2, 1 - (1 - t) ** 2), (0.7, 0.15, 0.15))
         values[a : b + 1] = values[a] + (end - values[a]) * progress
     return values
@@ -194,7 +195,7 @@ def gaussian_path(
     low, high = (max(1, int(side * unit)) for side in PATH_EXTENT)
     extent = min(int(rng.integers(low, max(high, low + 1))), min(frame) - 1)
     path = smooth * extent + rng.integers(0, limits - extent)
-    every = np.linspace(0, PATH_POINTS - 1, num_frames).astype(int)
+    every = np.arange(num_frames) * (PATH_POINTS - 1) // max(1, num_frames - 1)
     return np.trunc(path[every].clip(0, limits - 1))
 
 
@@ -256,7 +257,7 @@ def paste(frames: np.ndarray, sprite: np.ndarray, boxes: np.ndarray, angles: np.
             drawn = cv2.convertScaleAbs(drawn, alpha=float(opacity[t]))
         below = frames[t, top:bottom, left:right]
         through = cv2.cvtColor(cv2.bitwise_not(drawn[..., 3]), cv2.COLOR_GRAY2RGB)
-        below[...] = cv2.add(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), cv2.multiply(below, through, scale=1 / 255))
+        cv2.add(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), cv2.multiply(below, through, scale=1 / 255), dst=below)
 
 
 def _placement(
@@ -327,8 +328,8 @@ class ObjectOverlay:
 
     def draw_track(self, rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
         """One object's boxes int ``[T, 4]`` and angles in whole degrees, int ``[T]``."""
-        ratio = rng.choice(ASPECT_RATIOS)
-        size = rng.choice(self.scales) * self.unit * np.array([ratio**0.5, ratio**-0.5])
+        ratio, scale = (values[rng.integers(len(values))] for values in (ASPECT_RATIOS, self.scales))
+        size = scale * self.unit * np.array([ratio**0.5, ratio**-0.5])
         size = size * np.exp(rng.uniform(-SIZE_JITTER, SIZE_JITTER, 2))
         size = size.clip(1, np.array(self.frame) - 1)
 
@@ -346,9 +347,14 @@ class ObjectOverlay:
 
 
 def fit_sprite(sprite: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Resize a sprite to its largest box (w, h), averaging, so that a frame needs one bilinear warp and no more."""
+    """Bring a sprite near the size of its largest box (w, h), so that a frame needs one bilinear warp and no more.
+
+    Less than twice the box will do. A smaller one is enlarged, as the warp would smear its edge beyond the box.
+    """
     w, h = (int(side) for side in size)
     while sprite.shape[1] >= 2 * w and sprite.shape[0] >= 2 * h:  # halving is many times faster than other factors
         sprite = cv2.resize(sprite, (sprite.shape[1] // 2, sprite.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    if w <= sprite.shape[1] < 2 * w and h <= sprite.shape[0] < 2 * h:
+        return sprite
     shrinks = w * h < sprite.shape[0] * sprite.shape[1]
     return cv2.resize(sprite, (w, h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

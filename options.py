@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from optim_factory import DTYPES, Stepper, build_optimizer
-from utils import cosine_schedule
+from utils import cosine_schedule, warn_once
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -89,6 +89,8 @@ def path_problems(args: argparse.Namespace, files: tuple[str, ...]) -> list[str]
 
 def pick_precision(precision: str, device: torch.device) -> str:
     """Resolve `auto`."""
+    if precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        warn_once("--precision bf16: this CPU has no instructions for it; fp32 is many times faster here")
     if precision != "auto":
         return precision
     if device.type == "cpu":

@@ -12,7 +12,9 @@ import argparse
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -157,7 +159,7 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> Numbers:
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a large matrix product: what this device can be expected to reach."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     clock = Clock(device)
     clock.mean(lambda: a @ a, 1, 0)
@@ -180,19 +182,24 @@ class Clock:
 
 
 def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
-    """Parts of a stage 1 step with multiple sampling, in each precision, beside the straightforward one."""
-    tables = {}
-    for precision, compiled in itertools.product(args.precision, (False, True) if args.compile else (False,)):
-        tables[precision + (" compiled" if compiled else "")] = time_step(args, precision, compiled)
+    """Parts of a stage 1 step with multiple sampling, in each precision, beside the straightforward one.
+
+    Each is timed in a process of its own, whose peak memory is then that of the step.
+    """
+    cases = {precision + " compiled" * compiled: (precision, compiled, False)
+             for precision, compiled in itertools.product(args.precision, (False, True)[: 1 + args.compile])}
     if not args.no_naive:
-        reference = time_step(args, "fp32", False, straightforward=True)
-        tables["straightforward fp32"] = reference
-        for table in tables.values():
-            table["whole / straightforward"] = table["whole"] / reference["whole"]
+        cases["straightforward fp32"] = ("fp32", False, True)
+    tables = {}
+    for name, case in cases.items():
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            tables[name] = process.apply(time_step, (args, *case))
+    for table in tables.values() if not args.no_naive else ():
+        table["whole / straightforward"] = table["whole"] / tables["straightforward fp32"]["whole"]
     return tables
 
 
-def time_step(args: argparse.Namespace, precision: str, compiled: bool, straightforward: bool = False) -> Numbers:
+def time_step(args: argparse.Namespace, precision: str, compiled: bool, straightforward: bool) -> Numbers:
     """Milliseconds of a step's parts, and what follows from them."""
     torch.manual_seed(0)
     device, videos = torch.device(args.device), args.batch_size // 2
@@ -224,32 +231,35 @@ def time_step(args: argparse.Namespace, precision: str, compiled: bool, straight
                     else masked_loss(student(normal, masks, hidden), features, masks)[0])
         stepper.backward(loss)
 
-    def step() -> None:
-        normalize_clips(clips, *norm)
-        backward(targets())
+    def update() -> None:
         if straightforward:
             optimizer.step()
             optimizer.zero_grad()
         else:
             stepper.step(torch.zeros((), device=device))
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    def step() -> None:
+        normalize_clips(clips, *norm)
+        backward(targets())
+        update()
+
     clock = Clock(device)
     whole = clock.mean(step, args.steps, 2)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+              else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
     features = targets().clone()
-    table = {"whole": whole, "teacher": clock.mean(targets, args.steps, 0),
-             "student forward + backward": clock.mean(lambda: backward(features), args.steps, 0)}
-    table["optimizer and the rest"] = whole - sum(table[name] for name in list(table)[1:])
+    parts = {"teacher": targets, "student forward + backward": lambda: backward(features), "optimizer": update}
+    rounds = [{name: clock.mean(part, 1, 0) for name, part in parts.items()} for _ in range(args.steps)]
+    table = {"whole": whole} | {name: float(np.mean([times[name] for times in rounds])) for name in parts}
     if not compiled:
         with FlopCounterMode(display=False) as flops:
             step()
         peak = matmul_peak(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
         table["TFLOP a step"] = flops.get_total_flops() / 1e12
         table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
-        table["% of this device's matmul peak"] = 100 * table["TFLOP/s"] / peak
-    return table | {"clips a second, both masks counted": 1e3 * args.batch_size / whole, "peak GiB": memory}
+        table["TFLOP/s of a large matrix product"] = peak
+        table["% of that"] = 100 * table["TFLOP/s"] / peak
+    return table | {"clips a second, both masks counted": 1e3 * args.batch_size / whole, "peak GiB (of the GPU, or else of the process)": memory}
 
 
 def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
@@ -268,10 +278,14 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     tables = {}
     for index in range(min(len(videos), 8)):
         path = videos.path(index)
-        once, shared = timed(lambda: reader(path))
-        per_view, separate = timed(lambda: each_view(path))
-        if not torch.equal(shared, separate):
-            raise AssertionError(f"{path}: the views differ")
+        rounds = []
+        for _ in range(3):
+            once, shared = timed(lambda: reader(path))
+            per_view, separate = timed(lambda: each_view(path))
+            rounds.append((once, per_view))
+            if not torch.equal(shared, separate):
+                raise AssertionError(f"{path}: the views differ")
+        once, per_view = np.median(rounds, axis=0).tolist()
         tables[Path(path).name] = {"decoded once, ms": once, "decoded per view, ms": per_view, "ratio": once / per_view}
     return tables
 
@@ -286,7 +300,7 @@ def main() -> None:
     for title, numbers in tables.items():
         print(f"\n{title}")
         for name, value in numbers.items():
-            print(f"  {name:40s} {value:10.3f}")
+            print(f"  {name:45s} {value:10.3f}")
     if args.json:
         Path(args.json).write_text(json.dumps({"what": args.what, "arguments": vars(args), "tables": tables}, indent=1))
 
