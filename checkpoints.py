@@ -63,7 +63,9 @@ def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", k
     """
     keys = (key,) if key else MODEL_KEYS
     state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), {} if key else checkpoint)
-    weights = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    named = all(isinstance(key, str) for key in state)
+    weights = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)
+               } if named else {}
     if not weights:
         raise RunError(f"{path}: no weights in it (looked under {', '.join(keys)})")
     return weights
@@ -211,16 +213,24 @@ def resume_candidates(folder: str) -> list[Path]:
     return [latest] * latest.exists() + [path for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True)]
 
 
-def progress(state: dict[str, Any]) -> tuple[int, int]:
-    """Epoch and step at which a checkpoint goes on."""
+def progress(state: dict[str, Any], path: Path) -> tuple[int, int]:
+    """Epoch and step at which the checkpoint at `path` goes on.
+
+    Raises:
+        RunError: they are no numbers.
+    """
     epoch, step = state.get("epoch", -1), state.get("step", 0)
+    if not (isinstance(epoch, int) and isinstance(step, int) and epoch >= -1 and step >= 0):
+        raise RunError(f"{path}: damaged checkpoint (epoch {str(epoch)[:20]!r}, step {str(step)[:20]!r})")
     return (epoch, step) if step else (epoch + 1, 0)
 
 
 def _read_or_warn(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """A checkpoint, or None and a warning if it cannot be read."""
     try:
-        return path, read_checkpoint(path)
+        state = read_checkpoint(path)
+        progress(state, path)
+        return path, state
     except RunError as error:
         logger.warning("auto-resume skips %s", error)
         return None
@@ -241,7 +251,7 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict
         chosen = next(readable, None)
         if chosen and chosen[0].name == LATEST:  # outdated, if the run died before it was removed
             rival = next(readable, None)
-            if rival and progress(rival[1]) >= progress(chosen[1]):
+            if rival and progress(rival[1], rival[0]) >= progress(chosen[1], chosen[0]):
                 chosen = rival
     path = broadcast(chosen and chosen[0])
     if path is None:

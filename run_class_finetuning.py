@@ -25,10 +25,10 @@ from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import Evaluator, train_one_epoch
 from modeling_finetune import MODELS, SIZES, token_grid
 from modeling_probe import ProbedEncoder, ProbeLoss
-from optim_factory import parameter_groups
+from optim_factory import Stepper, parameter_groups
 from options import (add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
                      path_problems, pick_precision)
-from training import Position, Settings, distribute, fit, restore
+from training import Position, Settings, TrainingLoop, distribute, restore
 from utils import RunError, SharedError, logger
 from video_transforms import TrainAugmentation
 
@@ -231,6 +231,27 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
                      timeout=args.worker_timeout, output_dir=args.output_dir, classes=class_names(args))
 
 
+def resume(args: argparse.Namespace, model: nn.Module, stepper: Stepper, sampler: ChunkSampler,
+           ema: ModelEmaV3 | None) -> tuple[Position, dict[str, float]]:
+    """Where to go on, with the best validation so far: from a checkpoint, which is put back, or from the start.
+
+    Raises:
+        RunError: a checkpoint of another run.
+    """
+    found = find_resume(args.output_dir, args.resume, args.auto_resume)
+    if not found:
+        return Position(args.start_epoch), {"acc1": -1.0, "epoch": -1}
+    path, state = found
+    position = restore(found, model, stepper, sampler)
+    if "best" not in state:
+        raise RunError(f"{path} is not of fine-tuning")
+    if ema:
+        if "model_ema" not in state:
+            raise RunError(f"{path} has no averaged weights: it was trained without --model_ema")
+        ema.module.load_state_dict(state["model_ema"])
+    return position, state["best"]
+
+
 def train(args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module,
           evaluator: Evaluator) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
@@ -243,20 +264,12 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
                   else parameter_groups(model, args.weight_decay, args.layer_decay))
         stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
-    best = {"acc1": -1.0, "epoch": -1}
     if args.enable_deepspeed:
         with utils.user_errors():
             stepper = with_deepspeed(stepper, args.zero_stage, args.batch_size * args.num_sample, args.opt,
                                      settings.output_dir)
 
-    found, position = find_resume(args.output_dir, args.resume, args.auto_resume), Position(args.start_epoch)
-    if found:
-        position = restore(found, model, stepper, sampler)
-        best = found[1]["best"]
-        if ema:
-            if "model_ema" not in found[1]:
-                raise RunError(f"{found[0]} has no averaged weights: it was trained without --model_ema")
-            ema.module.load_state_dict(found[1]["model_ema"])
+    position, best = resume(args, model, stepper, sampler, ema)
     logger.info("total batch %d clips, %d steps an epoch, %d epochs, lr %.3g, %s on %s", total_batch,
                 sampler.steps_per_epoch, args.epochs, args.lr * total_batch / 256, stepper.precision, device)
     if args.compile:
@@ -290,7 +303,7 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         return {"model": model.state_dict(), "args": args, "best": best} | (
             {"model_ema": ema.module.state_dict()} if ema else {})
 
-    code = fit(settings, position, sampler, loader, stepper, weights, train_epoch, end_epoch)
+    code = TrainingLoop(settings, position, sampler, loader, stepper, weights, train_epoch, end_epoch).run()
     if args.enable_deepspeed:
         stepper.close(settings.output_dir)
     return code

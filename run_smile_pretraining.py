@@ -22,7 +22,7 @@ from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, f
 from optim_factory import Stepper, parameter_groups
 from options import (add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
                      path_problems)
-from training import Position, Settings, distribute, fit, restore
+from training import Position, Settings, TrainingLoop, distribute, restore
 from utils import RunError, SharedError, logger
 
 
@@ -205,8 +205,9 @@ def main(args: argparse.Namespace) -> int:
         train_one_epoch(stepper.model, teacher, batches, stepper, meter, norm, first_step, chunk_key,
                         args.multiple_sampling, after_step)
 
-    code = fit(settings, position, sampler, loader, stepper, lambda: {"model": student.state_dict(), "args": args},
-               train_epoch)
+    loop = TrainingLoop(settings, position, sampler, loader, stepper,
+                        lambda: {"model": student.state_dict(), "args": args}, train_epoch)
+    code = loop.run()
     del lock
     return code
 

@@ -77,6 +77,7 @@ def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper:
         RunError: of another model or program, or in mid-epoch with another number of samples a step.
     """
     path, state = found
+    position = Position(*checkpoints.progress(state, path), state.get("meter"))
     missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
     if missing:
         raise RunError(f"{path} holds weights only, nothing to resume from (it lacks {', '.join(sorted(missing))}); "
@@ -87,8 +88,9 @@ def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper:
     try:
         model.load_state_dict(checkpoints.model_weights(state, path))
         stepper.load(state, path)
-        position = Position(*checkpoints.progress(state), state["meter"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(position.meter, dict):
+            raise ValueError("its meter holds no sums")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
     logger.info("resuming from %s at epoch %d, step %d", path, position.epoch, position.step)
     return position
@@ -125,77 +127,92 @@ def run_steps(batches: Iterator[Batch], loss_of: Callable[[Batch, tuple[int, ...
             return
 
 
-def fit(settings: Settings, position: Position, sampler: ChunkSampler, loader: DataLoader, stepper: Stepper,
-        weights: Callable[[], dict[str, Any]], train_epoch: Callable[..., None],
-        end_epoch: EndEpoch = lambda epoch, save: ({}, False)) -> int:
-    """The loop over epochs.
+class TrainingLoop:
+    """The loop over epochs: saving, logging, stopping.
 
     Args:
         weights: what checkpoints hold beside optimizer and position, such as ``{'model': …, 'args': …}``.
         train_epoch: (batches, meter, first step, chunk key, after step) → None; the last two as in run_steps.
         end_epoch: called after each epoch in all processes with a function that saves a checkpoint by name; returns
             what the epoch's log line shows besides, and whether to stop.
-    Returns:
-        Exit code: 0, or EXIT_REQUEUE if a signal stopped the run.
     """
-    steps, seed = sampler.steps_per_epoch, settings.seed
-    writer = checkpoints.CheckpointWriter(settings.output_dir, settings.save_ckpt_minutes, settings.save_ckpt_steps,
-                                          settings.keep_ckpts)
-    log = utils.RunLog(settings.output_dir, settings.log_dir, position.epoch, position.epoch * steps + position.step)
-    bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
-    control = utils.Control()
-    stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
 
-    def save(name: str, epoch: int, step: int, meter: dict) -> bool:
-        stepper.save_shards(settings.output_dir, name)
-        return writer.save(name, lambda: {
-            **weights(), **stepper.state(), "epoch": epoch, "step": step, "samples_per_step": sampler.samples_per_step,
-            "meter": meter})
+    def __init__(self, settings: Settings, position: Position, sampler: ChunkSampler, loader: DataLoader,
+                 stepper: Stepper, weights: Callable[[], dict[str, Any]], train_epoch: Callable[..., None],
+                 end_epoch: EndEpoch = lambda epoch, save: ({}, False)):
+        self.settings, self.position, self.sampler, self.loader = settings, position, sampler, loader
+        self.stepper, self.weights, self.train_epoch, self.end_epoch = stepper, weights, train_epoch, end_epoch
+        self.steps = sampler.steps_per_epoch
+        self.stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
+        self.writer = checkpoints.CheckpointWriter(settings.output_dir, settings.save_ckpt_minutes,
+                                                   settings.save_ckpt_steps, settings.keep_ckpts)
+        self.log = utils.RunLog(settings.output_dir, settings.log_dir, position.epoch,
+                                position.epoch * self.steps + position.step)
+        self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
+        self.control = utils.Control()
+        self.told, self.due = False, False  # to stop, to save
 
-    while position.epoch < stop_epoch:
-        epoch, started, told, due = position.epoch, time.time(), False, False
-        sampler.set_position(epoch, position.step)
-        meter = StepMeter(log, stepper.device, epoch, stop_epoch, steps, settings.log_interval, position.meter)
+    def run(self) -> int:
+        """Train to the end; returns the exit code: 0, or EXIT_REQUEUE if a signal stopped the run."""
+        while self.position.epoch < self.stop_epoch and not self.told:
+            started, epoch = time.time(), self.position.epoch
+            meter = StepMeter(self.log, self.stepper.device, epoch, self.stop_epoch, self.steps,
+                              self.settings.log_interval, self.position.meter)
+            self.train(meter)
+            if self.settings.dry_run:
+                report_dry_run(meter, self.steps * (self.stop_epoch - epoch))
+                break
+            if self.position.step == self.steps:
+                self.finish_epoch(meter, started)
+        self.control.close()
+        if self.told:
+            logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", self.position.epoch,
+                        self.position.step)
+        return utils.EXIT_REQUEUE if self.told else 0
+
+    def train(self, meter: StepMeter) -> None:
+        """The steps of an epoch, from the position on, to its end or until told to stop."""
+        epoch, sampler, videos = meter.epoch, self.sampler, self.loader.dataset.videos
+        sampler.set_position(epoch, self.position.step)
 
         def after_step(done: int) -> bool:
-            nonlocal told, due
-            position.step = done
-            told, due = control.agree(writer.due(epoch * steps + done))
-            if (told or due) and done < steps:
+            self.position.step = done
+            self.told, self.due = self.control.agree(self.writer.due(epoch * self.steps + done))
+            if (self.told or self.due) and done < self.steps:
                 meter.flush(done - 1)
-                save(checkpoints.LATEST, epoch, done, meter.state())
-            return told or settings.dry_run
+                self.save(checkpoints.LATEST, epoch, done, meter.state())
+            return self.told or self.settings.dry_run
 
-        batches = bad.watch(epoch_batches(loader, loader.dataset.videos), meter.constants)
+        batches = self.bad.watch(epoch_batches(self.loader, videos), meter.constants)
         try:
-            train_epoch(batches, meter, position.step, lambda step, micro: (seed, epoch, sampler.chunk_id(step, micro)),
-                        after_step)
+            self.train_epoch(batches, meter, self.position.step,
+                             lambda step, micro: (self.settings.seed, epoch, sampler.chunk_id(step, micro)), after_step)
         except RuntimeError as error:  # torch tells of dead workers from a signal handler, wherever that strikes
             if "DataLoader worker" not in str(error):
                 raise
-            raise loader_failure(error, sampler.issued, loader.dataset.videos) from error
-        if settings.dry_run:
-            report_dry_run(meter, steps * (stop_epoch - epoch))
-            break
-        if position.step == steps:
-            position = Position(epoch + 1)
-            counts = utils.reduce_sum([bad.bad, bad.videos], stepper.device)
-            shown, enough = end_epoch(epoch, lambda name: save(name, epoch, 0, {}))
-            stop_epoch = epoch + 1 if enough else stop_epoch
-            log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, **shown, "bad_clips": counts[0],
-                       "steps": steps, "seconds": time.time() - started})
-            if (epoch + 1) % settings.save_ckpt_freq == 0 or epoch + 1 == stop_epoch:
-                if save(f"checkpoint-{epoch}.pth", epoch, 0, {}):
-                    writer.tidy()
-            elif told or due:
-                save(checkpoints.LATEST, epoch, 0, {})
-            bad.check(*counts)
-        if told:
-            logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", epoch, position.step)
-            control.close()
-            return utils.EXIT_REQUEUE
-    control.close()
-    return 0
+            raise loader_failure(error, sampler.issued, videos) from error
+
+    def finish_epoch(self, meter: StepMeter, started: float) -> None:
+        """Validate, log, save, and go on to the next epoch."""
+        epoch, self.position = meter.epoch, Position(meter.epoch + 1)
+        counts = utils.reduce_sum([self.bad.bad, self.bad.videos], self.stepper.device)
+        shown, enough = self.end_epoch(epoch, lambda name: self.save(name, epoch, 0, {}))
+        self.stop_epoch = epoch + 1 if enough else self.stop_epoch
+        self.log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, **shown, "bad_clips": counts[0],
+                        "steps": self.steps, "seconds": time.time() - started})
+        if (epoch + 1) % self.settings.save_ckpt_freq == 0 or epoch + 1 == self.stop_epoch:
+            if self.save(f"checkpoint-{epoch}.pth", epoch, 0, {}):
+                self.writer.tidy()
+        elif self.told or self.due:
+            self.save(checkpoints.LATEST, epoch, 0, {})
+        self.bad.check(*counts)
+
+    def save(self, name: str, epoch: int, step: int, meter: dict) -> bool:
+        """Write a checkpoint: `step` steps into `epoch`, or after it if 0. Whether it was written."""
+        self.stepper.save_shards(self.settings.output_dir, name)
+        return self.writer.save(name, lambda: {
+            **self.weights(), **self.stepper.state(), "epoch": epoch, "step": step,
+            "samples_per_step": self.sampler.samples_per_step, "meter": meter})
 
 
 def report_dry_run(meter: StepMeter, steps: int) -> None:

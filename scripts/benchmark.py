@@ -25,6 +25,7 @@ import cv2
 import decord
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +41,7 @@ from modeling_finetune import token_grid
 from modeling_pretrain import MODELS
 from modeling_teacher import build_clip, channel_stats
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
-from optim_factory import Stepper, build_optimizer, parameter_groups
+from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
 from utils import run_main
 from video_transforms import long_side_crop, multi_scale_crop, short_side_resize
 
@@ -162,8 +163,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     clock = Clock(device)
-    clock.mean(lambda: a @ a, 1, 0)
-    return 2 * size**3 / clock.mean(lambda: a @ a, 5, 1) / 1e9
+    clock.mean(lambda: F.linear(a, a), 1, 0)
+    return 2 * size**3 / clock.mean(lambda: F.linear(a, a), 5, 1) / 1e9
 
 
 class Clock:
@@ -200,16 +201,41 @@ def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
 
 
 def time_step(args: argparse.Namespace, precision: str, compiled: bool, straightforward: bool) -> Numbers:
-    """Milliseconds of a step's parts, and what follows from them."""
+    """Milliseconds of a step and its parts, and what follows from them."""
+    device = torch.device(args.device)
+    parts = build_step(args, device, precision, compiled, straightforward)
+    clock = Clock(device)
+
+    def step() -> None:
+        for part in parts.values():
+            part()
+
+    whole = clock.mean(step, args.steps, 2)
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+              else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
+    rounds = [{name: clock.mean(part, 1, 0) for name, part in parts.items()} for _ in range(args.steps)]
+    table = {"whole": whole} | {name: float(np.mean([times[name] for times in rounds])) for name in parts}
+    if not compiled:
+        with FlopCounterMode(display=False) as flops:
+            step()
+        table["TFLOP a step"] = flops.get_total_flops() / 1e12
+        table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
+        table["TFLOP/s of a large matrix product"] = matmul_peak(device, DTYPES[precision])
+        table["% of that"] = 100 * table["TFLOP/s"] / table["TFLOP/s of a large matrix product"]
+    return table | {"clips a second, both masks counted": 1e3 * args.batch_size / whole,
+                    "peak GiB (of the GPU, or else of the process)": memory}
+
+
+def build_step(args: argparse.Namespace, device: torch.device, precision: str, compiled: bool,
+               straightforward: bool) -> dict[str, Callable[[], None]]:
+    """What a step does, in order: part → function."""
     torch.manual_seed(0)
-    device, videos = torch.device(args.device), args.batch_size // 2
-    grid = token_grid(args.num_frames, args.input_size, args.input_size)
-    rng = np.random.default_rng(0)
-    masks = MaskGenerator("tube", grid, 0.8)
-    masks = second_masks(torch.from_numpy(np.stack([masks(rng) for _ in range(videos)])), (0,))
-    hidden = int(masks[0].sum())
+    rng, grid, videos = np.random.default_rng(0), token_grid(args.num_frames, *[args.input_size] * 2), args.batch_size // 2
+    draw = MaskGenerator("tube", grid, 0.8)
+    masks = second_masks(torch.from_numpy(np.stack([draw(rng) for _ in range(videos)])), (0,))
+    hidden, masks = int(masks[0].sum()), masks.to(device)
     shape = (videos, 3, args.num_frames, args.input_size, args.input_size)
-    clips, masks = torch.randint(0, 256, shape, dtype=torch.uint8, device=device), masks.to(device)
+    clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     norm = tuple(value.to(device) for value in channel_stats("imagenet"))
     teacher = build_clip("ViT-B-16", "random", "imagenet", grid[1:]).to(device)
     student = MODELS[args.model](decoder_num_classes=teacher.out_dim, use_checkpoint=args.use_checkpoint).to(device)
@@ -219,47 +245,27 @@ def time_step(args: argparse.Namespace, precision: str, compiled: bool, straight
     if compiled:
         student.compile(dynamic=False)
         teacher.compile(dynamic=False)
-    normal = normalize_clips(clips, *norm)
+    made: dict[str, torch.Tensor] = {}
 
-    def targets() -> torch.Tensor:
+    def targets() -> None:
+        made["clips"] = normalize_clips(clips, *norm)
         with stepper.autocast():
-            return teacher(normal)
+            made["targets"] = teacher(made["clips"])
 
-    def backward(features: torch.Tensor) -> None:
+    def backward() -> None:
         with stepper.autocast():
-            loss = (naive.loss(student, normal, features, masks) if straightforward
-                    else masked_loss(student(normal, masks, hidden), features, masks)[0])
-        stepper.backward(loss)
+            made["loss"] = (naive.loss(student, made["clips"], made["targets"], masks) if straightforward
+                            else masked_loss(student(made["clips"], masks, hidden), made["targets"], masks)[0])
+        stepper.backward(made["loss"])
 
     def update() -> None:
         if straightforward:
             optimizer.step()
             optimizer.zero_grad()
         else:
-            stepper.step(torch.zeros((), device=device))
+            stepper.step(made["loss"].detach())
 
-    def step() -> None:
-        normalize_clips(clips, *norm)
-        backward(targets())
-        update()
-
-    clock = Clock(device)
-    whole = clock.mean(step, args.steps, 2)
-    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-              else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
-    features = targets().clone()
-    parts = {"teacher": targets, "student forward + backward": lambda: backward(features), "optimizer": update}
-    rounds = [{name: clock.mean(part, 1, 0) for name, part in parts.items()} for _ in range(args.steps)]
-    table = {"whole": whole} | {name: float(np.mean([times[name] for times in rounds])) for name in parts}
-    if not compiled:
-        with FlopCounterMode(display=False) as flops:
-            step()
-        peak = matmul_peak(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-        table["TFLOP a step"] = flops.get_total_flops() / 1e12
-        table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
-        table["TFLOP/s of a large matrix product"] = peak
-        table["% of that"] = 100 * table["TFLOP/s"] / peak
-    return table | {"clips a second, both masks counted": 1e3 * args.batch_size / whole, "peak GiB (of the GPU, or else of the process)": memory}
+    return {"teacher": targets, "student forward + backward": backward, "optimizer": update}
 
 
 def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
