@@ -69,9 +69,14 @@ finetune "$DIR/scratch"
 echo "picture"
 python scripts/visualize.py --samples 1 --output "$DIR/quickstart.png" "$DIR/stage1/$last" "$DIR/stage2/$last"
 
+note=
+if [[ $CLIP_WEIGHTS == random ]]; then
+  note="The teacher was random and the clips are few: expect no gain, in either direction it is chance."
+fi
 cat <<DONE
 
 Test accuracy on $(wc -l <"$DIR/data/labelled/test.csv") clips of 3 classes: $(accuracy "$DIR/finetuned") % fine-tuned from stage 2, $(accuracy "$DIR/scratch") % from scratch.
+$note
 
 Done in $SECONDS s. Written:
   $DIR/stage1/$last, $DIR/stage2/$last   weights

@@ -320,7 +320,7 @@ def list_with_missing(clips, folder, total, missing):
     """`total` lines after a blank one; the videos at the places `missing` are not there."""
     lines = [f"gone {i}.mp4 1" if i in missing else f"{clips['small.mp4']} 0" for i in range(total)]
     (folder / "some.csv").write_text("\n" + "\n".join(lines))
-    return VideoList(str(folder / "some.csv"), data_root="/root")
+    return VideoList(str(folder / "some.csv"), data_root="/videos")
 
 
 def test_missing_files_are_told_by_list_line_path_and_remedy(clips, tmp_path):
@@ -328,11 +328,11 @@ def test_missing_files_are_told_by_list_line_path_and_remedy(clips, tmp_path):
     with pytest.raises(ValueError) as error:
         videos.check_files(0.1)
     assert str(error.value) == (
-        f"{tmp_path}/some.csv, line 5: no such file: /root/gone 3.mp4 (2 of 10 looked for are missing, more than "
+        f"{tmp_path}/some.csv, line 5: no such file: /videos/gone 3.mp4 (2 of 10 looked for are missing, more than "
         "--max_bad_fraction 0.1); relative paths start from --data_root")
     videos.check_files(0.2)
     videos.subset(np.array([0, 1, 2])).check_files(0)
-    with pytest.raises(ValueError, match="line 9: no such file: /root/gone 7.mp4 .1 of 2"):
+    with pytest.raises(ValueError, match="line 9: no such file: /videos/gone 7.mp4 .1 of 2"):
         videos.subset(np.array([4, 7])).check_files(0)
 
 

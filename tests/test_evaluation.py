@@ -14,7 +14,7 @@ from evaluation import VideoScore, accuracy, average_views, gather_scores, in_to
 def make_list(folder, labels, names=None):
     names = names or [f"{chr(97 + i % 26)}/video {i}.mp4" for i in range(len(labels))]
     (folder / "test.csv").write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels)))
-    return VideoList(str(folder / "test.csv"), data_root="/root")
+    return VideoList(str(folder / "test.csv"), data_root="/videos")
 
 
 def accuracy_by_hand(scores, labels):
@@ -163,7 +163,7 @@ def test_videos_of_the_same_name_in_two_folders_are_two(tmp_path):
     metrics = judge(scores, videos, 2, str(tmp_path))
     assert metrics["videos"] == 3 and metrics["acc1"] == pytest.approx(200 / 3)
     with np.load(tmp_path / "test_predictions.npz") as file:
-        assert file["video"].tolist() == ["/root/a/1.mp4", "/root/b/1.mp4", "/root/a/1.mp4"]
+        assert file["video"].tolist() == ["/videos/a/1.mp4", "/videos/b/1.mp4", "/videos/a/1.mp4"]
 
 
 def test_a_list_of_which_nothing_can_be_read(tmp_path):

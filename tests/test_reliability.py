@@ -1,7 +1,7 @@
 """What a run survives, in seconds: odd videos, damaged checkpoints, a decoder that hangs or dies, a second run.
 
 The long versions are in soak/. Resuming, signals and wrong input are tested with the program, in
-test_run_smile_pretraining.py.
+test_run_smile_pretraining.py and test_run_smile_pretraining_input.py.
 """
 
 import os

@@ -1,0 +1,131 @@
+"""The fine-tuning program for the tests: ways to run it, data, and one model trained to the end in a session.
+
+A pytest plugin (``pytest_plugins = "fixtures_finetuning"``). Most runs are processes of a fork server that has imported
+torch already, which saves seconds each. No test here: PYTEST_DONT_REWRITE.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fixtures_video import source_frames, write_mp4
+
+pytest_plugins = "fixtures_video"
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "run_class_finetuning.py"
+TINY = ["--model", "vit_tiny_patch16_224", "--input_size", "32", "--num_frames", "4", "--sampling_rate", "2",
+        "--num_workers", "0", "--log_interval", "1"]
+PLAIN = ["--aa", "", "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--smoothing", "0", "--drop_path", "0"]
+TRAIN = [*TINY, *PLAIN, "--batch_size", "3", "--num_sample", "4", "--lr", "0.02", "--layer_decay", "1",
+         "--init_scale", "1", "--warmup_epochs", "1", "--test_num_segment", "2", "--test_num_crop", "3"]
+CUSTOM = ["--data_set", "custom", "--nb_classes", "3"]
+EPOCHS = 20
+METRICS = ("acc1", "class_acc1", "acc5", "class_acc5", "videos", "views", "unreadable")
+
+
+# Running the program --------------------------------------------------------------------------------------------
+
+
+def program(argv, output, env):
+    """Be ``python run_class_finetuning.py ARGV``."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.argv = [NAME, *argv]
+    runpy.run_path(str(ROOT / NAME), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Context whose processes have imported what the program imports."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [before])])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run_class_finetuning", "run_smile_pretraining", __name__])
+    context.Process(target=os.getpid).start()  # starts the server
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return context
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Run the program to its end, in one or more processes: code, and the first one's stdout and stderr."""
+    def run(*argv, processes=1, start_only=False):
+        env = [{}]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": str(free.getsockname()[1])}
+            env = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        outputs = [tmp_path / f"rank{rank}" for rank in range(processes)]
+        started = [server.Process(target=program, args=([str(a) for a in argv], output, e))
+                   for output, e in zip(outputs, env)]
+        for process in started:
+            process.start()
+        if start_only:
+            return started[0]
+        for process in started:
+            process.join(120)
+            if process.exitcode is None:
+                process.kill()
+        texts = [output.with_suffix(suffix).read_text() for output in outputs for suffix in (".out", ".err")]
+        codes = [process.exitcode for process in started]
+        return SimpleNamespace(code=max(codes, key=abs), out=texts[0], err=texts[1], codes=codes, all="".join(texts))
+    return run
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+
+
+def test_metrics_of(log):
+    return [{name: line[f"test_{name}"] for name in METRICS} for line in log if "test_acc1" in line]
+
+
+test_metrics_of.__test__ = False
+
+
+# Data and a trained model ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def data(broken, tmp_path_factory):
+    """Two clips of each of three videos to train and validate on; the test list has an unreadable one besides."""
+    folder, lines = tmp_path_factory.mktemp("a data set"), []
+    for label, source in enumerate(("bikes", "bigbuckbunny", "carphone_pristine")):
+        for part in range(2):
+            path = folder / f"{source} {part}.mp4"
+            write_mp4(path, source_frames(source, 40 * part, 24, (80, 64)))
+            lines.append(f"{path} {label}\n")
+    (folder / "train.csv").write_text("".join(lines))
+    (folder / "val.csv").write_text("".join(lines))
+    (folder / "test.csv").write_text("".join([*lines[:3], f"{broken['text']} 1\n", *lines[3:]]))
+    (folder / "classes.txt").write_text("riding a bike\na rabbit\nphoning\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def custom(data):
+    return [*CUSTOM, "--data_path", data]
+
+
+@pytest.fixture(scope="session")
+def trained(server, custom, tmp_path_factory):
+    """A run to its end: folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    argv = [*custom, *TRAIN, "--epochs", EPOCHS, "--output_dir", folder / "run", "--save_ckpt_freq", "100"]
+    process = server.Process(target=program, args=([str(a) for a in argv], folder / "text", {}))
+    process.start()
+    process.join(200)
+    text = (folder / "text.out").read_text() + (folder / "text.err").read_text()
+    assert process.exitcode == 0, text
+    return SimpleNamespace(folder=folder / "run", text=text, best=folder / "run" / "checkpoint-best.pth")

@@ -1,0 +1,124 @@
+"""The pretraining program for the tests: ways to run it, data, and one undisturbed run of stage 1 in a session.
+
+A pytest plugin (``pytest_plugins = "fixtures_pretraining"``). Most runs are processes of a fork server that has
+imported torch already, which saves seconds each. No test here: PYTEST_DONT_REWRITE.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fixtures_video import write_list
+
+from checkpoints import read_checkpoint
+
+pytest_plugins = "fixtures_video"
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "run_smile_pretraining.py"
+STEPS, EPOCHS = 12, 2
+TINY = ["--model", "pretrain_videomae_tiny_patch16_224", "--decoder_depth", "1", "--target_type", "pixel",
+        "--num_frames", "4", "--sampling_rate", "2", "--input_size", "48", "--mask_ratio", "0.7", "--drop_path", "0.2",
+        "--num_workers", "1", "--log_interval", "1", "--save_ckpt_freq", "1", "--max_bad_fraction", "0.5"]
+TRAIN = ["--multiple_sampling", "--batch_size", "4", "--epochs", "3", "--stop_epoch", str(EPOCHS), "--warmup_epochs",
+         "1", "--lr", "0.05", "--weight_decay_end", "0.1"]
+
+
+# Running the program --------------------------------------------------------------------------------------------
+
+
+def program(argv, output):
+    """Be ``python run_smile_pretraining.py ARGV``, in a process group of its own."""
+    os.setpgrp()
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # loader workers start as they do from the command line
+    sys.argv = [NAME, *argv]
+    runpy.run_path(str(ROOT / NAME), run_name="__main__")
+
+
+class Run:
+    """A started run."""
+
+    def __init__(self, process, output):
+        self.process, self.output, self.pid = process, output, process.pid
+
+    def read(self, name):
+        path = Path(f"{self.output}.{name}")
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, text, seconds=60):
+        """Until its standard output has a text."""
+        end, alive = time.monotonic() + seconds, True
+        while text not in self.read("out"):
+            assert alive and time.monotonic() < end, self.read("out") + self.read("err")
+            time.sleep(0.003)
+            alive = self.process.is_alive()
+
+    def end(self, seconds=90):
+        """Its exit code and what it said."""
+        self.process.join(seconds)
+        self.stop()
+        return SimpleNamespace(code=self.process.exitcode, out=self.read("out"), err=self.read("err"))
+
+    def stop(self):
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """Start the program."""
+    before, started = os.environ.get("PYTHONPATH"), []
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [before])])
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["run_smile_pretraining", __name__])
+    server.Process(target=os.getpid).start()  # starts the server
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    folder = tmp_path_factory.mktemp("outputs")
+
+    def start_one(*argv):
+        output = folder / str(len(started))
+        process = server.Process(target=program, args=([str(word) for word in argv], output))
+        process.start()
+        started.append(Run(process, output))
+        return started[-1]
+
+    yield start_one
+    for run in started:
+        run.stop()
+
+
+@pytest.fixture(scope="session")
+def data_args(clips, broken, objects_folder, tmp_path_factory):
+    """Options of stage 1: 50 lines, one of them unreadable, so 12 steps of 4 videos; and objects."""
+    videos = [*list(clips.values()) * 9, broken["text"]][-50:]
+    path = write_list(tmp_path_factory.mktemp("lists") / "train list.csv", videos)
+    assert len(videos) // 4 == STEPS
+    return ["--data_path", path, "--add_tubelets", "--use_objects", "--objects_path", objects_folder,
+            "--mask_type", "tubelet"]
+
+
+@pytest.fixture(scope="session")
+def reference(start, data_args, tmp_path_factory):
+    """A run of stage 1 that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    result = start(*TINY, *TRAIN, *data_args, "--update_freq", 2, "--output_dir", folder,
+                   "--log_dir", folder / "tb").end()
+    assert result.code == 0, result.err
+    return SimpleNamespace(folder=folder, out=result.out)
+
+
+def weights_of(path):
+    return read_checkpoint(path)["model"]
+
+
+def last_weights(folder):
+    return weights_of(Path(folder) / f"checkpoint-{EPOCHS - 1}.pth")

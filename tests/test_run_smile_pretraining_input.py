@@ -1,0 +1,173 @@
+"""What the pretraining program is given: wrong input, told in one line each, and the options of the recipe."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from fixtures_pretraining import NAME, ROOT, TINY, TRAIN, last_weights
+
+from data_loading import ChunkSampler
+from optim_factory import parameter_groups
+from options import build_stepper
+from run_smile_pretraining import build_dataset, clips_per_video, find_problems, get_args
+
+pytest_plugins = "fixtures_pretraining"
+
+
+# Wrong input ----------------------------------------------------------------------------------------------------
+
+
+def argv_of(data_args, *more):
+    """Options of a run, later ones win."""
+    return [str(word) for word in (*TINY, *TRAIN, *data_args, *more)]
+
+
+WRONG = {
+    "no list": (["--data_path", "{t}/none.csv"], "{t}/none.csv: no such list file"),
+    "empty list": (["--data_path", "{t}/empty.csv"], "{t}/empty.csv: the list is empty"),
+    "no label": (["--data_path", "{t}/label.csv"], "{t}/label.csv, line 2: 'b.mp4' is not `path label`"),
+    "no objects folder": (["--objects_path", "{t}/none"], "--objects_path {t}/none: no such folder"),
+    "objects folder not given": (["--objects_path", ""], "--objects_path"),
+    "no objects": (["--objects_path", "{t}/empty"], "{t}/empty: no object images"),
+    "no objects list": (["--objects_list", "{t}/none.txt"], "{t}/none.txt"),
+    "mask ratio 0": (["--mask_ratio", "0"], "--mask_ratio 0.0"),
+    "mask ratio 1": (["--mask_ratio", "1"], "--mask_ratio 1.0"),
+    "mask ratio 1.5": (["--mask_ratio", "1.5"], "--mask_ratio 1.5"),
+    "mask ratio -0.5": (["--mask_ratio", "-0.5"], "--mask_ratio -0.5"),
+    "mask ratio nan": (["--mask_ratio", "nan"], "--mask_ratio nan"),
+    "mask ratio that hides nothing": (["--mask_ratio", "0.1"], "--mask_ratio 0.1"),
+    "input size": (["--input_size", "50"], "--input_size 50 is not divisible by the patch size 16"),
+    "frames": (["--num_frames", "5"], "--num_frames 5 is not divisible by the tubelet size 2"),
+    "stage 1 path": (["--first_stage_path", "{t}/none.pth"], "--first_stage_path {t}/none.pth"),
+    "stage 1 path is no checkpoint": (["--first_stage_path", "{t}/label.csv"], "{t}/label.csv"),
+    "resume": (["--resume", "{t}/none.pth"], "--resume {t}/none.pth"),
+    "odd batch": (["--batch_size", "5"], "--batch_size 5 is not a multiple of the 2 clips"),
+    "batch 0": (["--batch_size", "0"], "--batch_size 0"),
+    "update_freq 0": (["--update_freq", "0"], "--update_freq 0: must be at least 1"),
+    "sampling rate 0": (["--sampling_rate", "0"], "--sampling_rate 0: must be at least 1"),
+    "no epochs": (["--epochs", "0"], "--epochs 0: must be at least 1"),
+    "seed": (["--seed", "-1"], "--seed -1"),
+    "workers": (["--num_workers", "-1"], "--num_workers -1"),
+    "decoder depth": (["--decoder_depth", "-1"], "--decoder_depth -1"),
+    "unmask ratio": (["--traj_unmask_ratio", "1.5"], "--traj_unmask_ratio 1.5"),
+    "scales": (["--scales", "0"], "--scales 0"),
+    "output is a file": (["--output_dir", "{t}/label.csv"], "--output_dir {t}/label.csv"),
+    "teacher": (["--target_type", "dino_v1"], "--target_type dino_v1 needs --distillation_teacher dino_s or dino_b"),
+}
+
+
+@pytest.fixture
+def wrong_files(tmp_path):
+    (tmp_path / "empty.csv").write_text("\n")
+    (tmp_path / "label.csv").write_text("a.mp4 0\nb.mp4\n")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_each_wrong_input_is_told_by_its_name(case, data_args, wrong_files):
+    options, message = ([word.format(t=wrong_files) for word in part] if isinstance(part, list)
+                        else part.format(t=wrong_files) for part in WRONG[case])
+    problems = find_problems(get_args(argv_of(data_args, *options)))
+    assert len(problems) == 1 and message in problems[0] and "\n" not in problems[0]
+
+
+def test_right_input_has_no_problems(data_args, objects_folder, tmp_path):
+    (tmp_path / "objects.txt").write_text("disc/0.png\nbar/1.png\n")
+    assert find_problems(get_args(argv_of(data_args))) == []
+    assert find_problems(get_args(argv_of(data_args, "--objects_list", tmp_path / "objects.txt"))) == []
+    assert find_problems(get_args(argv_of(data_args[:2], "--output_dir", tmp_path / "a" / "b"))) == []
+    assert find_problems(get_args(argv_of(data_args[:2], "--mask_type", "tubelet"))) == [
+        "--mask_type tubelet follows pasted objects: add --add_tubelets"]
+
+
+def test_all_problems_are_told_at_once_on_the_command_line(wrong_files):
+    command = [sys.executable, NAME, *TINY, "--data_path", wrong_files / "label.csv", "--mask_ratio", "1.2",
+               "--add_tubelets", "--use_objects", "--objects_path", wrong_files / "none", "--first_stage_path", "x.pth",
+               "--output_dir", wrong_files / "run"]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and lines[0].startswith("error: ") and len(lines) == 4
+    for word in ("label.csv, line 2", "--mask_ratio 1.2", "--objects_path", "--first_stage_path x.pth"):
+        assert sum(word in line for line in lines) == 1
+    assert not (wrong_files / "run").exists()
+
+
+LATER = {
+    "another size": (["--model", "pretrain_videomae_small_patch16_224", "--first_stage_path", "{ref}"],
+                     "checkpoint-1.pth does not fit this model: .*check --model"),
+    "another depth": (["--decoder_depth", "2", "--first_stage_path", "{ref}"],
+                      "does not fit this model.*check --model"),
+    "resume of another size": (["--model", "pretrain_videomae_small_patch16_224", "--resume", "{ref}"],
+                               "checkpoint-1.pth is of another run"),
+    "resume from weights": (["--resume", "{t}/weights.pth"], "weights.pth holds weights only"),
+    "too few videos": (["--batch_size", "80", "--update_freq", "2"], "50 videos are fewer than the 80.*--batch_size"),
+    "optimizer": (["--opt", "adamx"], "--opt.*adamx|adamx.*--opt"),
+    "teacher model": (["--target_type", "clip", "--clip_model", "ViT-X"], "--clip_model ViT-X: not among"),
+    "teacher weights": (["--target_type", "clip", "--clip_weights", "none.pt"], "--clip_weights none.pt: no such file"),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_what_is_found_while_building_is_one_line_too(case, start, data_args, reference, tmp_path):
+    torch.save({"model": last_weights(reference.folder)}, tmp_path / "weights.pth")
+    options, message = LATER[case]
+    options = [word.format(ref=reference.folder / "checkpoint-1.pth", t=tmp_path) for word in options]
+    result = start(*argv_of(data_args, *options)).end()
+    assert result.code == 1 and re.fullmatch(rf"error: .*({message}).*\n", result.err), result.err[-1000:]
+
+
+# Options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more, total, steps", [
+    ([], 8, 50 // 8), (["--multiple_sampling"], 8, 50 // 4), (["--update_freq", "3"], 24, 50 // 24),
+    (["--multiple_sampling", "--update_freq", "2", "--num_sample", "2"], 16, 50 // 4), (["--warmup_steps", "9"], 8, 6),
+])
+def test_rates_follow_the_released_recipe_in_real_steps(data_args, more, total, steps):
+    """lr x total batch / 256, linear warm-up from 0, cosine; per optimizer step that is made."""
+    args = get_args([*(str(word) for word in data_args), *TINY, "--batch_size", "8", "--epochs", "7",
+                     "--warmup_epochs", "2", "--weight_decay_end", "0.2", *more])
+    chunk = args.batch_size // clips_per_video(args)
+    assert ChunkSampler(len(build_dataset(args)), chunk, args.update_freq).steps_per_epoch == steps
+    model = torch.nn.Linear(2, 2)
+    stepper = build_stepper(args, model, parameter_groups(model, 0.05), torch.device("cpu"), total, steps)
+    warmup = 9 if "--warmup_steps" in more else 2 * steps
+    base, final = 1.5e-4 * total / 256, 1e-5 * total / 256
+    i = np.arange(7 * steps - warmup)
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / len(i)))
+    rates = np.concatenate([np.linspace(0, base, warmup), cosine])
+    decays = 0.2 + 0.5 * (0.05 - 0.2) * (1 + np.cos(np.pi * np.arange(7 * steps) / (7 * steps)))
+    shown = [stepper.schedule(step) for step in range(7 * steps)]
+    np.testing.assert_allclose([row["lr"] for row in shown], rates, rtol=1e-9, atol=1e-18)
+    np.testing.assert_allclose([row["weight_decay"] for row in shown], decays, rtol=1e-9)
+
+
+def test_defaults_are_the_recipe_of_the_paper():
+    args = get_args(["--data_path", "x"])
+    recipe = {
+        "opt": "adamw", "opt_betas": [0.9, 0.95], "opt_eps": 1e-8, "weight_decay": 0.05, "lr": 1.5e-4, "min_lr": 1e-5,
+        "warmup_epochs": 40, "warmup_lr": 0, "epochs": 801, "batch_size": 32, "mask_ratio": 0.8, "decoder_depth": 4,
+        "num_frames": 16, "sampling_rate": 4, "input_size": 224, "traj_unmask_ratio": 0.1, "clip_grad": None,
+        "motion_type": "gaussian", "scales": [32, 48, 56, 64, 96, 128], "num_rois": 2, "sub_mask_type":
+        "tube+traj_mask", "teacher_norm": "imagenet", "clip_model": "ViT-B-16", "clip_weights": "openai"}
+    assert {name: getattr(args, name) for name in recipe} == recipe
+
+
+FLAGS = """data_path mask_type sub_mask_type target_type distillation_teacher mask_ratio traj_unmask_ratio model
+decoder_depth batch_size num_frames sampling_rate opt opt_betas warmup_epochs save_ckpt_freq epochs add_tubelets
+use_objects motion_type scales log_dir output_dir objects_path multiple_sampling first_stage_path input_size drop_path
+opt_eps clip_grad weight_decay weight_decay_end lr warmup_lr min_lr warmup_steps use_checkpoint seed resume auto_resume
+no_auto_resume start_epoch num_workers pin_mem device""".split()
+
+
+def test_help_knows_every_flag_of_the_released_script_in_groups(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        get_args(["--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0 and all(re.search(rf"--{flag}\b", text) for flag in FLAGS)
+    for group in ("data", "overlay", "mask", "model", "teacher", "optimizer", "run"):
+        assert re.search(rf"^{group}\b.*:$", text, re.MULTILINE), group
