@@ -109,7 +109,12 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
             raise RunError(f"local rank {local}, but {torch.cuda.device_count()} GPUs: one process a GPU, lower GPUS")
         torch.cuda.set_device(local)
     if int(env.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        store, index, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+        store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=index, world_size=world,
+                                timeout=timeout)
     return torch.device("cuda", local) if gpu else torch.device("cpu")
 
 

@@ -8,14 +8,13 @@ import json
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures_video import source_frames, write_mp4
+from fixtures_video import free_port, source_frames, write_mp4
 
 pytest_plugins = "fixtures_video"
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,10 +60,7 @@ def run(server, tmp_path):
     def run(*argv, processes=1, start_only=False):
         env = [{}]
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                          "MASTER_PORT": str(free.getsockname()[1])}
+            shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             env = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         outputs = [tmp_path / f"rank{rank}" for rank in range(processes)]
         started = [server.Process(target=program, args=([str(a) for a in argv], output, e))

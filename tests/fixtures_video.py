@@ -8,6 +8,7 @@ Also a way to run a part of a test in a process of its own.
 import importlib.util
 import multiprocessing
 import os
+import socket
 import traceback
 from fractions import Fraction
 from pathlib import Path
@@ -113,6 +114,13 @@ def objects_folder(tmp_path_factory):
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(root / "disc" / "opaque.jpg")
     (root / "bar" / "broken.png").write_bytes(b"not an image")
     return root
+
+
+def free_port():
+    """A port that nobody listens on, as text."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def in_child(function, *args):

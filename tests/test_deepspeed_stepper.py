@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from itertools import product
@@ -21,7 +20,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from fixtures_video import in_child
+from fixtures_video import free_port, in_child
 
 import checkpoints
 from checkpoints import load_encoder, read_checkpoint
@@ -66,12 +65,6 @@ def signalled(count, number, function):
             os.kill(os.getpid(), number)
         return function(*args)
     return wrapped
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,19 @@ def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
     assert one_error(run, "the data loader failed", "claims.avi")
 
 
+# A rank that dies ------------------------------------------------------------------------------------------------
+
+
+def test_one_of_two_ranks_is_killed(list_file, tmp_path):
+    """torchrun starts both again, and they go on from the latest checkpoint and find each other."""
+    run = Run(list_file, tmp_path / "run", "--batch_size", "1", processes=2, restarts=2)
+    run.wait_for(r"epoch 0 \[5/")
+    os.kill(run.ranks()[1], signal.SIGKILL)
+    assert run.wait(120) == 0, run.text()[-3000:]
+    [resumed] = run.find("resuming from")
+    assert "checkpoint-latest.pth at epoch 0" in resumed and list(run.steps())[-1] == (1, 7)
+
+
 # One run a folder -----------------------------------------------------------------------------------------------
 
 

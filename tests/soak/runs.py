@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from fixtures_video import source_frames, write_list, write_mp4
+from fixtures_video import free_port, source_frames, write_list, write_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"epoch (\d+) \[(\d+)/\d+\]  loss (\S+)")
@@ -44,8 +44,9 @@ class Run:
         program = str(ROOT / "run_smile_pretraining.py")
         launch = [sys.executable, "-u", program]
         if processes > 1:
-            launch[2:2] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                           f"--max-restarts={restarts}"]
+            launch[2:2] = ["-m", "torch.distributed.run", "--nnodes", "1", "--node_rank", "0",  # as scripts/common.sh
+                           "--master_addr", "127.0.0.1", "--master_port", free_port(),
+                           "--nproc_per_node", str(processes), "--max-restarts", str(restarts)]
         if before:
             launch[2:] = ["-c", f"{before}\nimport runpy\nrunpy.run_path({program!r}, run_name='__main__')"]
         command = [*launch, "--data_path", str(list_file), "--output_dir", str(output_dir), *OPTIONS, *options]
