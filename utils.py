@@ -52,12 +52,20 @@ def user_errors() -> Iterator[None]:
 
 
 def run_main(function: Any, *args: Any) -> None:
-    """Call a program's main function; exit with 1 and one line on RunError, EXIT_REQUEUE if it was asked to stop."""
+    """Call a program's main function; exit with 1 and one line on RunError or if another process was lost, with
+    EXIT_REQUEUE if it was asked to stop.
+    """
     try:
         code = function(*args)
     except RunError as error:
         if rank() == 0 or not isinstance(error, SharedError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        print(f"error: process {rank()} lost another one, whose own message says why ({str(error).splitlines()[0][-160:]})",
+              file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         end_workers()
