@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from utils import RunError, broadcast, logger, rank
 
 LATEST = "checkpoint-latest.pth"
+NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
 MODEL_KEYS = ("model", "module", "state_dict", "model_state")
 MAX_FAILED_SAVES = 3  # in a row
 
@@ -111,7 +112,7 @@ def load_encoder(model: torch.nn.Module, path: str | Path, need_head: bool = Fal
     Raises:
         RunError: unreadable, of another size, or without an encoder.
     """
-    weights = model_weights(read_checkpoint(path), path)
+    weights = everything = model_weights(read_checkpoint(path), path)
     for prefix in ("encoder.", "backbone."):
         inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         weights = inside or weights
@@ -122,8 +123,9 @@ def load_encoder(model: torch.nn.Module, path: str | Path, need_head: bool = Fal
         reason = (f"{other[0]} is {list(weights[other[0]].shape)} there, {list(own[other[0]].shape)} here" if other
                   else "no weight of it has a name of this model")
         raise RunError(f"{path} does not fit this model: {reason}; check --model")
-    new, left = [name for name in own if name not in fitting], [name for name in weights if name not in fitting]
-    if [name for name in new if name.startswith("blocks.") or need_head]:
+    new = [name for name in own if name not in fitting]
+    left = [name for name in everything if name.removeprefix("encoder.").removeprefix("backbone.") not in fitting]
+    if [name for name in new if name.startswith(("blocks.", "patch_embed.")) or need_head]:
         raise RunError(f"{path} lacks {', '.join(new[:4])}" + ("; it is not fine-tuned for this number of classes"
                                                                 if need_head else ""))
     model.load_state_dict(fitting, strict=False)
@@ -177,7 +179,8 @@ class CheckpointWriter:
         """
         if not self.folder:
             return True
-        self.last_save = time.monotonic()
+        if name == LATEST or NUMBERED.fullmatch(name):  # what a run can go on from
+            self.last_save = time.monotonic()
         try:
             write_atomically(checkpoint(), self.folder / name)
         except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
@@ -203,7 +206,7 @@ class CheckpointWriter:
 
 def numbered_checkpoints(folder: str | Path) -> dict[int, Path]:
     """``checkpoint-{epoch}.pth`` files of a folder by epoch."""
-    found = {path: re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in Path(folder).glob("checkpoint-*.pth")}
+    found = {path: NUMBERED.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*.pth")}
     return {int(match[1]): path for path, match in found.items() if match}
 
 

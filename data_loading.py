@@ -111,21 +111,23 @@ def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
         yield batch
 
 
-def unbatched(loader: DataLoader) -> Iterator:
-    """The samples of a validation or test; a worker that hangs or dies stops the run with one line.
+def unbatched(loader: DataLoader, order: range, videos: VideoList) -> Iterator:
+    """The samples of a validation or test; a worker that hangs or dies stops the run with the videos it may have had.
 
+    Args:
+        order: what the loader's sampler gives.
     Raises:
         RunError: it hung, died, or raised.
     """
-    samples = iter(loader)
-    while True:
+    samples, ahead = iter(loader), max(1, loader.num_workers * (loader.prefetch_factor or 1))
+    for place in itertools.count():
         try:
             sample = next(samples)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            raise RunError(f"the data loader failed on a list of {len(loader)} videos "
-                           f"({last_line(error)})") from error
+            flying = deque([index] for index in order[place : place + ahead])
+            raise loader_failure(error, flying, videos) from error
         yield sample
 
 
@@ -172,8 +174,15 @@ class BadFiles:
         self.first = (self.first + [f"{path}: {reason}"])[:3]
         logger.warning("cannot use %s: %s", path, reason)
         if self.file:
-            with open(self.file, "a+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.seek(0)
-                if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
-                    file.write(line + "\n")
+            try:
+                self.append(path, line)
+            except OSError as error:
+                logger.warning("could not write to %s (%s)", self.file, error.strerror)
+
+    def append(self, path: str, line: str) -> None:
+        """Add a line, if there is none of this path."""
+        with open(self.file, "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
+                file.write(line + "\n")

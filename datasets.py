@@ -52,7 +52,11 @@ class VideoList:
         if not os.path.isfile(path):
             raise ValueError(f"{path}: no such list file")
         paths, labels, lines = [], [], []
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read as a list, a text file ({str(error)[:80]})") from error
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             name, _, label = line.strip().rpartition(" ")

@@ -124,9 +124,9 @@ class Evaluator:
     def loader(self, videos: VideoList, read_views: ViewReader) -> Iterator[EvalSample]:
         """This process's share of a list; over all processes every video comes once."""
         mine = range(rank(), len(videos), world_size())
-        return unbatched(DataLoader(
-            EvalDataset(videos, read_views), batch_size=None, sampler=mine, num_workers=self.num_workers,
-            worker_init_fn=init_worker, timeout=self.timeout if self.num_workers else 0))
+        loader = DataLoader(EvalDataset(videos, read_views), batch_size=None, sampler=mine, num_workers=self.num_workers,
+                            worker_init_fn=init_worker, timeout=self.timeout if self.num_workers else 0)
+        return unbatched(loader, mine, videos)
 
     @torch.inference_mode()
     def scores(self, model: nn.Module, samples: Iterable[EvalSample], title: str, batch_size: int = 16,

@@ -144,8 +144,6 @@ def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     Raises:
         ValueError: not a file, unreadable, or no image tower in it.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"--clip_weights {path}: no such file, and no open_clip tag of this model")
     try:
         state, archive = _read_tensors(path)
     except Exception as error:  # pickle, zip, safetensors and TorchScript each fail in their own ways
@@ -195,6 +193,21 @@ def _load_tower(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> 
         raise ValueError(f"--clip_weights {path}: of another model (missing {missing[:2]}, unknown {unexpected[:2]})")
 
 
+def find_clip_weights(model: str, weights: str) -> str | None:
+    """The open_clip tag that `weights` names, or None: then it is a local file, or ``random``.
+
+    Raises:
+        ValueError: unknown model, or neither a tag nor a file.
+    """
+    if model not in open_clip.list_models():
+        raise ValueError(f"--clip_model {model}: not among open_clip's models, e.g. ViT-B-16, ViT-L-14")
+    if weights in open_clip.list_pretrained_tags_by_model(model):
+        return weights
+    if weights != "random" and not Path(weights).is_file():
+        raise ValueError(f"--clip_weights {weights}: no such file, and no open_clip tag of this model")
+    return None
+
+
 def build_clip(model: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None) -> FrameTeacher:
     """CLIP's image tower.
 
@@ -206,12 +219,8 @@ def build_clip(model: str, weights: str, norm: str, grid: tuple[int, int], image
     Raises:
         ValueError: unknown model, weights that cannot be had, or weights of another model.
     """
-    if model not in open_clip.list_models():
-        raise ValueError(f"--clip_model {model}: not among open_clip's models, e.g. ViT-B-16, ViT-L-14")
-    state, tag, quick_gelu = None, None, weights == "openai"
-    if weights in open_clip.list_pretrained_tags_by_model(model):
-        tag = weights
-    elif weights != "random":
+    state, tag, quick_gelu = None, find_clip_weights(model, weights), weights == "openai"
+    if not tag and weights != "random":
         state, quick_gelu = read_clip_weights(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # `random` is the same teacher in every process and after a resume

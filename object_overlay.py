@@ -46,6 +46,8 @@ def find_objects(root: str, objects_list: str | None = None) -> list[str]:
         for name in found:
             if os.path.isabs(name) or ".." in Path(name).parts:
                 raise ValueError(f"--objects_list {objects_list}: {name!r} leaves the objects folder")
+        if found and not any(os.path.isfile(os.path.join(root, name)) for name in found[:100]):
+            raise ValueError(f"--objects_list {objects_list}: no {found[0]} in {root}, nor the other first 100")
     else:
         found = [f"{category.name}/{image}" for category in os.scandir(root) if category.is_dir()
                  for image in os.listdir(category) if image.lower().endswith(IMAGE_SUFFIXES)]

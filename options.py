@@ -10,6 +10,10 @@ from optim_factory import DTYPES, Stepper, build_optimizer
 from utils import cosine_schedule, warn_once
 
 
+NOT_NEGATIVE = ("seed", "num_workers", "worker_timeout", "save_ckpt_minutes", "save_ckpt_steps", "keep_ckpts", "start_epoch",
+                "stop_epoch")
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The option group `data`."""
     data = parser.add_argument_group("data")

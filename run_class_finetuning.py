@@ -26,9 +26,9 @@ from engine_for_finetuning import Evaluator, train_one_epoch
 from modeling_finetune import MODELS, SIZES, token_grid
 from modeling_probe import ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, parameter_groups
-from options import (add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
+from options import (NOT_NEGATIVE, add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
                      path_problems, pick_precision)
-from training import Position, Settings, TrainingLoop, distribute, restore
+from training import Position, Settings, TrainingLoop, distribute, restore, share_buffers
 from utils import RunError, SharedError, logger
 from video_transforms import TrainAugmentation
 
@@ -37,7 +37,7 @@ BEST = "checkpoint-best.pth"
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = argparse.ArgumentParser("SMILE fine-tuning", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser("SMILE fine-tuning", "%(prog)s [options]; --help lists them", __doc__, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     data = add_data_arguments(parser)
@@ -68,6 +68,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     augment.add_argument("--mixup", type=float, default=0.8, help="alpha; 0: off")
     augment.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0: off")
+    augment.add_argument("--cutmix_minmax", type=float, nargs=2, help="share of the side that CutMix pastes, in place of alpha")
     augment.add_argument("--mixup_prob", type=float, default=1.0, help="of either")
     augment.add_argument("--mixup_switch_prob", type=float, default=0.5, help="of CutMix, where both are on")
     augment.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="drawn once for what")
@@ -91,6 +92,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--eval", action="store_true", help="only test --finetune (or output_dir's best)")
     test.add_argument("--predict", default="", metavar="VIDEO", help="print the five likeliest classes of one video")
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
+    test.add_argument("--disable_eval_during_finetuning", action="store_true", help="validate after the last epoch only")
     test.add_argument("--patience", type=int, default=0, help="stop after so many validations without a best; 0: never")
     test.add_argument("--test_num_segment", type=int, default=0, help="views in time; 0: the data set's")
     test.add_argument("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
@@ -135,7 +137,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     def attempt(check, *values):
         try:
             check(*values)
-        except (ValueError, RunError) as error:
+        except (ValueError, OSError, RunError) as error:
             problems.append(str(error))
 
     if os.path.isfile(args.finetune):
@@ -154,11 +156,14 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch")
     if args.linear_probe and args.attentive_probe:
         problems.append("--linear_probe and --attentive_probe: choose one")
+    if (args.linear_probe or args.attentive_probe) and args.clip_grad:
+        problems.append("--clip_grad would couple the probes that are trained side by side: leave it")
+    if args.dry_run and (args.eval or args.predict or args.knn):
+        problems.append("--dry_run tries a training step: leave it with --eval, --predict and --knn")
     if args.knn and (args.eval or args.predict or args.linear_probe or args.attentive_probe):
         problems.append("--knn is a test of its own: give it without --eval, --predict and probes")
     problems += [f"--{name} {getattr(args, name)}: must not be negative" for name in (
-        "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos",
-        "seed", "num_workers") if getattr(args, name) < 0]
+        *NOT_NEGATIVE, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos") if getattr(args, name) < 0]
     attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation)
     if (args.linear_probe or args.attentive_probe or args.knn) and not (args.finetune or args.eval):
         problems.append("a frozen encoder needs weights: give --finetune")
@@ -180,7 +185,7 @@ def needed_lists(args: argparse.Namespace) -> list[str]:
 
 def mixes(args: argparse.Namespace) -> bool:
     """Whether batches are mixed: not for probes."""
-    return (args.mixup > 0 or args.cutmix > 0) and not (args.linear_probe or args.attentive_probe or args.knn)
+    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not (args.linear_probe or args.attentive_probe or args.knn)
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -277,7 +282,7 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
     if not args.enable_deepspeed:
         stepper.model = distribute(model, device)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout)
-    mixup = Mixup(args.mixup, args.cutmix, None, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
                   label_smoothing=args.smoothing, num_classes=num_classes(args)) if mixes(args) else None
     eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob else None
     criterion = ProbeLoss() if probing else (
@@ -287,23 +292,31 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         train_one_epoch(stepper.model, criterion, batches, stepper, meter, evaluator.norm, first_step, chunk_key, after_step,
                         mixup, None if probing else eraser, ema)
 
+    def waited_enough(epoch: int) -> bool:
+        return 0 < args.patience <= (epoch - best["epoch"]) // args.val_freq
+
     def end_epoch(epoch: int, save: Callable[[str], bool]) -> tuple[dict, bool]:
-        if (epoch + 1) % args.val_freq and epoch + 1 < (args.stop_epoch or args.epochs):
+        last = epoch + 1 == min(args.stop_epoch or args.epochs, args.epochs)
+        if not last and (args.disable_eval_during_finetuning or (epoch + 1) % args.val_freq):
             return {}, False
+        share_buffers(model)
         metrics = evaluator.validate(ema.module if ema else model)
         if metrics["acc1"] > best["acc1"]:
-            best.update(acc1=metrics["acc1"], epoch=epoch)
-            save(BEST)
+            before = dict(best)
+            best.update(acc1=metrics["acc1"], epoch=epoch)  # goes into the file
+            if not utils.broadcast(save(BEST)):
+                best.update(before)
         logger.info("validation: acc1 %.2f  acc5 %.2f  (best %.2f in epoch %d)", metrics["acc1"], metrics["acc5"],
                     best["acc1"], best["epoch"])
-        waited = (epoch - best["epoch"]) // args.val_freq
-        return {f"val_{name}": value for name, value in metrics.items()}, 0 < args.patience <= waited
+        return {f"val_{name}": value for name, value in metrics.items()}, waited_enough(epoch)
 
     def weights() -> dict:
         return {"model": model.state_dict(), "args": args, "best": best} | (
             {"model_ema": ema.module.state_dict()} if ema else {})
 
-    code = TrainingLoop(settings, position, sampler, loader, stepper, weights, train_epoch, end_epoch).run()
+    code = 0
+    if position.step or best["epoch"] < 0 or not waited_enough(position.epoch - 1):  # else it had stopped early
+        code = TrainingLoop(settings, position, sampler, loader, stepper, weights, train_epoch, end_epoch).run()
     if args.enable_deepspeed:
         stepper.close(settings.output_dir)
     return code
@@ -350,9 +363,11 @@ def main(args: argparse.Namespace) -> int:
     code = train(args, settings, device, model, evaluator)
     if code == 0 and not args.dry_run:
         args.finetune = ""
-        if args.output_dir:
-            utils.barrier()  # the first process may still be writing the best checkpoint
+        utils.barrier()  # the first process may still be writing the best checkpoint
+        if args.output_dir and os.path.isfile(os.path.join(args.output_dir, BEST)):
             load_for_test(args, model)
+        elif args.output_dir:
+            logger.warning("no %s in %s: testing the last weights", BEST, args.output_dir)
         code = evaluator.test(model)
     del lock
     return code

@@ -17,10 +17,10 @@ from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
 from modeling_pretrain import MODELS
-from modeling_teacher import DINO_MODELS, NORMS, TARGET_TYPES, PixelTarget, build_clip, build_dino, channel_stats
+from modeling_teacher import DINO_MODELS, NORMS, TARGET_TYPES, PixelTarget, build_clip, build_dino, channel_stats, find_clip_weights
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, parameter_groups
-from options import (add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
+from options import (NOT_NEGATIVE, add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
                      path_problems)
 from training import Position, Settings, TrainingLoop, distribute, restore
 from utils import RunError, SharedError, logger
@@ -28,7 +28,7 @@ from utils import RunError, SharedError, logger
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = argparse.ArgumentParser("SMILE pretraining", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser("SMILE pretraining", "%(prog)s [options]; --help lists them", __doc__, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     data = add_data_arguments(parser)
@@ -100,13 +100,17 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     attempt(lambda: VideoList(args.data_path, None, args.data_root).check_files(args.max_bad_fraction))
     if args.add_tubelets and args.use_objects:
         attempt(find_objects, args.objects_path, args.objects_list)
+    if args.target_type == "clip":
+        attempt(find_clip_weights, args.clip_model, args.clip_weights)
+    if args.use_objects and not args.add_tubelets:
+        problems.append("--use_objects pastes them only with --add_tubelets: add it")
     if args.mask_type == "tubelet" and not args.add_tubelets:
         problems.append("--mask_type tubelet follows pasted objects: add --add_tubelets")
     if args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS:
         problems.append(f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}")
     problems += path_problems(args, ("first_stage_path", "resume"))
-    if os.path.isfile(args.first_stage_path):
-        attempt(check_kind, args.first_stage_path, "encoder_to_decoder.weight", "pretraining")
+    for path in filter(os.path.isfile, {args.first_stage_path, args.resume}):
+        attempt(check_kind, path, "encoder_to_decoder.weight", "pretraining")
     views = clips_per_video(args)
     if min(args.num_sample, args.batch_size) < 1 or args.batch_size % views:
         problems.append(f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
@@ -116,7 +120,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if min(args.scales) < 1:
         problems.append(f"--scales {min(args.scales)}: must be at least 1")
     problems += [f"--{name} {getattr(args, name)}: must not be negative"
-                 for name in ("seed", "num_workers", "decoder_depth") if getattr(args, name) < 0]
+                 for name in (*NOT_NEGATIVE, "decoder_depth") if getattr(args, name) < 0]
     problems += number_problems(args, ("update_freq", "epochs", "sampling_rate", "num_rois", "log_interval",
                                        "save_ckpt_freq"))
     return problems

@@ -70,6 +70,13 @@ def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give all processes the first one's buffers: each has running statistics of its own part of the data."""
+    if utils.world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper: Stepper, sampler: ChunkSampler) -> Position:
     """Put a run's checkpoint back into model and stepper.
 
@@ -133,13 +140,13 @@ class TrainingLoop:
     Args:
         weights: what checkpoints hold beside optimizer and position, such as ``{'model': …, 'args': …}``.
         train_epoch: (batches, meter, first step, chunk key, after step) → None; the last two as in run_steps.
-        end_epoch: called after each epoch in all processes with a function that saves a checkpoint by name; returns
+        end_epoch: if given, called after each epoch in all processes with a function that saves a checkpoint by name; returns
             what the epoch's log line shows besides, and whether to stop.
     """
 
     def __init__(self, settings: Settings, position: Position, sampler: ChunkSampler, loader: DataLoader,
                  stepper: Stepper, weights: Callable[[], dict[str, Any]], train_epoch: Callable[..., None],
-                 end_epoch: EndEpoch = lambda epoch, save: ({}, False)):
+                 end_epoch: EndEpoch | None = None):
         self.settings, self.position, self.sampler, self.loader = settings, position, sampler, loader
         self.stepper, self.weights, self.train_epoch, self.end_epoch = stepper, weights, train_epoch, end_epoch
         self.steps = sampler.steps_per_epoch
@@ -158,11 +165,12 @@ class TrainingLoop:
             started, epoch = time.time(), self.position.epoch
             meter = StepMeter(self.log, self.stepper.device, epoch, self.stop_epoch, self.steps,
                               self.settings.log_interval, self.position.meter)
+            self.control.listen()
             self.train(meter)
             if self.settings.dry_run:
                 report_dry_run(meter, self.steps * (self.stop_epoch - epoch))
                 break
-            if self.position.step == self.steps:
+            if self.position.step == self.steps and not self.told:
                 self.finish_epoch(meter, started)
         self.control.close()
         if self.told:
@@ -174,11 +182,12 @@ class TrainingLoop:
         """The steps of an epoch, from the position on, to its end or until told to stop."""
         epoch, sampler, videos = meter.epoch, self.sampler, self.loader.dataset.videos
         sampler.set_position(epoch, self.position.step)
+        meter.constants |= self.stepper.schedule(epoch * self.steps + max(0, self.position.step - 1))  # if no step is left
 
         def after_step(done: int) -> bool:
             self.position.step = done
             self.told, self.due = self.control.agree(self.writer.due(epoch * self.steps + done))
-            if (self.told or self.due) and done < self.steps:
+            if self.told or self.due and done < self.steps:
                 meter.flush(done - 1)
                 self.save(checkpoints.LATEST, epoch, done, meter.state())
             return self.told or self.settings.dry_run
@@ -194,17 +203,25 @@ class TrainingLoop:
 
     def finish_epoch(self, meter: StepMeter, started: float) -> None:
         """Validate, log, save, and go on to the next epoch."""
-        epoch, self.position = meter.epoch, Position(meter.epoch + 1)
+        epoch, state = meter.epoch, meter.state(ended=True)
+        shown, enough = {}, False
+        if self.end_epoch:
+            self.save(checkpoints.LATEST, epoch, self.steps, meter.state())  # a signal ends a validation at once
+            self.told, _ = self.control.close()
+            if self.told:
+                return
+            shown, enough = self.end_epoch(epoch, lambda name: self.save(name, epoch, 0, state))
+            self.control.listen()
+        self.position = Position(epoch + 1, meter=state)
         counts = utils.reduce_sum([self.bad.bad, self.bad.videos], self.stepper.device)
-        shown, enough = self.end_epoch(epoch, lambda name: self.save(name, epoch, 0, {}))
         self.stop_epoch = epoch + 1 if enough else self.stop_epoch
         self.log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, **shown, "bad_clips": counts[0],
                         "steps": self.steps, "seconds": time.time() - started})
         if (epoch + 1) % self.settings.save_ckpt_freq == 0 or epoch + 1 == self.stop_epoch:
-            if self.save(f"checkpoint-{epoch}.pth", epoch, 0, {}):
+            if self.save(f"checkpoint-{epoch}.pth", epoch, 0, state):
                 self.writer.tidy()
-        elif self.told or self.due:
-            self.save(checkpoints.LATEST, epoch, 0, {})
+        elif self.due:
+            self.save(checkpoints.LATEST, epoch, 0, state)
         self.bad.check(*counts)
 
     def save(self, name: str, epoch: int, step: int, meter: dict) -> bool:

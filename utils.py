@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_REQUEUE = 85  # the run was asked to stop and has saved itself: start it again (scripts/slurm)
 MAX_NON_FINITE = 10  # steps in a row
 
@@ -55,6 +56,7 @@ def run_main(function: Any, *args: Any) -> None:
     """Call a program's main function; exit with 1 and one line on RunError or if another process was lost, with
     EXIT_REQUEUE if it was asked to stop.
     """
+    leave_on_signal()
     try:
         code = function(*args)
     except RunError as error:
@@ -72,6 +74,12 @@ def run_main(function: Any, *args: Any) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(code or 0)
+
+
+def leave_on_signal() -> None:
+    """Let a signal to stop end the program at once with EXIT_REQUEUE, as long as there is nothing to save (Control)."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
 
 
 def end_workers() -> None:
@@ -226,8 +234,11 @@ class RunLog:
     def epoch(self, values: dict[str, Any]) -> None:
         """Append a line to ``log.txt``."""
         if self.file:
-            with open(self.file, "a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with open(self.file, "a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:  # a full disk; the next checkpoints decide whether the run goes on
+                logger.warning("could not write to %s (%s)", self.file, error.strerror)
         if self.writer:
             self.writer.flush()
 
@@ -287,10 +298,12 @@ class StepMeter:
             dist.all_reduce(table, op=dist.ReduceOp.AVG if table.is_cuda else dist.ReduceOp.SUM)
             table = table if table.is_cuda else table / world_size()
         window: dict[str, list[float]] = defaultdict(list)
+        longest = 0
         for row, (_, sources) in zip(table.tolist(), self._rows):
             values = dict(zip(names, row))
             if values.pop("bad"):
                 self._report_bad(sources)
+                longest = max(longest, self.bad_in_a_row)
                 continue
             self.bad_in_a_row = 0
             for name, value in values.items():
@@ -306,11 +319,15 @@ class StepMeter:
         shown = {name: sum(values) / len(values) for name, values in window.items()} | self.constants
         self.log.scalars(self.epoch * self.steps_per_epoch + step, shown | timing)
         self._console(step, shown, timing)
-        if self.bad_in_a_row >= MAX_NON_FINITE:
-            raise RunError(f"{self.bad_in_a_row} steps in a row had a non-finite loss or gradient; lower --lr, set "
+        if longest >= MAX_NON_FINITE:
+            raise RunError(f"{longest} steps in a row had a non-finite loss or gradient; lower --lr, set "
                            "--clip_grad or use --precision bf16; the last checkpoint is intact")
 
     def _report_bad(self, sources: list[str]) -> None:
+        if world_size() > 1:
+            parts: list[Any] = [None] * world_size()
+            dist.all_gather_object(parts, sources)
+            sources = [source for part in parts for source in part]
         self.skipped += 1
         self.bad_in_a_row += 1
         logger.warning("non-finite loss or gradient, step skipped (%d so far); its samples: %s",
@@ -328,10 +345,10 @@ class StepMeter:
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         return {f"train_{name}": mean for name, mean in means.items()} | {"skipped_steps": self.skipped}
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint in mid-epoch keeps."""
-        return {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": self.skipped,
-                "bad_in_a_row": self.bad_in_a_row}
+    def state(self, ended: bool = False) -> dict[str, Any]:
+        """What a checkpoint keeps of the epoch so far, or for the next one if it has `ended`."""
+        sums = {} if ended else {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": self.skipped}
+        return {"sums": {}, "counts": {}, "skipped": 0, "bad_in_a_row": self.bad_in_a_row} | sums
 
 
 # Signals and locks ----------------------------------------------------------------------------------------------
@@ -341,14 +358,17 @@ class Control:
     """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
 
     Processes exchange it on a CPU group of their own, one step late, so that no GPU has to wait for it. A second
-    SIGINT ends the program at once.
+    SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
     """
 
     def __init__(self):
         self.signal = 0
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+
+    def listen(self) -> None:
+        """From now on take note of signals."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -361,13 +381,18 @@ class Control:
         """Whether any process was told to stop, and whether any wants to save, by the step before this one."""
         if self._group is None:
             return bool(self.signal), save
-        before = self.close()
+        before = self._finish()
         flags = torch.tensor([float(self.signal != 0), float(save)])
         self._pending = (dist.all_reduce(flags, group=self._group, async_op=True), flags)
         return before
 
     def close(self) -> tuple[bool, bool]:
-        """Finish the exchange under way; returns its outcome."""
+        """Stop listening."""
+        leave_on_signal()
+        return self._finish()
+
+    def _finish(self) -> tuple[bool, bool]:
+        """The outcome of the exchange under way."""
         if self._pending is None:
             return False, False
         work, flags = self._pending

@@ -53,7 +53,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("data", "step", "eval"))
     parser.add_argument("--data_path", default="", help="list of videos")
+    parser.add_argument("--data_root", default="", help="folder that relative paths in it start from")
     parser.add_argument("--objects_path", default="", help="folder with <category>/<name>.png")
+    parser.add_argument("--objects_list", default=None, help="which of them")
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--num_frames", type=int, default=16)
     parser.add_argument("--sampling_rate", type=int, default=4)
@@ -104,9 +106,9 @@ def build_data(args: argparse.Namespace, folder: Path, num_views: int = 1) -> Pr
     """The stage 1 data set of a run with these options."""
     size = (args.input_size, args.input_size)
     objects = args.objects_path or (str(folder / "objects") if (folder / "objects").exists() else demo_objects(folder))
-    overlay = ObjectOverlay(size, ObjectLibrary(objects, find_objects(objects)))
+    overlay = ObjectOverlay(size, ObjectLibrary(objects, find_objects(objects, args.objects_list)))
     masks = MaskGenerator("tubelet", token_grid(args.num_frames, *size), 0.8)
-    videos = VideoList(args.data_path or demo_videos(folder))
+    videos = VideoList(args.data_path or demo_videos(folder), data_root=args.data_root)
     return PretrainDataset(videos, masks, overlay, size, args.num_frames, args.sampling_rate, num_views)
 
 
@@ -203,32 +205,35 @@ def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
 def time_step(args: argparse.Namespace, precision: str, compiled: bool, straightforward: bool) -> Numbers:
     """Milliseconds of a step and its parts, and what follows from them."""
     device = torch.device(args.device)
-    parts = build_step(args, device, precision, compiled, straightforward)
+    parts, networks = build_step(args, device, precision, straightforward)
     clock = Clock(device)
 
     def step() -> None:
         for part in parts.values():
             part()
 
+    with FlopCounterMode(display=False) as flops:
+        step()
+    for network in networks if compiled else ():
+        network.compile(dynamic=False)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     whole = clock.mean(step, args.steps, 2)
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
               else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
     rounds = [{name: clock.mean(part, 1, 0) for name, part in parts.items()} for _ in range(args.steps)]
     table = {"whole": whole} | {name: float(np.mean([times[name] for times in rounds])) for name in parts}
-    if not compiled:
-        with FlopCounterMode(display=False) as flops:
-            step()
-        table["TFLOP a step"] = flops.get_total_flops() / 1e12
-        table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
-        table["TFLOP/s of a large matrix product"] = matmul_peak(device, DTYPES[precision])
-        table["% of that"] = 100 * table["TFLOP/s"] / table["TFLOP/s of a large matrix product"]
+    table["TFLOP a step"] = flops.get_total_flops() / 1e12
+    table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
+    table["TFLOP/s of a large matrix product"] = matmul_peak(device, DTYPES[precision])
+    table["% of that"] = 100 * table["TFLOP/s"] / table["TFLOP/s of a large matrix product"]
     return table | {"clips a second, both masks counted": 1e3 * args.batch_size / whole,
                     "peak GiB (of the GPU, or else of the process)": memory}
 
 
-def build_step(args: argparse.Namespace, device: torch.device, precision: str, compiled: bool,
-               straightforward: bool) -> dict[str, Callable[[], None]]:
-    """What a step does, in order: part → function."""
+def build_step(args: argparse.Namespace, device: torch.device, precision: str,
+               straightforward: bool) -> tuple[dict[str, Callable[[], None]], list[torch.nn.Module]]:
+    """What a step does, in order: part → function. And its networks."""
     torch.manual_seed(0)
     rng, grid, videos = np.random.default_rng(0), token_grid(args.num_frames, *[args.input_size] * 2), args.batch_size // 2
     draw = MaskGenerator("tube", grid, 0.8)
@@ -242,9 +247,6 @@ def build_step(args: argparse.Namespace, device: torch.device, precision: str, c
     groups = parameter_groups(student, 0.05)
     optimizer = torch.optim.AdamW(groups) if straightforward else build_optimizer(groups, "adamw", 1e-4)
     stepper = Stepper(student, optimizer, device, precision, 1, lambda step: 1e-4, lambda step: 0.05)
-    if compiled:
-        student.compile(dynamic=False)
-        teacher.compile(dynamic=False)
     made: dict[str, torch.Tensor] = {}
 
     def targets() -> None:
@@ -265,13 +267,14 @@ def build_step(args: argparse.Namespace, device: torch.device, precision: str, c
         else:
             stepper.step(made["loss"].detach())
 
-    return {"teacher": targets, "student forward + backward": backward, "optimizer": update}
+    parts = {"teacher": targets, "student forward + backward": backward, "optimizer": update}
+    return parts, [student, teacher]
 
 
 def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     """Seconds for all 7 x 3 views of a video, decoded once and decoded for each view."""
     torch.set_num_threads(1)
-    videos = VideoList(args.data_path or demo_videos(folder))
+    videos = VideoList(args.data_path or demo_videos(folder), data_root=args.data_root)
     reader = ViewReader("dense", 7, 3, args.input_size, args.num_frames, args.sampling_rate)
 
     def each_view(path: str) -> torch.Tensor:

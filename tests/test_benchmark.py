@@ -1,12 +1,14 @@
 """The fast paths give the numbers of the plain ones, and the benchmark itself runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +19,7 @@ from engine_for_pretraining import masked_loss, second_masks  # noqa: E402
 from masking_generator import tube_mask  # noqa: E402
 from modeling_finetune import Size  # noqa: E402
 from modeling_pretrain import PretrainVisionTransformer  # noqa: E402
+from modeling_teacher import FrameTeacher  # noqa: E402
 
 GRID = (4, 4, 6)  # 8 frames of 64 x 96 pixels
 
@@ -53,6 +56,23 @@ def test_fp32_step_equals_the_straightforward_one(problem):
     torch.testing.assert_close(loss, plain_loss, rtol=0, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, plain_gradients[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_networks_give_the_same_numbers(problem, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = PretrainVisionTransformer(Size(48, 1, 3, 24, 2), decoder_depth=1, decoder_num_classes=40)
+    loss, gradients = run((model, *problem[1:]), fast=True)
+    model.compile(dynamic=False)
+    compiled_loss, compiled_gradients = run((model, *problem[1:]), fast=True)
+    torch.testing.assert_close(compiled_loss, loss, rtol=0, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient, rtol=0, atol=1e-5, msg=name)
+    tower = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    teacher, clips = FrameTeacher(tower, (32, 32), "clip", (2, 2)), torch.randn(2, 3, 4, 32, 32)
+    targets = teacher(clips)
+    teacher.compile(dynamic=False)
+    torch.testing.assert_close(teacher(clips), targets, rtol=0, atol=1e-4)  # normalised features amplify
 
 
 def test_bf16_step_is_within_a_hundredth(problem):

@@ -16,6 +16,7 @@ import torch
 from fixtures_finetuning import CUSTOM, EPOCHS, NAME, ROOT, TINY, TRAIN, log_of, test_metrics_of
 
 from modeling_finetune import MODELS
+from utils import EXIT_REQUEUE
 
 pytest_plugins = "fixtures_finetuning"
 
@@ -146,6 +147,40 @@ def test_few_shot_lists_are_drawn_by_the_seed_and_kept(run, custom, tmp_path):
 def test_a_dry_run_writes_nothing(run, custom, tmp_path):
     found = run(*custom, *TRAIN, "--epochs", "2", "--dry_run", "--output_dir", tmp_path / "dry")
     assert found.code == 0 and "dry run" in found.out and not (tmp_path / "dry").exists(), found.all
+
+
+def test_an_early_stop_stays_one(run, custom, tmp_path):
+    """The same command, started again, only tests again; also if the best weights are gone."""
+    argv = [*custom, *TRAIN, "--lr", "1e-12", "--epochs", "50", "--patience", "2", "--output_dir", tmp_path / "run"]
+    for time_around in range(3):
+        found = run(*argv)
+        log = log_of(tmp_path / "run")
+        assert found.code == 0 and [line["epoch"] for line in log if "epoch" in line] == [0, 1, 2], found.all
+        assert len(test_metrics_of(log)) == time_around + 1
+        assert ("testing the last weights" in found.all) == (time_around == 2)
+        if time_around == 1:
+            (tmp_path / "run" / "checkpoint-best.pth").unlink()
+
+
+def test_a_signal_ends_a_validation_which_is_made_later(run, custom, data, tmp_path):
+    (tmp_path / "lists").mkdir()
+    lines = (data / "val.csv").read_text()
+    for name, times in (("train", 1), ("val", 300), ("test", 1)):
+        (tmp_path / "lists" / f"{name}.csv").write_text(lines * times)
+    argv = [*custom, *TRAIN, "--data_path", tmp_path / "lists", "--epochs", "1", "--output_dir", tmp_path / "run"]
+    process = run(*argv, start_only=True)
+    console = tmp_path / "rank0.err"
+    while process.exitcode is None and not (console.exists() and "validation" in console.read_text()):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == EXIT_REQUEUE and not (tmp_path / "run" / "log.txt").exists()
+    for name in ("val", "test"):
+        (tmp_path / "lists" / f"{name}.csv").write_text(lines)
+    found = run(*argv)
+    [epoch, test] = log_of(tmp_path / "run")
+    assert found.code == 0 and "at epoch 0, step 2" in found.all, found.all
+    assert epoch["epoch"] == 0 and epoch["train_loss"] > 0 and epoch["lr"] > 0 and "test_acc1" in test
 
 
 # Testing --------------------------------------------------------------------------------------------------------

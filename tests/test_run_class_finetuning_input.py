@@ -65,7 +65,7 @@ def test_of_a_pretraining_checkpoint_the_encoder_is_taken(tmp_path, caplog):
         assert torch.equal(value, before[name] if name.startswith(("head", "fc_norm")) else source[f"encoder.{name}"])
     [message] = caplog.messages
     assert "new here: fc_norm.weight, fc_norm.bias, head.weight, head.bias;" in message
-    assert message.endswith("left out: norm.weight, norm.bias")
+    assert message.endswith("left out: mask_token, decoder.norm.weight, encoder.norm.weight, encoder.norm.bias")
 
 
 def test_a_head_of_another_size_is_dropped(tmp_path, caplog):

@@ -14,7 +14,8 @@ import torch
 from fixtures_video import in_child
 
 import utils
-from utils import MAX_NON_FINITE, Control, RunError, RunLog, StepMeter, cosine_schedule, lock_folder, seed_everything
+from utils import (EXIT_REQUEUE, MAX_NON_FINITE, Control, RunError, RunLog, StepMeter, cosine_schedule, lock_folder,
+                   seed_everything)
 
 CPU = torch.device("cpu")
 
@@ -81,6 +82,33 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):
         feed(meter, step, float("nan"), 1.0)
     with pytest.raises(RunError, match="10 steps in a row.*--lr.*--clip_grad"):
         feed(meter, 19, float("nan"), 1.0)
+
+
+def test_good_steps_of_the_same_line_do_not_hide_ten_bad_ones(tmp_path):
+    meter = meter_of(tmp_path, interval=10)
+    with pytest.raises(RunError, match="15 steps in a row"):
+        for step in range(20):
+            feed(meter, step, 1.0, float(3 <= step < 18))
+
+
+def test_bad_steps_are_counted_through_epochs(tmp_path):
+    state = None
+    with pytest.raises(RunError, match="12 steps in a row"):
+        for epoch in range(3):
+            meter = meter_of(tmp_path, steps=4, state=state)
+            for step in range(4):
+                feed(meter, step, float("nan"), 1.0)
+            state = meter.state(ended=True)
+            assert meter.averages() == {"skipped_steps": 4}
+    assert epoch == 2
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, caplog):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    log = RunLog("", "")
+    log.file = tmp_path / "log.txt"
+    log.epoch({"epoch": 0})
+    assert "could not write to" in caplog.text and "No space left" in caplog.text
 
 
 def test_an_epoch_with_no_good_step_has_averages_too(tmp_path):
@@ -193,6 +221,7 @@ for step in range(2):
     values = {{"loss": torch.tensor(1.0 + utils.rank() + step), "bad": torch.tensor(float(utils.rank() * step))}}
     meter.update(step, values, ["x"])
 control = utils.Control()
+control.listen()
 heard = []
 for step in range(4):
     if step == 1 and utils.rank() == 1:
@@ -241,6 +270,7 @@ def test_an_error_of_any_process_is_told(pair):
 def test_a_signal_is_noted(number):
     def told():
         control = Control()
+        control.listen()
         before = control.agree(False)
         os.kill(os.getpid(), number)
         return before, control.agree(False), control.agree(True)
@@ -248,9 +278,21 @@ def test_a_signal_is_noted(number):
     assert in_child(told) == (((False, False), (True, False), (True, True)), None)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_at_once_what_has_nothing_to_save(number):
+    def told():
+        control = Control()
+        control.listen()
+        control.close()
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+
+    assert in_child(told) == (None, f"SystemExit: {EXIT_REQUEUE}")
+
+
 def test_a_second_interrupt_ends_the_program():
     def twice():
-        Control()
+        Control().listen()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
