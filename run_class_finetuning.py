@@ -236,6 +236,18 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
                      timeout=args.worker_timeout, output_dir=args.output_dir, classes=class_names(args))
 
 
+def build_loss(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Mixup | None, RandomErasing | None]:
+    """The loss, and what augments batches on the device: nothing for probes."""
+    if args.linear_probe or args.attentive_probe:
+        return ProbeLoss(), None, None
+    eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob else None
+    if not mixes(args):
+        return LabelSmoothingCrossEntropy(args.smoothing), None, eraser
+    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                  label_smoothing=args.smoothing, num_classes=num_classes(args))
+    return SoftTargetCrossEntropy(), mixup, eraser
+
+
 def resume(args: argparse.Namespace, model: nn.Module, stepper: Stepper, sampler: ChunkSampler,
            ema: ModelEmaV3 | None) -> tuple[Position, dict[str, float]]:
     """Where to go on, with the best validation so far: from a checkpoint, which is put back, or from the start.
@@ -282,15 +294,11 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
     if not args.enable_deepspeed:
         stepper.model = distribute(model, device)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout)
-    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                  label_smoothing=args.smoothing, num_classes=num_classes(args)) if mixes(args) else None
-    eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob else None
-    criterion = ProbeLoss() if probing else (
-        SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(args.smoothing))
+    criterion, mixup, eraser = build_loss(args, device)
 
     def train_epoch(batches, meter, first_step, chunk_key, after_step) -> None:
         train_one_epoch(stepper.model, criterion, batches, stepper, meter, evaluator.norm, first_step, chunk_key, after_step,
-                        mixup, None if probing else eraser, ema)
+                        mixup, eraser, ema)
 
     def waited_enough(epoch: int) -> bool:
         return 0 < args.patience <= (epoch - best["epoch"]) // args.val_freq
