@@ -63,7 +63,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data: loader processes to try")
     parser.add_argument("--model", choices=MODELS, default="pretrain_videomae_base_patch16_224")
     parser.add_argument("--batch_size", type=int, default=4, help="step: clips, both masks counted")
-    parser.add_argument("--steps", type=int, default=3, help="step: timed steps, after two for warming up")
+    parser.add_argument("--steps", type=int, default=3, help="step: timed steps, of which the median counts")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--use_checkpoint", action="store_true", help="step: recompute activations")
     parser.add_argument("--compile", action="store_true", help="step: also with torch.compile")
@@ -218,11 +218,12 @@ def time_step(args: argparse.Namespace, precision: str, compiled: bool, straight
         network.compile(dynamic=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    whole = clock.mean(step, args.steps, 2)
+    clock.mean(step, 1, 1)
+    whole = float(np.median([clock.mean(step, 1, 0) for _ in range(args.steps)]))
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
               else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
     rounds = [{name: clock.mean(part, 1, 0) for name, part in parts.items()} for _ in range(args.steps)]
-    table = {"whole": whole} | {name: float(np.mean([times[name] for times in rounds])) for name in parts}
+    table = {"whole": whole} | {name: float(np.median([times[name] for times in rounds])) for name in parts}
     table["TFLOP a step"] = flops.get_total_flops() / 1e12
     table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
     table["TFLOP/s of a large matrix product"] = matmul_peak(device, DTYPES[precision])
