@@ -117,7 +117,7 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     data = build_data(args, folder)
-    for index in range(400):  # open the objects before the clock runs
+    for index in range(3000):  # open the objects, if there are hundreds, before the clock runs
         data.overlay.library.draw(sample_rng(0, 1, index))
     rows: dict[str, list[float]] = {}
     videos = range(min(len(data.videos), 8))
