@@ -10,8 +10,9 @@ import os
 import re
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,7 +57,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", key: str = "") -> dict[str, torch.Tensor]:
+def model_weights(
+    checkpoint: dict[str, Any], path: str | Path = "checkpoint", key: str = ""
+) -> dict[str, torch.Tensor]:
     """The state dict in a checkpoint, under `key` or whichever is usual, without the prefix of DDP.
 
     Raises:
@@ -65,8 +68,11 @@ def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", k
     keys = (key,) if key else MODEL_KEYS
     state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), {} if key else checkpoint)
     named = all(isinstance(key, str) for key in state)
-    weights = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)
-               } if named else {}
+    weights = (
+        {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        if named
+        else {}
+    )
     if not weights:
         raise RunError(f"{path}: no weights in it (looked under {', '.join(keys)})")
     return weights
@@ -90,13 +96,18 @@ def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> No
     """
     weights = model_weights(read_checkpoint(path), path, key)
     own = model.state_dict()
-    wrong = [f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
-             for name in own if name in weights and weights[name].shape != own[name].shape]
+    wrong = [
+        f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
     wrong += [f"{name} is missing there" for name in own if name not in weights]
     wrong += [f"{name} is unknown here" for name in weights if name not in own]
     if wrong:
-        raise RunError(f"{path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more); check --model, "
-                       "--decoder_depth and the target")
+        raise RunError(
+            f"{path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more); check --model, "
+            "--decoder_depth and the target"
+        )
     model.load_state_dict(weights)
     logger.info("loaded %d tensors from %s", len(weights), path)
 
@@ -120,14 +131,19 @@ def load_encoder(model: torch.nn.Module, path: str | Path, need_head: bool = Fal
     fitting = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     other = [name for name in own if name in weights and name not in fitting and not name.startswith("head.")]
     if other or not any(name.startswith("blocks.") for name in fitting):
-        reason = (f"{other[0]} is {list(weights[other[0]].shape)} there, {list(own[other[0]].shape)} here" if other
-                  else "no weight of it has a name of this model")
+        reason = (
+            f"{other[0]} is {list(weights[other[0]].shape)} there, {list(own[other[0]].shape)} here"
+            if other
+            else "no weight of it has a name of this model"
+        )
         raise RunError(f"{path} does not fit this model: {reason}; check --model")
     new = [name for name in own if name not in fitting]
     left = [name for name in everything if name.removeprefix("encoder.").removeprefix("backbone.") not in fitting]
     if [name for name in new if name.startswith(("blocks.", "patch_embed.")) or need_head]:
-        raise RunError(f"{path} lacks {', '.join(new[:4])}" + ("; it is not fine-tuned for this number of classes"
-                                                                if need_head else ""))
+        raise RunError(
+            f"{path} lacks {', '.join(new[:4])}"
+            + ("; it is not fine-tuned for this number of classes" if need_head else "")
+        )
     model.load_state_dict(fitting, strict=False)
     logger.info("%s: loaded %d tensors; new here: %s; left out: %s", path, len(fitting), _names(new), _names(left))
 
@@ -167,7 +183,7 @@ class CheckpointWriter:
     def due(self, steps_done: int) -> bool:
         """Whether ``checkpoint-latest.pth`` is to be refreshed after this many steps of the run."""
         by_time = self.every_minutes and time.monotonic() - self.last_save >= 60 * self.every_minutes
-        return bool(self.folder and (by_time or self.every_steps and steps_done % self.every_steps == 0))
+        return bool(self.folder and (by_time or (self.every_steps and steps_done % self.every_steps == 0)))
 
     def save(self, name: str, checkpoint: Callable[[], dict[str, Any]]) -> bool:
         """Write a checkpoint, if this process writes; a failure leaves the old file whole and is reported.
@@ -187,8 +203,10 @@ class CheckpointWriter:
             self.failures += 1
             reason = str(error).splitlines()[0]
             if self.failures >= MAX_FAILED_SAVES:
-                raise RunError(f"{self.folder / name}: {self.failures} saves in a row failed ({reason}); free space "
-                               "and start the same command again") from error
+                raise RunError(
+                    f"{self.folder / name}: {self.failures} saves in a row failed ({reason}); free space "
+                    "and start the same command again"
+                ) from error
             logger.warning("could not write %s (%s); training goes on to the next save", self.folder / name, reason)
             return False
         self.failures = 0

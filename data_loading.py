@@ -4,8 +4,8 @@ import fcntl
 import itertools
 import signal
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import cv2
 import numpy as np
@@ -27,7 +27,9 @@ class ChunkSampler(Sampler[list[Key]]):
         ValueError: fewer samples than a step takes.
     """
 
-    def __init__(self, num_samples: int, chunk: int, update_freq: int = 1, rank: int = 0, world: int = 1, seed: int = 0):
+    def __init__(
+        self, num_samples: int, chunk: int, update_freq: int = 1, rank: int = 0, world: int = 1, seed: int = 0
+    ):
         self.num_samples, self.chunk, self.update_freq = num_samples, chunk, update_freq
         self.rank, self.world, self.seed = rank, world, seed
         self.samples_per_step = chunk * world * update_freq
@@ -35,8 +37,10 @@ class ChunkSampler(Sampler[list[Key]]):
         self.epoch, self.start_step = 0, 0
         self.issued: deque[list[int]] = deque()  # handed to workers, not yet come back
         if self.steps_per_epoch == 0:
-            raise ValueError(f"{num_samples} videos are fewer than the {self.samples_per_step} of an optimizer step; "
-                             "lower --batch_size or --update_freq")
+            raise ValueError(
+                f"{num_samples} videos are fewer than the {self.samples_per_step} of an optimizer step; "
+                "lower --batch_size or --update_freq"
+            )
 
     def set_position(self, epoch: int, step: int = 0) -> None:
         """The next pass is over `epoch`, from optimizer step `step` on."""
@@ -69,11 +73,20 @@ def init_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def build_loader(dataset: Dataset, sampler: ChunkSampler, num_workers: int, pin_mem: bool, timeout: float) -> DataLoader:
+def build_loader(
+    dataset: Dataset, sampler: ChunkSampler, num_workers: int, pin_mem: bool, timeout: float
+) -> DataLoader:
     """A loader of training batches. `timeout`: seconds to wait for one before the run is stopped."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=pin_mem,
-                      persistent_workers=num_workers > 0, timeout=timeout if num_workers else 0,
-                      worker_init_fn=init_worker)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_mem,
+        persistent_workers=num_workers > 0,
+        timeout=timeout if num_workers else 0,
+        worker_init_fn=init_worker,
+    )
 
 
 def last_line(error: Exception) -> str:
@@ -86,8 +99,10 @@ def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList
     hangs = "timed out" in str(error)
     flying = itertools.islice(issued, 1 if hangs else None)  # one that died need not be the one waited for
     lost = ", ".join(videos.path(index) for indices in flying for index in indices)
-    return RunError(f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "
-                    "the list, or raise --worker_timeout if storage is slow")
+    return RunError(
+        f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "
+        "the list, or raise --worker_timeout if storage is slow"
+    )
 
 
 def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
@@ -164,8 +179,10 @@ class BadFiles:
     def check(self, bad: float, videos: float) -> None:
         """Raise RunError if too large a part of the videos could not be read."""
         if bad > self.max_fraction * videos:
-            raise RunError(f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
-                           f"{self.max_fraction}; the first: {'; '.join(self.first)}")
+            raise RunError(
+                f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
+                f"{self.max_fraction}; the first: {'; '.join(self.first)}"
+            )
 
     def note(self, path: str, reason: str) -> None:
         """Write a line, unless some process has written it."""

@@ -8,9 +8,10 @@ whatever the number of workers or processes, and after a resume. Clips stay uint
 import copy
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import decord
 import numpy as np
@@ -61,8 +62,10 @@ class VideoList:
                 continue
             name, _, label = line.strip().rpartition(" ")
             if not name or not re.fullmatch(r"-?[0-9]+", label):
-                raise ValueError(f"{path}, line {number}: {line.strip()[:80]!r} is not `path label` "
-                                 "(one space between, the label a whole number)")
+                raise ValueError(
+                    f"{path}, line {number}: {line.strip()[:80]!r} is not `path label` "
+                    "(one space between, the label a whole number)"
+                )
             if num_classes is not None and not 0 <= int(label) < num_classes:
                 raise ValueError(f"{path}, line {number}: label {label} is not in [0, {num_classes})")
             paths.append(os.fsencode(os.path.join(data_root, name.strip())))
@@ -94,9 +97,11 @@ class VideoList:
         looked = np.unique(np.linspace(0, len(self) - 1, look_at).astype(int))
         missing = [index for index in looked if not os.path.isfile(self.path(index))]
         if len(missing) > max_bad_fraction * len(looked):
-            raise ValueError(f"{self.source}, line {self._lines[missing[0]]}: no such file: {self.path(missing[0])} "
-                             f"({len(missing)} of {len(looked)} looked for are missing, more than --max_bad_fraction "
-                             f"{max_bad_fraction}); relative paths start from --data_root")
+            raise ValueError(
+                f"{self.source}, line {self._lines[missing[0]]}: no such file: {self.path(missing[0])} "
+                f"({len(missing)} of {len(looked)} looked for are missing, more than --max_bad_fraction "
+                f"{max_bad_fraction}); relative paths start from --data_root"
+            )
 
     def write(self, path: str) -> None:
         """Write it as a list file."""
@@ -269,11 +274,13 @@ def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch, views of a video side by side."""
     clips = torch.from_numpy(np.concatenate([sample["clips"] for sample in samples]))
     arrays = [name for name in ("extra", "erase") if name in samples[0]]
-    return {"clips": clips.permute(0, 4, 1, 2, 3),
-            **{name: torch.from_numpy(np.concatenate([sample[name] for sample in samples])) for name in arrays},
-            "paths": [sample["path"] for sample in samples],
-            "bad": [entry for sample in samples for entry in sample["bad"]],
-            "num_bad_videos": sum(sample["num_bad_videos"] for sample in samples)}
+    return {
+        "clips": clips.permute(0, 4, 1, 2, 3),
+        **{name: torch.from_numpy(np.concatenate([sample[name] for sample in samples])) for name in arrays},
+        "paths": [sample["path"] for sample in samples],
+        "bad": [entry for sample in samples for entry in sample["bad"]],
+        "num_bad_videos": sum(sample["num_bad_videos"] for sample in samples),
+    }
 
 
 def read_or_replace(
@@ -306,8 +313,17 @@ class PretrainDataset(Dataset):
         num_views: independent crops, overlays and masks of each decoded window (--num_sample).
     """
 
-    def __init__(self, videos: VideoList, masks: MaskGenerator, overlay: ObjectOverlay | None, size: tuple[int, int],
-                 num_frames: int = 16, stride: int = 4, num_views: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        videos: VideoList,
+        masks: MaskGenerator,
+        overlay: ObjectOverlay | None,
+        size: tuple[int, int],
+        num_frames: int = 16,
+        stride: int = 4,
+        num_views: int = 1,
+        seed: int = 0,
+    ):
         self.videos, self.masks, self.overlay, self.size = videos, masks, overlay, size
         self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
 
@@ -322,8 +338,13 @@ class PretrainDataset(Dataset):
         num_bad_videos = len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
-        return {"clips": np.stack([clip for clip, _ in views]), "extra": np.stack([mask for _, mask in views]),
-                "path": self.videos.path(index), "bad": bad, "num_bad_videos": num_bad_videos}
+        return {
+            "clips": np.stack([clip for clip, _ in views]),
+            "extra": np.stack([mask for _, mask in views]),
+            "path": self.videos.path(index),
+            "bad": bad,
+            "num_bad_videos": num_bad_videos,
+        }
 
     def view(self, rng: np.random.Generator, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One training clip uint8 ``[T, H, W, 3]`` and its mask bool ``[N]`` from decoded frames."""
@@ -343,8 +364,16 @@ class FinetuneDataset(Dataset):
         num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
     """
 
-    def __init__(self, videos: VideoList, augment: TrainAugmentation, sampling: str, num_frames: int = 16,
-                 stride: int = 4, num_views: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        videos: VideoList,
+        augment: TrainAugmentation,
+        sampling: str,
+        num_frames: int = 16,
+        stride: int = 4,
+        num_views: int = 1,
+        seed: int = 0,
+    ):
         self.videos, self.augment, self.sampling = videos, augment, sampling
         self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
 
@@ -361,9 +390,14 @@ class FinetuneDataset(Dataset):
 
         frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
         clips = np.stack([self.augment(rng, frames) for _ in range(self.num_views)])
-        return {"clips": clips, "extra": np.full(self.num_views, self.videos.labels[index]),
-                "erase": rng.integers(2**32, size=self.num_views), "path": self.videos.path(index), "bad": bad,
-                "num_bad_videos": len(bad)}
+        return {
+            "clips": clips,
+            "extra": np.full(self.num_views, self.videos.labels[index]),
+            "erase": rng.integers(2**32, size=self.num_views),
+            "path": self.videos.path(index),
+            "bad": bad,
+            "num_bad_videos": len(bad),
+        }
 
 
 class EvalSample(TypedDict):

@@ -32,15 +32,19 @@ class DeepSpeedStepper(Stepper):
     """A Stepper whose `model` is a DeepSpeed engine; see with_deepspeed."""
 
     def __post_init__(self):
-        self.layout = {"zero_stage": self.model.zero_optimization_stage(), "precision": self.precision,
-                       "processes": world_size()}  # what shards can only be read with
+        self.layout = {
+            "zero_stage": self.model.zero_optimization_stage(),
+            "precision": self.precision,
+            "processes": world_size(),
+        }  # what shards can only be read with
         self.by_hand = not self.layout["zero_stage"]  # what stage 0 leaves undone, see backward and step
         self.tag, self.failed, self.casts = "", False, []
         if self.precision != "fp32":  # clips in low precision, logits in fp32, in training and validation alike
             dtype = DTYPES[self.precision]
             self.casts = [
                 self.module.register_forward_pre_hook(lambda module, inputs: tuple(x.to(dtype) for x in inputs)),
-                self.module.register_forward_hook(lambda module, inputs, output: output.float())]
+                self.module.register_forward_hook(lambda module, inputs, output: output.float()),
+            ]
 
     @property
     def module(self) -> nn.Module:
@@ -102,11 +106,14 @@ class DeepSpeedStepper(Stepper):
         layout = dict(state["optimizer"])
         tag = layout.pop("deepspeed", None)
         if tag is None or layout != self.layout:
-            raise RunError(f"{path} is of {layout if tag else 'a run without DeepSpeed'}, this run has {self.layout}; "
-                           "to go on with its weights alone, give it to --finetune with another --output_dir")
+            raise RunError(
+                f"{path} is of {layout if tag else 'a run without DeepSpeed'}, this run has {self.layout}; "
+                "to go on with its weights alone, give it to --finetune with another --output_dir"
+            )
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
+
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed itself would unpickle anything
         try:
             with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
@@ -153,17 +160,21 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, opt: str,
         ValueError: DeepSpeed cannot do this.
     """
     if zero_stage and opt not in ELEMENTWISE:
-        raise ValueError(f"--zero_stage {zero_stage} cuts weights into flat pieces, which is known to be right for "
-                         f"--opt {', '.join(ELEMENTWISE)} only; --opt {opt} needs --zero_stage 0")
+        raise ValueError(
+            f"--zero_stage {zero_stage} cuts weights into flat pieces, which is known to be right for "
+            f"--opt {', '.join(ELEMENTWISE)} only; --opt {opt} needs --zero_stage 0"
+        )
     os.environ.setdefault("DS_ACCELERATOR", stepper.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling for what training never calls
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if stepper.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
-                                world_size=1)
+        dist.init_process_group(
+            "nccl" if stepper.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
     config = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": stepper.update_freq,

@@ -5,9 +5,9 @@ Clips come as uint8 ``[B, 3, T, H, W]``; metrics and files of the scores are in 
 
 import random
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -124,13 +124,25 @@ class Evaluator:
     def loader(self, videos: VideoList, read_views: ViewReader) -> Iterator[EvalSample]:
         """This process's share of a list; over all processes every video comes once."""
         mine = range(rank(), len(videos), world_size())
-        loader = DataLoader(EvalDataset(videos, read_views), batch_size=None, sampler=mine, num_workers=self.num_workers,
-                            worker_init_fn=init_worker, timeout=self.timeout if self.num_workers else 0)
+        loader = DataLoader(
+            EvalDataset(videos, read_views),
+            batch_size=None,
+            sampler=mine,
+            num_workers=self.num_workers,
+            worker_init_fn=init_worker,
+            timeout=self.timeout if self.num_workers else 0,
+        )
         return unbatched(loader, mine, videos)
 
     @torch.inference_mode()
-    def scores(self, model: nn.Module, samples: Iterable[EvalSample], title: str, batch_size: int = 16,
-               finish: Callable = partial(torch.softmax, dim=-1)) -> list[VideoScore]:
+    def scores(
+        self,
+        model: nn.Module,
+        samples: Iterable[EvalSample],
+        title: str,
+        batch_size: int = 16,
+        finish: Callable = partial(torch.softmax, dim=-1),
+    ) -> list[VideoScore]:
         """Class probabilities of each view of each video of this process.
 
         One video at a time, so that its scores do not depend on which other videos share its batch.
@@ -156,8 +168,9 @@ class Evaluator:
         scores = self.scores(model, self.loader(videos, self.val_views), "validation")
         if not isinstance(model, ProbedEncoder):
             return judge(scores, videos, self.num_classes)
-        found = [judge([score.of_probe(p) for score in scores], videos, self.num_classes)
-                 for p in range(len(model.settings))]
+        found = [
+            judge([score.of_probe(p) for score in scores], videos, self.num_classes) for p in range(len(model.settings))
+        ]
         best = max(range(len(found)), key=lambda p: found[p]["acc1"])
         model.best.fill_(best)
         return found[best] | {"probe_lr": model.settings[best][0], "probe_wd": model.settings[best][1]}
@@ -191,8 +204,15 @@ class Evaluator:
         queries = features(test, "test features")
         known = torch.from_numpy(np.concatenate([score.views for score in bank]))
         labels = torch.from_numpy(train.labels[[score.index for score in bank]])
-        votes = [score if score.error else VideoScore(score.index, nearest_neighbours(
-            known, labels, torch.from_numpy(score.views), k, self.num_classes).numpy()) for score in queries]
+        votes = [
+            score
+            if score.error
+            else VideoScore(
+                score.index,
+                nearest_neighbours(known, labels, torch.from_numpy(score.views), k, self.num_classes).numpy(),
+            )
+            for score in queries
+        ]
         return self.report(votes, test)
 
     def report(self, scores: list[VideoScore], videos: VideoList) -> int:

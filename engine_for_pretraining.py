@@ -3,7 +3,7 @@
 Clips come as uint8 ``[B, 3, T, H, W]`` with masks bool ``[B, N]``, True = hidden.
 """
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch

@@ -74,8 +74,13 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def judge(scores: list[VideoScore], videos: VideoList, num_classes: int, output_dir: str = "",
-          classes: list[str] | None = None) -> dict[str, float]:
+def judge(
+    scores: list[VideoScore],
+    videos: VideoList,
+    num_classes: int,
+    output_dir: str = "",
+    classes: list[str] | None = None,
+) -> dict[str, float]:
     """Metrics of a list from the scores of this process, the same in all processes.
 
     Args:
@@ -91,15 +96,19 @@ def judge(scores: list[VideoScore], videos: VideoList, num_classes: int, output_
         unreadable = [score for score in scores if score.error]
         for score in unreadable:
             warn_once(f"counted as wrong, {videos.path(score.index)} could not be read: {score.error}")
-        metrics |= {"videos": len(scores), "views": sum(len(score.views) for score in scores),
-                    "unreadable": len(unreadable)}
+        metrics |= {
+            "videos": len(scores),
+            "views": sum(len(score.views) for score in scores),
+            "unreadable": len(unreadable),
+        }
         if output_dir:
             write_predictions(Path(output_dir), scores, mean, videos, classes)
     return broadcast(metrics)
 
 
-def write_predictions(folder: Path, scores: list[VideoScore], mean: np.ndarray, videos: VideoList,
-                      classes: list[str] | None) -> None:
+def write_predictions(
+    folder: Path, scores: list[VideoScore], mean: np.ndarray, videos: VideoList, classes: list[str] | None
+) -> None:
     """Scores of every video (per-view ones are NaN where it could not be read), and accuracy by class."""
     num_views = max(len(score.views) for score in scores)
     views = np.full((len(scores), num_views, mean.shape[1]), np.nan, np.float32)
@@ -107,13 +116,24 @@ def write_predictions(folder: Path, scores: list[VideoScore], mean: np.ndarray, 
         if len(score.views):
             row[:] = score.views
     labels = videos.labels[[score.index for score in scores]]
-    np.savez(folder / "test_predictions.npz", video=[videos.path(score.index) for score in scores], label=labels,
-             scores=mean.astype(np.float32), view_scores=views)
+    np.savez(
+        folder / "test_predictions.npz",
+        video=[videos.path(score.index) for score in scores],
+        label=labels,
+        scores=mean.astype(np.float32),
+        view_scores=views,
+    )
     right = {k: in_top_k(mean, labels, k) for k in (1, 5)}
     with open(folder / "test_per_class.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["class", "name", "videos", "top1", "top5"])
         for label in np.unique(labels):
             of_class = labels == label
-            table.writerow([label, classes[label] if classes else "", of_class.sum(),
-                            *(f"{100 * right[k][of_class].mean():.2f}" for k in (1, 5))])
+            table.writerow(
+                [
+                    label,
+                    classes[label] if classes else "",
+                    of_class.sum(),
+                    *(f"{100 * right[k][of_class].mean():.2f}" for k in (1, 5)),
+                ]
+            )

@@ -103,8 +103,9 @@ def _balance(rng: np.random.Generator, mask: np.ndarray, under: np.ndarray, targ
     """Flip random tokens until `target` are hidden: outside the objects first, then under them."""
     surplus = int(mask.sum()) - target
     wrong = mask if surplus > 0 else ~mask  # the tokens that may flip
-    order = np.concatenate([rng.permutation(np.flatnonzero(wrong & ~under)),
-                            rng.permutation(np.flatnonzero(wrong & under))])
+    order = np.concatenate(
+        [rng.permutation(np.flatnonzero(wrong & ~under)), rng.permutation(np.flatnonzero(wrong & under))]
+    )
     mask[order[: abs(surplus)]] ^= True
     return mask
 
@@ -127,11 +128,14 @@ class MaskGenerator:
 
     def __post_init__(self):
         if self.mask_type not in MASK_TYPES or self.sub_type not in SUB_MASK_TYPES:
-            raise ValueError(f"unknown mask {self.mask_type!r} / {self.sub_type!r}: "
-                             f"choose from {MASK_TYPES} / {SUB_MASK_TYPES}")
+            raise ValueError(
+                f"unknown mask {self.mask_type!r} / {self.sub_type!r}: choose from {MASK_TYPES} / {SUB_MASK_TYPES}"
+            )
         if not 0 < num_masked(self.grid, self.ratio) < np.prod(self.grid):
-            raise ValueError(f"--mask_ratio {self.ratio} hides {num_masked(self.grid, self.ratio)} of "
-                             f"{np.prod(self.grid)} tokens: some must be hidden and some visible")
+            raise ValueError(
+                f"--mask_ratio {self.ratio} hides {num_masked(self.grid, self.ratio)} of "
+                f"{np.prod(self.grid)} tokens: some must be hidden and some visible"
+            )
 
     def __call__(self, rng: np.random.Generator, boxes: np.ndarray | None = None) -> np.ndarray:
         """Draw a mask, bool ``[N]``; `boxes` ``[K, T, 4]`` are needed by mask_type `tubelet` only."""
@@ -141,5 +145,6 @@ class MaskGenerator:
             return tube_mask(rng, self.grid, self.ratio)
         if boxes is None:
             raise ValueError("mask_type tubelet follows objects: it needs their boxes (--add_tubelets)")
-        return trajectory_mask(rng, boxes, self.grid, self.ratio, self.sub_type, self.unmask_ratio,
-                               self.patch_size, self.tubelet_size)
+        return trajectory_mask(
+            rng, boxes, self.grid, self.ratio, self.sub_type, self.unmask_ratio, self.patch_size, self.tubelet_size
+        )

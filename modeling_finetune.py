@@ -38,8 +38,9 @@ SIZES = {
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-def token_grid(num_frames: int, height: int, width: int, patch_size: int = PATCH_SIZE,
-               tubelet_size: int = TUBELET_SIZE) -> tuple[int, int, int]:
+def token_grid(
+    num_frames: int, height: int, width: int, patch_size: int = PATCH_SIZE, tubelet_size: int = TUBELET_SIZE
+) -> tuple[int, int, int]:
     """Token grid (t, h, w) of a clip.
 
     Raises:
@@ -54,8 +55,9 @@ def token_grid(num_frames: int, height: int, width: int, patch_size: int = PATCH
 
 
 @lru_cache
-def sinusoid_positions(num_tokens: int, dim: int, device: torch.device | str = "cpu",
-                       dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def sinusoid_positions(
+    num_tokens: int, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Fixed positions ``[1, N, D]``: sin on even, cos on odd channels of n / 10000^(2·(i//2)/D) (Vaswani et al., 3.5).
 
     One dimension over all tokens, not one per axis: kept for the released weights.
@@ -164,14 +166,23 @@ class VisionTransformer(nn.Module):
         init_scale: factor on the head's initial weights.
     """
 
-    def __init__(self, size: Size, num_classes: int = 400, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.0, fc_drop_rate: float = 0.0, init_scale: float = 0.001,
-                 use_checkpoint: bool = False):
+    def __init__(
+        self,
+        size: Size,
+        num_classes: int = 400,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        fc_drop_rate: float = 0.0,
+        init_scale: float = 0.001,
+        use_checkpoint: bool = False,
+    ):
         super().__init__()
         self.embed_dim, self.depth, self.use_checkpoint = size.embed_dim, size.depth, use_checkpoint
         self.patch_embed = TubeletEmbed(size.embed_dim)
-        self.blocks = make_blocks(size.embed_dim, size.depth, size.num_heads, drop_path_rate,
-                                  drop=drop_rate, attn_drop=attn_drop_rate)
+        self.blocks = make_blocks(
+            size.embed_dim, size.depth, size.num_heads, drop_path_rate, drop=drop_rate, attn_drop=attn_drop_rate
+        )
         self.fc_norm = LayerNorm(size.embed_dim)
         self.fc_dropout = nn.Dropout(fc_drop_rate)
         self.head = nn.Linear(size.embed_dim, num_classes) if num_classes else nn.Identity()

@@ -79,8 +79,14 @@ class PretrainVisionTransformer(nn.Module):
         use_checkpoint: recompute activations in the backward pass.
     """
 
-    def __init__(self, size: Size, decoder_depth: int = 4, decoder_num_classes: int = 768,
-                 drop_path_rate: float = 0.0, use_checkpoint: bool = False):
+    def __init__(
+        self,
+        size: Size,
+        decoder_depth: int = 4,
+        decoder_num_classes: int = 768,
+        drop_path_rate: float = 0.0,
+        use_checkpoint: bool = False,
+    ):
         super().__init__()
         self.encoder = Encoder(size, drop_path_rate, use_checkpoint)
         self.decoder = Decoder(size, decoder_depth, decoder_num_classes, use_checkpoint)
@@ -140,5 +146,4 @@ def pretrain_videomae_huge_patch16_224(**kwargs) -> PretrainVisionTransformer:
     return PretrainVisionTransformer(SIZES["huge"], **kwargs)
 
 
-MODELS = {f"pretrain_videomae_{name}_patch16_224": globals()[f"pretrain_videomae_{name}_patch16_224"]
-          for name in SIZES}
+MODELS = {f"pretrain_videomae_{name}_patch16_224": globals()[f"pretrain_videomae_{name}_patch16_224"] for name in SIZES}

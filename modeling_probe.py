@@ -60,8 +60,14 @@ class ProbedEncoder(nn.Module):
         settings: learning rate and weight decay of each probe.
     """
 
-    def __init__(self, encoder: VisionTransformer, num_heads: int, kind: str, num_classes: int,
-                 settings: list[tuple[float, float]]):
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        num_heads: int,
+        kind: str,
+        num_classes: int,
+        settings: list[tuple[float, float]],
+    ):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.settings = settings
@@ -82,8 +88,15 @@ class ProbedEncoder(nn.Module):
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """A group for each probe, whose rate and decay are multiples of the scheduled `lr` and `weight_decay`."""
-        return [{"params": list(probe.parameters()), "weight_decay": decay, "wd_scale": decay / weight_decay,
-                 "lr_scale": rate / lr} for probe, (rate, decay) in zip(self.probes, self.settings)]
+        return [
+            {
+                "params": list(probe.parameters()),
+                "weight_decay": decay,
+                "wd_scale": decay / weight_decay,
+                "lr_scale": rate / lr,
+            }
+            for probe, (rate, decay) in zip(self.probes, self.settings)
+        ]
 
 
 class MeanTokens(nn.Module):
@@ -105,8 +118,9 @@ class ProbeLoss(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(P), reduction="sum") / B
 
 
-def nearest_neighbours(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int, num_classes: int,
-                       temperature: float = 0.07) -> torch.Tensor:
+def nearest_neighbours(
+    train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int, num_classes: int, temperature: float = 0.07
+) -> torch.Tensor:
     """Weighted k-NN vote by cosine similarity, weights exp(similarity / temperature) (Wu et al. 2018; DINO).
 
     Args:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file
-from timm.data.constants import (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import to_2tuple
 
 TARGET_TYPES = ("clip", "dino_v1", "pixel")
@@ -59,8 +59,13 @@ class PixelTarget(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """ImageNet-normalised ``[B, 3, T, H, W]`` → ``[B, N, out_dim]``, fp32."""
         pixels = clips.float() * self.std + self.mean  # [0, 1]
-        cubes = rearrange(pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c",
-                          p0=self.tubelet_size, p1=self.patch_size, p2=self.patch_size)
+        cubes = rearrange(
+            pixels,
+            "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c",
+            p0=self.tubelet_size,
+            p1=self.patch_size,
+            p2=self.patch_size,
+        )
         return rearrange(normalize_features(cubes.flatten(0, 1)), "(b n) p c -> b n (p c)", b=len(clips))
 
 
@@ -75,8 +80,9 @@ class FrameTeacher(nn.Module):
         tubelet_size: frames a token covers.
     """
 
-    def __init__(self, tower: nn.Module, image_size: tuple[int, int], norm: str, grid: tuple[int, int],
-                 tubelet_size: int = 2):
+    def __init__(
+        self, tower: nn.Module, image_size: tuple[int, int], norm: str, grid: tuple[int, int], tubelet_size: int = 2
+    ):
         super().__init__()
         self.tower = tower.eval().requires_grad_(False)
         self.image_size, self.grid, self.tubelet_size = image_size, grid, tubelet_size
@@ -103,8 +109,9 @@ class FrameTeacher(nn.Module):
         if hasattr(trunk, "forward_features"):
             return trunk.forward_features(frames)[:, trunk.num_prefix_tokens :]
         last = len(self.tower.transformer.resblocks) - 1
-        return self.tower.forward_intermediates(frames, indices=[last], normalize_intermediates=True,
-                                                intermediates_only=True, output_fmt="NLC")["image_intermediates"][0]
+        return self.tower.forward_intermediates(
+            frames, indices=[last], normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+        )["image_intermediates"][0]
 
     @torch.inference_mode()
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -152,8 +159,11 @@ def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     whole_model = any(key.startswith("visual.") for key in state)
     # OpenAI's archives carry these three beside the weights; a bare tower is the form of SMILE's release.
     openai = archive or not whole_model or "input_resolution" in state
-    tower = {key.removeprefix("visual."): value for key, value in state.items()
-             if key.startswith("visual.") or not whole_model}
+    tower = {
+        key.removeprefix("visual."): value
+        for key, value in state.items()
+        if key.startswith("visual.") or not whole_model
+    }
     if not any(key in tower for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
         raise ValueError(f"--clip_weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
     return tower, openai
@@ -208,7 +218,9 @@ def find_clip_weights(model: str, weights: str) -> str | None:
     return None
 
 
-def build_clip(model: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None) -> FrameTeacher:
+def build_clip(
+    model: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None
+) -> FrameTeacher:
     """CLIP's image tower.
 
     Args:
@@ -225,10 +237,14 @@ def build_clip(model: str, weights: str, norm: str, grid: tuple[int, int], image
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # `random` is the same teacher in every process and after a resume
         try:
-            clip = open_clip.create_model(model, pretrained=tag, force_quick_gelu=quick_gelu, force_image_size=image_size)
+            clip = open_clip.create_model(
+                model, pretrained=tag, force_quick_gelu=quick_gelu, force_image_size=image_size
+            )
         except Exception as error:  # whatever the network gives
-            raise ValueError(f"--clip_weights {weights}: open_clip could not fetch it ({_first_line(error)}); "
-                             "download it elsewhere and give the file's path") from error
+            raise ValueError(
+                f"--clip_weights {weights}: open_clip could not fetch it ({_first_line(error)}); "
+                "download it elsewhere and give the file's path"
+            ) from error
     if not (hasattr(clip.visual, "trunk") or hasattr(clip.visual, "transformer")):
         raise ValueError(f"--clip_model {model}: its image tower is no vision transformer")
     if state is not None:
@@ -236,7 +252,9 @@ def build_clip(model: str, weights: str, norm: str, grid: tuple[int, int], image
     return FrameTeacher(clip.visual, to_2tuple(clip.visual.image_size), norm, grid)
 
 
-def build_dino(name: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None) -> FrameTeacher:
+def build_dino(
+    name: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None
+) -> FrameTeacher:
     """DINO ViT-S/16 (`dino_s`) or ViT-B/16 (`dino_b`); `weights`: ``timm`` (fetched), a local file or ``random``.
 
     Raises:
@@ -249,10 +267,14 @@ def build_dino(name: str, weights: str, norm: str, grid: tuple[int, int], image_
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            tower = timm.create_model(DINO_MODELS[name], pretrained=weights != "random", num_classes=0, **size, **source)
+            tower = timm.create_model(
+                DINO_MODELS[name], pretrained=weights != "random", num_classes=0, **size, **source
+            )
         except Exception as error:  # whatever the network or a wrong file gives
-            raise ValueError(f"--dino_weights {weights}: could not be loaded ({_first_line(error)}); "
-                             "download the weights elsewhere and give the file's path") from error
+            raise ValueError(
+                f"--dino_weights {weights}: could not be loaded ({_first_line(error)}); "
+                "download the weights elsewhere and give the file's path"
+            ) from error
     return FrameTeacher(tower, tuple(tower.patch_embed.img_size), norm, grid)
 
 

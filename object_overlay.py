@@ -11,10 +11,11 @@ import struct
 import zlib
 from bisect import bisect
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -49,8 +50,13 @@ def find_objects(root: str, objects_list: str | None = None) -> list[str]:
         if found and not any(os.path.isfile(os.path.join(root, name)) for name in found[:100]):
             raise ValueError(f"--objects_list {objects_list}: no {found[0]} in {root}, nor the other first 100")
     else:
-        found = [f"{category.name}/{image}" for category in os.scandir(root) if category.is_dir()
-                 for image in os.listdir(category) if image.lower().endswith(IMAGE_SUFFIXES)]
+        found = [
+            f"{category.name}/{image}"
+            for category in os.scandir(root)
+            if category.is_dir()
+            for image in os.listdir(category)
+            if image.lower().endswith(IMAGE_SUFFIXES)
+        ]
     if not found:
         raise ValueError(f"{objects_list or root}: no object images (expected <category>/<name>.png)")
     return sorted(found)
@@ -238,8 +244,9 @@ def shaped_patch(rng: np.random.Generator, frames: np.ndarray, size: np.ndarray)
     return np.rint(np.concatenate([patch * alpha, 255 * alpha], axis=2)).astype(np.uint8)
 
 
-def paste(frames: np.ndarray, sprite: np.ndarray, boxes: np.ndarray, angles: np.ndarray,
-          opacity: np.ndarray | None = None) -> None:
+def paste(
+    frames: np.ndarray, sprite: np.ndarray, boxes: np.ndarray, angles: np.ndarray, opacity: np.ndarray | None = None
+) -> None:
     """Draw `sprite` into every frame, in place: stretched to its box, turned about its centre, cut at the edge.
 
     Args:
@@ -294,8 +301,14 @@ class ObjectOverlay:
         ValueError: unknown motion.
     """
 
-    def __init__(self, frame: tuple[int, int], library: ObjectLibrary | None, motion: str = "gaussian",
-                 scales: tuple[int, ...] = SCALES, num_rois: int = 2):
+    def __init__(
+        self,
+        frame: tuple[int, int],
+        library: ObjectLibrary | None,
+        motion: str = "gaussian",
+        scales: tuple[int, ...] = SCALES,
+        num_rois: int = 2,
+    ):
         if motion not in MOTION_TYPES:
             raise ValueError(f"unknown motion_type {motion!r}, choose from {MOTION_TYPES}")
         self.path = gaussian_path if motion == "gaussian" else linear_path

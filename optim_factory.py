@@ -4,10 +4,11 @@ The optimizers are timm's; precision, accumulation, clipping and the guard again
 `Stepper`, which both engines use.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -46,16 +47,29 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
             continue
         decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
         layer = layer_of(name, depth) if layer_decay < 1 else depth + 1
-        group = groups.setdefault((layer, decays), {
-            "params": [], "names": [], "weight_decay": weight_decay * decays, "wd_scale": float(decays),
-            "lr_scale": layer_decay ** (depth + 1 - layer)})
+        group = groups.setdefault(
+            (layer, decays),
+            {
+                "params": [],
+                "names": [],
+                "weight_decay": weight_decay * decays,
+                "wd_scale": float(decays),
+                "lr_scale": layer_decay ** (depth + 1 - layer),
+            },
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], opt: str, lr: float, betas: tuple[float, float] | None = None,
-                    eps: float | None = None, momentum: float = 0.9) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]],
+    opt: str,
+    lr: float,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
     """A timm optimizer by name, its fused form where torch has one.
 
     Raises:

@@ -9,9 +9,16 @@ import torch
 from optim_factory import DTYPES, Stepper, build_optimizer
 from utils import cosine_schedule, warn_once
 
-
-NOT_NEGATIVE = ("seed", "num_workers", "worker_timeout", "save_ckpt_minutes", "save_ckpt_steps", "keep_ckpts", "start_epoch",
-                "stop_epoch")
+NOT_NEGATIVE = (
+    "seed",
+    "num_workers",
+    "worker_timeout",
+    "save_ckpt_minutes",
+    "save_ckpt_steps",
+    "keep_ckpts",
+    "start_epoch",
+    "stop_epoch",
+)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -66,8 +73,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
     run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
     run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
-    run.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
-                     help="auto: bf16 (fp16 on older GPUs) on a GPU, fp32 on a CPU")
+    run.add_argument(
+        "--precision",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto: bf16 (fp16 on older GPUs) on a GPU, fp32 on a CPU",
+    )
     run.add_argument("--compile", action="store_true", help="torch.compile the networks")
     run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
     return run
@@ -80,8 +91,11 @@ def number_problems(args: argparse.Namespace, at_least_one: tuple[str, ...]) -> 
 
 def path_problems(args: argparse.Namespace, files: tuple[str, ...]) -> list[str]:
     """What is wrong with the paths that options name: files that cannot be read, output that cannot be written."""
-    problems = [f"--{name} {getattr(args, name)}: no such file, or not readable" for name in files
-                if getattr(args, name) and not os.access(getattr(args, name), os.R_OK)]
+    problems = [
+        f"--{name} {getattr(args, name)}: no such file, or not readable"
+        for name in files
+        if getattr(args, name) and not os.access(getattr(args, name), os.R_OK)
+    ]
     for name in ("output_dir", "log_dir"):
         folder = os.path.abspath(getattr(args, name))
         while not os.path.exists(folder):
@@ -102,8 +116,14 @@ def pick_precision(precision: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def build_stepper(args: argparse.Namespace, model: torch.nn.Module, groups: list[dict[str, Any]],
-                  device: torch.device, total_batch: int, steps_per_epoch: int) -> Stepper:
+def build_stepper(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    groups: list[dict[str, Any]],
+    device: torch.device,
+    total_batch: int,
+    steps_per_epoch: int,
+) -> Stepper:
     """Optimizer and schedules; learning rates scale with the total batch / 256.
 
     Raises:
@@ -114,6 +134,13 @@ def build_stepper(args: argparse.Namespace, model: torch.nn.Module, groups: list
     warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
-    return Stepper(model, optimizer, device, pick_precision(args.precision, device), args.update_freq,
-                   lambda step: cosine_schedule(step, lr, min_lr, total, warmup, warmup_lr),
-                   lambda step: cosine_schedule(step, args.weight_decay, end, total), args.clip_grad)
+    return Stepper(
+        model,
+        optimizer,
+        device,
+        pick_precision(args.precision, device),
+        args.update_freq,
+        lambda step: cosine_schedule(step, lr, min_lr, total, warmup, warmup_lr),
+        lambda step: cosine_schedule(step, args.weight_decay, end, total),
+        args.clip_grad,
+    )

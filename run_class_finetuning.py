@@ -6,9 +6,9 @@ checkpoint on all views; ``--eval``, ``--predict`` and ``--knn`` do no training.
 
 import argparse
 import os
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -26,8 +26,16 @@ from engine_for_finetuning import Evaluator, train_one_epoch
 from modeling_finetune import MODELS, SIZES, token_grid
 from modeling_probe import ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, parameter_groups
-from options import (NOT_NEGATIVE, add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
-                     path_problems, pick_precision)
+from options import (
+    NOT_NEGATIVE,
+    add_data_arguments,
+    add_optimizer_arguments,
+    add_run_arguments,
+    build_stepper,
+    number_problems,
+    path_problems,
+    pick_precision,
+)
 from training import Position, Settings, TrainingLoop, distribute, restore, share_buffers
 from utils import RunError, SharedError, logger
 from video_transforms import TrainAugmentation
@@ -37,12 +45,21 @@ BEST = "checkpoint-best.pth"
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = argparse.ArgumentParser("SMILE fine-tuning", "%(prog)s [options]; --help lists them", __doc__, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "SMILE fine-tuning",
+        "%(prog)s [options]; --help lists them",
+        __doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
     data = add_data_arguments(parser)
-    data.add_argument("--data_set", choices=DATA_SETS, default="Kinetics-400",
-                      help="decides classes, flip, sampling and test views; `custom` needs --nb_classes")
+    data.add_argument(
+        "--data_set",
+        choices=DATA_SETS,
+        default="Kinetics-400",
+        help="decides classes, flip, sampling and test views; `custom` needs --nb_classes",
+    )
     data.add_argument("--data_path", default="", help="folder with train.csv, val.csv, test.csv (and classes.txt)")
     data.add_argument("--nb_classes", type=int, default=0, help="classes; 0: the data set's")
     data.add_argument("--num_sample", type=int, default=1, help="augmentations of each decoded clip")
@@ -50,7 +67,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--num_train_videos", type=int, default=0, help="train on so many videos; 0: all")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
+    model.add_argument(
+        "--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS)
+    )
     model.add_argument("--finetune", default="", help="checkpoint to start from, or to test with --eval")
     model.add_argument("--drop", type=float, default=0.0, help="dropout in the blocks")
     model.add_argument("--attn_drop_rate", type=float, default=0.0, help="dropout of attention")
@@ -63,22 +82,32 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--aa", default="rand-m7-n4-mstd0.5-inc1", help="timm RandAugment policy; '' for none")
-    augment.add_argument("--train_interpolation", choices=("bilinear", "bicubic", "random"), default="bicubic",
-                         help="of RandAugment's turns and shears")
+    augment.add_argument(
+        "--train_interpolation",
+        choices=("bilinear", "bicubic", "random"),
+        default="bicubic",
+        help="of RandAugment's turns and shears",
+    )
     augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     augment.add_argument("--mixup", type=float, default=0.8, help="alpha; 0: off")
     augment.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0: off")
-    augment.add_argument("--cutmix_minmax", type=float, nargs=2, help="share of the side that CutMix pastes, in place of alpha")
+    augment.add_argument(
+        "--cutmix_minmax", type=float, nargs=2, help="share of the side that CutMix pastes, in place of alpha"
+    )
     augment.add_argument("--mixup_prob", type=float, default=1.0, help="of either")
     augment.add_argument("--mixup_switch_prob", type=float, default=0.5, help="of CutMix, where both are on")
     augment.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="drawn once for what")
     augment.add_argument("--reprob", type=float, default=0.25, help="random erasing, probability")
-    augment.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing, filling")
+    augment.add_argument(
+        "--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing, filling"
+    )
     augment.add_argument("--recount", type=int, default=1, help="random erasing, rectangles")
 
     optim = add_optimizer_arguments(parser)
     optim.add_argument("--batch_size", type=int, default=4, help="videos a GPU and forward pass")
-    optim.add_argument("--layer_decay", type=float, default=0.75, help="factor on the rate from a layer to the one below")
+    optim.add_argument(
+        "--layer_decay", type=float, default=0.75, help="factor on the rate from a layer to the one below"
+    )
     parser.set_defaults(epochs=100, opt_betas=[0.9, 0.999], lr=1e-3, min_lr=1e-6, warmup_epochs=5)
 
     frozen = parser.add_argument_group("frozen evaluation")
@@ -92,7 +121,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--eval", action="store_true", help="only test --finetune (or output_dir's best)")
     test.add_argument("--predict", default="", metavar="VIDEO", help="print the five likeliest classes of one video")
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
-    test.add_argument("--disable_eval_during_finetuning", action="store_true", help="validate after the last epoch only")
+    test.add_argument(
+        "--disable_eval_during_finetuning", action="store_true", help="validate after the last epoch only"
+    )
     test.add_argument("--patience", type=int, default=0, help="stop after so many validations without a best; 0: never")
     test.add_argument("--test_num_segment", type=int, default=0, help="views in time; 0: the data set's")
     test.add_argument("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
@@ -100,8 +131,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_run_arguments(parser)
     deepspeed = parser.add_argument_group("DeepSpeed")
     deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
-    deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0,
-                           help="what processes share out: 0 nothing, 1 optimizer state, 2 gradients too")
+    deepspeed.add_argument(
+        "--zero_stage",
+        type=int,
+        choices=(0, 1, 2),
+        default=0,
+        help="what processes share out: 0 nothing, 1 optimizer state, 2 gradients too",
+    )
     return parser.parse_args(argv)
 
 
@@ -162,15 +198,31 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--dry_run tries a training step: leave it with --eval, --predict and --knn")
     if args.knn and (args.eval or args.predict or args.linear_probe or args.attentive_probe):
         problems.append("--knn is a test of its own: give it without --eval, --predict and probes")
-    problems += [f"--{name} {getattr(args, name)}: must not be negative" for name in (
-        *NOT_NEGATIVE, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos") if getattr(args, name) < 0]
+    problems += [
+        f"--{name} {getattr(args, name)}: must not be negative"
+        for name in (*NOT_NEGATIVE, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos")
+        if getattr(args, name) < 0
+    ]
     attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation)
     if (args.linear_probe or args.attentive_probe or args.knn) and not (args.finetune or args.eval):
         problems.append("a frozen encoder needs weights: give --finetune")
     if (args.linear_probe or args.attentive_probe) and min(args.weight_decay, args.lr) <= 0:
-        problems.append("probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay")
-    return problems + number_problems(args, ("update_freq", "epochs", "sampling_rate", "batch_size", "num_sample",
-                                             "val_freq", "log_interval", "save_ckpt_freq"))
+        problems.append(
+            "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay"
+        )
+    return problems + number_problems(
+        args,
+        (
+            "update_freq",
+            "epochs",
+            "sampling_rate",
+            "batch_size",
+            "num_sample",
+            "val_freq",
+            "log_interval",
+            "save_ckpt_freq",
+        ),
+    )
 
 
 def needed_lists(args: argparse.Namespace) -> list[str]:
@@ -185,21 +237,33 @@ def needed_lists(args: argparse.Namespace) -> list[str]:
 
 def mixes(args: argparse.Namespace) -> bool:
     """Whether batches are mixed: not for probes."""
-    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not (args.linear_probe or args.attentive_probe or args.knn)
+    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not (
+        args.linear_probe or args.attentive_probe or args.knn
+    )
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
     """Classifier, or frozen encoder with probes; new weights."""
     probing = args.linear_probe or args.attentive_probe
     model = MODELS[args.model](
-        num_classes=0 if probing or args.knn else num_classes(args), drop_rate=args.drop,
-        attn_drop_rate=args.attn_drop_rate, drop_path_rate=args.drop_path, fc_drop_rate=args.fc_drop_rate,
-        init_scale=args.init_scale, use_checkpoint=args.use_checkpoint)
+        num_classes=0 if probing or args.knn else num_classes(args),
+        drop_rate=args.drop,
+        attn_drop_rate=args.attn_drop_rate,
+        drop_path_rate=args.drop_path,
+        fc_drop_rate=args.fc_drop_rate,
+        init_scale=args.init_scale,
+        use_checkpoint=args.use_checkpoint,
+    )
     if not probing:
         return model
     heads = next(size.num_heads for name, size in SIZES.items() if f"_{name}_" in args.model)
-    return ProbedEncoder(model, heads, "linear" if args.linear_probe else "attentive", num_classes(args),
-                         list(product(args.probe_lrs, args.probe_wds)))
+    return ProbedEncoder(
+        model,
+        heads,
+        "linear" if args.linear_probe else "attentive",
+        num_classes(args),
+        list(product(args.probe_lrs, args.probe_wds)),
+    )
 
 
 def train_videos(args: argparse.Namespace) -> VideoList:
@@ -217,39 +281,65 @@ def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
     data_set, videos = DATA_SETS[args.data_set], train_videos(args)
     policy = "" if args.linear_probe or args.attentive_probe else args.aa
     augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation)
-    return FinetuneDataset(videos, augment, data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed)
+    return FinetuneDataset(
+        videos, augment, data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed
+    )
 
 
 def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
     """The views of a test, or the one of a validation."""
     data_set = DATA_SETS[args.data_set]
     segments, crops = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
-    return ViewReader(data_set.sampling, *((segments, crops) if test else (0, 1)), args.input_size, args.num_frames,
-                      args.sampling_rate)
+    return ViewReader(
+        data_set.sampling,
+        *((segments, crops) if test else (0, 1)),
+        args.input_size,
+        args.num_frames,
+        args.sampling_rate,
+    )
 
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
     """What validates and tests on the lists of the data set."""
-    return Evaluator(device=device, precision=pick_precision(args.precision, device), num_classes=num_classes(args),
-                     read_list=lambda name: read_list(args, name), val_views=view_reader(args, test=False),
-                     test_views=view_reader(args, test=True), num_workers=args.num_workers,
-                     timeout=args.worker_timeout, output_dir=args.output_dir, classes=class_names(args))
+    return Evaluator(
+        device=device,
+        precision=pick_precision(args.precision, device),
+        num_classes=num_classes(args),
+        read_list=lambda name: read_list(args, name),
+        val_views=view_reader(args, test=False),
+        test_views=view_reader(args, test=True),
+        num_workers=args.num_workers,
+        timeout=args.worker_timeout,
+        output_dir=args.output_dir,
+        classes=class_names(args),
+    )
 
 
 def build_loss(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Mixup | None, RandomErasing | None]:
     """The loss, and what augments batches on the device: nothing for probes."""
     if args.linear_probe or args.attentive_probe:
         return ProbeLoss(), None, None
-    eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob else None
+    eraser = (
+        RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob else None
+    )
     if not mixes(args):
         return LabelSmoothingCrossEntropy(args.smoothing), None, eraser
-    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                  label_smoothing=args.smoothing, num_classes=num_classes(args))
+    mixup = Mixup(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        args.mixup_prob,
+        args.mixup_switch_prob,
+        args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes(args),
+    )
     return SoftTargetCrossEntropy(), mixup, eraser
 
 
-def resume(args: argparse.Namespace, model: nn.Module, stepper: Stepper, sampler: ChunkSampler,
-           ema: ModelEmaV3 | None) -> tuple[Position, dict[str, float]]:
+def resume(
+    args: argparse.Namespace, model: nn.Module, stepper: Stepper, sampler: ChunkSampler, ema: ModelEmaV3 | None
+) -> tuple[Position, dict[str, float]]:
     """Where to go on, with the best validation so far: from a checkpoint, which is put back, or from the start.
 
     Raises:
@@ -269,36 +359,64 @@ def resume(args: argparse.Namespace, model: nn.Module, stepper: Stepper, sampler
     return position, state["best"]
 
 
-def train(args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module,
-          evaluator: Evaluator) -> int:
+def train(
+    args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module, evaluator: Evaluator
+) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
     probing = isinstance(model, ProbedEncoder)
     total_batch = args.batch_size * args.num_sample * args.update_freq * utils.world_size()
     with utils.user_errors():
         dataset = build_train_set(args)
-        sampler = ChunkSampler(len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed)
-        groups = (model.parameter_groups(args.lr, args.weight_decay) if probing
-                  else parameter_groups(model, args.weight_decay, args.layer_decay))
+        sampler = ChunkSampler(
+            len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
+        )
+        groups = (
+            model.parameter_groups(args.lr, args.weight_decay)
+            if probing
+            else parameter_groups(model, args.weight_decay, args.layer_decay)
+        )
         stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
     if args.enable_deepspeed:
         with utils.user_errors():
-            stepper = with_deepspeed(stepper, args.zero_stage, args.batch_size * args.num_sample, args.opt,
-                                     settings.output_dir)
+            stepper = with_deepspeed(
+                stepper, args.zero_stage, args.batch_size * args.num_sample, args.opt, settings.output_dir
+            )
 
     position, best = resume(args, model, stepper, sampler, ema)
-    logger.info("total batch %d clips, %d steps an epoch, %d epochs, lr %.3g, %s on %s", total_batch,
-                sampler.steps_per_epoch, args.epochs, args.lr * total_batch / 256, stepper.precision, device)
+    logger.info(
+        "total batch %d clips, %d steps an epoch, %d epochs, lr %.3g, %s on %s",
+        total_batch,
+        sampler.steps_per_epoch,
+        args.epochs,
+        args.lr * total_batch / 256,
+        stepper.precision,
+        device,
+    )
     if args.compile:
         model.compile(dynamic=False)
     if not args.enable_deepspeed:
         stepper.model = distribute(model, device)
-    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout)
+    loader = build_loader(
+        dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout
+    )
     criterion, mixup, eraser = build_loss(args, device)
 
     def train_epoch(batches, meter, first_step, chunk_key, after_step) -> None:
-        train_one_epoch(stepper.model, criterion, batches, stepper, meter, evaluator.norm, first_step, chunk_key, after_step,
-                        mixup, eraser, ema)
+        train_one_epoch(
+            stepper.model,
+            criterion,
+            batches,
+            stepper,
+            meter,
+            evaluator.norm,
+            first_step,
+            chunk_key,
+            after_step,
+            mixup,
+            eraser,
+            ema,
+        )
 
     def waited_enough(epoch: int) -> bool:
         return 0 < args.patience <= (epoch - best["epoch"]) // args.val_freq
@@ -314,13 +432,19 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
             best.update(acc1=metrics["acc1"], epoch=epoch)  # goes into the file
             if not utils.broadcast(save(BEST)):
                 best.update(before)
-        logger.info("validation: acc1 %.2f  acc5 %.2f  (best %.2f in epoch %d)", metrics["acc1"], metrics["acc5"],
-                    best["acc1"], best["epoch"])
+        logger.info(
+            "validation: acc1 %.2f  acc5 %.2f  (best %.2f in epoch %d)",
+            metrics["acc1"],
+            metrics["acc5"],
+            best["acc1"],
+            best["epoch"],
+        )
         return {f"val_{name}": value for name, value in metrics.items()}, waited_enough(epoch)
 
     def weights() -> dict:
         return {"model": model.state_dict(), "args": args, "best": best} | (
-            {"model_ema": ema.module.state_dict()} if ema else {})
+            {"model_ema": ema.module.state_dict()} if ema else {}
+        )
 
     code = 0
     if position.step or best["epoch"] < 0 or not waited_enough(position.epoch - 1):  # else it had stopped early

@@ -17,19 +17,40 @@ from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
 from modeling_pretrain import MODELS
-from modeling_teacher import DINO_MODELS, NORMS, TARGET_TYPES, PixelTarget, build_clip, build_dino, channel_stats, find_clip_weights
+from modeling_teacher import (
+    DINO_MODELS,
+    NORMS,
+    TARGET_TYPES,
+    PixelTarget,
+    build_clip,
+    build_dino,
+    channel_stats,
+    find_clip_weights,
+)
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, parameter_groups
-from options import (NOT_NEGATIVE, add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, number_problems,
-                     path_problems)
+from options import (
+    NOT_NEGATIVE,
+    add_data_arguments,
+    add_optimizer_arguments,
+    add_run_arguments,
+    build_stepper,
+    number_problems,
+    path_problems,
+)
 from training import Position, Settings, TrainingLoop, distribute, restore
 from utils import RunError, SharedError, logger
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = argparse.ArgumentParser("SMILE pretraining", "%(prog)s [options]; --help lists them", __doc__, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "SMILE pretraining",
+        "%(prog)s [options]; --help lists them",
+        __doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
     data = add_data_arguments(parser)
     data.add_argument("--data_path", required=True, help="list file, `path label` a line (the label is not used)")
@@ -52,8 +73,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     mask.add_argument("--multiple_sampling", action="store_true", help="train each clip with two masks")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, metavar="NAME", default="pretrain_videomae_base_patch16_224",
-                       help=", ".join(MODELS))
+    model.add_argument(
+        "--model", choices=MODELS, metavar="NAME", default="pretrain_videomae_base_patch16_224", help=", ".join(MODELS)
+    )
     model.add_argument("--decoder_depth", type=int, default=4, help="decoder blocks")
     model.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
     model.add_argument("--use_checkpoint", action="store_true", help="recompute activations to save memory")
@@ -61,13 +83,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--target_type", choices=TARGET_TYPES, default="clip", help="what is reconstructed")
-    teacher.add_argument("--distillation_teacher", choices=("clip_b", *DINO_MODELS), default="clip_b",
-                         help="clip_b for target clip (see --clip_model), dino_s or dino_b for dino_v1")
+    teacher.add_argument(
+        "--distillation_teacher",
+        choices=("clip_b", *DINO_MODELS),
+        default="clip_b",
+        help="clip_b for target clip (see --clip_model), dino_s or dino_b for dino_v1",
+    )
     teacher.add_argument("--clip_model", default="ViT-B-16", help="open_clip model")
     teacher.add_argument("--clip_weights", default="openai", help="open_clip tag, local file, or `random` for tests")
     teacher.add_argument("--dino_weights", default="timm", help="`timm` to fetch them, local file, or `random`")
-    teacher.add_argument("--teacher_norm", choices=NORMS, default="imagenet",
-                         help="normalisation of its frames; the released models used ImageNet's")
+    teacher.add_argument(
+        "--teacher_norm",
+        choices=NORMS,
+        default="imagenet",
+        help="normalisation of its frames; the released models used ImageNet's",
+    )
     teacher.add_argument("--teacher_size", type=int, default=0, help="side of its frames, pixels; 0: the model's own")
 
     optim = add_optimizer_arguments(parser)
@@ -113,16 +143,22 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         attempt(check_kind, path, "encoder_to_decoder.weight", "pretraining")
     views = clips_per_video(args)
     if min(args.num_sample, args.batch_size) < 1 or args.batch_size % views:
-        problems.append(f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
-                        "(--num_sample, and two masks with --multiple_sampling)")
+        problems.append(
+            f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
+            "(--num_sample, and two masks with --multiple_sampling)"
+        )
     if not 0 <= args.traj_unmask_ratio <= 1:
         problems.append(f"--traj_unmask_ratio {args.traj_unmask_ratio}: must lie between 0 and 1")
     if min(args.scales) < 1:
         problems.append(f"--scales {min(args.scales)}: must be at least 1")
-    problems += [f"--{name} {getattr(args, name)}: must not be negative"
-                 for name in (*NOT_NEGATIVE, "decoder_depth") if getattr(args, name) < 0]
-    problems += number_problems(args, ("update_freq", "epochs", "sampling_rate", "num_rois", "log_interval",
-                                       "save_ckpt_freq"))
+    problems += [
+        f"--{name} {getattr(args, name)}: must not be negative"
+        for name in (*NOT_NEGATIVE, "decoder_depth")
+        if getattr(args, name) < 0
+    ]
+    problems += number_problems(
+        args, ("update_freq", "epochs", "sampling_rate", "num_rois", "log_interval", "save_ckpt_freq")
+    )
     return problems
 
 
@@ -136,10 +172,19 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
             names = find_objects(args.objects_path, args.objects_list)
             library = ObjectLibrary(args.objects_path, names, max_side=round(320 * args.input_size / 224))
         overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois)
-    masks = MaskGenerator(args.mask_type, token_grid(args.num_frames, *size), args.mask_ratio, args.sub_mask_type,
-                          args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE), TUBELET_SIZE)
+    masks = MaskGenerator(
+        args.mask_type,
+        token_grid(args.num_frames, *size),
+        args.mask_ratio,
+        args.sub_mask_type,
+        args.traj_unmask_ratio,
+        (PATCH_SIZE, PATCH_SIZE),
+        TUBELET_SIZE,
+    )
     videos = VideoList(args.data_path, data_root=args.data_root)
-    return PretrainDataset(videos, masks, overlay, size, args.num_frames, args.sampling_rate, args.num_sample, args.seed)
+    return PretrainDataset(
+        videos, masks, overlay, size, args.num_frames, args.sampling_rate, args.num_sample, args.seed
+    )
 
 
 def build_teacher(args: argparse.Namespace) -> torch.nn.Module:
@@ -160,12 +205,29 @@ def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, 
     views = clips_per_video(args)
     stop = args.stop_epoch or args.epochs
     lr = stepper.lr(10**12), args.lr * total_batch / 256
-    logger.info("%d process(es) x %d clips x %d accumulated = total batch %d, %s on %s", utils.world_size(),
-                args.batch_size, args.update_freq, total_batch, stepper.precision, stepper.device)
-    logger.info("%d videos, %d clips of each: %d steps an epoch; lr %.3g falling to %.3g", sampler.num_samples, views,
-                sampler.steps_per_epoch, lr[1], lr[0])
-    logger.info("epochs %d of a schedule of %d: %d in the paper's count, where every clip made of a video counts",
-                stop, args.epochs, stop * views)
+    logger.info(
+        "%d process(es) x %d clips x %d accumulated = total batch %d, %s on %s",
+        utils.world_size(),
+        args.batch_size,
+        args.update_freq,
+        total_batch,
+        stepper.precision,
+        stepper.device,
+    )
+    logger.info(
+        "%d videos, %d clips of each: %d steps an epoch; lr %.3g falling to %.3g",
+        sampler.num_samples,
+        views,
+        sampler.steps_per_epoch,
+        lr[1],
+        lr[0],
+    )
+    logger.info(
+        "epochs %d of a schedule of %d: %d in the paper's count, where every clip made of a video counts",
+        stop,
+        args.epochs,
+        stop * views,
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -181,14 +243,25 @@ def main(args: argparse.Namespace) -> int:
     utils.seed_everything(args.seed)
     with utils.user_errors():
         dataset = build_dataset(args)
-        sampler = ChunkSampler(len(dataset), args.batch_size // clips_per_video(args), args.update_freq, utils.rank(),
-                               utils.world_size(), args.seed)
+        sampler = ChunkSampler(
+            len(dataset),
+            args.batch_size // clips_per_video(args),
+            args.update_freq,
+            utils.rank(),
+            utils.world_size(),
+            args.seed,
+        )
         teacher = build_teacher(args).to(device)
-        student = MODELS[args.model](decoder_depth=args.decoder_depth, decoder_num_classes=teacher.out_dim,
-                                     drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint).to(device)
+        student = MODELS[args.model](
+            decoder_depth=args.decoder_depth,
+            decoder_num_classes=teacher.out_dim,
+            drop_path_rate=args.drop_path,
+            use_checkpoint=args.use_checkpoint,
+        ).to(device)
         total_batch = args.batch_size * args.update_freq * utils.world_size()
-        stepper = build_stepper(args, student, parameter_groups(student, args.weight_decay), device, total_batch,
-                                sampler.steps_per_epoch)
+        stepper = build_stepper(
+            args, student, parameter_groups(student, args.weight_decay), device, total_batch, sampler.steps_per_epoch
+        )
     describe(args, stepper, sampler, total_batch)
 
     position, found = Position(args.start_epoch), find_resume(args.output_dir, args.resume, args.auto_resume)
@@ -202,15 +275,28 @@ def main(args: argparse.Namespace) -> int:
         student.compile(dynamic=False)
         teacher.compile(dynamic=False)
     stepper.model = distribute(student, device)
-    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout)
+    loader = build_loader(
+        dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout
+    )
     norm = tuple(value.to(device) for value in channel_stats("imagenet"))
 
     def train_epoch(batches, meter, first_step, chunk_key, after_step) -> None:
-        train_one_epoch(stepper.model, teacher, batches, stepper, meter, norm, first_step, chunk_key,
-                        args.multiple_sampling, after_step)
+        train_one_epoch(
+            stepper.model,
+            teacher,
+            batches,
+            stepper,
+            meter,
+            norm,
+            first_step,
+            chunk_key,
+            args.multiple_sampling,
+            after_step,
+        )
 
-    loop = TrainingLoop(settings, position, sampler, loader, stepper,
-                        lambda: {"model": student.state_dict(), "args": args}, train_epoch)
+    loop = TrainingLoop(
+        settings, position, sampler, loader, stepper, lambda: {"model": student.state_dict(), "args": args}, train_epoch
+    )
     code = loop.run()
     del lock
     return code

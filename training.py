@@ -8,9 +8,10 @@ import argparse
 import datetime
 import resource
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -77,7 +78,9 @@ def share_buffers(model: torch.nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper: Stepper, sampler: ChunkSampler) -> Position:
+def restore(
+    found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper: Stepper, sampler: ChunkSampler
+) -> Position:
     """Put a run's checkpoint back into model and stepper.
 
     Raises:
@@ -87,11 +90,15 @@ def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper:
     position = Position(*checkpoints.progress(state, path), state.get("meter"))
     missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
     if missing:
-        raise RunError(f"{path} holds weights only, nothing to resume from (it lacks {', '.join(sorted(missing))}); "
-                       "start from its weights with --first_stage_path or --finetune")
+        raise RunError(
+            f"{path} holds weights only, nothing to resume from (it lacks {', '.join(sorted(missing))}); "
+            "start from its weights with --first_stage_path or --finetune"
+        )
     if state["step"] and state["samples_per_step"] != sampler.samples_per_step:
-        raise RunError(f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
-                       f"{sampler.samples_per_step}: keep GPUs x batch_size x update_freq as they were")
+        raise RunError(
+            f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
+            f"{sampler.samples_per_step}: keep GPUs x batch_size x update_freq as they were"
+        )
     try:
         model.load_state_dict(checkpoints.model_weights(state, path))
         stepper.load(state, path)
@@ -103,9 +110,15 @@ def restore(found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper:
     return position
 
 
-def run_steps(batches: Iterator[Batch], loss_of: Callable[[Batch, tuple[int, ...]], Loss], stepper: Stepper,
-              meter: StepMeter, first_step: int, chunk_key: Callable[[int, int], tuple[int, ...]],
-              after_step: Callable[[int], bool]) -> None:
+def run_steps(
+    batches: Iterator[Batch],
+    loss_of: Callable[[Batch, tuple[int, ...]], Loss],
+    stepper: Stepper,
+    meter: StepMeter,
+    first_step: int,
+    chunk_key: Callable[[int, int], tuple[int, ...]],
+    after_step: Callable[[int], bool],
+) -> None:
     """The optimizer steps of an epoch, from `first_step` on.
 
     Args:
@@ -144,17 +157,27 @@ class TrainingLoop:
             what the epoch's log line shows besides, and whether to stop.
     """
 
-    def __init__(self, settings: Settings, position: Position, sampler: ChunkSampler, loader: DataLoader,
-                 stepper: Stepper, weights: Callable[[], dict[str, Any]], train_epoch: Callable[..., None],
-                 end_epoch: EndEpoch | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        position: Position,
+        sampler: ChunkSampler,
+        loader: DataLoader,
+        stepper: Stepper,
+        weights: Callable[[], dict[str, Any]],
+        train_epoch: Callable[..., None],
+        end_epoch: EndEpoch | None = None,
+    ):
         self.settings, self.position, self.sampler, self.loader = settings, position, sampler, loader
         self.stepper, self.weights, self.train_epoch, self.end_epoch = stepper, weights, train_epoch, end_epoch
         self.steps = sampler.steps_per_epoch
         self.stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
-        self.writer = checkpoints.CheckpointWriter(settings.output_dir, settings.save_ckpt_minutes,
-                                                   settings.save_ckpt_steps, settings.keep_ckpts)
-        self.log = utils.RunLog(settings.output_dir, settings.log_dir, position.epoch,
-                                position.epoch * self.steps + position.step)
+        self.writer = checkpoints.CheckpointWriter(
+            settings.output_dir, settings.save_ckpt_minutes, settings.save_ckpt_steps, settings.keep_ckpts
+        )
+        self.log = utils.RunLog(
+            settings.output_dir, settings.log_dir, position.epoch, position.epoch * self.steps + position.step
+        )
         self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
         self.control = utils.Control()
         self.told, self.due = False, False  # to stop, to save
@@ -163,8 +186,15 @@ class TrainingLoop:
         """Train to the end; returns the exit code: 0, or EXIT_REQUEUE if a signal stopped the run."""
         while self.position.epoch < self.stop_epoch and not self.told:
             started, epoch = time.time(), self.position.epoch
-            meter = StepMeter(self.log, self.stepper.device, epoch, self.stop_epoch, self.steps,
-                              self.settings.log_interval, self.position.meter)
+            meter = StepMeter(
+                self.log,
+                self.stepper.device,
+                epoch,
+                self.stop_epoch,
+                self.steps,
+                self.settings.log_interval,
+                self.position.meter,
+            )
             self.control.listen()
             self.train(meter)
             if self.settings.dry_run:
@@ -174,28 +204,38 @@ class TrainingLoop:
                 self.finish_epoch(meter, started)
         self.control.close()
         if self.told:
-            logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", self.position.epoch,
-                        self.position.step)
+            logger.info(
+                "told to stop: saved at epoch %d, step %d; the same command goes on",
+                self.position.epoch,
+                self.position.step,
+            )
         return utils.EXIT_REQUEUE if self.told else 0
 
     def train(self, meter: StepMeter) -> None:
         """The steps of an epoch, from the position on, to its end or until told to stop."""
         epoch, sampler, videos = meter.epoch, self.sampler, self.loader.dataset.videos
         sampler.set_position(epoch, self.position.step)
-        meter.constants |= self.stepper.schedule(epoch * self.steps + max(0, self.position.step - 1))  # if no step is left
+        meter.constants |= self.stepper.schedule(
+            epoch * self.steps + max(0, self.position.step - 1)
+        )  # if no step is left
 
         def after_step(done: int) -> bool:
             self.position.step = done
             self.told, self.due = self.control.agree(self.writer.due(epoch * self.steps + done))
-            if self.told or self.due and done < self.steps:
+            if self.told or (self.due and done < self.steps):
                 meter.flush(done - 1)
                 self.save(checkpoints.LATEST, epoch, done, meter.state())
             return self.told or self.settings.dry_run
 
         batches = self.bad.watch(epoch_batches(self.loader, videos), meter.constants)
         try:
-            self.train_epoch(batches, meter, self.position.step,
-                             lambda step, micro: (self.settings.seed, epoch, sampler.chunk_id(step, micro)), after_step)
+            self.train_epoch(
+                batches,
+                meter,
+                self.position.step,
+                lambda step, micro: (self.settings.seed, epoch, sampler.chunk_id(step, micro)),
+                after_step,
+            )
         except RuntimeError as error:  # torch tells of dead workers from a signal handler, wherever that strikes
             if "DataLoader worker" not in str(error):
                 raise
@@ -215,8 +255,17 @@ class TrainingLoop:
         self.position = Position(epoch + 1, meter=state)
         counts = utils.reduce_sum([self.bad.bad, self.bad.videos], self.stepper.device)
         self.stop_epoch = epoch + 1 if enough else self.stop_epoch
-        self.log.epoch({"epoch": epoch, **meter.averages(), **meter.constants, **shown, "bad_clips": counts[0],
-                        "steps": self.steps, "seconds": time.time() - started})
+        self.log.epoch(
+            {
+                "epoch": epoch,
+                **meter.averages(),
+                **meter.constants,
+                **shown,
+                "bad_clips": counts[0],
+                "steps": self.steps,
+                "seconds": time.time() - started,
+            }
+        )
         if (epoch + 1) % self.settings.save_ckpt_freq == 0 or epoch + 1 == self.stop_epoch:
             if self.save(f"checkpoint-{epoch}.pth", epoch, 0, state):
                 self.writer.tidy()
@@ -227,9 +276,17 @@ class TrainingLoop:
     def save(self, name: str, epoch: int, step: int, meter: dict) -> bool:
         """Write a checkpoint: `step` steps into `epoch`, or after it if 0. Whether it was written."""
         self.stepper.save_shards(self.settings.output_dir, name)
-        return self.writer.save(name, lambda: {
-            **self.weights(), **self.stepper.state(), "epoch": epoch, "step": step,
-            "samples_per_step": self.sampler.samples_per_step, "meter": meter})
+        return self.writer.save(
+            name,
+            lambda: {
+                **self.weights(),
+                **self.stepper.state(),
+                "epoch": epoch,
+                "step": step,
+                "samples_per_step": self.sampler.samples_per_step,
+                "meter": meter,
+            },
+        )
 
 
 def report_dry_run(meter: StepMeter, steps: int) -> None:
@@ -237,5 +294,9 @@ def report_dry_run(meter: StepMeter, steps: int) -> None:
     meter.flush(0)
     on_gpu = meter.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    logger.info("dry run: one step went well, nothing was written; peak memory %.1f GiB; %d steps at that speed are %s",
-                peak / 2**30, steps, datetime.timedelta(seconds=int(steps * meter.step_time)))
+    logger.info(
+        "dry run: one step went well, nothing was written; peak memory %.1f GiB; %d steps at that speed are %s",
+        peak / 2**30,
+        steps,
+        datetime.timedelta(seconds=int(steps * meter.step_time)),
+    )

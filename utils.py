@@ -18,10 +18,11 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,8 +67,11 @@ def run_main(function: Any, *args: Any) -> None:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        print(f"error: process {rank()} lost another one, whose own message says why ({str(error).splitlines()[0][-160:]})",
-              file=sys.stderr, flush=True)
+        print(
+            f"error: process {rank()} lost another one, whose own message says why ({str(error).splitlines()[0][-160:]})",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(1)
     finally:
         end_workers()
@@ -115,8 +119,12 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         if "MASTER_ADDR" not in env:
-            hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-                                   capture_output=True, text=True, check=True)
+            hosts = subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             env["MASTER_ADDR"] = hosts.stdout.split()[0]
     gpu = device.startswith("cuda") and torch.cuda.is_available()
     local = int(env.get("LOCAL_RANK", 0))
@@ -129,8 +137,7 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         store, index, world = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
         store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=index, world_size=world,
-                                timeout=timeout)
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=index, world_size=world, timeout=timeout)
     return torch.device("cuda", local) if gpu else torch.device("cpu")
 
 
@@ -195,8 +202,9 @@ def warn_once(message: str) -> None:
 
 def setup_logging() -> None:
     """Log to stdout, from the first process only."""
-    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
-                        stream=sys.stdout, force=True)
+    logging.basicConfig(
+        level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
+    )
     logger.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
 
 
@@ -253,8 +261,16 @@ class StepMeter:
         state: sums of an epoch's earlier part, from a checkpoint.
     """
 
-    def __init__(self, log: RunLog, device: torch.device, epoch: int, epochs: int, steps_per_epoch: int,
-                 interval: int = 10, state: dict | None = None):
+    def __init__(
+        self,
+        log: RunLog,
+        device: torch.device,
+        epoch: int,
+        epochs: int,
+        steps_per_epoch: int,
+        interval: int = 10,
+        state: dict | None = None,
+    ):
         self.log, self.device, self.interval = log, device, interval
         self.epoch, self.epochs, self.steps_per_epoch = epoch, epochs, steps_per_epoch
         self.sums, self.counts = defaultdict(float), defaultdict(float)
@@ -320,8 +336,10 @@ class StepMeter:
         self.log.scalars(self.epoch * self.steps_per_epoch + step, shown | timing)
         self._console(step, shown, timing)
         if longest >= MAX_NON_FINITE:
-            raise RunError(f"{longest} steps in a row had a non-finite loss or gradient; lower --lr, set "
-                           "--clip_grad or use --precision bf16; the last checkpoint is intact")
+            raise RunError(
+                f"{longest} steps in a row had a non-finite loss or gradient; lower --lr, set "
+                "--clip_grad or use --precision bf16; the last checkpoint is intact"
+            )
 
     def _report_bad(self, sources: list[str]) -> None:
         if world_size() > 1:
@@ -330,8 +348,9 @@ class StepMeter:
             sources = [source for part in parts for source in part]
         self.skipped += 1
         self.bad_in_a_row += 1
-        logger.warning("non-finite loss or gradient, step skipped (%d so far); its samples: %s",
-                       self.skipped, ", ".join(sources))
+        logger.warning(
+            "non-finite loss or gradient, step skipped (%d so far); its samples: %s", self.skipped, ", ".join(sources)
+        )
 
     def _console(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
         left = self.steps_per_epoch - step - 1 + (self.epochs - self.epoch - 1) * self.steps_per_epoch

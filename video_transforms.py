@@ -23,7 +23,9 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
 
-def multi_scale_box(rng: np.random.Generator, frame: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+def multi_scale_box(
+    rng: np.random.Generator, frame: tuple[int, int], size: tuple[int, int]
+) -> tuple[int, int, int, int]:
     """A crop box (x, y, width, height) for pretraining.
 
     Sides are drawn from CROP_SCALES times the short side, width and height at most one scale apart; a side within
@@ -51,7 +53,9 @@ def multi_scale_crop(rng: np.random.Generator, frames: np.ndarray, size: tuple[i
 
 
 def random_resized_box(
-    rng: np.random.Generator, frame: tuple[int, int], area: tuple[float, float] = (0.25, 1.0),
+    rng: np.random.Generator,
+    frame: tuple[int, int],
+    area: tuple[float, float] = (0.25, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
     """A crop box (x, y, width, height) for fine-tuning, of a random share of the area and a log-uniform aspect ratio.
@@ -92,8 +96,9 @@ class TrainAugmentation:
             try:
                 self.rand_augment = rand_augment_transform(auto_augment, options)
             except (AssertionError, ValueError, KeyError) as error:
-                raise ValueError(f"--aa {auto_augment}: not a RandAugment policy of timm, such as "
-                                 "rand-m7-n4-mstd0.5-inc1") from error
+                raise ValueError(
+                    f"--aa {auto_augment}: not a RandAugment policy of timm, such as rand-m7-n4-mstd0.5-inc1"
+                ) from error
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
         """uint8 ``[T, H, W, 3]`` → ``[T, size, size, 3]``."""

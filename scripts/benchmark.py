@@ -18,8 +18,9 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import cv2
 import decord
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import naive
+
 from data_loading import ChunkSampler, build_loader, epoch_batches
 from datasets import PretrainDataset, VideoList, ViewReader, collate, pretrain_indices, read_frames, sample_rng
 from engine_for_pretraining import masked_loss, normalize_clips, second_masks
@@ -123,7 +125,9 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     videos = range(min(len(data.videos), 8))
     for round_number, index in itertools.product(range(args.rounds + 1), videos):
         rng, path = sample_rng(0, round_number, index), data.videos.path(index)
-        choose = lambda total: pretrain_indices(sample_rng(0, round_number, index), total, args.num_frames, args.sampling_rate)
+        choose = lambda total: pretrain_indices(
+            sample_rng(0, round_number, index), total, args.num_frames, args.sampling_rate
+        )
         times = {}
         times["open"], reader = timed(lambda: decord.VideoReader(path, num_threads=1))
         wanted = np.unique(choose(len(reader)))
@@ -189,8 +193,10 @@ def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
 
     Each is timed in a process of its own, whose peak memory is then that of the step.
     """
-    cases = {precision + " compiled" * compiled: (precision, compiled, False)
-             for precision, compiled in itertools.product(args.precision, (False, True)[: 1 + args.compile])}
+    cases = {
+        precision + " compiled" * compiled: (precision, compiled, False)
+        for precision, compiled in itertools.product(args.precision, (False, True)[: 1 + args.compile])
+    }
     if not args.no_naive:
         cases["straightforward fp32"] = ("fp32", False, True)
     tables = {}
@@ -220,23 +226,33 @@ def time_step(args: argparse.Namespace, precision: str, compiled: bool, straight
         torch.cuda.reset_peak_memory_stats()
     clock.mean(step, 1, 1)
     whole = float(np.median([clock.mean(step, 1, 0) for _ in range(args.steps)]))
-    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-              else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ) / 2**30
     rounds = [{name: clock.mean(part, 1, 0) for name, part in parts.items()} for _ in range(args.steps)]
     table = {"whole": whole} | {name: float(np.median([times[name] for times in rounds])) for name in parts}
     table["TFLOP a step"] = flops.get_total_flops() / 1e12
     table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
     table["TFLOP/s of a large matrix product"] = matmul_peak(device, DTYPES[precision])
     table["% of that"] = 100 * table["TFLOP/s"] / table["TFLOP/s of a large matrix product"]
-    return table | {"clips a second, both masks counted": 1e3 * args.batch_size / whole,
-                    "peak GiB (of the GPU, or else of the process)": memory}
+    return table | {
+        "clips a second, both masks counted": 1e3 * args.batch_size / whole,
+        "peak GiB (of the GPU, or else of the process)": memory,
+    }
 
 
-def build_step(args: argparse.Namespace, device: torch.device, precision: str,
-               straightforward: bool) -> tuple[dict[str, Callable[[], None]], list[torch.nn.Module]]:
+def build_step(
+    args: argparse.Namespace, device: torch.device, precision: str, straightforward: bool
+) -> tuple[dict[str, Callable[[], None]], list[torch.nn.Module]]:
     """What a step does, in order: part → function. And its networks."""
     torch.manual_seed(0)
-    rng, grid, videos = np.random.default_rng(0), token_grid(args.num_frames, *[args.input_size] * 2), args.batch_size // 2
+    rng, grid, videos = (
+        np.random.default_rng(0),
+        token_grid(args.num_frames, *[args.input_size] * 2),
+        args.batch_size // 2,
+    )
     draw = MaskGenerator("tube", grid, 0.8)
     masks = second_masks(torch.from_numpy(np.stack([draw(rng) for _ in range(videos)])), (0,))
     hidden, masks = int(masks[0].sum()), masks.to(device)
@@ -257,8 +273,11 @@ def build_step(args: argparse.Namespace, device: torch.device, precision: str,
 
     def backward() -> None:
         with stepper.autocast():
-            made["loss"] = (naive.loss(student, made["clips"], made["targets"], masks) if straightforward
-                            else masked_loss(student(made["clips"], masks, hidden), made["targets"], masks)[0])
+            made["loss"] = (
+                naive.loss(student, made["clips"], made["targets"], masks)
+                if straightforward
+                else masked_loss(student(made["clips"], masks, hidden), made["targets"], masks)[0]
+            )
         stepper.backward(made["loss"])
 
     def update() -> None:
@@ -281,7 +300,9 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     def each_view(path: str) -> torch.Tensor:
         views = []
         for segment, crop in itertools.product(range(7), range(3)):
-            frames = short_side_resize(read_frames(path, lambda total: reader.frame_indices(total)[segment]), args.input_size)
+            frames = short_side_resize(
+                read_frames(path, lambda total: reader.frame_indices(total)[segment]), args.input_size
+            )
             views.append(torch.from_numpy(long_side_crop(frames, args.input_size, crop, 3)).permute(3, 0, 1, 2))
         return torch.stack(views)
 
@@ -303,8 +324,10 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
 def main() -> None:
     """Run a benchmark and print its tables."""
     args = get_args()
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.cuda.get_device_name() if args.device.startswith('cuda') else 'no GPU'}")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.cuda.get_device_name() if args.device.startswith('cuda') else 'no GPU'}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         tables = {"data": bench_data, "step": bench_step, "eval": bench_eval}[args.what](args, Path(folder))
     for title, numbers in tables.items():

@@ -20,8 +20,11 @@ import av
 import numpy as np
 from PIL import Image
 
-FAMILIES = {"bikes": ["bikes.mp4"], "bigbuckbunny": ["bigbuckbunny.mp4"],
-            "carphone": ["carphone_pristine.mp4", "carphone_distorted.mp4"]}  # the order gives the labels
+FAMILIES = {
+    "bikes": ["bikes.mp4"],
+    "bigbuckbunny": ["bigbuckbunny.mp4"],
+    "carphone": ["carphone_pristine.mp4", "carphone_distorted.mp4"],
+}  # the order gives the labels
 SPLITS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}  # part of each video's frames
 CLIP_FRAMES, FPS = 48, 25
 SHAPES = ("disc", "star", "flower", "polygon", "blob", "ring", "crescent", "peanut")
@@ -77,8 +80,9 @@ def cut_window(rng: np.random.Generator, frames: np.ndarray, size: int) -> tuple
 
 def make_clips(output: Path, num_clips: int, size: int, rng: np.random.Generator) -> None:
     """Cut the clips of every split and write the lists. `num_clips` is for train; val and test have a third each."""
-    videos = {family: [read_video(video_folder() / name, 2 * size) for name in names]
-              for family, names in FAMILIES.items()}
+    videos = {
+        family: [read_video(video_folder() / name, 2 * size) for name in names] for family, names in FAMILIES.items()
+    }
     for folder in ("videos", "pretrain", "labelled"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     for split, (begin, end) in SPLITS.items():
@@ -116,8 +120,12 @@ def outline(rng: np.random.Generator, shape: str, angle: np.ndarray) -> np.ndarr
 def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Two colours mixed by stripes, checks, dots or waves, shaded from one side. Returns float ``[h, w, 3]`` in 0..1."""
     u, v = rng.uniform(6, 18, 2)
-    patterns = (np.sin(u * x), np.sign(np.sin(u * x) * np.sin(u * y)), np.sin(u * x) * np.sin(u * y),
-                np.sin(u * x + 2 * np.sin(v * y)))
+    patterns = (
+        np.sin(u * x),
+        np.sign(np.sin(u * x) * np.sin(u * y)),
+        np.sin(u * x) * np.sin(u * y),
+        np.sin(u * x + 2 * np.sin(v * y)),
+    )
     mix = 0.5 + 0.5 * patterns[rng.integers(len(patterns))]
     first, second = rng.uniform(0, 1, (2, 3))
     colour = first + (second - first) * mix[..., None]
@@ -155,7 +163,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder to write to")
-    parser.add_argument("--clips", type=int, default=36, help="train clips; val and test have a third each (default 36)")
+    parser.add_argument(
+        "--clips", type=int, default=36, help="train clips; val and test have a third each (default 36)"
+    )
     parser.add_argument("--objects", type=int, default=40, help="object images (default 40)")
     parser.add_argument("--size", type=int, default=144, help="short side of the clips, pixels (default 144)")
     parser.add_argument("--seed", type=int, default=0)

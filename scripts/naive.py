@@ -40,13 +40,16 @@ def forward(model: PretrainVisionTransformer, x: torch.Tensor, mask: torch.Tenso
     visible = model.encoder_to_decoder(model.encoder.norm(run_blocks(model.encoder.blocks, visible)))
     D = visible.shape[-1]
     positions = sinusoid_positions(N, D, x.device).expand(B, -1, -1)
-    full = torch.cat([visible + positions[~mask].reshape(B, -1, D),
-                      model.mask_token + positions[mask].reshape(B, -1, D)], dim=1)
+    full = torch.cat(
+        [visible + positions[~mask].reshape(B, -1, D), model.mask_token + positions[mask].reshape(B, -1, D)], dim=1
+    )
     full = model.decoder.norm(run_blocks(model.decoder.blocks, full))
     return model.decoder.head(full)[:, visible.shape[1] :]
 
 
-def loss(model: PretrainVisionTransformer, clips: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def loss(
+    model: PretrainVisionTransformer, clips: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor
+) -> torch.Tensor:
     """Mean squared error over R masks a clip, masks ``[R·B, N]``, targets ``[B, N, D]``."""
     total = 0.0
     parts = masks.split(len(clips))

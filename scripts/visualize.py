@@ -17,18 +17,18 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import load_strictly, read_checkpoint  # noqa: E402
-from datasets import PretrainDataset, pretrain_indices, read_frames, sample_rng  # noqa: E402
-from engine_for_pretraining import normalize_clips  # noqa: E402
-from modeling_finetune import TUBELET_SIZE, token_grid  # noqa: E402
-from modeling_pretrain import MODELS  # noqa: E402
-from modeling_teacher import channel_stats  # noqa: E402
-from run_smile_pretraining import build_dataset, build_teacher  # noqa: E402
-from utils import RunError, run_main, setup_logging, user_errors  # noqa: E402
-from video_transforms import multi_scale_crop  # noqa: E402
+from checkpoints import load_strictly, read_checkpoint
+from datasets import PretrainDataset, pretrain_indices, read_frames, sample_rng
+from engine_for_pretraining import normalize_clips
+from modeling_finetune import TUBELET_SIZE, token_grid
+from modeling_pretrain import MODELS
+from modeling_teacher import channel_stats
+from run_smile_pretraining import build_dataset, build_teacher
+from utils import RunError, run_main, setup_logging, user_errors
+from video_transforms import multi_scale_crop
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 Row = tuple[str, np.ndarray]  # label, one image for each time step [t, h, w(, 3)]
 MOVABLE = ("data_path", "data_root", "objects_path", "clip_weights", "dino_weights")  # arguments that may be replaced
@@ -44,8 +44,9 @@ def draw_sample(
         natural clip and clip with overlay, uint8 ``[T, H, W, 3]``; boxes ``[K, T, 4]`` or None; mask bool ``[N]``.
     """
     rng = sample_rng(seed, 0, index)
-    frames = read_frames(dataset.videos.path(index),
-                         lambda total: pretrain_indices(rng, total, dataset.num_frames, dataset.stride))
+    frames = read_frames(
+        dataset.videos.path(index), lambda total: pretrain_indices(rng, total, dataset.num_frames, dataset.stride)
+    )
     clip = multi_scale_crop(rng, frames, dataset.size)
     natural = clip.copy()
     boxes = dataset.overlay(rng, clip) if dataset.overlay else None

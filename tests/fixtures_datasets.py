@@ -21,8 +21,9 @@ def make_dataset(list_path, objects=None, **options):
     overlay, mask = None, "tube"
     if objects:
         overlay, mask = ObjectOverlay((SIDE, SIDE), ObjectLibrary(str(objects), find_objects(str(objects)))), "tubelet"
-    return PretrainDataset(VideoList(list_path), MaskGenerator(mask, GRID, 0.75), overlay, (SIDE, SIDE), FRAMES, 2,
-                           **options)
+    return PretrainDataset(
+        VideoList(list_path), MaskGenerator(mask, GRID, 0.75), overlay, (SIDE, SIDE), FRAMES, 2, **options
+    )
 
 
 @pytest.fixture

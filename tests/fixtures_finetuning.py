@@ -19,11 +19,41 @@ from fixtures_video import free_port, source_frames, write_mp4
 pytest_plugins = "fixtures_video"
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "run_class_finetuning.py"
-TINY = ["--model", "vit_tiny_patch16_224", "--input_size", "32", "--num_frames", "4", "--sampling_rate", "2",
-        "--num_workers", "0", "--log_interval", "1"]
+TINY = [
+    "--model",
+    "vit_tiny_patch16_224",
+    "--input_size",
+    "32",
+    "--num_frames",
+    "4",
+    "--sampling_rate",
+    "2",
+    "--num_workers",
+    "0",
+    "--log_interval",
+    "1",
+]
 PLAIN = ["--aa", "", "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--smoothing", "0", "--drop_path", "0"]
-TRAIN = [*TINY, *PLAIN, "--batch_size", "3", "--num_sample", "4", "--lr", "0.02", "--layer_decay", "1",
-         "--init_scale", "1", "--warmup_epochs", "1", "--test_num_segment", "2", "--test_num_crop", "3"]
+TRAIN = [
+    *TINY,
+    *PLAIN,
+    "--batch_size",
+    "3",
+    "--num_sample",
+    "4",
+    "--lr",
+    "0.02",
+    "--layer_decay",
+    "1",
+    "--init_scale",
+    "1",
+    "--warmup_epochs",
+    "1",
+    "--test_num_segment",
+    "2",
+    "--test_num_crop",
+    "3",
+]
 CUSTOM = ["--data_set", "custom", "--nb_classes", "3"]
 EPOCHS = 20
 METRICS = ("acc1", "class_acc1", "acc5", "class_acc5", "videos", "views", "unreadable")
@@ -57,14 +87,16 @@ def server():
 @pytest.fixture
 def run(server, tmp_path):
     """Run the program to its end, in one or more processes: code, and the first one's stdout and stderr."""
+
     def run(*argv, processes=1, start_only=False):
         env = [{}]
         if processes > 1:
             shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             env = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         outputs = [tmp_path / f"rank{rank}" for rank in range(processes)]
-        started = [server.Process(target=program, args=([str(a) for a in argv], output, e))
-                   for output, e in zip(outputs, env)]
+        started = [
+            server.Process(target=program, args=([str(a) for a in argv], output, e)) for output, e in zip(outputs, env)
+        ]
         for process in started:
             process.start()
         if start_only:
@@ -76,6 +108,7 @@ def run(server, tmp_path):
         texts = [output.with_suffix(suffix).read_text() for output in outputs for suffix in (".out", ".err")]
         codes = [process.exitcode for process in started]
         return SimpleNamespace(code=max(codes, key=abs), out=texts[0], err=texts[1], codes=codes, all="".join(texts))
+
     return run
 
 

@@ -22,11 +22,47 @@ pytest_plugins = "fixtures_video"
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "run_smile_pretraining.py"
 STEPS, EPOCHS = 12, 2
-TINY = ["--model", "pretrain_videomae_tiny_patch16_224", "--decoder_depth", "1", "--target_type", "pixel",
-        "--num_frames", "4", "--sampling_rate", "2", "--input_size", "48", "--mask_ratio", "0.7", "--drop_path", "0.2",
-        "--num_workers", "1", "--log_interval", "1", "--save_ckpt_freq", "1", "--max_bad_fraction", "0.5"]
-TRAIN = ["--multiple_sampling", "--batch_size", "4", "--epochs", "3", "--stop_epoch", str(EPOCHS), "--warmup_epochs",
-         "1", "--lr", "0.05", "--weight_decay_end", "0.1"]
+TINY = [
+    "--model",
+    "pretrain_videomae_tiny_patch16_224",
+    "--decoder_depth",
+    "1",
+    "--target_type",
+    "pixel",
+    "--num_frames",
+    "4",
+    "--sampling_rate",
+    "2",
+    "--input_size",
+    "48",
+    "--mask_ratio",
+    "0.7",
+    "--drop_path",
+    "0.2",
+    "--num_workers",
+    "1",
+    "--log_interval",
+    "1",
+    "--save_ckpt_freq",
+    "1",
+    "--max_bad_fraction",
+    "0.5",
+]
+TRAIN = [
+    "--multiple_sampling",
+    "--batch_size",
+    "4",
+    "--epochs",
+    "3",
+    "--stop_epoch",
+    str(EPOCHS),
+    "--warmup_epochs",
+    "1",
+    "--lr",
+    "0.05",
+    "--weight_decay_end",
+    "0.1",
+]
 
 
 # Running the program --------------------------------------------------------------------------------------------
@@ -102,16 +138,25 @@ def data_args(clips, broken, objects_folder, tmp_path_factory):
     videos = [*list(clips.values()) * 9, broken["text"]][-50:]
     path = write_list(tmp_path_factory.mktemp("lists") / "train list.csv", videos)
     assert len(videos) // 4 == STEPS
-    return ["--data_path", path, "--add_tubelets", "--use_objects", "--objects_path", objects_folder,
-            "--mask_type", "tubelet"]
+    return [
+        "--data_path",
+        path,
+        "--add_tubelets",
+        "--use_objects",
+        "--objects_path",
+        objects_folder,
+        "--mask_type",
+        "tubelet",
+    ]
 
 
 @pytest.fixture(scope="session")
 def reference(start, data_args, tmp_path_factory):
     """A run of stage 1 that nothing disturbed."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    result = start(*TINY, *TRAIN, *data_args, "--update_freq", 2, "--output_dir", folder,
-                   "--log_dir", folder / "tb").end()
+    result = start(
+        *TINY, *TRAIN, *data_args, "--update_freq", 2, "--output_dir", folder, "--log_dir", folder / "tb"
+    ).end()
     assert result.code == 0, result.err
     return SimpleNamespace(folder=folder, out=result.out)
 

@@ -22,9 +22,14 @@ from PIL import Image
 from utils import end_workers
 
 # name: (video, first frame, frames, width, height)
-CLIPS = {"bikes.mp4": ("bikes", 0, 40, 176, 128), "bunny.mp4": ("bigbuckbunny", 60, 36, 160, 128),
-         "with two spaces.mp4": ("carphone_pristine", 0, 48, 160, 128), "upright.mp4": ("bikes", 100, 32, 112, 144),
-         "small.mp4": ("carphone_distorted", 40, 24, 80, 64), "short.mp4": ("carphone_pristine", 70, 5, 128, 128)}
+CLIPS = {
+    "bikes.mp4": ("bikes", 0, 40, 176, 128),
+    "bunny.mp4": ("bigbuckbunny", 60, 36, 160, 128),
+    "with two spaces.mp4": ("carphone_pristine", 0, 48, 160, 128),
+    "upright.mp4": ("bikes", 100, 32, 112, 144),
+    "small.mp4": ("carphone_distorted", 40, 24, 80, 64),
+    "short.mp4": ("carphone_pristine", 70, 5, 128, 128),
+}
 
 
 def source_frames(name, first, count, size):

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import naive  # noqa: E402
+
 from engine_for_pretraining import masked_loss, second_masks  # noqa: E402
 from masking_generator import tube_mask  # noqa: E402
 from modeling_finetune import Size  # noqa: E402
@@ -79,14 +80,27 @@ def test_bf16_step_is_within_a_hundredth(problem):
     loss, gradients = run(problem, fast=True, precision=torch.bfloat16)
     plain_loss, plain_gradients = run(problem, fast=False)
     assert abs(loss - plain_loss) / plain_loss < 1e-2
-    whole, plain = (torch.cat([gradients[name].flatten() for name in sorted(gradients)])
-                    for gradients in (gradients, plain_gradients))
+    whole, plain = (
+        torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+        for gradients in (gradients, plain_gradients)
+    )
     assert torch.cosine_similarity(whole, plain, dim=0) > 0.999
 
 
 def test_benchmark_of_the_data_writes_its_numbers(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "data", "--rounds", "1", "--workers", "0",
-               "--input_size", "64", "--json", str(tmp_path / "numbers.json")]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "benchmark.py"),
+        "data",
+        "--rounds",
+        "1",
+        "--workers",
+        "0",
+        "--input_size",
+        "64",
+        "--json",
+        str(tmp_path / "numbers.json"),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     parts = json.loads((tmp_path / "numbers.json").read_text())["tables"]["milliseconds a clip"]
     assert parts["megabytes a clip"] == pytest.approx((16 * 64 * 64 * 3 + 8 * 4 * 4) / 1e6)

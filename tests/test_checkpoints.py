@@ -14,8 +14,16 @@ import torch
 from fixtures_video import in_child
 from safetensors.torch import save_file
 
-from checkpoints import (LATEST, CheckpointWriter, find_resume, load_strictly, model_weights, numbered_checkpoints,
-                         read_checkpoint, write_atomically)
+from checkpoints import (
+    LATEST,
+    CheckpointWriter,
+    find_resume,
+    load_strictly,
+    model_weights,
+    numbered_checkpoints,
+    read_checkpoint,
+    write_atomically,
+)
 from utils import RunError
 
 
@@ -105,8 +113,13 @@ def test_a_flipped_bit_is_noticed(tmp_path):
 def test_other_files_are_refused_in_one_line(tmp_path):
     whole = tmp_path / "whole.pth"
     torch.save({"model": tiny(64).state_dict()}, whole)
-    bad = {"cut.pth": whole.read_bytes()[:-900], "empty.pth": b"", "text.pth": b"hello\nworld\n" * 30,
-           "x.safetensors": b"\xff" * 40, "zeros.pth": bytes(3000)}
+    bad = {
+        "cut.pth": whole.read_bytes()[:-900],
+        "empty.pth": b"",
+        "text.pth": b"hello\nworld\n" * 30,
+        "x.safetensors": b"\xff" * 40,
+        "zeros.pth": bytes(3000),
+    }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
     torch.save([1, 2], tmp_path / "list.pth")
@@ -141,11 +154,20 @@ def test_load_strictly_loads_all(tmp_path, caplog):
     assert f"loaded 4 tensors from {tmp_path / 'x.pth'}" in caplog.text
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.update({"0.weight": torch.zeros(5, 3)}), r"0.weight is \[5, 3\] there, \[4, 3\] here \(and 0 more\)"),
-    (lambda w: w.pop("1.bias"), r"1.bias is missing there \(and 0 more\)"),
-    (lambda w: w.update({"head.bias": torch.zeros(2), "x": torch.zeros(1)}), r"head.bias is unknown here \(and 1 m.*"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda w: w.update({"0.weight": torch.zeros(5, 3)}),
+            r"0.weight is \[5, 3\] there, \[4, 3\] here \(and 0 more\)",
+        ),
+        (lambda w: w.pop("1.bias"), r"1.bias is missing there \(and 0 more\)"),
+        (
+            lambda w: w.update({"head.bias": torch.zeros(2), "x": torch.zeros(1)}),
+            r"head.bias is unknown here \(and 1 m.*",
+        ),
+    ],
+)
 def test_load_strictly_says_what_does_not_fit_and_changes_nothing(tmp_path, change, message):
     model, weights = tiny(), dict(tiny().state_dict())
     before = [value.clone() for value in model.state_dict().values()]
@@ -245,7 +267,11 @@ def test_tidy_keeps_the_latest_numbered_ones(tmp_path):
     assert sorted(numbered_checkpoints(tmp_path)) == [2, 9, 10, 100] and not (tmp_path / LATEST).exists()
     CheckpointWriter(str(tmp_path), keep=2).tidy()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-10.pth", "checkpoint-100.pth", "checkpoint-best.pth", "log.txt"]
+        "checkpoint-10.pth",
+        "checkpoint-100.pth",
+        "checkpoint-best.pth",
+        "log.txt",
+    ]
 
 
 # Where to go on -------------------------------------------------------------------------------------------------

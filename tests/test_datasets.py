@@ -32,8 +32,9 @@ def test_data_root_is_put_before_relative_paths_only(tmp_path):
     assert [videos.path(i) for i in range(2)] == ["/abs/x.mp4", "/videos dir/rel/y z.mp4"]
 
 
-@pytest.mark.parametrize("line", ["c.mp4", "c.mp4,1", "c.mp4 one", "c.mp4 1.5", "7", "c.mp4 --1", "c.mp4\t1",
-                                  "c.mp4 -", "c.mp4 \xb2"])
+@pytest.mark.parametrize(
+    "line", ["c.mp4", "c.mp4,1", "c.mp4 one", "c.mp4 1.5", "7", "c.mp4 --1", "c.mp4\t1", "c.mp4 -", "c.mp4 \xb2"]
+)
 def test_a_line_without_a_label_is_named_by_its_number(tmp_path, line):
     (tmp_path / "list.csv").write_text(f"a.mp4 0\n\n{line}\nb.mp4 1\n")
     with pytest.raises(ValueError, match="list.csv, line 3: "):
@@ -142,8 +143,7 @@ def test_short_clips_start_at_0_and_repeat_the_last_reachable_frame(total):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(a, b) for key in one for a, b in zip(one[key], other[key]))
+    return one.keys() == other.keys() and all(torch.equal(a, b) for key in one for a, b in zip(one[key], other[key]))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -153,8 +153,10 @@ def test_samples_do_not_depend_on_workers_or_processes(mixed_list, objects_folde
     assert len(alone) == 12 and not same(alone, load_epoch(dataset, 6))
     for num_workers in (1, 3):
         assert same(alone, load_epoch(make_dataset(mixed_list, objects_folder, seed=3), 5, num_workers))
-    halves = [load_epoch(make_dataset(mixed_list, objects_folder, seed=3), 5, workers, rank=rank, world=2)
-              for rank, workers in enumerate((0, 3))]
+    halves = [
+        load_epoch(make_dataset(mixed_list, objects_folder, seed=3), 5, workers, rank=rank, world=2)
+        for rank, workers in enumerate((0, 3))
+    ]
     assert not halves[0].keys() & halves[1].keys() and same(alone, halves[0] | halves[1])
 
 

@@ -15,8 +15,17 @@ from torchvision.transforms.functional import resize
 
 import datasets
 from data_loading import ChunkSampler, build_loader, epoch_batches
-from datasets import (DATA_SETS, EvalDataset, FinetuneDataset, VideoError, VideoList, ViewReader, dense_indices,
-                      few_shot, segment_indices)
+from datasets import (
+    DATA_SETS,
+    EvalDataset,
+    FinetuneDataset,
+    VideoError,
+    VideoList,
+    ViewReader,
+    dense_indices,
+    few_shot,
+    segment_indices,
+)
 from datasets import test_view_indices as view_indices
 from video_transforms import TrainAugmentation
 
@@ -46,7 +55,7 @@ def test_dense_training_frames(frames, stride):
             indices = dense_indices(np.random.default_rng(seed), total, frames, stride).tolist()
             start = indices[0] if total > window else None
             assert indices == dense_by_hand(total, frames, stride, start)
-            assert len(indices) == frames and 0 <= min(indices) and max(indices) < total and indices == sorted(indices)
+            assert len(indices) == frames and min(indices) >= 0 and max(indices) < total and indices == sorted(indices)
             starts.add(start)
         assert total <= window + 20 or len(starts) > 1
         centre = dense_indices(None, total, frames, stride).tolist()
@@ -56,7 +65,7 @@ def test_dense_training_frames(frames, stride):
 def test_dense_windows_start_uniformly():
     rng = np.random.default_rng(0)
     starts = Counter(int(dense_indices(rng, 74, 16, 4)[0]) for _ in range(2000))
-    assert set(starts) == set(range(10)) and 140 < min(starts.values()) and max(starts.values()) < 260
+    assert set(starts) == set(range(10)) and min(starts.values()) > 140 and max(starts.values()) < 260
 
 
 @pytest.mark.parametrize("frames", [16, 8, 1])
@@ -163,15 +172,27 @@ NAMES = ["long", "bikes.mp4", "upright.mp4", "small.mp4", "short.mp4"]  # the la
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("sampling, segments, crops, stride", [
-    ("dense", 7, 3, 4), ("dense", 7, 3, 1), ("segments", 2, 3, 2), ("dense", 1, 1, 2), ("segments", 1, 3, 2),
-    ("dense", 0, 1, 2), ("segments", 0, 1, 2)])
+@pytest.mark.parametrize(
+    "sampling, segments, crops, stride",
+    [
+        ("dense", 7, 3, 4),
+        ("dense", 7, 3, 1),
+        ("segments", 2, 3, 2),
+        ("dense", 1, 1, 2),
+        ("segments", 1, 3, 2),
+        ("dense", 0, 1, 2),
+        ("segments", 0, 1, 2),
+    ],
+)
 def test_views_equal_a_separate_decoding_of_each(clips, long_clip, name, sampling, segments, crops, stride):
     path = long_clip if name == "long" else clips[name]
     total = len(decode_all(path))
     if segments == 0:  # validation
-        wanted = [dense_by_hand(total, 16, stride, (total - 16 * stride) // 2) if sampling == "dense" else
-                  segment_indices(None, total, 16).tolist()]
+        wanted = [
+            dense_by_hand(total, 16, stride, (total - 16 * stride) // 2)
+            if sampling == "dense"
+            else segment_indices(None, total, 16).tolist()
+        ]
     elif sampling == "dense":
         wanted = dense_views_by_hand(total, 16, stride, segments)
     else:
@@ -329,7 +350,8 @@ def test_missing_files_are_told_by_list_line_path_and_remedy(clips, tmp_path):
         videos.check_files(0.1)
     assert str(error.value) == (
         f"{tmp_path}/some.csv, line 5: no such file: /videos/gone 3.mp4 (2 of 10 looked for are missing, more than "
-        "--max_bad_fraction 0.1); relative paths start from --data_root")
+        "--max_bad_fraction 0.1); relative paths start from --data_root"
+    )
     videos.check_files(0.2)
     videos.subset(np.array([0, 1, 2])).check_files(0)
     with pytest.raises(ValueError, match="line 9: no such file: /videos/gone 7.mp4 .1 of 2"):
@@ -385,15 +407,22 @@ def test_the_subset_is_fixed_by_the_seed(uneven, tmp_path):
     few_shot(uneven, 7, per_class=4).write(str(tmp_path / "subset.csv"))
     assert content(VideoList(str(tmp_path / "subset.csv"), 3)) == one
     drawn = Counter(path for seed in range(400) for path, _ in content(few_shot(uneven, seed, total=20)))
-    assert len(drawn) == 78 and 60 < min(drawn.values()) and max(drawn.values()) < 150
+    assert len(drawn) == 78 and min(drawn.values()) > 60 and max(drawn.values()) < 150
 
 
 def test_the_table_of_data_sets():
     """the recipe; the test views of UCF101, HMDB51 and custom sets are VideoMAE's."""
     dense, segments = ("dense", True), ("segments", False)
-    expected = {"Kinetics-400": (400, *dense, 7, 3, "train.csv"), "Mini-Kinetics": (200, *dense, 7, 3, "train.csv"),
-                "SSV2": (174, *segments, 2, 3, "train.csv"), "SSV2-Mini": (174, *segments, 2, 3, "train_mini.csv"),
-                "UCF101": (101, *dense, 5, 3, "train.csv"), "HMDB51": (51, *dense, 5, 3, "train.csv"),
-                "custom": (None, *dense, 5, 3, "train.csv")}
-    assert {name: (s.num_classes, s.sampling, s.flip, s.test_segments, s.test_crops, s.train_list)
-            for name, s in DATA_SETS.items()} == expected
+    expected = {
+        "Kinetics-400": (400, *dense, 7, 3, "train.csv"),
+        "Mini-Kinetics": (200, *dense, 7, 3, "train.csv"),
+        "SSV2": (174, *segments, 2, 3, "train.csv"),
+        "SSV2-Mini": (174, *segments, 2, 3, "train_mini.csv"),
+        "UCF101": (101, *dense, 5, 3, "train.csv"),
+        "HMDB51": (51, *dense, 5, 3, "train.csv"),
+        "custom": (None, *dense, 5, 3, "train.csv"),
+    }
+    assert {
+        name: (s.num_classes, s.sampling, s.flip, s.test_segments, s.test_crops, s.train_list)
+        for name, s in DATA_SETS.items()
+    } == expected

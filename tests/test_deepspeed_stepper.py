@@ -27,7 +27,7 @@ from checkpoints import load_encoder, read_checkpoint
 from deepspeed_stepper import FOLDER, DeepSpeedStepper, remove_unused, with_deepspeed
 from modeling_finetune import MODELS
 from optim_factory import Stepper, build_optimizer, parameter_groups
-from utils import EXIT_REQUEUE, RunError
+from utils import EXIT_REQUEUE
 
 pytest_plugins = "fixtures_video"
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
@@ -64,6 +64,7 @@ def signalled(count, number, function):
         if len(calls) == count:
             os.kill(os.getpid(), number)
         return function(*args)
+
     return wrapped
 
 
@@ -88,11 +89,50 @@ def run(server, clips, tmp_path_factory):
     for name, count in (("train", 10), ("val", 2), ("test", 3)):
         lines = [f"{video} {number % 3}\n" for number, video in enumerate(videos[:count])]
         (root / f"{name}.csv").write_text("".join(lines))
-    options = ["--data_set", "custom", "--nb_classes", "3", "--data_path", str(root), "--model", "vit_tiny_patch16_224",
-               "--input_size", "32", "--num_frames", "4", "--sampling_rate", "2", "--num_workers", "0", "--aa", "",
-               "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--batch_size", "1", "--epochs", "1", "--lr", "0.1",
-               "--warmup_epochs", "0", "--init_scale", "1", "--clip_grad", "1", "--log_interval", "1",
-               "--test_num_segment", "1", "--test_num_crop", "1"]
+    options = [
+        "--data_set",
+        "custom",
+        "--nb_classes",
+        "3",
+        "--data_path",
+        str(root),
+        "--model",
+        "vit_tiny_patch16_224",
+        "--input_size",
+        "32",
+        "--num_frames",
+        "4",
+        "--sampling_rate",
+        "2",
+        "--num_workers",
+        "0",
+        "--aa",
+        "",
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+        "--reprob",
+        "0",
+        "--batch_size",
+        "1",
+        "--epochs",
+        "1",
+        "--lr",
+        "0.1",
+        "--warmup_epochs",
+        "0",
+        "--init_scale",
+        "1",
+        "--clip_grad",
+        "1",
+        "--log_interval",
+        "1",
+        "--test_num_segment",
+        "1",
+        "--test_num_crop",
+        "1",
+    ]
 
     def run(name, *argv, processes=1, event="", code=0, torchrun=False):
         folder, output = root / name, root / f"{name}.out"
@@ -100,11 +140,19 @@ def run(server, clips, tmp_path_factory):
         shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         if torchrun:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            codes = [subprocess.run([*launcher, str(ROOT / NAME), *argv], stdout=open(output, "a"),
-                                    stderr=subprocess.STDOUT, timeout=150).returncode]
+            codes = [
+                subprocess.run(
+                    [*launcher, str(ROOT / NAME), *argv],
+                    stdout=open(output, "a"),
+                    stderr=subprocess.STDOUT,
+                    timeout=150,
+                ).returncode
+            ]
         else:
-            started = [server.Process(target=program, args=(argv, output, env, event)) for env in (
-                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))]
+            started = [
+                server.Process(target=program, args=(argv, output, env, event))
+                for env in ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
+            ]
             for process in started:
                 process.start()
             for process in started:
@@ -113,6 +161,7 @@ def run(server, clips, tmp_path_factory):
             codes = [process.exitcode for process in started]
         assert set(codes) == {code}, output.read_text()[-3000:]
         return folder
+
     return run
 
 
@@ -238,6 +287,7 @@ def stepper_of(stage, precision="fp32", opt="adamw", output_dir="", fp16_on_cpu=
     torch.set_num_threads(1)
     if fp16_on_cpu:  # DeepSpeed refuses it there for its slowness
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
         CPU_Accelerator.is_fp16_supported = lambda self: True
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))

@@ -138,8 +138,16 @@ def evaluator(clips, broken, tmp_path):
     names = [*list(clips.values())[:3], broken["text"], *list(clips.values())[3:5]]
     lists = {name: VideoList(write_list(tmp_path / name, names, 2), 4) for name in ("val.csv", "test.csv")}
     reader = {"sampling": "dense", "size": 32, "num_frames": 4, "stride": 2}
-    return Evaluator(torch.device("cpu"), "fp32", 4, lists.get, ViewReader(segments=0, crops=1, **reader),
-                     ViewReader(segments=2, crops=3, **reader), output_dir=str(tmp_path), classes=list("abcd"))
+    return Evaluator(
+        torch.device("cpu"),
+        "fp32",
+        4,
+        lists.get,
+        ViewReader(segments=0, crops=1, **reader),
+        ViewReader(segments=2, crops=3, **reader),
+        output_dir=str(tmp_path),
+        classes=list("abcd"),
+    )
 
 
 @pytest.fixture

@@ -96,8 +96,9 @@ def meter_of(steps):
     return StepMeter(RunLog("", ""), CPU, 0, 1, steps, interval=1)
 
 
-def train(stepper, teacher, batches, steps, multiple_sampling=False, first_step=0, norm=NORM, stop_after=None,
-          key=None):
+def train(
+    stepper, teacher, batches, steps, multiple_sampling=False, first_step=0, norm=NORM, stop_after=None, key=None
+):
     """Run train_one_epoch; its meter, and the numbers of steps it told of."""
     meter, told = meter_of(steps), []
 
@@ -105,9 +106,18 @@ def train(stepper, teacher, batches, steps, multiple_sampling=False, first_step=
         told.append(done)
         return done == stop_after
 
-    train_one_epoch(stepper.model, teacher, iter(batches), stepper, meter, norm, first_step,
-                    key or (lambda step, micro_batch: (0, 0, step * stepper.update_freq + micro_batch)),
-                    multiple_sampling, after_step)
+    train_one_epoch(
+        stepper.model,
+        teacher,
+        iter(batches),
+        stepper,
+        meter,
+        norm,
+        first_step,
+        key or (lambda step, micro_batch: (0, 0, step * stepper.update_freq + micro_batch)),
+        multiple_sampling,
+        after_step,
+    )
     return meter, told
 
 
@@ -204,8 +214,18 @@ def test_schedules_see_the_step_of_the_run(dataset):
     stepper = stepper_of(student_of(teacher), update_freq=2)
     stepper.lr = lambda step: seen.append(step) or 1e-3
     meter = StepMeter(RunLog("", ""), CPU, epoch=3, epochs=5, steps_per_epoch=2, interval=1)
-    train_one_epoch(stepper.model, teacher, iter(batches_of(dataset, 2, 4)), stepper, meter, NORM, 0,
-                    lambda step, micro_batch: (0, 3, step, micro_batch), True, lambda done: False)
+    train_one_epoch(
+        stepper.model,
+        teacher,
+        iter(batches_of(dataset, 2, 4)),
+        stepper,
+        meter,
+        NORM,
+        0,
+        lambda step, micro_batch: (0, 3, step, micro_batch),
+        True,
+        lambda done: False,
+    )
     assert seen == [6, 7]
 
 

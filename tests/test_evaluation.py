@@ -21,8 +21,10 @@ def accuracy_by_hand(scores, labels):
     """By sorting, one video and one class at a time; of equal scores the first class counts as higher."""
     found = {}
     for k in (1, 5):
-        right = [not np.isnan(row).any() and label in sorted(range(len(row)), key=lambda c: -row[c])[:k]
-                 for row, label in zip(scores, labels)]
+        right = [
+            not np.isnan(row).any() and label in sorted(range(len(row)), key=lambda c: -row[c])[:k]
+            for row, label in zip(scores, labels)
+        ]
         classes = [[r for r, label in zip(right, labels) if label == c] for c in sorted(set(labels))]
         found[f"acc{k}"] = 100 * sum(right) / len(right)
         found[f"class_acc{k}"] = 100 * sum(sum(part) / len(part) for part in classes) / len(classes)
@@ -58,8 +60,12 @@ def test_accuracy_of_a_few_videos():
 
 def test_the_mean_over_classes_leaves_out_classes_without_videos():
     scores = np.eye(6)[[0, 0, 5]] + np.linspace(0, 0.1, 6)
-    assert accuracy(scores, np.array([0, 5, 5])) == {"acc1": pytest.approx(200 / 3), "class_acc1": 75, "acc5": 100,
-                                                    "class_acc5": 100}
+    assert accuracy(scores, np.array([0, 5, 5])) == {
+        "acc1": pytest.approx(200 / 3),
+        "class_acc1": 75,
+        "acc5": 100,
+        "class_acc5": 100,
+    }
 
 
 def test_a_model_that_says_the_same_of_all_classes_is_not_right():
@@ -114,8 +120,10 @@ def judged(tmp_path):
     labels = [0, 1, 2, 6, 4, 5, 0, 1, 2, 6, 4, 0]
     views = rng.random((12, 6, 7)).astype(np.float32) + 0.4 * np.eye(7, dtype=np.float32)[labels][:, None]
     views /= views.sum(axis=2, keepdims=True)
-    scores = [VideoScore(i, views[i]) if i not in (3, 7) else VideoScore(i, np.empty(0, np.float32), "moov atom")
-              for i in rng.permutation(12).tolist()]
+    scores = [
+        VideoScore(i, views[i]) if i not in (3, 7) else VideoScore(i, np.empty(0, np.float32), "moov atom")
+        for i in rng.permutation(12).tolist()
+    ]
     mean = views.astype(np.float64).mean(axis=1)
     mean[[3, 7]] = np.nan
     return scores, make_list(tmp_path, labels), labels, views, mean
@@ -193,8 +201,10 @@ def test_processes_together_find_what_one_finds(judged, tmp_path, world):
     alone = judge(scores, videos, 7)
     fork = multiprocessing.get_context("fork")
     pipes = [fork.Pipe(duplex=False) for _ in range(world)]
-    processes = [fork.Process(target=judge_share, args=(rank, world, tmp_path, scores, videos, pipes[rank][1]))
-                 for rank in range(world)]
+    processes = [
+        fork.Process(target=judge_share, args=(rank, world, tmp_path, scores, videos, pipes[rank][1]))
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for rank, (ours, _) in enumerate(pipes):

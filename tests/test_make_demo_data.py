@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import make_demo_data  # noqa: E402
-from datasets import VideoList, read_frames  # noqa: E402
-from object_overlay import find_objects, read_object  # noqa: E402
+import make_demo_data
+
+from datasets import VideoList, read_frames
+from object_overlay import find_objects, read_object
 
 
 @pytest.fixture(scope="module")
@@ -53,5 +54,7 @@ def test_objects(demo):
 def test_objects_depend_on_the_seed_alone(demo, tmp_path):
     for seed in (0, 1):
         make_demo_data.make_objects(tmp_path / str(seed), 8, np.random.default_rng((seed, 1)))
-    pictures = [(folder / "objects" / "star" / "0.png").read_bytes() for folder in (demo, tmp_path / "0", tmp_path / "1")]
+    pictures = [
+        (folder / "objects" / "star" / "0.png").read_bytes() for folder in (demo, tmp_path / "0", tmp_path / "1")
+    ]
     assert pictures[0] == pictures[1] != pictures[2]

@@ -7,8 +7,16 @@ from math import ceil, floor
 import numpy as np
 import pytest
 
-from masking_generator import (MASK_TYPES, SUB_MASK_TYPES, MaskGenerator, num_masked, object_tokens, random_mask,
-                               trajectory_mask, tube_mask)
+from masking_generator import (
+    MASK_TYPES,
+    SUB_MASK_TYPES,
+    MaskGenerator,
+    num_masked,
+    object_tokens,
+    random_mask,
+    trajectory_mask,
+    tube_mask,
+)
 from object_overlay import ObjectOverlay
 
 GRID = (8, 14, 14)  # 16 frames of 224 px
@@ -34,10 +42,18 @@ def smile_boxes(rng, frames=16):
     return np.stack([overlay.draw_track(rng, frames)[0] for _ in range(2)])
 
 
-@pytest.mark.parametrize("grid, ratio, count", [
-    ((8, 14, 14), 0.8, 1248), ((8, 14, 14), 0.9, 8 * 176), ((8, 14, 14), 0.75, 8 * 147), ((1, 3, 3), 0.5, 4),
-    ((16, 24, 24), 0.8, 16 * 460), ((8, 7, 10), 0.7, 8 * 49), ((8, 14, 10), 0.7, 8 * 98),
-])
+@pytest.mark.parametrize(
+    "grid, ratio, count",
+    [
+        ((8, 14, 14), 0.8, 1248),
+        ((8, 14, 14), 0.9, 8 * 176),
+        ((8, 14, 14), 0.75, 8 * 147),
+        ((1, 3, 3), 0.5, 4),
+        ((16, 24, 24), 0.8, 16 * 460),
+        ((8, 7, 10), 0.7, 8 * 49),
+        ((8, 14, 10), 0.7, 8 * 98),
+    ],
+)
 def test_number_of_hidden_tokens(grid, ratio, count):
     assert num_masked(grid, ratio) == count
 
@@ -81,9 +97,10 @@ def brute_force_tokens(boxes, grid, patch_size, tubelet_size):
     return under
 
 
-@pytest.mark.parametrize("grid, patch_size, tubelet_size", [
-    ((8, 14, 14), (16, 16), 2), ((4, 7, 7), (16, 16), 2), ((3, 5, 9), (16, 8), 1), ((2, 6, 4), (14, 14), 4),
-])
+@pytest.mark.parametrize(
+    "grid, patch_size, tubelet_size",
+    [((8, 14, 14), (16, 16), 2), ((4, 7, 7), (16, 16), 2), ((3, 5, 9), (16, 8), 1), ((2, 6, 4), (14, 14), 4)],
+)
 def test_object_tokens_equal_a_loop(grid, patch_size, tubelet_size):
     rng = np.random.default_rng(0)
     size = grid[1] * patch_size[0], grid[2] * patch_size[1]
@@ -161,8 +178,9 @@ def test_objects_out_of_sight_leave_a_tube():
     assert (mask == mask[0]).all()
 
 
-@pytest.mark.parametrize("sub_type, share, tolerance", [
-    ("tube+traj_mask", 0.90, 0.01), ("tube+picked_frame_visible", 0.87, 0.02)])
+@pytest.mark.parametrize(
+    "sub_type, share, tolerance", [("tube+traj_mask", 0.90, 0.01), ("tube+picked_frame_visible", 0.87, 0.02)]
+)
 def test_share_of_object_tokens_hidden(sub_type, share, tolerance):
     """Measured on the released code, ratio .8, gaussian motion."""
     rng, hidden = np.random.default_rng(0), []
@@ -189,8 +207,14 @@ def test_visible_object_tokens_are_drawn_uniformly():
 
 def test_picked_frame_is_any_step():
     rng, boxes = np.random.default_rng(0), fixed_boxes(40, 60, 100, 110)
-    visible = np.array([(~trajectory_mask(rng, boxes, GRID, 0.8, "tube+picked_frame_visible").reshape(GRID)
-                         [:, 3:8, 2:8]).all(axis=(1, 2)) for _ in range(800)])
+    visible = np.array(
+        [
+            (~trajectory_mask(rng, boxes, GRID, 0.8, "tube+picked_frame_visible").reshape(GRID)[:, 3:8, 2:8]).all(
+                axis=(1, 2)
+            )
+            for _ in range(800)
+        ]
+    )
     assert (visible.sum(axis=1) == 1).all()
     assert np.abs(visible.mean(axis=0) - 1 / 8).max() < 5 * np.sqrt(1 / 8 * 7 / 8 / 800)
 

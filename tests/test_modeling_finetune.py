@@ -43,9 +43,18 @@ def with_their_names(state):
 
 def hugging_face_twin(model, num_frames, height, width):
     config = VideoMAEConfig(
-        image_size=[height, width], patch_size=16, num_frames=num_frames, tubelet_size=2, hidden_size=48,
-        num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, layer_norm_eps=1e-6, use_mean_pooling=True,
-        num_labels=7)
+        image_size=[height, width],
+        patch_size=16,
+        num_frames=num_frames,
+        tubelet_size=2,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        layer_norm_eps=1e-6,
+        use_mean_pooling=True,
+        num_labels=7,
+    )
     twin = VideoMAEForVideoClassification(config).eval()
     twin.fc_norm.eps = 1e-6  # theirs is PyTorch's default, VideoMAE's own code has 1e-6
     twin.load_state_dict(with_their_names(model.state_dict()), strict=True)
@@ -76,18 +85,31 @@ def test_gradients_equal_hugging_face():
 # ------------------------------------------------------------------------------------------------ released checkpoints
 
 # size: width, depth, heads, tensors
-RELEASED = {"small": (384, 12, 6, 162), "base": (768, 12, 12, 162), "large": (1024, 24, 16, 318),
-            "huge": (1280, 32, 16, 422)}
+RELEASED = {
+    "small": (384, 12, 6, 162),
+    "base": (768, 12, 12, 162),
+    "large": (1024, 24, 16, 318),
+    "huge": (1280, 32, 16, 422),
+}
 
 
 def released_shapes(width, depth, num_classes):
     """Names and shapes of the tensors in the released files."""
     widths = {"D": width, "3D": 3 * width, "4D": 4 * width}
-    blocks = {f"blocks.{i}.{name}": tuple(widths[side] for side in shape.split())
-              for i in range(depth) for name, shape in BLOCK.items()}
-    return {"patch_embed.proj.weight": (width, 3, 2, 16, 16), "patch_embed.proj.bias": (width,), **blocks,
-            "fc_norm.weight": (width,), "fc_norm.bias": (width,), "head.weight": (num_classes, width),
-            "head.bias": (num_classes,)}
+    blocks = {
+        f"blocks.{i}.{name}": tuple(widths[side] for side in shape.split())
+        for i in range(depth)
+        for name, shape in BLOCK.items()
+    }
+    return {
+        "patch_embed.proj.weight": (width, 3, 2, 16, 16),
+        "patch_embed.proj.bias": (width,),
+        **blocks,
+        "fc_norm.weight": (width,),
+        "fc_norm.bias": (width,),
+        "head.weight": (num_classes, width),
+        "head.bias": (num_classes,),
+    }
 
 
 @pytest.mark.parametrize("size", RELEASED)
@@ -141,8 +163,15 @@ def test_tubelets_are_embedded_as_by_the_convolution(shape):
     assert by_convolution.shape[2:] == token_grid(*shape)
 
 
-@pytest.mark.parametrize("shape, named", [((15, 224, 224), "--num_frames 15"), ((0, 224, 224), "--num_frames 0"),
-                                          ((16, 224, 100), "--input_size 100"), ((16, 0, 224), "--input_size 0")])
+@pytest.mark.parametrize(
+    "shape, named",
+    [
+        ((15, 224, 224), "--num_frames 15"),
+        ((0, 224, 224), "--num_frames 0"),
+        ((16, 224, 100), "--input_size 100"),
+        ((16, 0, 224), "--input_size 0"),
+    ],
+)
 def test_a_clip_that_tubelets_do_not_divide(shape, named):
     with pytest.raises(ValueError, match=named):
         token_grid(*shape)

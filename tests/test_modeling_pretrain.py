@@ -66,10 +66,22 @@ def to_hugging_face(state):
 
 def hugging_face_twin(student, num_frames, height, width):
     config = VideoMAEConfig(
-        image_size=[height, width], patch_size=16, num_frames=num_frames, tubelet_size=2, norm_pix_loss=True,
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192,
-        decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
-        decoder_intermediate_size=96, layer_norm_eps=1e-6, use_mean_pooling=False)
+        image_size=[height, width],
+        patch_size=16,
+        num_frames=num_frames,
+        tubelet_size=2,
+        norm_pix_loss=True,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        decoder_hidden_size=24,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=3,
+        decoder_intermediate_size=96,
+        layer_norm_eps=1e-6,
+        use_mean_pooling=False,
+    )
     twin = VideoMAEForPreTraining(config).eval()
     twin.decoder.norm.eps = 1e-6  # theirs is PyTorch's default, VideoMAE's own code has 1e-6
     twin.load_state_dict(to_hugging_face(student.state_dict()), strict=True)
@@ -115,27 +127,55 @@ def test_positions_by_hand():
 
 # ------------------------------------------------------------------------------------------------ released checkpoints
 
-BLOCK = {"norm1.weight": "D", "norm1.bias": "D", "attn.q_bias": "D", "attn.v_bias": "D", "attn.qkv.weight": "3D D",
-         "attn.proj.weight": "D D", "attn.proj.bias": "D", "norm2.weight": "D", "norm2.bias": "D",
-         "mlp.fc1.weight": "4D D", "mlp.fc1.bias": "4D", "mlp.fc2.weight": "D 4D", "mlp.fc2.bias": "D"}
+BLOCK = {
+    "norm1.weight": "D",
+    "norm1.bias": "D",
+    "attn.q_bias": "D",
+    "attn.v_bias": "D",
+    "attn.qkv.weight": "3D D",
+    "attn.proj.weight": "D D",
+    "attn.proj.bias": "D",
+    "norm2.weight": "D",
+    "norm2.bias": "D",
+    "mlp.fc1.weight": "4D D",
+    "mlp.fc1.bias": "4D",
+    "mlp.fc2.weight": "D 4D",
+    "mlp.fc2.bias": "D",
+}
 # size: encoder width, depth, decoder width, target width, tensors
-RELEASED = {"small": (384, 12, 192, 384, 218), "base": (768, 12, 384, 768, 218), "large": (1024, 24, 512, 768, 374),
-            "huge": (1280, 32, 640, 1536, 478)}
+RELEASED = {
+    "small": (384, 12, 192, 384, 218),
+    "base": (768, 12, 384, 768, 218),
+    "large": (1024, 24, 512, 768, 374),
+    "huge": (1280, 32, 640, 1536, 478),
+}
 
 
 def released_shapes(width, depth, decoder_width, out_dim):
     """Names and shapes of the tensors in the released files."""
+
     def blocks(prefix, dim, number):
         widths = {"D": dim, "3D": 3 * dim, "4D": 4 * dim}
-        return {f"{prefix}.blocks.{i}.{name}": tuple(widths[side] for side in shape.split())
-                for i in range(number) for name, shape in BLOCK.items()}
+        return {
+            f"{prefix}.blocks.{i}.{name}": tuple(widths[side] for side in shape.split())
+            for i in range(number)
+            for name, shape in BLOCK.items()
+        }
 
-    return {"mask_token": (1, 1, decoder_width), "encoder_to_decoder.weight": (decoder_width, width),
-            "encoder.patch_embed.proj.weight": (width, 3, 2, 16, 16), "encoder.patch_embed.proj.bias": (width,),
-            **blocks("encoder", width, depth), "encoder.norm.weight": (width,), "encoder.norm.bias": (width,),
-            **blocks("decoder", decoder_width, 4), "decoder.norm.weight": (decoder_width,),
-            "decoder.norm.bias": (decoder_width,), "decoder.head.weight": (out_dim, decoder_width),
-            "decoder.head.bias": (out_dim,)}
+    return {
+        "mask_token": (1, 1, decoder_width),
+        "encoder_to_decoder.weight": (decoder_width, width),
+        "encoder.patch_embed.proj.weight": (width, 3, 2, 16, 16),
+        "encoder.patch_embed.proj.bias": (width,),
+        **blocks("encoder", width, depth),
+        "encoder.norm.weight": (width,),
+        "encoder.norm.bias": (width,),
+        **blocks("decoder", decoder_width, 4),
+        "decoder.norm.weight": (decoder_width,),
+        "decoder.norm.bias": (decoder_width,),
+        "decoder.head.weight": (out_dim, decoder_width),
+        "decoder.head.bias": (out_dim,),
+    }
 
 
 @pytest.mark.parametrize("size", RELEASED)
@@ -147,8 +187,9 @@ def test_names_and_shapes_equal_the_released_ones(size):
     assert ours == released_shapes(*widths) and len(ours) == number
 
 
-@pytest.mark.parametrize("size, heads, decoder_heads", [
-    ("small", 6, 3), ("base", 12, 6), ("large", 16, 8), ("huge", 16, 8)])
+@pytest.mark.parametrize(
+    "size, heads, decoder_heads", [("small", 6, 3), ("base", 12, 6), ("large", 16, 8), ("huge", 16, 8)]
+)
 def test_numbers_of_heads(size, heads, decoder_heads):
     """They leave no trace in the shapes."""
     with torch.device("meta"):

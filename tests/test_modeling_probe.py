@@ -24,15 +24,24 @@ def make_encoder(**kwargs):
 
 def make_batches(count=4):
     generator = torch.Generator().manual_seed(2)
-    return [(torch.randn(5, 3, 4, 16, 32, generator=generator).double(), torch.randint(4, (5,), generator=generator))
-            for _ in range(count)]
+    return [
+        (torch.randn(5, 3, 4, 16, 32, generator=generator).double(), torch.randint(4, (5,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 def train_side_by_side(model, lr, weight_decay):
     """Through the optimizer and schedule of training, at a constant rate."""
     groups = model.parameter_groups(lr, weight_decay)
-    stepper = Stepper(model, build_optimizer(groups, "adamw", lr, (0.9, 0.999), 1e-8), torch.device("cpu"), "fp32", 1,
-                      lambda step: lr, lambda step: weight_decay)
+    stepper = Stepper(
+        model,
+        build_optimizer(groups, "adamw", lr, (0.9, 0.999), 1e-8),
+        torch.device("cpu"),
+        "fp32",
+        1,
+        lambda step: lr,
+        lambda step: weight_decay,
+    )
     model.train()
     for step, (clips, labels) in enumerate(make_batches()):
         stepper.schedule(step)

@@ -21,8 +21,11 @@ from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_dino, 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-OPENAI_EXTRAS = {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77),
-                 "vocab_size": torch.tensor(49408)}
+OPENAI_EXTRAS = {
+    "input_resolution": torch.tensor(224),
+    "context_length": torch.tensor(77),
+    "vocab_size": torch.tensor(49408),
+}
 
 
 def random_clips(num_frames, side=224, batch=1, seed=0):
@@ -58,8 +61,10 @@ def clip_tokens(clip_model):
     quick = VisionTransformer(224, 16, 768, layers=12, heads=12, mlp_ratio=4.0, output_dim=512, act_layer=QuickGELU)
     quick.load_state_dict(clip_model.visual.state_dict())
     frames = random_clips(4)[0, :, ::2].transpose(0, 1)
-    tokens = {"gelu": tokens_after_ln_post(clip_model.visual, frames),
-              "quick_gelu": tokens_after_ln_post(quick, frames)}
+    tokens = {
+        "gelu": tokens_after_ln_post(clip_model.visual, frames),
+        "quick_gelu": tokens_after_ln_post(quick, frames),
+    }
     assert (tokens["gelu"] - tokens["quick_gelu"]).abs().max() > 0.01  # the test can tell them apart
     return tokens
 
@@ -95,8 +100,10 @@ def tower_state(model):
 
 def whole_state(model):
     """Whole model; the text tower is cut to single rows to keep files small."""
-    return {key: value.half() if key.startswith("visual.") or value.ndim == 0 else value[:1].half().clone()
-            for key, value in model.state_dict().items()}
+    return {
+        key: value.half() if key.startswith("visual.") or value.ndim == 0 else value[:1].half().clone()
+        for key, value in model.state_dict().items()
+    }
 
 
 def write_jit(model, path):
@@ -138,8 +145,13 @@ def test_released_tower_has_151_tensors(clip_model):
     """The form that the tests above call SMILE's: bare names, no projection."""
     state = tower_state(clip_model)
     assert len(state) == 151 and state["positional_embedding"].shape == (197, 768) and "proj" not in state
-    assert {"class_embedding", "conv1.weight", "ln_pre.bias", "ln_post.weight",
-            "transformer.resblocks.11.mlp.c_proj.weight"} < state.keys()
+    assert {
+        "class_embedding",
+        "conv1.weight",
+        "ln_pre.bias",
+        "ln_post.weight",
+        "transformer.resblocks.11.mlp.c_proj.weight",
+    } < state.keys()
 
 
 @torch.no_grad()
@@ -150,8 +162,10 @@ def test_clip_at_another_image_size(clip_model, weight_file):
     teacher = build_clip("ViT-B-16", path, "imagenet", (7, 7), image_size=112)
     old = clip_model.visual.positional_embedding.numpy()
     maps = old[1:].reshape(14, 14, 768)[..., :20]
-    resized = [np.asarray(Image.fromarray(np.ascontiguousarray(maps[..., i])).resize((7, 7), Image.Resampling.BICUBIC))
-               for i in range(20)]
+    resized = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(maps[..., i])).resize((7, 7), Image.Resampling.BICUBIC))
+        for i in range(20)
+    ]
     ours = teacher.tower.positional_embedding.numpy()
     np.testing.assert_allclose(ours[1:].reshape(7, 7, 768)[..., :20], np.stack(resized, axis=-1), atol=1e-4)
     np.testing.assert_array_equal(ours[0], old[0])
@@ -263,8 +277,9 @@ def test_frames_of_another_size_are_resized(side):
     """PIL's bilinear filter is antialiased too."""
     teacher, clips = small_teacher(), random_clips(2, side=side) + 0.1 * torch.randn(1, 3, 2, side, side)
     fed = frames_fed(teacher, clips)
-    expected = [Image.fromarray(channel.numpy()).resize((64, 64), Image.Resampling.BILINEAR)
-                for channel in clips[0, :, 0]]
+    expected = [
+        Image.fromarray(channel.numpy()).resize((64, 64), Image.Resampling.BILINEAR) for channel in clips[0, :, 0]
+    ]
     np.testing.assert_allclose(fed[0], np.stack(expected), atol=1e-4)
 
 

@@ -7,11 +7,21 @@ import pytest
 from fixtures_objects import P_VALUE, noise, solid, write
 from PIL import Image
 from scipy.ndimage import gaussian_filter1d
-from scipy.stats import kstest, ks_2samp
+from scipy.stats import ks_2samp, kstest
 
-from object_overlay import (ASPECT_RATIOS, SCALES, ObjectOverlay, _gaussian_smoother, fit_sprite, gaussian_path,
-                            key_frame_curve, key_frames, linear_path, paste, read_object)
-
+from object_overlay import (
+    ASPECT_RATIOS,
+    SCALES,
+    ObjectOverlay,
+    _gaussian_smoother,
+    fit_sprite,
+    gaussian_path,
+    key_frame_curve,
+    key_frames,
+    linear_path,
+    paste,
+    read_object,
+)
 
 # ------------------------------------------------------------------------------------------------------- key frames
 
@@ -377,6 +387,11 @@ def test_colour_under_transparent_pixels_never_shows(tmp_path):
 
 def test_opacity():
     frames = np.zeros((3, 20, 20, 3), np.uint8)
-    paste(frames, solid(200, 100, 50, 255, size=(10, 10)), np.tile([5, 5, 15, 15], (3, 1)), np.zeros(3, int),
-          np.array([1.0, 0.8, 0.0]))
+    paste(
+        frames,
+        solid(200, 100, 50, 255, size=(10, 10)),
+        np.tile([5, 5, 15, 15], (3, 1)),
+        np.zeros(3, int),
+        np.array([1.0, 0.8, 0.0]),
+    )
     np.testing.assert_allclose(frames[:, 10, 10], [[200, 100, 50], [160, 80, 40], [0, 0, 0]], atol=1)

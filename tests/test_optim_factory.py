@@ -44,9 +44,18 @@ def test_every_parameter_is_in_one_group_and_matrices_alone_decay(build):
         assert found["encoder.patch_embed.proj.weight"]["weight_decay"] == 0.05
 
 
-LAYERS = {"patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0, "blocks.0.norm1.weight": 1,
-          "blocks.0.attn.qkv.weight": 1, "blocks.4.mlp.fc1.bias": 5, "blocks.11.mlp.fc2.weight": 12,
-          "blocks.11.attn.v_bias": 12, "fc_norm.weight": 13, "head.weight": 13, "head.bias": 13}
+LAYERS = {
+    "patch_embed.proj.weight": 0,
+    "patch_embed.proj.bias": 0,
+    "blocks.0.norm1.weight": 1,
+    "blocks.0.attn.qkv.weight": 1,
+    "blocks.4.mlp.fc1.bias": 5,
+    "blocks.11.mlp.fc2.weight": 12,
+    "blocks.11.attn.v_bias": 12,
+    "fc_norm.weight": 13,
+    "head.weight": 13,
+    "head.bias": 13,
+}
 
 
 def test_layer_decay_of_vit_base():
@@ -206,12 +215,17 @@ def state_of(stepper):
 def same_state(one, other):
     return one.keys() == other.keys() and all(
         torch.equal(torch.as_tensor(one[key][name]), torch.as_tensor(other[key][name]))
-        for key in one for name in one[key] if one[key][name] is not None)
+        for key in one
+        for name in one[key]
+        if one[key][name] is not None
+    )
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("opt, clip_grad", [("adamw", None), ("adamw", 1.0), ("sgd", None), ("lamb", None),
-                                            ("lion", 1.0), ("momentum", None)])
+@pytest.mark.parametrize(
+    "opt, clip_grad",
+    [("adamw", None), ("adamw", 1.0), ("sgd", None), ("lamb", None), ("lion", 1.0), ("momentum", None)],
+)
 def test_a_bad_step_changes_nothing(opt, clip_grad, poison):
     stepper, x_y = make(opt, clip_grad=clip_grad, update_freq=2), data(4)
     for step in range(3):
@@ -268,7 +282,7 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_does_no_harm():
         before, state = weights(stepper), state_of(stepper)
         shown = run(stepper, [(x, y * scale)])
         assert stepper.scaler.get_scale() == (2**16 if step == 0 else 2**15) and shown["bad"] == 0
-        assert step != 1 or equal(weights(stepper), before) and same_state(state_of(stepper), state)
+        assert step != 1 or (equal(weights(stepper), before) and same_state(state_of(stepper), state))
         meter.update(step, {"loss": torch.ones(()), **shown}, ["x"])
     assert meter.averages()["skipped_steps"] == 0
     json.dumps(meter.averages(), allow_nan=False)  # one overflow must not hide the epoch's gradient norm

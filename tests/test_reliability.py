@@ -32,7 +32,9 @@ def list_file(tmp_path_factory):
 
 def start(list_file, folder, *options, **more):
     """A run of 8 steps an epoch that would go on for long."""
-    return Run(list_file, folder, "--epochs", "500", "--save_ckpt_freq", "500", "--save_ckpt_steps", "0", *options, **more)
+    return Run(
+        list_file, folder, "--epochs", "500", "--save_ckpt_freq", "500", "--save_ckpt_steps", "0", *options, **more
+    )
 
 
 # Files ----------------------------------------------------------------------------------------------------------
@@ -42,16 +44,23 @@ def test_odd_and_broken_videos(tmp_path):
     frames = source_frames("bikes", 0, 12, (96, 64))
     whole = corpus.encode(frames)
     variants = {
-        "10bit.mp4": corpus.encode(frames, pix_fmt="yuv420p10le"), "444.mp4": corpus.encode(frames, pix_fmt="yuv444p"),
-        "vp9.webm": corpus.encode(frames, "webm", "libvpx-vp9"), "mpeg4.avi": corpus.encode(frames, "avi", "mpeg4"),
-        "ffv1.mkv": corpus.encode(frames, "matroska", "ffv1"), "one-frame.mp4": corpus.encode(frames[:1]),
+        "10bit.mp4": corpus.encode(frames, pix_fmt="yuv420p10le"),
+        "444.mp4": corpus.encode(frames, pix_fmt="yuv444p"),
+        "vp9.webm": corpus.encode(frames, "webm", "libvpx-vp9"),
+        "mpeg4.avi": corpus.encode(frames, "avi", "mpeg4"),
+        "ffv1.mkv": corpus.encode(frames, "matroska", "ffv1"),
+        "one-frame.mp4": corpus.encode(frames[:1]),
         "variable-rate.mp4": corpus.encode(frames, every=[0, 1, 2, 10, 11, 40, 41, 42, 43, 44, 200, 201]),
         "portrait.mp4": corpus.encode(corpus.resized(frames, 54, 96)),
-        "odd.mp4": corpus.encode(corpus.resized(frames, 33, 51), pix_fmt="yuv444p")}
+        "odd.mp4": corpus.encode(corpus.resized(frames, 33, 51), pix_fmt="yuv444p"),
+    }
     broken = {
-        "cut.mp4": whole[: len(whole) // 2], "headless.mp4": whole[300:], "sound.mp4": corpus.encode_sound("mp4"),
+        "cut.mp4": whole[: len(whole) // 2],
+        "headless.mp4": whole[300:],
+        "sound.mp4": corpus.encode_sound("mp4"),
         "cut index first.mp4": corpus.encode(frames, muxer={"movflags": "faststart"})[:-500],
-        "av1.mp4": corpus.encode(frames, codec="libsvtav1")}
+        "av1.mp4": corpus.encode(frames, codec="libsvtav1"),
+    }
     with corpus.Reader("video") as reader:
         for name, content in (variants | broken).items():
             (tmp_path / name).write_bytes(content)
@@ -92,8 +101,11 @@ def test_a_decoder_that_hangs_stops_the_run(list_file, tmp_path):
 
 def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
     """decord 0.6 asks for room for all the frames that a file claims; beyond a billion that ends its process."""
-    (tmp_path / "claims.avi").write_bytes(corpus.claim_frames(
-        corpus.encode(source_frames("bikes", 0, 12, (64, 48)), "avi", "mjpeg", "yuvj420p"), 2_000_000_000))
+    (tmp_path / "claims.avi").write_bytes(
+        corpus.claim_frames(
+            corpus.encode(source_frames("bikes", 0, 12, (64, 48)), "avi", "mjpeg", "yuvj420p"), 2_000_000_000
+        )
+    )
     (tmp_path / "list.csv").write_text(f"{tmp_path / 'claims.avi'} 0\n" + open(list_file).read())
     run = start(tmp_path / "list.csv", tmp_path / "run")
     assert one_error(run, "the data loader failed", "claims.avi")

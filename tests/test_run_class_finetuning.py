@@ -77,8 +77,26 @@ def test_a_killed_run_goes_on_where_it_was(run, custom, trained, tmp_path):
 
 def test_two_processes_train_as_one_that_accumulates(run, custom, tmp_path):
     """With all augmentation: RandAugment, erasing, Mixup, drop path. And both test the best weights."""
-    options = [*custom, *TINY, "--batch_size", "2", "--lr", "0.1", "--epochs", "2", "--warmup_epochs", "1",
-               "--test_num_segment", "1", "--num_sample", "2", "--init_scale", "1", "--reprob", "0.9"]
+    options = [
+        *custom,
+        *TINY,
+        "--batch_size",
+        "2",
+        "--lr",
+        "0.1",
+        "--epochs",
+        "2",
+        "--warmup_epochs",
+        "1",
+        "--test_num_segment",
+        "1",
+        "--num_sample",
+        "2",
+        "--init_scale",
+        "1",
+        "--reprob",
+        "0.9",
+    ]
     one = run(*options, "--update_freq", "2", "--output_dir", tmp_path / "one")
     two = run(*options, "--output_dir", tmp_path / "two", processes=2)
     assert one.code == 0 and two.codes == [0, 0], one.all + two.all
@@ -100,14 +118,28 @@ def test_all_processes_test_the_best_weights_that_the_first_one_wrote(run, custo
 
 def test_an_average_of_the_weights_is_validated_and_tested(run, custom, trained, tmp_path):
     folder = tmp_path / "ema"
-    options = [*custom, *TRAIN, "--finetune", trained.best, "--model_ema", "--model_ema_decay", "0.5", "--lr", "1e-3",
-               "--epochs", "2", "--output_dir", folder]
+    options = [
+        *custom,
+        *TRAIN,
+        "--finetune",
+        trained.best,
+        "--model_ema",
+        "--model_ema_decay",
+        "0.5",
+        "--lr",
+        "1e-3",
+        "--epochs",
+        "2",
+        "--output_dir",
+        folder,
+    ]
     assert (found := run(*options)).code == 0, found.all
     best = read(folder / "checkpoint-best.pth")
     assert best["model"].keys() == best["model_ema"].keys()
     assert any(not torch.equal(best["model"][name], value) for name, value in best["model_ema"].items())
-    again = run(*custom, *TRAIN, "--eval", "--model_ema", "--finetune", folder / "checkpoint-best.pth",
-                "--output_dir", folder)
+    again = run(
+        *custom, *TRAIN, "--eval", "--model_ema", "--finetune", folder / "checkpoint-best.pth", "--output_dir", folder
+    )
     metrics = test_metrics_of(log_of(folder))
     assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1]
 
@@ -188,8 +220,14 @@ def test_a_signal_ends_a_validation_which_is_made_later(run, custom, data, tmp_p
 
 def command_line(*argv, cwd, launcher=()):
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run([sys.executable, *launcher, ROOT / NAME, *map(str, argv)], cwd=cwd, text=True, timeout=200,
-                          capture_output=True, env={**env, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, *launcher, ROOT / NAME, *map(str, argv)],
+        cwd=cwd,
+        text=True,
+        timeout=200,
+        capture_output=True,
+        env={**env, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_processes_that_do_not_divide_the_list_find_the_same(run, custom, trained, tmp_path):
@@ -229,8 +267,18 @@ def test_the_protocols_of_k400_and_ssv2(run, data, tmp_path):
         folder.mkdir()
         torch.save({"model": MODELS["vit_tiny_patch16_224"](num_classes=classes).state_dict()}, folder / "model.pth")
         (folder / "test.csv").write_text((data / "test.csv").read_text())
-        found = run("--data_set", data_set, "--data_path", folder, *TINY, "--eval", "--finetune", folder / "model.pth",
-                    "--output_dir", folder)
+        found = run(
+            "--data_set",
+            data_set,
+            "--data_path",
+            folder,
+            *TINY,
+            "--eval",
+            "--finetune",
+            folder / "model.pth",
+            "--output_dir",
+            folder,
+        )
         assert found.code == 0, found.all
         with np.load(folder / "test_predictions.npz") as file:
             assert file["view_scores"].shape == (7, views, classes)
@@ -277,8 +325,18 @@ def test_neighbours_of_a_trained_encoder_are_of_the_same_class(run, custom, trai
 
 def test_neighbours_among_few_videos(run, custom, trained, data, tmp_path):
     """One of all training videos is left, so that all answers are its class."""
-    found = run(*custom, *TRAIN, "--knn", 3, "--num_train_videos", "1", "--finetune", trained.best,
-                "--output_dir", tmp_path / "few")
+    found = run(
+        *custom,
+        *TRAIN,
+        "--knn",
+        3,
+        "--num_train_videos",
+        "1",
+        "--finetune",
+        trained.best,
+        "--output_dir",
+        tmp_path / "few",
+    )
     assert found.code == 0, found.all
     [(_, label)] = [line.rsplit(" ", 1) for line in (tmp_path / "few" / "train_subset.csv").read_text().splitlines()]
     table = (tmp_path / "few" / "test_per_class.csv").read_text().splitlines()[1:]
@@ -297,8 +355,18 @@ def test_no_training_video_can_be_read(run, trained, broken, data, tmp_path):
 
 @pytest.mark.parametrize("kind, rates", [("--linear_probe", ("3", "1e-7")), ("--attentive_probe", ("0.1", "1e-9"))])
 def test_probes_learn_and_leave_the_encoder_alone(run, custom, trained, tmp_path, kind, rates):
-    probe = [*custom, *TRAIN, kind, "--probe_lrs", *rates[::-1], "--probe_wds", "0", "0.05",
-             "--output_dir", tmp_path / "run"]
+    probe = [
+        *custom,
+        *TRAIN,
+        kind,
+        "--probe_lrs",
+        *rates[::-1],
+        "--probe_wds",
+        "0",
+        "0.05",
+        "--output_dir",
+        tmp_path / "run",
+    ]
     found = run(*probe, "--finetune", trained.best, "--epochs", "10")
     assert found.code == 0, found.all
     log = log_of(tmp_path / "run")

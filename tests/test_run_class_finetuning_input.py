@@ -20,8 +20,12 @@ def write_pretrained(path, size="tiny"):
     weights = MODELS[f"vit_{size}_patch16_224"](num_classes=0).state_dict()
     weights = {f"encoder.{name}": value for name, value in weights.items() if not name.startswith("fc_norm")}
     width = weights["encoder.patch_embed.proj.bias"].shape
-    weights |= {"mask_token": torch.zeros(1, 1, 96), "decoder.norm.weight": torch.ones(96),
-                "encoder.norm.weight": torch.ones(width), "encoder.norm.bias": torch.zeros(width)}
+    weights |= {
+        "mask_token": torch.zeros(1, 1, 96),
+        "decoder.norm.weight": torch.ones(96),
+        "encoder.norm.weight": torch.ones(width),
+        "encoder.norm.bias": torch.zeros(width),
+    }
     torch.save({"model": weights, "epoch": 3, "step": 0}, path)
     return weights
 
@@ -31,8 +35,12 @@ def write_pretrained(path, size="tiny"):
 
 def wrapped(form, weights, path):
     """Write weights as others do."""
-    prefix = {"module.": "module.", "backbone.": "backbone.", "encoder.": "encoder.",
-              "module.encoder.": "module.encoder."}.get(form, "")
+    prefix = {
+        "module.": "module.",
+        "backbone.": "backbone.",
+        "encoder.": "encoder.",
+        "module.encoder.": "module.encoder.",
+    }.get(form, "")
     weights = {prefix + name: value for name, value in weights.items()}
     if form == "safetensors":
         save_file(weights, path.with_suffix(".safetensors"))
@@ -41,8 +49,9 @@ def wrapped(form, weights, path):
     return path
 
 
-@pytest.mark.parametrize("form", ["model key", "module key", "module.", "backbone.", "encoder.", "module.encoder.",
-                                  "plain", "safetensors"])
+@pytest.mark.parametrize(
+    "form", ["model key", "module key", "module.", "backbone.", "encoder.", "module.encoder.", "plain", "safetensors"]
+)
 def test_weights_are_read_in_every_form(form, tmp_path, caplog):
     torch.manual_seed(1)
     source = MODELS["vit_tiny_patch16_224"](num_classes=5).state_dict()
@@ -120,54 +129,82 @@ def traps(data, clips, trained, tmp_path_factory):
 # options, what the line says; {t}: traps, {d}: a data folder in which nothing is wrong, {b}: a trained model
 FAULTS = {
     "label out of range": ([*CUSTOM, "--data_path", "{t}/label"], "label/train.csv, line 4: label 3 is not in [0, 3)"),
-    "nb_classes against the list": (["--data_set", "custom", "--nb_classes", "2", "--data_path", "{t}/no names"],
-                                    "train.csv, line 5: label 2 is not in [0, 2)"),
+    "nb_classes against the list": (
+        ["--data_set", "custom", "--nb_classes", "2", "--data_path", "{t}/no names"],
+        "train.csv, line 5: label 2 is not in [0, 2)",
+    ),
     "no label": ([*CUSTOM, "--data_path", "{t}/no label"], "no label/train.csv, line 5: "),
-    "missing video": ([*CUSTOM, "--data_path", "{t}/missing"],
-                      "missing/train.csv, line 4: no such file: nowhere/gone.mp4 (1 of 7"),
-    "wrong folder": ([*CUSTOM, "--data_path", "{t}/wrong folder", "--data_root", "/no/folder"],
-                     "wrong folder/val.csv, line 1: no such file: /no/folder/elsewhere/0.mp4 (200 of 200",
-                     "--data_root"),
+    "missing video": (
+        [*CUSTOM, "--data_path", "{t}/missing"],
+        "missing/train.csv, line 4: no such file: nowhere/gone.mp4 (1 of 7",
+    ),
+    "wrong folder": (
+        [*CUSTOM, "--data_path", "{t}/wrong folder", "--data_root", "/no/folder"],
+        "wrong folder/val.csv, line 1: no such file: /no/folder/elsewhere/0.mp4 (200 of 200",
+        "--data_root",
+    ),
     "missing list": ([*CUSTOM, "--data_path", "{t}/no val"], "no val/val.csv: no such list file"),
-    "nb_classes against the data set": (["--data_set", "SSV2", "--nb_classes", "3", "--data_path", "{d}"],
-                                        "--nb_classes 3: SSV2 has 174 classes"),
+    "nb_classes against the data set": (
+        ["--data_set", "SSV2", "--nb_classes", "3", "--data_path", "{d}"],
+        "--nb_classes 3: SSV2 has 174 classes",
+    ),
     "nb_classes against classes.txt": ([*CUSTOM, "--data_path", "{t}/few classes"], "classes.txt has 2 lines"),
     "no nb_classes": (["--data_set", "custom", "--data_path", "{d}"], "--data_set custom needs --nb_classes"),
     "unknown data set": (["--data_set", "Kinetics", "--data_path", "{d}"], "--data_set: invalid choice: 'Kinetics'"),
     "unknown model": ([*CUSTOM, "--data_path", "{d}", "--model", "resnet50"], "--model: invalid choice: 'resnet50'"),
-    "a text file": ([*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/text.pth"],
-                    "text.pth: not a readable checkpoint"),
+    "a text file": (
+        [*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/text.pth"],
+        "text.pth: not a readable checkpoint",
+    ),
     "no file": ([*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/none.pth"], "--finetune {t}/none.pth: no such file"),
-    "another network": ([*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/other.pth"],
-                        "other.pth is not a SMILE or VideoMAE checkpoint"),
-    "another size": ([*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/small.pth"],
-                     "small.pth does not fit this model", "[384, 3, 2, 16, 16]", "check --model"),
-    "eval without a head": ([*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{t}/pretrained.pth"],
-                            "pretrained.pth lacks fc_norm.weight", "not fine-tuned"),
-    "eval with another head": ([*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{t}/seven.pth"],
-                               "seven.pth lacks head.weight, head.bias; it is not fine-tuned for this number of"),
+    "another network": (
+        [*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/other.pth"],
+        "other.pth is not a SMILE or VideoMAE checkpoint",
+    ),
+    "another size": (
+        [*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/small.pth"],
+        "small.pth does not fit this model",
+        "[384, 3, 2, 16, 16]",
+        "check --model",
+    ),
+    "eval without a head": (
+        [*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{t}/pretrained.pth"],
+        "pretrained.pth lacks fc_norm.weight",
+        "not fine-tuned",
+    ),
+    "eval with another head": (
+        [*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{t}/seven.pth"],
+        "seven.pth lacks head.weight, head.bias; it is not fine-tuned for this number of",
+    ),
     "predict without a head": ([*CUSTOM, "--predict", "{d}/train.csv", "--finetune", "{t}/pretrained.pth"], "lacks"),
     "predict of no video": ([*CUSTOM, "--predict", "{d}/train.csv", "--finetune", "{b}"], "--predict {d}/train.csv: "),
     "nothing to test": ([*CUSTOM, "--data_path", "{d}", "--eval"], "nothing to test: give --finetune"),
     "probe without weights": ([*CUSTOM, "--data_path", "{d}", "--linear_probe"], "give --finetune"),
-    "two probes": ([*CUSTOM, "--data_path", "{d}", "--linear_probe", "--attentive_probe", "--finetune", "{b}"],
-                   "--linear_probe and --attentive_probe: choose one"),
+    "two probes": (
+        [*CUSTOM, "--data_path", "{d}", "--linear_probe", "--attentive_probe", "--finetune", "{b}"],
+        "--linear_probe and --attentive_probe: choose one",
+    ),
     "neighbours and eval": ([*CUSTOM, "--data_path", "{d}", "--knn", "3", "--eval", "--finetune", "{b}"], "--knn"),
     "fewer than no neighbours": ([*CUSTOM, "--data_path", "{d}", "--knn", "-1", "--finetune", "{b}"], "--knn -1"),
-    "fewer than no views": ([*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{b}", "--test_num_crop", "-1"],
-                            "--test_num_crop -1"),
+    "fewer than no views": (
+        [*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{b}", "--test_num_crop", "-1"],
+        "--test_num_crop -1",
+    ),
     "probes at rate 0": ([*CUSTOM, "--data_path", "{d}", "--linear_probe", "--finetune", "{b}", "--lr", "0"], "--lr"),
     "too many shots": ([*CUSTOM, "--data_path", "{d}", "--samples_per_class", "3"], "--samples_per_class 3: class 0"),
     "too large a batch": ([*CUSTOM, "--data_path", "{d}", "--batch_size", "8"], "lower --batch_size"),
     "mixing an odd batch": ([*CUSTOM, "--data_path", "{d}", "--mixup", "0.8", "--num_sample", "1"], "--batch_size 3"),
-    "mixing elements of an odd batch": ([*CUSTOM, "--data_path", "{d}", "--mixup", "0.8", "--num_sample", "1",
-                                         "--mixup_mode", "elem"],
-                                        "--batch_size 3"),
+    "mixing elements of an odd batch": (
+        [*CUSTOM, "--data_path", "{d}", "--mixup", "0.8", "--num_sample", "1", "--mixup_mode", "elem"],
+        "--batch_size 3",
+    ),
     "unknown augmentation": ([*CUSTOM, "--data_path", "{d}", "--aa", "augmix-m5"], "--aa"),
     "unknown optimizer": ([*CUSTOM, "--data_path", "{d}", "--opt", "nadamax"], "nadamax"),
     "a frame too few": ([*CUSTOM, "--data_path", "{d}", "--num_frames", "5"], "--num_frames 5"),
-    "resume from weights": ([*CUSTOM, "--data_path", "{d}", "--resume", "{t}/seven.pth"],
-                            "seven.pth holds weights only"),
+    "resume from weights": (
+        [*CUSTOM, "--data_path", "{d}", "--resume", "{t}/seven.pth"],
+        "seven.pth holds weights only",
+    ),
     "resume with a new average": ([*CUSTOM, "--data_path", "{d}", "--resume", "{b}", "--model_ema"], "--model_ema"),
 }
 
@@ -182,7 +219,7 @@ def test_one_clear_line(run, traps, data, trained, fault, tmp_path):
     found = run(*TRAIN, "--epochs", "2", "--output_dir", tmp_path / "run", *map(fill, options))
     assert found.code in (1, 2) and "Traceback" not in found.all, found.all
     errors = [line for line in found.err.splitlines() if "error: " in line]
-    after = found.err.splitlines()[found.err.splitlines().index(errors[0]) + 1:] if errors else []
+    after = found.err.splitlines()[found.err.splitlines().index(errors[0]) + 1 :] if errors else []
     assert len(errors) == 1 and all(line.startswith("       ") for line in after), found.err
     assert all(fill(part) in errors[0] for part in said), errors[0]
 
@@ -205,8 +242,19 @@ def test_a_few_videos_of_many_may_be_missing(run, data, trained, tmp_path):
         lines = (data / "val.csv").read_text().splitlines() * 8
         (tmp_path / "data" / f"{name}.csv").write_text("\n".join([*lines[:20], "gone.mp4 1", *lines[20:]]))
     few = ["--epochs", "1", "--num_sample", "1", "--test_num_segment", "1", "--test_num_crop", "1"]
-    found = run(*CUSTOM, *TRAIN, *few, "--data_path", tmp_path / "data", "--finetune", trained.best, "--lr", "0",
-                "--output_dir", tmp_path / "run")
+    found = run(
+        *CUSTOM,
+        *TRAIN,
+        *few,
+        "--data_path",
+        tmp_path / "data",
+        "--finetune",
+        trained.best,
+        "--lr",
+        "0",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert found.code == 0 and "counted as wrong, gone.mp4 could not be read: no such file" in found.out, found.all
     log = log_of(tmp_path / "run")
     assert test_metrics_of(log)[0]["videos"] == 49 and test_metrics_of(log)[0]["unreadable"] == 1
@@ -220,12 +268,37 @@ def test_defaults_are_the_recipe_of_k400():
     """the recipe."""
     args = importlib.import_module("run_class_finetuning").get_args([])
     expected = {
-        "model": "vit_base_patch16_224", "data_set": "Kinetics-400", "num_frames": 16, "sampling_rate": 4,
-        "input_size": 224, "batch_size": 4, "lr": 1e-3, "min_lr": 1e-6, "warmup_lr": 0, "warmup_epochs": 5,
-        "epochs": 100, "opt": "adamw", "opt_betas": [0.9, 0.999], "weight_decay": 0.05, "layer_decay": 0.75,
-        "drop_path": 0.1, "fc_drop_rate": 0, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5,
-        "mixup_prob": 1, "aa": "rand-m7-n4-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel", "recount": 1,
-        "num_sample": 1, "init_scale": 0.001, "clip_grad": None, "update_freq": 1}
+        "model": "vit_base_patch16_224",
+        "data_set": "Kinetics-400",
+        "num_frames": 16,
+        "sampling_rate": 4,
+        "input_size": 224,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "min_lr": 1e-6,
+        "warmup_lr": 0,
+        "warmup_epochs": 5,
+        "epochs": 100,
+        "opt": "adamw",
+        "opt_betas": [0.9, 0.999],
+        "weight_decay": 0.05,
+        "layer_decay": 0.75,
+        "drop_path": 0.1,
+        "fc_drop_rate": 0,
+        "smoothing": 0.1,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "mixup_switch_prob": 0.5,
+        "mixup_prob": 1,
+        "aa": "rand-m7-n4-mstd0.5-inc1",
+        "reprob": 0.25,
+        "remode": "pixel",
+        "recount": 1,
+        "num_sample": 1,
+        "init_scale": 0.001,
+        "clip_grad": None,
+        "update_freq": 1,
+    }
     assert {name: getattr(args, name) for name in expected} == expected
 
 

@@ -38,8 +38,10 @@ def largest_difference(one, other):
 
 def same_as(reference, folder):
     """Whether a run's losses and last weights are, bit by bit, those of the reference."""
-    logs = [[(line["epoch"], line["train_loss"], line["train_grad_norm"], line["lr"]) for line in log_of(where)]
-            for where in (reference.folder, folder)]
+    logs = [
+        [(line["epoch"], line["train_loss"], line["train_grad_norm"], line["lr"]) for line in log_of(where)]
+        for where in (reference.folder, folder)
+    ]
     return logs[0] == logs[1] and largest_difference(last_weights(reference.folder), last_weights(folder)) == 0
 
 
@@ -63,8 +65,18 @@ def test_what_a_run_logs(reference):
     log = log_of(reference.folder)
     assert [line["epoch"] for line in log] == [0, 1] and all(line["steps"] == STEPS for line in log)
     for line in log:
-        assert all(np.isfinite(line[name]) for name in (
-            "train_loss", "train_grad_norm", "train_pred_std", "train_target_std", "lr", "weight_decay", "seconds"))
+        assert all(
+            np.isfinite(line[name])
+            for name in (
+                "train_loss",
+                "train_grad_norm",
+                "train_pred_std",
+                "train_target_std",
+                "lr",
+                "weight_decay",
+                "seconds",
+            )
+        )
     assert 0.5 < log[1]["train_loss"] < log[0]["train_loss"] < 4  # it learns
     assert "1 process(es) x 4 clips x 2 accumulated = total batch 8, fp32 on cpu" in reference.out
     assert f"2 clips of each: {STEPS} steps an epoch" in reference.out
@@ -88,10 +100,31 @@ def test_the_same_command_again_has_nothing_to_do(start, data_args, reference):
 def two_processes(data_args, reference, tmp_path_factory):
     """The reference run over again from the command line, over Gloo and with half the accumulation."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / NAME,
-               *TINY, *TRAIN, *data_args, "--update_freq", 1, "--output_dir", folder, "--log_dir", folder / "tb"]
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=200,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        ROOT / NAME,
+        *TINY,
+        *TRAIN,
+        *data_args,
+        "--update_freq",
+        1,
+        "--output_dir",
+        folder,
+        "--log_dir",
+        folder / "tb",
+    ]
+    result = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     return SimpleNamespace(folder=folder, out=result.stdout)
 
@@ -208,8 +241,24 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(start, data_args, tm
 
 def test_stage_2_starts_with_the_weights_of_stage_1(start, data_args, reference, tmp_path):
     """With a learning rate of 0 they are still there at the end, next to an optimizer that has made 12 steps."""
-    command = [*TINY, *data_args[:2], "--batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--min_lr", 0,
-               "--output_dir", tmp_path, "--first_stage_path", reference.folder / "checkpoint-1.pth"]
+    command = [
+        *TINY,
+        *data_args[:2],
+        "--batch_size",
+        4,
+        "--epochs",
+        1,
+        "--warmup_epochs",
+        0,
+        "--lr",
+        0,
+        "--min_lr",
+        0,
+        "--output_dir",
+        tmp_path,
+        "--first_stage_path",
+        reference.folder / "checkpoint-1.pth",
+    ]
     result = start(*command).end()
     assert result.code == 0 and f"tensors from {reference.folder / 'checkpoint-1.pth'}" in result.out
     state = read_checkpoint(tmp_path / "checkpoint-0.pth")
@@ -220,8 +269,19 @@ def test_stage_2_starts_with_the_weights_of_stage_1(start, data_args, reference,
 
 
 def test_stage_2_trains(start, data_args, reference, tmp_path):
-    result = start(*TINY, *TRAIN, *data_args[:2], "--output_dir", tmp_path, "--mask_type", "tube",
-                   "--first_stage_path", reference.folder / "checkpoint-1.pth", "--stop_epoch", 1).end()
+    result = start(
+        *TINY,
+        *TRAIN,
+        *data_args[:2],
+        "--output_dir",
+        tmp_path,
+        "--mask_type",
+        "tube",
+        "--first_stage_path",
+        reference.folder / "checkpoint-1.pth",
+        "--stop_epoch",
+        1,
+    ).end()
     assert result.code == 0, result.err
     assert largest_difference(weights_of(tmp_path / "checkpoint-0.pth"), last_weights(reference.folder)) > 1e-4
 
@@ -234,11 +294,24 @@ def contents(folder):
 
 
 def test_a_dry_run_writes_nothing(start, data_args, reference, tmp_path):
-    result = start(*TINY, *TRAIN, *data_args, "--dry_run", "--output_dir", tmp_path / "run", "--log_dir",
-                   tmp_path / "tb").end()
+    result = start(
+        *TINY, *TRAIN, *data_args, "--dry_run", "--output_dir", tmp_path / "run", "--log_dir", tmp_path / "tb"
+    ).end()
     assert result.code == 0 and "dry run: one step went well" in result.out and list(tmp_path.iterdir()) == []
     assert result.out.count("loss ") == 1
     before = contents(reference.folder)
-    result = start(*TINY, *TRAIN, *data_args, "--update_freq", 2, "--dry_run", "--stop_epoch", 3, "--output_dir",
-                   reference.folder, "--log_dir", reference.folder / "tb").end()
+    result = start(
+        *TINY,
+        *TRAIN,
+        *data_args,
+        "--update_freq",
+        2,
+        "--dry_run",
+        "--stop_epoch",
+        3,
+        "--output_dir",
+        reference.folder,
+        "--log_dir",
+        reference.folder / "tb",
+    ).end()
     assert result.code == 0 and "dry run" in result.out and contents(reference.folder) == before

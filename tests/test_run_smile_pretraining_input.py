@@ -69,8 +69,10 @@ def wrong_files(tmp_path):
 
 @pytest.mark.parametrize("case", WRONG)
 def test_each_wrong_input_is_told_by_its_name(case, data_args, wrong_files):
-    options, message = ([word.format(t=wrong_files) for word in part] if isinstance(part, list)
-                        else part.format(t=wrong_files) for part in WRONG[case])
+    options, message = (
+        [word.format(t=wrong_files) for word in part] if isinstance(part, list) else part.format(t=wrong_files)
+        for part in WRONG[case]
+    )
     problems = find_problems(get_args(argv_of(data_args, *options)))
     assert len(problems) == 1 and message in problems[0] and "\n" not in problems[0]
 
@@ -81,13 +83,28 @@ def test_right_input_has_no_problems(data_args, objects_folder, tmp_path):
     assert find_problems(get_args(argv_of(data_args, "--objects_list", tmp_path / "objects.txt"))) == []
     assert find_problems(get_args(argv_of(data_args[:2], "--output_dir", tmp_path / "a" / "b"))) == []
     assert find_problems(get_args(argv_of(data_args[:2], "--mask_type", "tubelet"))) == [
-        "--mask_type tubelet follows pasted objects: add --add_tubelets"]
+        "--mask_type tubelet follows pasted objects: add --add_tubelets"
+    ]
 
 
 def test_all_problems_are_told_at_once_on_the_command_line(wrong_files):
-    command = [sys.executable, NAME, *TINY, "--data_path", wrong_files / "label.csv", "--mask_ratio", "1.2",
-               "--add_tubelets", "--use_objects", "--objects_path", wrong_files / "none", "--first_stage_path", "x.pth",
-               "--output_dir", wrong_files / "run"]
+    command = [
+        sys.executable,
+        NAME,
+        *TINY,
+        "--data_path",
+        wrong_files / "label.csv",
+        "--mask_ratio",
+        "1.2",
+        "--add_tubelets",
+        "--use_objects",
+        "--objects_path",
+        wrong_files / "none",
+        "--first_stage_path",
+        "x.pth",
+        "--output_dir",
+        wrong_files / "run",
+    ]
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, timeout=120)
     lines = result.stderr.splitlines()
     assert result.returncode == 1 and lines[0].startswith("error: ") and len(lines) == 4
@@ -97,12 +114,18 @@ def test_all_problems_are_told_at_once_on_the_command_line(wrong_files):
 
 
 LATER = {
-    "another size": (["--model", "pretrain_videomae_small_patch16_224", "--first_stage_path", "{ref}"],
-                     "checkpoint-1.pth does not fit this model: .*check --model"),
-    "another depth": (["--decoder_depth", "2", "--first_stage_path", "{ref}"],
-                      "does not fit this model.*check --model"),
-    "resume of another size": (["--model", "pretrain_videomae_small_patch16_224", "--resume", "{ref}"],
-                               "checkpoint-1.pth is of another run"),
+    "another size": (
+        ["--model", "pretrain_videomae_small_patch16_224", "--first_stage_path", "{ref}"],
+        "checkpoint-1.pth does not fit this model: .*check --model",
+    ),
+    "another depth": (
+        ["--decoder_depth", "2", "--first_stage_path", "{ref}"],
+        "does not fit this model.*check --model",
+    ),
+    "resume of another size": (
+        ["--model", "pretrain_videomae_small_patch16_224", "--resume", "{ref}"],
+        "checkpoint-1.pth is of another run",
+    ),
     "resume from weights": (["--resume", "{t}/weights.pth"], "weights.pth holds weights only"),
     "too few videos": (["--batch_size", "80", "--update_freq", "2"], "50 videos are fewer than the 80.*--batch_size"),
     "optimizer": (["--opt", "adamx"], "--opt.*adamx|adamx.*--opt"),
@@ -123,14 +146,33 @@ def test_what_is_found_while_building_is_one_line_too(case, start, data_args, re
 # Options --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more, total, steps", [
-    ([], 8, 50 // 8), (["--multiple_sampling"], 8, 50 // 4), (["--update_freq", "3"], 24, 50 // 24),
-    (["--multiple_sampling", "--update_freq", "2", "--num_sample", "2"], 16, 50 // 4), (["--warmup_steps", "9"], 8, 6),
-])
+@pytest.mark.parametrize(
+    "more, total, steps",
+    [
+        ([], 8, 50 // 8),
+        (["--multiple_sampling"], 8, 50 // 4),
+        (["--update_freq", "3"], 24, 50 // 24),
+        (["--multiple_sampling", "--update_freq", "2", "--num_sample", "2"], 16, 50 // 4),
+        (["--warmup_steps", "9"], 8, 6),
+    ],
+)
 def test_rates_follow_the_released_recipe_in_real_steps(data_args, more, total, steps):
     """lr x total batch / 256, linear warm-up from 0, cosine; per optimizer step that is made."""
-    args = get_args([*(str(word) for word in data_args), *TINY, "--batch_size", "8", "--epochs", "7",
-                     "--warmup_epochs", "2", "--weight_decay_end", "0.2", *more])
+    args = get_args(
+        [
+            *(str(word) for word in data_args),
+            *TINY,
+            "--batch_size",
+            "8",
+            "--epochs",
+            "7",
+            "--warmup_epochs",
+            "2",
+            "--weight_decay_end",
+            "0.2",
+            *more,
+        ]
+    )
     chunk = args.batch_size // clips_per_video(args)
     assert ChunkSampler(len(build_dataset(args)), chunk, args.update_freq).steps_per_epoch == steps
     model = torch.nn.Linear(2, 2)
@@ -149,19 +191,81 @@ def test_rates_follow_the_released_recipe_in_real_steps(data_args, more, total, 
 def test_defaults_are_the_recipe_of_the_paper():
     args = get_args(["--data_path", "x"])
     recipe = {
-        "opt": "adamw", "opt_betas": [0.9, 0.95], "opt_eps": 1e-8, "weight_decay": 0.05, "lr": 1.5e-4, "min_lr": 1e-5,
-        "warmup_epochs": 40, "warmup_lr": 0, "epochs": 801, "batch_size": 32, "mask_ratio": 0.8, "decoder_depth": 4,
-        "num_frames": 16, "sampling_rate": 4, "input_size": 224, "traj_unmask_ratio": 0.1, "clip_grad": None,
-        "motion_type": "gaussian", "scales": [32, 48, 56, 64, 96, 128], "num_rois": 2, "sub_mask_type":
-        "tube+traj_mask", "teacher_norm": "imagenet", "clip_model": "ViT-B-16", "clip_weights": "openai"}
+        "opt": "adamw",
+        "opt_betas": [0.9, 0.95],
+        "opt_eps": 1e-8,
+        "weight_decay": 0.05,
+        "lr": 1.5e-4,
+        "min_lr": 1e-5,
+        "warmup_epochs": 40,
+        "warmup_lr": 0,
+        "epochs": 801,
+        "batch_size": 32,
+        "mask_ratio": 0.8,
+        "decoder_depth": 4,
+        "num_frames": 16,
+        "sampling_rate": 4,
+        "input_size": 224,
+        "traj_unmask_ratio": 0.1,
+        "clip_grad": None,
+        "motion_type": "gaussian",
+        "scales": [32, 48, 56, 64, 96, 128],
+        "num_rois": 2,
+        "sub_mask_type": "tube+traj_mask",
+        "teacher_norm": "imagenet",
+        "clip_model": "ViT-B-16",
+        "clip_weights": "openai",
+    }
     assert {name: getattr(args, name) for name in recipe} == recipe
 
 
-FLAGS = """data_path mask_type sub_mask_type target_type distillation_teacher mask_ratio traj_unmask_ratio model
-decoder_depth batch_size num_frames sampling_rate opt opt_betas warmup_epochs save_ckpt_freq epochs add_tubelets
-use_objects motion_type scales log_dir output_dir objects_path multiple_sampling first_stage_path input_size drop_path
-opt_eps clip_grad weight_decay weight_decay_end lr warmup_lr min_lr warmup_steps use_checkpoint seed resume auto_resume
-no_auto_resume start_epoch num_workers pin_mem device""".split()
+FLAGS = [
+    "data_path",
+    "mask_type",
+    "sub_mask_type",
+    "target_type",
+    "distillation_teacher",
+    "mask_ratio",
+    "traj_unmask_ratio",
+    "model",
+    "decoder_depth",
+    "batch_size",
+    "num_frames",
+    "sampling_rate",
+    "opt",
+    "opt_betas",
+    "warmup_epochs",
+    "save_ckpt_freq",
+    "epochs",
+    "add_tubelets",
+    "use_objects",
+    "motion_type",
+    "scales",
+    "log_dir",
+    "output_dir",
+    "objects_path",
+    "multiple_sampling",
+    "first_stage_path",
+    "input_size",
+    "drop_path",
+    "opt_eps",
+    "clip_grad",
+    "weight_decay",
+    "weight_decay_end",
+    "lr",
+    "warmup_lr",
+    "min_lr",
+    "warmup_steps",
+    "use_checkpoint",
+    "seed",
+    "resume",
+    "auto_resume",
+    "no_auto_resume",
+    "start_epoch",
+    "num_workers",
+    "pin_mem",
+    "device",
+]
 
 
 def test_help_knows_every_flag_of_the_released_script_in_groups(capsys):

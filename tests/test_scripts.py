@@ -36,13 +36,24 @@ def run(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "objects").mkdir()
     log = tmp_path / "commands"
-    env = {"PATH": f"{stubs}:{os.environ['PATH']}", "STUB_LOG": str(log), "DATA_PATH": str(tmp_path / "my train.csv"),
-           "OBJECTS_PATH": str(tmp_path / "objects"), "FIRST_STAGE_CKPT": str(tmp_path / "stage1.pth")}
+    env = {
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+        "STUB_LOG": str(log),
+        "DATA_PATH": str(tmp_path / "my train.csv"),
+        "OBJECTS_PATH": str(tmp_path / "objects"),
+        "FIRST_STAGE_CKPT": str(tmp_path / "stage1.pth"),
+    }
 
     def call(script, *options, **variables):
         log.write_text("")
-        result = subprocess.run(["bash", str(script), *options], env=env | variables, cwd=tmp_path,
-                                capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            ["bash", str(script), *options],
+            env=env | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return result, [line.split("\0")[:-1] for line in log.read_text().splitlines()]
 
     return call
@@ -51,15 +62,18 @@ def run(tmp_path):
 def program_args(command):
     """What run_smile_pretraining.py makes of a recorded command."""
     program = next(i for i, word in enumerate(command) if word.endswith("/run_smile_pretraining.py"))
-    return get_args(command[program + 1:])
+    return get_args(command[program + 1 :])
 
 
 def launcher_option(command, name):
     return command[command.index(name) + 1]
 
 
-@pytest.mark.parametrize("script", [*sorted(SCRIPTS.rglob("*.sh")), *SCRIPTS.rglob("*.sbatch"), SCRIPTS.parent / ".ci/run"],
-                         ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script",
+    [*sorted(SCRIPTS.rglob("*.sh")), *SCRIPTS.rglob("*.sbatch"), SCRIPTS.parent / ".ci/run"],
+    ids=lambda path: path.name,
+)
 def test_script_parses_and_stops_at_errors(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
     if script.name not in ("common.sh", "setup_env.sh"):  # these are sourced
@@ -68,7 +82,8 @@ def test_script_parses_and_stops_at_errors(script):
 
 def test_all_recipes_are_there():
     assert [path.stem for path in RECIPES] == [
-        f"{name}_{stage}_stage" for name in ("k400_vit_b", "k400_vit_s", "ssv2_vit_b") for stage in ("1st", "2nd")]
+        f"{name}_{stage}_stage" for name in ("k400_vit_b", "k400_vit_s", "ssv2_vit_b") for stage in ("1st", "2nd")
+    ]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -84,7 +99,13 @@ def test_recipe(run, tmp_path, recipe):
     assert args.data_path == str(tmp_path / "my train.csv") and args.output_dir == f"output/{recipe.stem}"
     assert args.sampling_rate == {"k400": 4, "ssv2": 2}[data] and args.num_frames == 16
     assert (args.target_type, args.clip_model, args.clip_weights) == ("clip", "ViT-B-16", "openai")
-    assert (args.opt, args.opt_betas, args.lr, args.min_lr, args.weight_decay) == ("adamw", [0.9, 0.95], 1.5e-4, 1e-5, 0.05)
+    assert (args.opt, args.opt_betas, args.lr, args.min_lr, args.weight_decay) == (
+        "adamw",
+        [0.9, 0.95],
+        1.5e-4,
+        1e-5,
+        0.05,
+    )
     assert (args.epochs, args.warmup_epochs, args.mask_ratio, args.decoder_depth) == (801, 40, 0.8, 4)
     assert args.multiple_sampling and args.clip_grad is None
     assert args.stop_epoch == (150 if recipe.stem.startswith("k400_vit_b") else 200)
@@ -122,14 +143,32 @@ def test_a_batch_that_does_not_fit_is_one_clear_line(run):
 
 
 def test_everything_comes_from_the_environment(run, tmp_path):
-    _, (command,) = run(RECIPES[0], "--seed", "7", "--stop_epoch", "3", OUTPUT_DIR="out dir", CLIP_WEIGHTS="/w/ViT-B-16.pt",
-                        STOP_EPOCH="400", NODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234",
-                        MAX_RESTARTS="0", NUM_WORKERS="3", TOTAL_BATCH="512")
+    _, (command,) = run(
+        RECIPES[0],
+        "--seed",
+        "7",
+        "--stop_epoch",
+        "3",
+        OUTPUT_DIR="out dir",
+        CLIP_WEIGHTS="/w/ViT-B-16.pt",
+        STOP_EPOCH="400",
+        NODES="2",
+        NODE_RANK="1",
+        MASTER_ADDR="10.0.0.1",
+        MASTER_PORT="1234",
+        MAX_RESTARTS="0",
+        NUM_WORKERS="3",
+        TOTAL_BATCH="512",
+    )
     args = program_args(command)
     assert (args.output_dir, args.log_dir, args.clip_weights) == ("out dir", "out dir", "/w/ViT-B-16.pt")
     assert (args.seed, args.stop_epoch, args.num_workers, args.update_freq) == (7, 3, 3, 1)  # options come last and win
-    for name, value in {"--node_rank": "1", "--master_addr": "10.0.0.1", "--master_port": "1234",
-                        "--max-restarts": "0"}.items():
+    for name, value in {
+        "--node_rank": "1",
+        "--master_addr": "10.0.0.1",
+        "--master_port": "1234",
+        "--max-restarts": "0",
+    }.items():
         assert launcher_option(command, name) == value
 
 
@@ -143,8 +182,13 @@ def test_a_missing_path_is_named_before_anything_starts(run, variable):
 
 def submit(run, *arguments, **variables):
     """The batch script as Slurm runs it: from the folder of sbatch, with the job's variables."""
-    job = {"SLURM_SUBMIT_DIR": str(SCRIPTS.parent), "SLURM_JOB_ID": "42", "SLURM_NNODES": "2",
-           "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
+    job = {
+        "SLURM_SUBMIT_DIR": str(SCRIPTS.parent),
+        "SLURM_JOB_ID": "42",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "6",
+    }
     return run(SBATCH, *arguments, **job | variables)
 
 
@@ -168,8 +212,9 @@ def test_slurm_queues_the_job_again_only_when_the_run_asks_for_it(run):
 
 def test_slurm_runs_the_other_recipes_too(run, tmp_path):
     for recipe in ("finetune/finetune_ucf101_vit_b", "test/test_k400_vit_b"):
-        result, (command,) = submit(run, recipe, DATA_PATH=str(tmp_path), MODEL_PATH=str(tmp_path), TOTAL_BATCH="32",
-                                    BATCH_SIZE="4")
+        result, (command,) = submit(
+            run, recipe, DATA_PATH=str(tmp_path), MODEL_PATH=str(tmp_path), TOTAL_BATCH="32", BATCH_SIZE="4"
+        )
         assert result.returncode == 0 and command[0] == "srun", result.stderr
         assert any(word.endswith("/run_class_finetuning.py") for word in command)
 
@@ -185,8 +230,12 @@ FINETUNE, TEST = (sorted((SCRIPTS / folder).glob("*.sh")) for folder in ("finetu
 SETS = {"k400": "Kinetics-400", "ssv2": "SSV2", "ucf101": "UCF101", "hmdb51": "HMDB51"}
 BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
 # lr, layer decay, drop path, head dropout, epochs, total batch; of Kinetics and SSv2 as in the released recipes
-NUMBERS = {"k400": (1e-3, 0.75, 0.1, 0, 100, 16), "ssv2": (1e-3, 0.7, 0.1, 0, 40, 32),
-           "ucf101": (5e-4, 0.7, 0.2, 0.5, 100, 64), "hmdb51": (1e-3, 0.7, 0.2, 0.5, 50, 64)}
+NUMBERS = {
+    "k400": (1e-3, 0.75, 0.1, 0, 100, 16),
+    "ssv2": (1e-3, 0.7, 0.1, 0, 40, 32),
+    "ucf101": (5e-4, 0.7, 0.2, 0.5, 100, 64),
+    "hmdb51": (1e-3, 0.7, 0.2, 0.5, 50, 64),
+}
 
 
 def finetune_args(run, tmp_path, script, *options, **variables):
@@ -198,15 +247,18 @@ def finetune_args(run, tmp_path, script, *options, **variables):
     assert result.returncode == 0 and len(commands) == 1, result.stderr
     (command,) = commands
     program = next(i for i, word in enumerate(command) if word.endswith("/run_class_finetuning.py"))
-    args = run_class_finetuning.get_args(command[program + 1:])
+    args = run_class_finetuning.get_args(command[program + 1 :])
     assert (args.data_path, args.finetune) == (paths["DATA_PATH"], paths["MODEL_PATH"])
     return args, command
 
 
 def test_all_fine_tuning_scripts_are_there():
     models = ["hmdb51_vit_b", "k400_vit_b", "k400_vit_s", "ssv2_vit_b", "ssv2_vit_s", "ucf101_vit_b"]
-    assert [path.stem for path in FINETUNE] == [*(f"finetune_{name}" for name in models),
-                                               "linear_probe_k400_vit_b", "linear_probe_ssv2_vit_b"]
+    assert [path.stem for path in FINETUNE] == [
+        *(f"finetune_{name}" for name in models),
+        "linear_probe_k400_vit_b",
+        "linear_probe_ssv2_vit_b",
+    ]
     assert [path.stem for path in TEST] == [f"test_{name}" for name in models]
 
 
@@ -260,12 +312,30 @@ def test_what_fine_tuning_starts_from(run, tmp_path, script):
 
 def test_options_of_fine_tuning_come_last_and_variables_from_the_environment(run, tmp_path):
     for script in (FINETUNE[1], TEST[1]):
-        args, command = finetune_args(run, tmp_path, script, "--seed", "7", "--input_size", "112", OUTPUT_DIR="out dir",
-                                      NODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234", GPUS="2",
-                                      NUM_WORKERS="3")
+        args, command = finetune_args(
+            run,
+            tmp_path,
+            script,
+            "--seed",
+            "7",
+            "--input_size",
+            "112",
+            OUTPUT_DIR="out dir",
+            NODES="2",
+            NODE_RANK="1",
+            MASTER_ADDR="10.0.0.1",
+            MASTER_PORT="1234",
+            GPUS="2",
+            NUM_WORKERS="3",
+        )
         assert (args.output_dir, args.seed, args.input_size, args.num_workers) == ("out dir", 7, 112, 3)
-        for name, value in {"--nnodes": "2", "--node_rank": "1", "--master_addr": "10.0.0.1", "--master_port": "1234",
-                            "--nproc_per_node": "2"}.items():
+        for name, value in {
+            "--nnodes": "2",
+            "--node_rank": "1",
+            "--master_addr": "10.0.0.1",
+            "--master_port": "1234",
+            "--nproc_per_node": "2",
+        }.items():
             assert launcher_option(command, name) == value
     result, commands = run(FINETUNE[1], GPUS="8", MODEL_PATH=str(tmp_path))
     assert result.returncode == 1 and commands == []

@@ -17,9 +17,16 @@ PROGRAMS = [name for name in SOURCES if name.startswith("run_")]
 
 # What each module may import of ours; a module not named here obeys the general rules below alone.
 MAY_IMPORT = {
-    "masking_generator": set(), "object_overlay": set(), "modeling_finetune": set(), "utils": set(),
-    "video_transforms": set(), "modeling_teacher": set(), "modeling_pretrain": {"modeling_finetune"},
-    "checkpoints": {"utils"}, "optim_factory": {"utils"}, "options": {"optim_factory", "utils"},
+    "masking_generator": set(),
+    "object_overlay": set(),
+    "modeling_finetune": set(),
+    "utils": set(),
+    "video_transforms": set(),
+    "modeling_teacher": set(),
+    "modeling_pretrain": {"modeling_finetune"},
+    "checkpoints": {"utils"},
+    "optim_factory": {"utils"},
+    "options": {"optim_factory", "utils"},
     "datasets": {"masking_generator", "object_overlay", "video_transforms", "utils"},
     "data_loading": {"datasets", "utils"},
     "training": {"checkpoints", "data_loading", "datasets", "optim_factory", "utils"},
@@ -130,6 +137,12 @@ def test_no_bare_except_and_no_print(name):
 
 def test_args_are_unpacked_in_programs_and_options_alone():
     """Everything below takes plain typed values, and can be built in a test."""
-    takes = {name for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.arg)
-             and isinstance(node.annotation, ast.Attribute) and node.annotation.attr == "Namespace"}
+    takes = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg)
+        and isinstance(node.annotation, ast.Attribute)
+        and node.annotation.attr == "Namespace"
+    }
     assert takes <= {*PROGRAMS, "options", "training", "deepspeed_stepper"}  # Settings.of and with_deepspeed

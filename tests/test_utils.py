@@ -14,8 +14,17 @@ import torch
 from fixtures_video import in_child
 
 import utils
-from utils import (EXIT_REQUEUE, MAX_NON_FINITE, Control, RunError, RunLog, StepMeter, cosine_schedule, lock_folder,
-                   seed_everything)
+from utils import (
+    EXIT_REQUEUE,
+    MAX_NON_FINITE,
+    Control,
+    RunError,
+    RunLog,
+    StepMeter,
+    cosine_schedule,
+    lock_folder,
+    seed_everything,
+)
 
 CPU = torch.device("cpu")
 
@@ -31,10 +40,17 @@ def recipe(base, final, epochs, steps_per_epoch, warmup_epochs=0, start=0.0, war
     return np.concatenate([np.linspace(start, base, warmup_iters), cosine])
 
 
-@pytest.mark.parametrize("base, final, epochs, steps, warmup, start", [
-    (1.5e-4, 1e-5, 801, 7, 40, 0.0), (1e-3, 1e-6, 10, 30, 5, 1e-6), (0.05, 0.05, 12, 3, 0, 0.0),
-    (0.04, 0.4, 9, 11, 0, 0.0), (1.0, 0.0, 4, 1, 1, 0.25), (1.0, 0.5, 3, 5, 3, 0.0),
-])
+@pytest.mark.parametrize(
+    "base, final, epochs, steps, warmup, start",
+    [
+        (1.5e-4, 1e-5, 801, 7, 40, 0.0),
+        (1e-3, 1e-6, 10, 30, 5, 1e-6),
+        (0.05, 0.05, 12, 3, 0, 0.0),
+        (0.04, 0.4, 9, 11, 0, 0.0),
+        (1.0, 0.0, 4, 1, 1, 0.25),
+        (1.0, 0.5, 3, 5, 3, 0.0),
+    ],
+)
 def test_cosine_schedule_is_that_of_the_recipe(base, final, epochs, steps, warmup, start):
     total = epochs * steps
     expected = recipe(base, final, epochs, steps, warmup, start)
@@ -247,8 +263,13 @@ def pair(tmp_path_factory):
     folder, env = tmp_path_factory.mktemp("pair"), {**os.environ, "OMP_NUM_THREADS": "1"}
     script = folder / "pair.py"
     script.write_text(PAIR.format(root=os.path.dirname(utils.__file__), folder=str(folder)))
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                             str(script)], capture_output=True, text=True, env=env, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+    )
     return [eval((folder / str(rank)).read_text()) for rank in range(2)], result
 
 
@@ -302,10 +323,13 @@ def test_a_second_interrupt_ends_the_program():
 
 def hold(folder):
     """A process that holds a folder's lock, and a way to let go of it."""
-    code = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
-            "sys.stdin.read()")
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder / ".lock")], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
+        "sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "1\n"
     return process
 

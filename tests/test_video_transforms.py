@@ -36,8 +36,7 @@ def all_boxes(frame, size):
     widths, heights = sides(min(frame), size[0]), sides(min(frame), size[1])
     for i, j in product(range(4), range(4)):
         if abs(i - j) <= 1:
-            boxes |= {(x, y, widths[i], heights[j])
-                      for x, y in anchors(frame[0] - widths[i], frame[1] - heights[j])}
+            boxes |= {(x, y, widths[i], heights[j]) for x, y in anchors(frame[0] - widths[i], frame[1] - heights[j])}
     return boxes
 
 
@@ -46,15 +45,21 @@ def draw_boxes(frame, size, count=8000):
     return [tuple(int(value) for value in multi_scale_box(rng, frame, size)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("frame, size", [
-    ((340, 256), (224, 224)),  # 256 * .875 = 224
-    ((456, 258), (224, 224)),  # 225: within 3 px, becomes 224
-    ((320, 240), (224, 224)), ((180, 320), (112, 112)), ((101, 101), (64, 64)),
-    ((400, 226), (224, 224)),  # 2 px more than the input: becomes 224
-    ((400, 227), (224, 224)),  # 3 px more: stays
-    ((400, 222), (224, 224)),  # 2 px less: the frame has no 224
-    ((340, 256), (192, 160)), ((60, 80), (224, 224)),
-])
+@pytest.mark.parametrize(
+    "frame, size",
+    [
+        ((340, 256), (224, 224)),  # 256 * .875 = 224
+        ((456, 258), (224, 224)),  # 225: within 3 px, becomes 224
+        ((320, 240), (224, 224)),
+        ((180, 320), (112, 112)),
+        ((101, 101), (64, 64)),
+        ((400, 226), (224, 224)),  # 2 px more than the input: becomes 224
+        ((400, 227), (224, 224)),  # 3 px more: stays
+        ((400, 222), (224, 224)),  # 2 px less: the frame has no 224
+        ((340, 256), (192, 160)),
+        ((60, 80), (224, 224)),
+    ],
+)
 def test_boxes_are_those_of_the_method(frame, size):
     assert set(draw_boxes(frame, size)) == all_boxes(frame, size)
 

@@ -126,28 +126,42 @@ def test_an_augmented_clip_is_one_that_workers_can_stack():
 # Validation and test --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, side, expected", [
-    ("bikes.mp4", 64, (64, 88)),  # 128 x 176
-    ("bikes.mp4", 100, (100, 137)),  # 137.5
-    ("upright.mp4", 64, (82, 64)),  # 144 x 112; 82.3
-    ("upright.mp4", 200, (257, 200)),  # growing; 257.1
-    ("short.mp4", 96, (96, 96)),  # square
-    ("small.mp4", 64, (64, 80)),  # as it is
-])
+@pytest.mark.parametrize(
+    "name, side, expected",
+    [
+        ("bikes.mp4", 64, (64, 88)),  # 128 x 176
+        ("bikes.mp4", 100, (100, 137)),  # 137.5
+        ("upright.mp4", 64, (82, 64)),  # 144 x 112; 82.3
+        ("upright.mp4", 200, (257, 200)),  # growing; 257.1
+        ("short.mp4", 96, (96, 96)),  # square
+        ("small.mp4", 64, (64, 80)),  # as it is
+    ],
+)
 def test_the_short_side_is_resized_and_the_long_one_keeps_the_ratio(clips, name, side, expected):
     frames = decode_all(clips[name])[:3]
     ours = short_side_resize(frames, side)
     assert ours.dtype == np.uint8 and ours.shape == (3, *expected, 3)
     for frame, got in zip(frames, ours):
-        resized = torchvision_resize(torch.from_numpy(frame.copy()).permute(2, 0, 1), list(expected),
-                                     InterpolationMode.BILINEAR, antialias=True)
+        resized = torchvision_resize(
+            torch.from_numpy(frame.copy()).permute(2, 0, 1), list(expected), InterpolationMode.BILINEAR, antialias=True
+        )
         assert np.abs(got.astype(int) - resized.permute(1, 2, 0).numpy()).max() <= 1
 
 
-@pytest.mark.parametrize("long, side, crops, offsets", [
-    (341, 224, 3, [0, 58, 117]), (342, 224, 3, [0, 59, 118]), (224, 224, 3, [0, 0, 0]), (225, 224, 3, [0, 0, 1]),
-    (341, 224, 1, [58]), (225, 224, 1, [0]), (300, 100, 5, [0, 50, 100, 150, 200]), (300, 100, 2, [0, 200]),
-    (110, 100, 4, [0, 3, 6, 10])])
+@pytest.mark.parametrize(
+    "long, side, crops, offsets",
+    [
+        (341, 224, 3, [0, 58, 117]),
+        (342, 224, 3, [0, 59, 118]),
+        (224, 224, 3, [0, 0, 0]),
+        (225, 224, 3, [0, 0, 1]),
+        (341, 224, 1, [58]),
+        (225, 224, 1, [0]),
+        (300, 100, 5, [0, 50, 100, 150, 200]),
+        (300, 100, 2, [0, 200]),
+        (110, 100, 4, [0, 3, 6, 10]),
+    ],
+)
 def test_crops_are_spread_along_the_long_side(long, side, crops, offsets):
     ramp = np.arange(long, dtype=np.int64)
     wide = np.broadcast_to(ramp[None, None, :, None], (2, side, long, 3))

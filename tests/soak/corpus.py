@@ -82,8 +82,17 @@ def damaged(cuts, flips, seed=0):
 # Good but odd ---------------------------------------------------------------------------------------------------
 
 
-def encode(frames, container="mp4", codec="libx264", pix_fmt="yuv420p", every=None, gop=12, sound=False, options=None,
-           muxer=None):
+def encode(
+    frames,
+    container="mp4",
+    codec="libx264",
+    pix_fmt="yuv420p",
+    every=None,
+    gop=12,
+    sound=False,
+    options=None,
+    muxer=None,
+):
     """Encode uint8 [T, H, W, 3] with PyAV and return the file's bytes.
 
     Args:
@@ -124,34 +133,57 @@ def encode_sound(container, codec="aac"):
 
 def resized(frames, width, height):
     """The frames at another size."""
-    return np.stack([av.VideoFrame.from_ndarray(frame, "rgb24").reformat(width, height).to_ndarray()
-                     for frame in frames])
+    return np.stack(
+        [av.VideoFrame.from_ndarray(frame, "rgb24").reformat(width, height).to_ndarray() for frame in frames]
+    )
 
 
 SIZES = {"tiny": (16, 16), "two": (2, 2), "portrait": (54, 96), "wide": (320, 16), "tall": (16, 320)}
 ODD_SIZES = {"odd": (33, 51), "one-high": (64, 1), "one": (1, 1)}  # need a format without shared colour samples
 FORMATS = {  # name: (container, codec, pixel format)
-    "plain.mp4": ("mp4", "libx264", "yuv420p"), "422.mp4": ("mp4", "libx264", "yuv422p"),
-    "444.mp4": ("mp4", "libx264", "yuv444p"), "full-range.mp4": ("mp4", "libx264", "yuvj420p"),
-    "10bit.mp4": ("mp4", "libx264", "yuv420p10le"), "422-10bit.mp4": ("mp4", "libx264", "yuv422p10le"),
-    "444-10bit.mp4": ("mp4", "libx264", "yuv444p10le"), "grey.mp4": ("mp4", "libx264", "gray"),
-    "rgb.mp4": ("mp4", "libx264rgb", "rgb24"), "hevc.mp4": ("mp4", "libx265", "yuv420p"),
-    "hevc-10bit.mp4": ("mp4", "libx265", "yuv420p10le"), "hevc-444-12bit.mp4": ("mp4", "libx265", "yuv444p12le"),
-    "av1.mp4": ("mp4", "libsvtav1", "yuv420p"), "mpeg4.mp4": ("mp4", "mpeg4", "yuv420p"),
-    "vp9.mp4": ("mp4", "libvpx-vp9", "yuv420p"), "mjpeg.mp4": ("mp4", "mjpeg", "yuvj420p"),
-    "plain.mkv": ("matroska", "libx264", "yuv420p"), "ffv1.mkv": ("matroska", "ffv1", "yuv444p"),
-    "ffv1-alpha.mkv": ("matroska", "ffv1", "yuva420p"), "ffv1-16bit.mkv": ("matroska", "ffv1", "yuv444p16le"),
-    "png.avi": ("avi", "png", "rgb24"), "vp8.webm": ("webm", "libvpx", "yuv420p"),
-    "vp9-422.webm": ("webm", "libvpx-vp9", "yuv422p"), "vp9.webm": ("webm", "libvpx-vp9", "yuv420p"),
-    "vp9-444.webm": ("webm", "libvpx-vp9", "yuv444p"), "av1.webm": ("webm", "libsvtav1", "yuv420p"),
-    "mpeg4.avi": ("avi", "mpeg4", "yuv420p"), "plain.avi": ("avi", "libx264", "yuv420p"),
-    "mjpeg.avi": ("avi", "mjpeg", "yuvj422p"), "huffyuv.avi": ("avi", "huffyuv", "rgb24"),
-    "raw.avi": ("avi", "rawvideo", "bgr24"), "msmpeg4.avi": ("avi", "msmpeg4", "yuv420p"),
-    "plain.mov": ("mov", "libx264", "yuv420p"), "prores.mov": ("mov", "prores", "yuv422p10le"),
-    "mpeg2.mpg": ("mpeg", "mpeg2video", "yuv420p"), "plain.ts": ("mpegts", "libx264", "yuv420p"),
-    "mpeg2.ts": ("mpegts", "mpeg2video", "yuv420p"), "plain.flv": ("flv", "libx264", "yuv420p"),
-    "sorenson.flv": ("flv", "flv", "yuv420p"), "wmv2.asf": ("asf", "wmv2", "yuv420p"),
-    "plain.h264": ("h264", "libx264", "yuv420p"), "pal.gif": ("gif", "gif", "rgb8")}
+    "plain.mp4": ("mp4", "libx264", "yuv420p"),
+    "422.mp4": ("mp4", "libx264", "yuv422p"),
+    "444.mp4": ("mp4", "libx264", "yuv444p"),
+    "full-range.mp4": ("mp4", "libx264", "yuvj420p"),
+    "10bit.mp4": ("mp4", "libx264", "yuv420p10le"),
+    "422-10bit.mp4": ("mp4", "libx264", "yuv422p10le"),
+    "444-10bit.mp4": ("mp4", "libx264", "yuv444p10le"),
+    "grey.mp4": ("mp4", "libx264", "gray"),
+    "rgb.mp4": ("mp4", "libx264rgb", "rgb24"),
+    "hevc.mp4": ("mp4", "libx265", "yuv420p"),
+    "hevc-10bit.mp4": ("mp4", "libx265", "yuv420p10le"),
+    "hevc-444-12bit.mp4": ("mp4", "libx265", "yuv444p12le"),
+    "av1.mp4": ("mp4", "libsvtav1", "yuv420p"),
+    "mpeg4.mp4": ("mp4", "mpeg4", "yuv420p"),
+    "vp9.mp4": ("mp4", "libvpx-vp9", "yuv420p"),
+    "mjpeg.mp4": ("mp4", "mjpeg", "yuvj420p"),
+    "plain.mkv": ("matroska", "libx264", "yuv420p"),
+    "ffv1.mkv": ("matroska", "ffv1", "yuv444p"),
+    "ffv1-alpha.mkv": ("matroska", "ffv1", "yuva420p"),
+    "ffv1-16bit.mkv": ("matroska", "ffv1", "yuv444p16le"),
+    "png.avi": ("avi", "png", "rgb24"),
+    "vp8.webm": ("webm", "libvpx", "yuv420p"),
+    "vp9-422.webm": ("webm", "libvpx-vp9", "yuv422p"),
+    "vp9.webm": ("webm", "libvpx-vp9", "yuv420p"),
+    "vp9-444.webm": ("webm", "libvpx-vp9", "yuv444p"),
+    "av1.webm": ("webm", "libsvtav1", "yuv420p"),
+    "mpeg4.avi": ("avi", "mpeg4", "yuv420p"),
+    "plain.avi": ("avi", "libx264", "yuv420p"),
+    "mjpeg.avi": ("avi", "mjpeg", "yuvj422p"),
+    "huffyuv.avi": ("avi", "huffyuv", "rgb24"),
+    "raw.avi": ("avi", "rawvideo", "bgr24"),
+    "msmpeg4.avi": ("avi", "msmpeg4", "yuv420p"),
+    "plain.mov": ("mov", "libx264", "yuv420p"),
+    "prores.mov": ("mov", "prores", "yuv422p10le"),
+    "mpeg2.mpg": ("mpeg", "mpeg2video", "yuv420p"),
+    "plain.ts": ("mpegts", "libx264", "yuv420p"),
+    "mpeg2.ts": ("mpegts", "mpeg2video", "yuv420p"),
+    "plain.flv": ("flv", "libx264", "yuv420p"),
+    "sorenson.flv": ("flv", "flv", "yuv420p"),
+    "wmv2.asf": ("asf", "wmv2", "yuv420p"),
+    "plain.h264": ("h264", "libx264", "yuv420p"),
+    "pal.gif": ("gif", "gif", "rgb8"),
+}
 
 
 def odd(frames):
@@ -185,7 +217,7 @@ def odd(frames):
 def rotated(content):
     """Mark an mp4 as recorded with the camera turned by 90 degrees: another matrix in its track header."""
     place = content.index(bytes.fromhex("00010000" + "00" * 12 + "00010000"), content.index(b"tkhd"))
-    turned = bytes.fromhex("00000000" "00010000" "00000000" "ffff0000" "00000000")
+    turned = bytes.fromhex("000000000001000000000000ffff000000000000")
     return content[:place] + turned + content[place + len(turned) :]
 
 
@@ -222,8 +254,12 @@ def no_videos():
     yield "list.mp4", b"#EXTM3U\n#EXT-X-VERSION:3\n#EXTINF:10,\nnowhere.ts\n#EXT-X-ENDLIST\n"
     yield "subtitles.mp4", b"1\n00:00:00,000 --> 00:00:02,000\nHello\n\n" * 20
     yield "zip.mp4", b"PK\x05\x06" + bytes(18)
-    for name, container, codec in (("sound.mp4", "mp4", "aac"), ("sound.mkv", "matroska", "aac"),
-                                   ("sound.wav", "wav", "pcm_s16le"), ("sound.mp2", "mp2", "mp2")):
+    for name, container, codec in (
+        ("sound.mp4", "mp4", "aac"),
+        ("sound.mkv", "matroska", "aac"),
+        ("sound.wav", "wav", "pcm_s16le"),
+        ("sound.mp2", "mp2", "mp2"),
+    ):
         yield name, encode_sound(container, codec)
     frame = np.full((1, 32, 32, 3), 90, np.uint8)
     yield "picture.mp4", encode(frame, "image2pipe", "png", "rgb24")
@@ -246,9 +282,15 @@ def png(width=24, height=20, bits=8, colour=6, palette=b"", transparent=b"", lin
         length = (width * bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] + 7) // 8
         lines = b"".join(bytes([0]) + bytes((7 * x + 3 * y + 1) % 256 for x in range(length)) for y in range(height))
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"PLTE", palette) * bool(palette)
-            + chunk(b"tRNS", transparent) * bool(transparent) + chunk(b"IDAT", zlib.compress(lines, level))
-            + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + before
+        + chunk(b"PLTE", palette) * bool(palette)
+        + chunk(b"tRNS", transparent) * bool(transparent)
+        + chunk(b"IDAT", zlib.compress(lines, level))
+        + chunk(b"IEND", b"")
+    )
 
 
 def chunk(kind, content):
@@ -270,7 +312,9 @@ def good_objects():
         for bits in depths:
             extra = {"palette": palette[: 3 * 2 ** min(bits, 4)]} if colour == 3 else {}
             lines = b"".join(bytes([0]) + bytes([17]) * 24 for _ in range(20)) if (colour, bits) == (3, 8) else None
-            lines = None if lines is None else b"".join(bytes([0]) + bytes(x % 16 for x in range(24)) for _ in range(20))
+            lines = (
+                None if lines is None else b"".join(bytes([0]) + bytes(x % 16 for x in range(24)) for _ in range(20))
+            )
             yield f"type{colour}-{bits}bit.png", png(bits=bits, colour=colour, lines=lines, **extra)
             if colour in (0, 2):
                 hole = struct.pack(">H", 1) if colour == 0 else struct.pack(">HHH", 1, 8, 15)
@@ -283,11 +327,24 @@ def good_objects():
         yield f"{size[0]}x{size[1]}.png", png(*size)
     yield "one-pixel-left.png", png(lines=(bytes(97) * 19 + bytes([0] * 96 + [255])))
     pixels = np.random.default_rng(0).integers(1, 255, (40, 30, 4), np.uint8)
-    for mode, kind in (("RGBA", "WEBP"), ("RGB", "WEBP"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "JPEG"),
-                       ("P", "GIF"), ("RGB", "BMP"), ("RGBA", "TIFF"), ("RGBA", "ICO"), ("1", "PNG"), ("LA", "PNG")):
+    for mode, kind in (
+        ("RGBA", "WEBP"),
+        ("RGB", "WEBP"),
+        ("RGB", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("L", "JPEG"),
+        ("P", "GIF"),
+        ("RGB", "BMP"),
+        ("RGBA", "TIFF"),
+        ("RGBA", "ICO"),
+        ("1", "PNG"),
+        ("LA", "PNG"),
+    ):
         yield f"{mode}-{kind}.png", saved(pixels, mode, kind)
-    yield "animated.png", saved(pixels, "RGBA", "PNG", save_all=True,
-                                append_images=[Image.fromarray(pixels[::-1].copy(), "RGBA")])
+    yield (
+        "animated.png",
+        saved(pixels, "RGBA", "PNG", save_all=True, append_images=[Image.fromarray(pixels[::-1].copy(), "RGBA")]),
+    )
     yield "long-text.png", png(before=chunk(b"tEXt", b"Comment\0" + b"x" * 100_000))
 
 
@@ -299,8 +356,10 @@ def bad_objects(cuts, flips, seed=0):
         yield f"cut{number}.png", cut(whole, rng.random() if number > 10 else number * 7)
     for number in range(flips):
         yield f"flip{number}.png", flip(whole, rng, rng.choice((1, 3, 20)), (0, 0.02) if number % 4 == 0 else (0, 1))
-    for name, content in (("half.jpg", saved(np.full((64, 48, 4), 90, np.uint8), "RGB", "JPEG")),
-                          ("half.webp", saved(np.full((64, 48, 4), 90, np.uint8), "RGBA", "WEBP"))):
+    for name, content in (
+        ("half.jpg", saved(np.full((64, 48, 4), 90, np.uint8), "RGB", "JPEG")),
+        ("half.webp", saved(np.full((64, 48, 4), 90, np.uint8), "RGBA", "WEBP")),
+    ):
         yield name, cut(content, 0.5)
     yield "clear.png", png(lines=bytes(97 * 20))
     yield "clear-palette.png", png(colour=3, palette=bytes(6), transparent=bytes(2), lines=bytes(25 * 20))
@@ -382,8 +441,13 @@ class Reader:
         """(outcome, shape or reason, seconds); the outcome is read, refused, hang, crash, or something worse."""
         if self.process is None:
             code = WORKER.format(root=str(ROOT), kind=self.kind)
-            self.process = subprocess.Popen([sys.executable, "-c", code], text=True,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
             self.answers = queue.Queue()
             threading.Thread(target=self._listen, args=(self.process, self.answers), daemon=True).start()
         self.process.stdin.write(json.dumps(str(path)) + "\n")

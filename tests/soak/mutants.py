@@ -28,9 +28,16 @@ def content():
     """A run's checkpoint of it, in mid-epoch."""
     model, optimizer = tiny()
     meter = {"sums": {"loss": 1.5}, "counts": {"loss": 3.0}, "skipped": 0, "bad_in_a_row": 0}
-    return {"model": model.state_dict(), "args": argparse.Namespace(lr=1e-3, opt_betas=[0.9, 0.95], resume=""),
-            "optimizer": optimizer.state_dict(), "scaler": {}, "epoch": 3, "step": 2, "samples_per_step": 4,
-            "meter": meter}
+    return {
+        "model": model.state_dict(),
+        "args": argparse.Namespace(lr=1e-3, opt_betas=[0.9, 0.95], resume=""),
+        "optimizer": optimizer.state_dict(),
+        "scaler": {},
+        "epoch": 3,
+        "step": 2,
+        "samples_per_step": 4,
+        "meter": meter,
+    }
 
 
 def as_bytes(value, **options):
@@ -94,8 +101,13 @@ def changed(path, value):
 def wrong_weights():
     """(name, checkpoint) whose weights are those of another model; for load_strictly and restore."""
     names = list(content()["model"])
-    reshaped = {"wider": lambda t: torch.zeros(*t.shape[:-1], t.shape[-1] + 1), "scalar": lambda t: t.sum(),
-                "turned": lambda t: t[None], "empty": lambda t: t[:0], "twice": lambda t: torch.cat([t, t])}
+    reshaped = {
+        "wider": lambda t: torch.zeros(*t.shape[:-1], t.shape[-1] + 1),
+        "scalar": lambda t: t.sum(),
+        "turned": lambda t: t[None],
+        "empty": lambda t: t[:0],
+        "twice": lambda t: torch.cat([t, t]),
+    }
     for name in names:
         for kind, change in reshaped.items():
             yield f"{kind}-{name}", changed(("model", name), change)
@@ -117,8 +129,10 @@ def wrong_run():
     yield "negative-step", changed(("step",), lambda value: -1)
     yield "fewer-groups", changed(("optimizer", "param_groups"), lambda groups: [])
     yield "more-groups", changed(("optimizer", "param_groups"), lambda groups: groups * 2)
-    yield "fewer-parameters", changed(("optimizer", "param_groups"), lambda groups: [
-        {**groups[0], "params": groups[0]["params"][:-1]}])
+    yield (
+        "fewer-parameters",
+        changed(("optimizer", "param_groups"), lambda groups: [{**groups[0], "params": groups[0]["params"][:-1]}]),
+    )
     yield "other-batch", changed(("samples_per_step",), lambda value: value + 1)
     for name in (0, 2, 4):
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -154,12 +168,19 @@ def attacks(target):
     target = str(target)
     write = f"open({target!r}, 'w').close()"
     return {
-        "mkdir": Call(os.mkdir, target), "makedirs": Call(os.makedirs, target), "system": Call(os.system, f"touch {target}"),
-        "popen": Call(os.popen, f"touch {target}"), "open": Call(builtins.open, target, "w"),
-        "io-open": Call(io.open, target, "w"), "exec": Call(builtins.exec, write), "eval": Call(builtins.eval, write),
+        "mkdir": Call(os.mkdir, target),
+        "makedirs": Call(os.makedirs, target),
+        "system": Call(os.system, f"touch {target}"),
+        "popen": Call(os.popen, f"touch {target}"),
+        "open": Call(builtins.open, target, "w"),
+        "io-open": Call(io.open, target, "w"),
+        "exec": Call(builtins.exec, write),
+        "eval": Call(builtins.eval, write),
         "subprocess": Call(subprocess.check_call, ["touch", target]),
-        "run": Call(subprocess.run, ["touch", target]), "partial": Call(functools.partial(os.mkdir, target)),
-        "map": Call(list, Call(map, os.mkdir, [target])), "pickle": Call(pickle.loads, pickle.dumps(Call(os.mkdir, target))),
+        "run": Call(subprocess.run, ["touch", target]),
+        "partial": Call(functools.partial(os.mkdir, target)),
+        "map": Call(list, Call(map, os.mkdir, [target])),
+        "pickle": Call(pickle.loads, pickle.dumps(Call(os.mkdir, target))),
         "in-namespace": Built(Call(os.mkdir, target)),
         "namespace-subclass": argparse.Namespace(lr=Call(os.mkdir, target)),
     }
@@ -168,9 +189,12 @@ def attacks(target):
 def poisoned(target):
     """(name, bytes): every attack at several places of a checkpoint, in every format that torch or pickle writes."""
     for name, attack in attacks(target).items():
-        for place, value in {"bare": attack, "args": {**content(), "args": attack},
-                             "optimizer": changed(("optimizer", "param_groups"), lambda groups: [{"x": attack}]),
-                             "weight": {**content(), "model": {"0.weight": attack}}}.items():
+        for place, value in {
+            "bare": attack,
+            "args": {**content(), "args": attack},
+            "optimizer": changed(("optimizer", "param_groups"), lambda groups: [{"x": attack}]),
+            "weight": {**content(), "model": {"0.weight": attack}},
+        }.items():
             yield f"{name}-{place}-zip.pth", as_bytes(value)
             yield f"{name}-{place}-old.pth", as_bytes(value, _use_new_zipfile_serialization=False)
         for protocol in (0, 2, 4):

@@ -15,10 +15,49 @@ from fixtures_video import free_port, source_frames, write_list, write_mp4
 ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"epoch (\d+) \[(\d+)/\d+\]  loss (\S+)")
 RESUME = re.compile(r"resuming from \S+ at epoch (\d+), step (\d+)")
-OPTIONS = """--model pretrain_videomae_tiny_patch16_224 --target_type pixel --decoder_depth 1 --input_size 32
-    --num_frames 4 --sampling_rate 1 --add_tubelets --scales 32 48 64 --mask_type tubelet --mask_ratio 0.75 --batch_size 2
-    --epochs 2 --warmup_epochs 1 --lr 0.1 --num_workers 2 --device cpu --log_interval 1 --save_ckpt_freq 1
-    --save_ckpt_minutes 0 --save_ckpt_steps 2""".split()
+OPTIONS = [
+    "--model",
+    "pretrain_videomae_tiny_patch16_224",
+    "--target_type",
+    "pixel",
+    "--decoder_depth",
+    "1",
+    "--input_size",
+    "32",
+    "--num_frames",
+    "4",
+    "--sampling_rate",
+    "1",
+    "--add_tubelets",
+    "--scales",
+    "32",
+    "48",
+    "64",
+    "--mask_type",
+    "tubelet",
+    "--mask_ratio",
+    "0.75",
+    "--batch_size",
+    "2",
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "1",
+    "--lr",
+    "0.1",
+    "--num_workers",
+    "2",
+    "--device",
+    "cpu",
+    "--log_interval",
+    "1",
+    "--save_ckpt_freq",
+    "1",
+    "--save_ckpt_minutes",
+    "0",
+    "--save_ckpt_steps",
+    "2",
+]
 
 
 def make_videos(folder, count, name="bikes"):
@@ -44,14 +83,33 @@ class Run:
         program = str(ROOT / "run_smile_pretraining.py")
         launch = [sys.executable, "-u", program]
         if processes > 1:
-            launch[2:2] = ["-m", "torch.distributed.run", "--nnodes", "1", "--node_rank", "0",  # as scripts/common.sh
-                           "--master_addr", "127.0.0.1", "--master_port", free_port(),
-                           "--nproc_per_node", str(processes), "--max-restarts", str(restarts)]
+            launch[2:2] = [
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "1",
+                "--node_rank",
+                "0",  # as scripts/common.sh
+                "--master_addr",
+                "127.0.0.1",
+                "--master_port",
+                free_port(),
+                "--nproc_per_node",
+                str(processes),
+                "--max-restarts",
+                str(restarts),
+            ]
         if before:
             launch[2:] = ["-c", f"{before}\nimport runpy\nrunpy.run_path({program!r}, run_name='__main__')"]
         command = [*launch, "--data_path", str(list_file), "--output_dir", str(output_dir), *OPTIONS, *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         self.started, self.first_step, self.lines = time.monotonic(), 0.0, []
         self.news = threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -132,8 +190,9 @@ def children(pid):
 def gone(pids, seconds=30):
     """Whether none of these processes is left within so many seconds."""
     deadline = time.monotonic() + seconds
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-              for pid in pids):
+    while any(
+        Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in pids
+    ):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)

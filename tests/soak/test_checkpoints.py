@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from soak import mutants
-from soak.runs import equal
 
 from checkpoints import load_strictly, read_checkpoint
 from data_loading import ChunkSampler
 from optim_factory import Stepper
+from soak import mutants
+from soak.runs import equal
 from training import restore
 from utils import RunError
 
@@ -42,8 +42,10 @@ def test_damaged_files(tmp_path, figure):
             outcomes[kind, "same contents"] += 1
     for kind in ("cut", "flip-tensor", "flip-pickle"):
         assert outcomes[kind, "same contents"] == 0, kind
-    figure(f"{outcomes.total()} damaged checkpoints: " + ", ".join(f"{kind} {n} {what}" for (kind, what), n in
-                                                                  sorted(outcomes.items())))
+    figure(
+        f"{outcomes.total()} damaged checkpoints: "
+        + ", ".join(f"{kind} {n} {what}" for (kind, what), n in sorted(outcomes.items()))
+    )
 
 
 def restored(state, path):

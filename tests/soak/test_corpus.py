@@ -7,18 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixtures_video import decode_all, source_frames
-from soak import corpus
 
 from datasets import read_frames
 from object_overlay import ObjectLibrary, find_objects
+from soak import corpus
 
 NOT_READ = {  # good videos that decord 0.6 cannot read; all are refused with a reason
-    "av1.mp4", "av1.webm",  # it has no decoder for AV1
-    "plain.h264", "pal.gif",  # no length in the file
-    "tiny.mp4", "two.mp4", "tall.mp4", "one.mkv", "png.avi"}  # narrower than 32 pixels, or padded lines
+    "av1.mp4",
+    "av1.webm",  # it has no decoder for AV1
+    "plain.h264",
+    "pal.gif",  # no length in the file
+    "tiny.mp4",
+    "two.mp4",
+    "tall.mp4",
+    "one.mkv",
+    "png.avi",
+}  # narrower than 32 pixels, or padded lines
 NOT_THE_SAME = {
     "rotated.mp4",  # PyAV leaves it as it is
-    "plain.ts", "mpeg2.ts"}  # in a transport stream decord does not find its way: it repeats the last frame
+    "plain.ts",
+    "mpeg2.ts",
+}  # in a transport stream decord does not find its way: it repeats the last frame
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +55,12 @@ def tell(outcomes):
 
 
 def test_videos(tmp_path, frames, figure):
-    groups = {"real mp4s, damaged": corpus.damaged(cuts=24, flips=40), "good but odd": corpus.odd(frames),
-              "other formats, damaged": corpus.cut_odd(frames), "no videos": corpus.no_videos()}
+    groups = {
+        "real mp4s, damaged": corpus.damaged(cuts=24, flips=40),
+        "good but odd": corpus.odd(frames),
+        "other formats, damaged": corpus.cut_odd(frames),
+        "no videos": corpus.no_videos(),
+    }
     total = 0
     with corpus.Reader("video") as reader:
         for group, variants in groups.items():

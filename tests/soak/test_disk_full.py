@@ -3,9 +3,9 @@
 import resource
 
 import pytest
-from soak.runs import Run, checkpoint, equal, make_videos, same_end
 
 from checkpoints import LATEST, find_resume, read_checkpoint
+from soak.runs import Run, checkpoint, equal, make_videos, same_end
 
 STEPS = 16
 FREE = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -34,7 +34,7 @@ def test_a_disk_that_stays_full(undisturbed, tmp_path, figure):
     code = run.wait()
     warnings, end = run.find("could not write"), run.lines[-1]
     assert code == 1 and len(warnings) == 2 and end.startswith("error: ") and "3 saves in a row failed" in end
-    assert "Traceback" not in run.text() and "File too large" in end or "failed" in end
+    assert ("Traceback" not in run.text() and "File too large" in end) or "failed" in end
     last_step = max(run.steps())
     found, state = find_resume(str(tmp_path / "run"), "", True)
     assert found.name == LATEST and 4 <= state["step"] < last_step[1] + 1
@@ -42,8 +42,10 @@ def test_a_disk_that_stays_full(undisturbed, tmp_path, figure):
     again = Run(list_file, tmp_path / "run")
     assert again.wait() == 0 and again.resumed_at() == (0, state["step"])
     assert same_end(whole, tmp_path / "run")
-    figure(f"disk full for good: {LATEST} of step {state['step']} loads, training went on to step {last_step[1] + 1}, "
-           "exit 1 with one line after the 3rd failed save; started again with room: weights identical")
+    figure(
+        f"disk full for good: {LATEST} of step {state['step']} loads, training went on to step {last_step[1] + 1}, "
+        "exit 1 with one line after the 3rd failed save; started again with room: weights identical"
+    )
 
 
 def test_a_disk_that_is_full_for_a_while(undisturbed, tmp_path, figure):

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+
 from soak.runs import Run, gone, make_videos, same_end
 
 KILLS, STEPS, EPOCHS = 20, 24, 2
@@ -83,9 +84,11 @@ def test_killed_20_times(processes, list_file, undisturbed, tmp_path, figure):
     assert same_end(reference, tmp_path / "run")
     assert sorted(resumed) == resumed and len(set(resumed)) >= KILLS // 2  # it got on, from many places
     assert gone(left)
-    figure(f"{processes} process(es), {KILLS} x SIGKILL at random moments: final weights and optimizer state identical "
-           f"to the last bit; resumed at {len(set(resumed + [final.resumed_at()]))} different steps; "
-           f"{lost} of {last_step + lost} steps made twice because they came after the last save")
+    figure(
+        f"{processes} process(es), {KILLS} x SIGKILL at random moments: final weights and optimizer state identical "
+        f"to the last bit; resumed at {len(set(resumed + [final.resumed_at()]))} different steps; "
+        f"{lost} of {last_step + lost} steps made twice because they came after the last save"
+    )
 
 
 def test_one_of_two_ranks_is_killed(list_file, undisturbed, tmp_path, figure):
@@ -102,5 +105,7 @@ def test_one_of_two_ranks_is_killed(list_file, undisturbed, tmp_path, figure):
     assert same_end(reference, tmp_path / "run")
     assert all(losses[place] == loss for place, loss in run.steps().items())
     restarts = [line.split("checkpoint-")[1] for line in run.find("resuming from")]
-    figure(f"rank 1, later rank 0 of two killed under torchrun --max-restarts 3: went on from {' and '.join(restarts)}, "
-           "final weights identical")
+    figure(
+        f"rank 1, later rank 0 of two killed under torchrun --max-restarts 3: went on from {' and '.join(restarts)}, "
+        "final weights identical"
+    )

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from soak.runs import make_videos
 
 from data_loading import ChunkSampler, build_loader, epoch_batches
 from datasets import PretrainDataset, VideoList
 from masking_generator import MaskGenerator
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
+from soak.runs import make_videos
 
 SIDE, FRAMES, CLIPS = 64, 8, 3000
 
@@ -46,14 +46,21 @@ def objects(tmp_path_factory):
 def test_a_worker_after_3000_clips(list_file, objects, figure):
     overlay = ObjectOverlay((SIDE, SIDE), ObjectLibrary(str(objects), find_objects(str(objects)), max_side=91))
     videos = VideoList(str(list_file))
-    dataset = PretrainDataset(videos, MaskGenerator("tubelet", (FRAMES // 2, 4, 4), 0.75), overlay, (SIDE, SIDE), FRAMES, 1)
+    dataset = PretrainDataset(
+        videos, MaskGenerator("tubelet", (FRAMES // 2, 4, 4), 0.75), overlay, (SIDE, SIDE), FRAMES, 1
+    )
     sampler = ChunkSampler(len(videos), 1)
     loader = build_loader(dataset, sampler, 1, False, 120)
     sizes = {}
     for number, _ in enumerate(epoch_batches(loader, videos), 1):
         if number in (10, 300, CLIPS // 2, CLIPS):
             sizes[number] = memory(loader._iterator._workers[0].pid)
-    figure("MiB of a worker: " + "; ".join(f"after {number} clips " + ", ".join(
-        f"{name} {size:.1f}" for name, size in kinds.items()) for number, kinds in sizes.items()))
+    figure(
+        "MiB of a worker: "
+        + "; ".join(
+            f"after {number} clips " + ", ".join(f"{name} {size:.1f}" for name, size in kinds.items())
+            for number, kinds in sizes.items()
+        )
+    )
     for name, size in sizes[300].items():
         assert sizes[CLIPS][name] < 1.05 * size, name
