@@ -11,6 +11,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from optim_factory import Stepper
 from utils import RunError, broadcast, logger, rank
 
 LATEST = "checkpoint-latest.pth"
@@ -257,6 +259,15 @@ def _read_or_warn(path: Path) -> tuple[Path, dict[str, Any]] | None:
         return None
 
 
+@dataclass
+class Position:
+    """Where a run goes on: an epoch, optimizer steps done in it, and the meter's state there."""
+
+    epoch: int = 0
+    step: int = 0
+    meter: dict | None = None
+
+
 def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from: `resume` if named, else the furthest one in `folder` that loads.
 
@@ -278,3 +289,35 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict
     if path is None:
         return None
     return chosen or (path, read_checkpoint(path))
+
+
+def restore(
+    found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper: Stepper, samples_per_step: int
+) -> Position:
+    """Put a run's checkpoint back into model and stepper.
+
+    Raises:
+        RunError: of another model or program, or in mid-epoch with another number of samples a step.
+    """
+    path, state = found
+    position = Position(*progress(state, path), state.get("meter"))
+    missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
+    if missing:
+        raise RunError(
+            f"{path} holds weights only, nothing to resume from (it lacks {', '.join(sorted(missing))}); "
+            "start from its weights with --first_stage_path or --finetune"
+        )
+    if state["step"] and state["samples_per_step"] != samples_per_step:
+        raise RunError(
+            f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
+            f"{samples_per_step}: keep GPUs x batch_size x update_freq as they were"
+        )
+    try:
+        model.load_state_dict(model_weights(state, path))
+        stepper.load(state, path)
+        if not isinstance(position.meter, dict):
+            raise ValueError("its meter holds no sums")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
+    logger.info("resuming from %s at epoch %d, step %d", path, position.epoch, position.step)
+    return position

@@ -1,28 +1,31 @@
-"""From a line of a list to a clip: lists, decoding, frame sampling, the datasets. data_loading.py orders and loads.
+"""From a line of a list to a batch of clips with masks: lists, decoding, the pretraining dataset, order, loader.
 
 Lists have a line ``path label`` for each video. Samples are drawn by the key (epoch, index), which together with
 the run's seed seeds the one Generator that goes to frame sampling, crop, overlay and mask: a clip is the same
 whatever the number of workers or processes, and after a resume. Clips stay uint8 until they are on the device.
+Labelled data sets are in datasets_finetune.py.
 """
 
 import copy
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+import cv2
 import decord
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.dlpack import from_dlpack
 
 from masking_generator import MaskGenerator
 from object_overlay import ObjectOverlay
 from utils import RunError
-from video_transforms import TrainAugmentation, long_side_crop, multi_scale_crop, short_side_resize
+from video_transforms import multi_scale_crop
 
 MAX_BAD_IN_A_ROW = 20
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
@@ -108,24 +111,6 @@ class VideoList:
         Path(path).write_text("".join(f"{self.path(i)} {self.labels[i]}\n" for i in range(len(self))))
 
 
-def few_shot(videos: VideoList, seed: int, per_class: int = 0, total: int = 0) -> VideoList:
-    """A fixed random part of a list: so many videos of each class, or so many in all, in the list's order.
-
-    Raises:
-        ValueError: more are asked for than there are.
-    """
-    order = np.random.default_rng(seed).permutation(len(videos))
-    if per_class:
-        of_class = [order[videos.labels[order] == label][:per_class] for label in np.unique(videos.labels)]
-        short = [int(videos.labels[part[0]]) for part in of_class if len(part) < per_class]
-        if short:
-            raise ValueError(f"--samples_per_class {per_class}: class {short[0]} of {videos.source} has fewer videos")
-        order = np.concatenate(of_class)
-    if total > len(order):
-        raise ValueError(f"--num_train_videos {total}: {videos.source} has {len(order)}")
-    return videos.subset(np.sort(order[:total] if total else order))
-
-
 # Decoding: the only place that knows decord ---------------------------------------------------------------------
 
 
@@ -158,86 +143,6 @@ def decoder_reason(error: Exception, path: str) -> str:
     for code, meaning in DECORD_CODES.items():
         line = meaning if f"({code} vs. 0)" in line else line
     return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: ", "", line).replace(path, "it").strip()[:200]
-
-
-# Which frames ---------------------------------------------------------------------------------------------------
-
-
-def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stride: int) -> np.ndarray:
-    """`num_frames` frames `stride` apart from a random start; a shorter video repeats its last reachable frame."""
-    start = rng.integers(0, max(total - num_frames * stride, 0) + 1)
-    last = (total - 1 - start) // stride
-    return start + stride * np.minimum(np.arange(num_frames), last)
-
-
-def dense_indices(rng: np.random.Generator | None, total: int, num_frames: int, stride: int) -> np.ndarray:
-    """Fine-tuning on Kinetics: a window of ``num_frames * stride`` frames at random (at the centre without `rng`).
-
-    Its frames are spread over the whole window, so a little more than `stride` apart (kept for the released
-    models). A video not longer than the window: its frames about `stride` apart, then the last one repeated.
-    """
-    window = num_frames * stride
-    if total <= window:
-        spread = np.linspace(0, total, total // stride)
-        indices = np.concatenate([spread, np.full(num_frames - len(spread), total)])
-        return indices.astype(int).clip(0, total - 1)
-    start = rng.integers(0, total - window) if rng else (total - window) // 2
-    return np.linspace(start, start + window, num_frames).astype(int).clip(start, start + window - 1)
-
-
-def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int) -> np.ndarray:
-    """Fine-tuning on Something-Something: one random frame (the middle one without `rng`) of each equal segment.
-
-    Fewer frames than segments are spread evenly, with repeats.
-    """
-    length = total // num_frames
-    if length == 0:
-        return np.arange(num_frames) * total // num_frames
-    inside = rng.integers(0, length, num_frames) if rng else length // 2
-    return np.arange(num_frames) * length + inside
-
-
-def test_view_indices(total: int, num_frames: int, stride: int, views: int, sampling: str) -> np.ndarray:
-    """Frames of the temporal views of the multi-view test, ``[views, T]``; a single view is the centre.
-
-    Dense: windows of T out of every `stride`-th frame of the whole video, evenly from its start to its end.
-    Segments: frames ``total / T`` apart; the views interleave.
-    """
-    if sampling == "segments":
-        tick = total / num_frames
-        phases = np.arange(views) / views if views > 1 else np.array([0.5])
-        return (tick * phases[:, None] + tick * np.arange(num_frames)).astype(int)
-    every = np.arange(0, total, stride)
-    every = np.concatenate([every, np.full(max(0, num_frames - len(every)), every[-1])])
-    spare = len(every) - num_frames
-    starts = [int(k * (spare / (views - 1))) for k in range(views)] if views > 1 else [spare // 2]
-    return np.stack([every[start : start + num_frames] for start in starts])
-
-
-# Data sets ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """What depends on the data set and so is no flag that could be forgotten."""
-
-    num_classes: int | None
-    sampling: str  # dense | segments
-    flip: bool
-    test_segments: int
-    test_crops: int
-    train_list: str = "train.csv"
-
-
-DATA_SETS = {
-    "Kinetics-400": DataSet(400, "dense", True, 7, 3),
-    "Mini-Kinetics": DataSet(200, "dense", True, 7, 3),
-    "SSV2": DataSet(174, "segments", False, 2, 3),
-    "SSV2-Mini": DataSet(174, "segments", False, 2, 3, train_list="train_mini.csv"),
-    "UCF101": DataSet(101, "dense", True, 5, 3),
-    "HMDB51": DataSet(51, "dense", True, 5, 3),
-    "custom": DataSet(None, "dense", True, 5, 3),
-}
 
 
 # Samples --------------------------------------------------------------------------------------------------------
@@ -304,6 +209,16 @@ def read_or_replace(
     raise RunError(f"{videos.source}: {len(bad)} videos in a row could not be read, the first: {first}")
 
 
+# Pretraining ----------------------------------------------------------------------------------------------------
+
+
+def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stride: int) -> np.ndarray:
+    """`num_frames` frames `stride` apart from a random start; a shorter video repeats its last reachable frame."""
+    start = rng.integers(0, max(total - num_frames * stride, 0) + 1)
+    last = (total - 1 - start) // stride
+    return start + stride * np.minimum(np.arange(num_frames), last)
+
+
 class PretrainDataset(Dataset):
     """Clips with masks: decode, crop, overlay, mask.
 
@@ -356,113 +271,77 @@ class PretrainDataset(Dataset):
         return clip, self.masks(rng, boxes)
 
 
-class FinetuneDataset(Dataset):
-    """Labelled training clips: decode, augment.
+# Order and loader -----------------------------------------------------------------------------------------------
 
-    Args:
-        sampling: ``dense`` (frames `stride` apart) or ``segments``.
-        num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
+
+class ChunkSampler(Sampler[list[Key]]):
+    """Which samples make up each micro-batch of this process.
+
+    An epoch is one permutation of the list, cut into optimizer steps of ``chunk * world * update_freq`` samples;
+    what is left over is dropped. Chunk j of a step goes to process j % world. So two processes see, step by step,
+    what one process sees that accumulates twice as much, and a run can go on with another number of processes.
+
+    Raises:
+        ValueError: fewer samples than a step takes.
     """
 
     def __init__(
-        self,
-        videos: VideoList,
-        augment: TrainAugmentation,
-        sampling: str,
-        num_frames: int = 16,
-        stride: int = 4,
-        num_views: int = 1,
-        seed: int = 0,
+        self, num_samples: int, chunk: int, update_freq: int = 1, rank: int = 0, world: int = 1, seed: int = 0
     ):
-        self.videos, self.augment, self.sampling = videos, augment, sampling
-        self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
+        self.num_samples, self.chunk, self.update_freq = num_samples, chunk, update_freq
+        self.rank, self.world, self.seed = rank, world, seed
+        self.samples_per_step = chunk * world * update_freq
+        self.steps_per_epoch = num_samples // self.samples_per_step
+        self.epoch, self.start_step = 0, 0
+        self.issued: deque[list[int]] = deque()  # handed to workers, not yet come back
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{num_samples} videos are fewer than the {self.samples_per_step} of an optimizer step; "
+                "lower --batch_size or --update_freq"
+            )
+
+    def set_position(self, epoch: int, step: int = 0) -> None:
+        """The next pass is over `epoch`, from optimizer step `step` on."""
+        self.epoch, self.start_step = epoch, step
+
+    def chunk_id(self, step: int, micro_batch: int) -> int:
+        """Number of a chunk within its epoch, the same for any division into processes and micro-batches."""
+        return (step * self.update_freq + micro_batch) * self.world + self.rank
 
     def __len__(self) -> int:
-        return len(self.videos)
+        return self.steps_per_epoch * self.update_freq
 
-    def __getitem__(self, key: Key) -> Sample:
-        rng = sample_rng(self.seed, *key)
-
-        def choose(total: int) -> np.ndarray:
-            if self.sampling == "segments":
-                return segment_indices(rng, total, self.num_frames)
-            return dense_indices(rng, total, self.num_frames, self.stride)
-
-        frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
-        clips = np.stack([self.augment(rng, frames) for _ in range(self.num_views)])
-        return {
-            "clips": clips,
-            "extra": np.full(self.num_views, self.videos.labels[index]),
-            "erase": rng.integers(2**32, size=self.num_views),
-            "path": self.videos.path(index),
-            "bad": bad,
-            "num_bad_videos": len(bad),
-        }
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self.epoch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+        self.issued.clear()
+        for step in range(self.start_step, self.steps_per_epoch):
+            for micro_batch in range(self.update_freq):
+                first = self.chunk_id(step, micro_batch) * self.chunk
+                indices = order[first : first + self.chunk].tolist()
+                self.issued.append(indices)
+                yield [(epoch, index) for index in indices]
 
 
-class EvalSample(TypedDict):
-    """A video of a validation or test list, with all its views."""
-
-    index: int
-    views: torch.Tensor  # uint8 [V, 3, T, H, W]
-    error: str  # why it could not be read; then `views` is empty
-
-
-@dataclass(frozen=True)
-class ViewReader:
-    """Reads all views of a video, decoding it once; nothing is random.
-
-    Args:
-        sampling: ``dense`` or ``segments``.
-        segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
-        size: side of the views, pixels.
-    """
-
-    sampling: str
-    segments: int
-    crops: int
-    size: int
-    num_frames: int = 16
-    stride: int = 4
-
-    def frame_indices(self, total: int) -> np.ndarray:
-        """Frames of each temporal view, ``[segments, T]``."""
-        if self.segments:
-            return test_view_indices(total, self.num_frames, self.stride, self.segments, self.sampling)
-        if self.sampling == "segments":
-            return segment_indices(None, total, self.num_frames)[None]
-        return dense_indices(None, total, self.num_frames, self.stride)[None]
-
-    def __call__(self, path: str) -> torch.Tensor:
-        """uint8 ``[segments * crops, 3, T, size, size]``, the crops of a segment side by side.
-
-        Raises:
-            VideoError: unreadable.
-        """
-        views: list[np.ndarray] = []
-
-        def choose(total: int) -> np.ndarray:
-            views.append(self.frame_indices(total))
-            return np.unique(views[0])
-
-        frames = short_side_resize(read_frames(path, choose), self.size)
-        where = np.searchsorted(np.unique(views[0]), views[0])  # [segments, T]
-        squares = [long_side_crop(frames, self.size, crop, self.crops) for crop in range(self.crops)]
-        clips = np.stack([square[window] for window in where for square in squares])
-        return torch.from_numpy(clips).permute(0, 4, 1, 2, 3)
+def init_worker(worker: int) -> None:
+    """One thread a worker, as clips run in parallel; signals to the whole group are the main process's affair."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
 
 
-class EvalDataset(Dataset):
-    """Videos to be judged, each with all its views."""
-
-    def __init__(self, videos: VideoList, read_views: ViewReader):
-        self.videos, self.read_views = videos, read_views
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, index: int) -> EvalSample:
-        try:
-            return {"index": index, "views": self.read_views(self.videos.path(index)), "error": ""}
-        except VideoError as error:
-            return {"index": index, "views": torch.empty(0, dtype=torch.uint8), "error": str(error)}
+def build_loader(
+    dataset: Dataset, sampler: ChunkSampler, num_workers: int, pin_mem: bool, timeout: float
+) -> DataLoader:
+    """A loader of training batches. `timeout`: seconds to wait for one before the run is stopped."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_mem,
+        persistent_workers=num_workers > 0,
+        timeout=timeout if num_workers else 0,
+        worker_init_fn=init_worker,
+    )

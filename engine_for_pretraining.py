@@ -1,34 +1,27 @@
-"""One epoch of pretraining: targets, masked prediction, loss; training.py makes the steps.
+"""One epoch of pretraining: targets, masked prediction, loss, step. What surrounds the steps is in training.py.
 
 Clips come as uint8 ``[B, 3, T, H, W]`` with masks bool ``[B, N]``, True = hidden.
 """
-
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets import Batch
 from modeling_pretrain import split_tokens, take_tokens
-from optim_factory import Stepper
-from training import Loss, run_steps
-from utils import StepMeter
+from training import Epoch
+from video_transforms import normalize_clips
 
 
-def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 ``[B, 3, T, H, W]`` → float of the same shape, (x / 255 - mean) / std; mean and std ``[3, 1, 1, 1]``."""
-    return (clips.float() / 255 - mean) / std
-
-
-def second_masks(masks: torch.Tensor, key: tuple[int, ...]) -> torch.Tensor:
-    """Multiple sampling: each clip once more, with the mask of a random clip of the batch. ``[B, N]`` → ``[2·B, N]``."""
-    order = np.random.default_rng(key).permutation(len(masks))
+def second_masks(rng: np.random.Generator, masks: torch.Tensor) -> torch.Tensor:
+    """Multiple sampling: each clip once more, with the mask of a random one of the batch. ``[B, N]`` → ``[2·B, N]``."""
+    order = rng.permutation(len(masks))
     return torch.cat([masks, masks[order]])
 
 
-def masked_loss(predictions: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, dict]:
+def masked_loss(
+    predictions: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Mean squared error over hidden tokens and channels.
 
     Args:
@@ -45,31 +38,28 @@ def masked_loss(predictions: torch.Tensor, targets: torch.Tensor, masks: torch.T
 def train_one_epoch(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Iterator[Batch],
-    stepper: Stepper,
-    meter: StepMeter,
+    epoch: Epoch,
     norm: tuple[torch.Tensor, torch.Tensor],
-    first_step: int,
-    chunk_key: Callable[[int, int], tuple[int, ...]],
     multiple_sampling: bool,
-    after_step: Callable[[int], bool],
 ) -> None:
-    """Train on the batches of an epoch, from optimizer step `first_step` of it on.
+    """Train on the steps of an epoch.
 
     Args:
-        norm: mean and std of the clips, ``[3, 1, 1, 1]`` on the device.
+        norm: mean and std of the clips, ``[3, 1, 1, 1]`` on the device of the student.
         multiple_sampling: train every clip with two masks; the teacher sees it once.
-        batches, chunk_key, after_step: see training.run_steps.
     """
     student.train()
-    device = stepper.device
-
-    def loss_of(batch: Batch, key: tuple[int, ...]) -> Loss:
-        masks = second_masks(batch["extra"], key) if multiple_sampling else batch["extra"]
-        num_masked = int(masks[0].sum())  # on the CPU, the same in every row
-        masks = masks.to(device, non_blocking=True)
-        clips = normalize_clips(batch["clips"].to(device, non_blocking=True), *norm)
-        targets = teacher(clips)
-        return masked_loss(student(clips, masks, num_masked), targets, masks)
-
-    run_steps(batches, loss_of, stepper, meter, first_step, chunk_key, after_step)
+    device = norm[0].device
+    for step in epoch.steps():
+        for batch in step.micro_batches():
+            clips, masks = batch["clips"], batch["extra"]
+            if multiple_sampling:
+                masks = second_masks(step.rng, masks)  # [2·B, N]
+            num_masked = int(masks[0].sum())  # on the CPU, the same in every row
+            masks = masks.to(device, non_blocking=True)
+            clips = normalize_clips(clips.to(device, non_blocking=True), *norm)
+            targets = teacher(clips)  # [B, N, D]
+            predictions = student(clips, masks, num_masked)  # [R·B, N_masked, D]
+            loss, spread = masked_loss(predictions, targets, masks)
+            step.backward(loss, **spread)
+        step.update()

@@ -1,139 +1,190 @@
-"""From the scores of views to numbers: gathering over processes, top-1 and top-5, and the files a test writes.
+"""Validation and test of whole videos: all views of a list through the network, one video at a time.
 
-A video is its line in the list. One that could not be read counts as wrong and is named.
+What the scores amount to, and the files of a test, are in metrics.py.
 """
 
-import csv
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
-import torch.distributed as dist
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from datasets import VideoList
-from utils import broadcast, rank, warn_once, world_size
-
-
-@dataclass(frozen=True)
-class VideoScore:
-    """What a model says of a video: its line in the list and class probabilities of its views.
-
-    `views` is ``[V, C]``, or ``[V, P, C]`` from P probes; without rows if the video could not be read.
-    """
-
-    index: int
-    views: np.ndarray
-    error: str = ""
-
-    def of_probe(self, p: int) -> "VideoScore":
-        """The scores that probe `p` gives."""
-        return self if self.error else VideoScore(self.index, self.views[:, p])
+from datasets import VideoError, VideoList, init_worker
+from datasets_finetune import EvalDataset, EvalSample, ViewReader
+from metrics import VideoScore, gather_scores, judge
+from modeling_probe import MeanTokens, ProbedEncoder, nearest_neighbours
+from optim_factory import autocast
+from training import loader_failure
+from utils import RunError, RunLog, SharedError, logger, rank, warn_once, world_size
+from video_transforms import channel_stats, normalize_clips
 
 
-def gather_scores(scores: list[VideoScore], everywhere: bool = False) -> list[VideoScore]:
-    """The scores of all processes by line of the list, in the first process or `everywhere`; else none."""
-    parts: list | None = [scores]
-    if world_size() > 1:
-        group = dist.new_group(backend="gloo")
-        parts = [None] * world_size() if everywhere or rank() == 0 else None
-        if everywhere:
-            dist.all_gather_object(parts, scores, group=group)
-        else:
-            dist.gather_object(scores, parts, dst=0, group=group)
-        dist.destroy_process_group(group)
-    return sorted((score for part in parts or () for score in part), key=lambda score: score.index)
-
-
-def average_views(scores: list[VideoScore], num_classes: int) -> np.ndarray:
-    """Mean over the views of each video, float64 ``[n, C]``; NaN where a video could not be read."""
-    unread = np.full(num_classes, np.nan)
-    return np.stack([score.views.mean(axis=0, dtype=np.float64) if len(score.views) else unread for score in scores])
-
-
-def in_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Whether each label is among its video's k highest scores, bool ``[n]``; False for NaN.
-
-    Of equal scores the class with the lower number comes first, so that a constant answer is not right.
-    """
-    own = np.take_along_axis(scores, labels[:, None], axis=1)
-    earlier = (scores == own) & (np.arange(scores.shape[1]) < labels[:, None])
-    return ((scores > own) | earlier).sum(axis=1) < np.where(np.isnan(own[:, 0]), 0, k)
-
-
-def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Top-1 and top-5 in percent, over videos and as the mean over the classes that occur.
+def unbatched(loader: DataLoader, order: range, videos: VideoList) -> Iterator:
+    """The samples of a validation or test; a worker that hangs or dies stops the run with the videos it may have had.
 
     Args:
-        scores: ``[n, C]``; labels: int ``[n]``.
+        order: what the loader's sampler gives.
+    Raises:
+        RunError: it hung, died, or raised.
     """
-    metrics = {}
-    for k in (1, 5):
-        right = in_top_k(scores, labels, k)
-        metrics[f"acc{k}"] = 100.0 * right.mean()
-        metrics[f"class_acc{k}"] = 100.0 * np.mean([right[labels == label].mean() for label in np.unique(labels)])
-    return {name: float(value) for name, value in metrics.items()}
+    samples, ahead = iter(loader), max(1, loader.num_workers * (loader.prefetch_factor or 1))
+    for place in itertools.count():
+        try:
+            sample = next(samples)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            flying = deque([index] for index in order[place : place + ahead])
+            raise loader_failure(error, flying, videos) from error
+        yield sample
 
 
-def judge(
-    scores: list[VideoScore],
-    videos: VideoList,
-    num_classes: int,
-    output_dir: str = "",
-    classes: list[str] | None = None,
-) -> dict[str, float]:
-    """Metrics of a list from the scores of this process, the same in all processes.
+@dataclass
+class Evaluator:
+    """Validation and test of a classifier, of probes, or of nearest neighbours.
 
     Args:
-        output_dir: where the first process writes ``test_predictions.npz`` and ``test_per_class.csv``; empty: nowhere.
-        classes: names for the table.
-    Returns:
-        accuracy(), and the numbers of ``videos``, ``views`` and ``unreadable`` videos.
+        read_list: name of a list file → its videos.
+        val_views, test_views: how videos are seen.
+        timeout: seconds to wait for a video before stopping.
+        output_dir: where the first process writes the scores of a test; empty: nowhere.
+        classes: their names, if known.
     """
-    scores, metrics = gather_scores(scores), None
-    if rank() == 0:
-        mean = average_views(scores, num_classes)
-        metrics = accuracy(mean, videos.labels[[score.index for score in scores]])
-        unreadable = [score for score in scores if score.error]
-        for score in unreadable:
-            warn_once(f"counted as wrong, {videos.path(score.index)} could not be read: {score.error}")
-        metrics |= {
-            "videos": len(scores),
-            "views": sum(len(score.views) for score in scores),
-            "unreadable": len(unreadable),
-        }
-        if output_dir:
-            write_predictions(Path(output_dir), scores, mean, videos, classes)
-    return broadcast(metrics)
 
+    device: torch.device
+    precision: str
+    num_classes: int
+    read_list: Callable[[str], VideoList]
+    val_views: ViewReader
+    test_views: ViewReader
+    num_workers: int = 0
+    timeout: float = 0
+    output_dir: str = ""
+    classes: list[str] | None = None
 
-def write_predictions(
-    folder: Path, scores: list[VideoScore], mean: np.ndarray, videos: VideoList, classes: list[str] | None
-) -> None:
-    """Scores of every video (per-view ones are NaN where it could not be read), and accuracy by class."""
-    num_views = max(len(score.views) for score in scores)
-    views = np.full((len(scores), num_views, mean.shape[1]), np.nan, np.float32)
-    for row, score in zip(views, scores):
-        if len(score.views):
-            row[:] = score.views
-    labels = videos.labels[[score.index for score in scores]]
-    np.savez(
-        folder / "test_predictions.npz",
-        video=[videos.path(score.index) for score in scores],
-        label=labels,
-        scores=mean.astype(np.float32),
-        view_scores=views,
-    )
-    right = {k: in_top_k(mean, labels, k) for k in (1, 5)}
-    with open(folder / "test_per_class.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["class", "name", "videos", "top1", "top5"])
-        for label in np.unique(labels):
-            of_class = labels == label
-            table.writerow(
-                [
-                    label,
-                    classes[label] if classes else "",
-                    of_class.sum(),
-                    *(f"{100 * right[k][of_class].mean():.2f}" for k in (1, 5)),
-                ]
+    def __post_init__(self):
+        self.norm = channel_stats("imagenet", self.device)
+
+    def loader(self, videos: VideoList, read_views: ViewReader) -> Iterator[EvalSample]:
+        """This process's share of a list; over all processes every video comes once."""
+        mine = range(rank(), len(videos), world_size())
+        loader = DataLoader(
+            EvalDataset(videos, read_views),
+            batch_size=None,
+            sampler=mine,
+            num_workers=self.num_workers,
+            worker_init_fn=init_worker,
+            timeout=self.timeout if self.num_workers else 0,
+        )
+        return unbatched(loader, mine, videos)
+
+    @torch.inference_mode()
+    def scores(
+        self,
+        model: nn.Module,
+        samples: Iterable[EvalSample],
+        title: str,
+        batch_size: int = 16,
+        finish: Callable = partial(torch.softmax, dim=-1),
+    ) -> list[VideoScore]:
+        """Class probabilities of each view of each video of this process.
+
+        One video at a time, so that its scores do not depend on which other videos share its batch.
+
+        Args:
+            batch_size: views a forward pass.
+            finish: what turns the model's output into scores.
+        """
+        model.eval()
+        scores = []
+        for sample in tqdm(samples, title, disable=rank() > 0, mininterval=5, leave=False):
+            outputs = [torch.empty(0)]
+            for views in sample["views"].split(batch_size) if not sample["error"] else ():
+                clips = normalize_clips(views.to(self.device, non_blocking=True), *self.norm)
+                with autocast(self.device, self.precision):
+                    outputs.append(finish(model(clips).float()).cpu())
+            scores.append(VideoScore(sample["index"], torch.cat(outputs[1:] or outputs).numpy(), sample["error"]))
+        return scores
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics of val.csv on centre clips; of probes, those of the best one, which the model then remembers."""
+        videos = self.read_list("val.csv")
+        scores = self.scores(model, self.loader(videos, self.val_views), "validation")
+        if not isinstance(model, ProbedEncoder):
+            return judge(scores, videos, self.num_classes)
+        found = [
+            judge([score.of_probe(p) for score in scores], videos, self.num_classes) for p in range(len(model.settings))
+        ]
+        best = max(range(len(found)), key=lambda p: found[p]["acc1"])
+        model.best.fill_(best)
+        return found[best] | {"probe_lr": model.settings[best][0], "probe_wd": model.settings[best][1]}
+
+    def test(self, model: nn.Module) -> int:
+        """Test on all views; see report."""
+        videos = self.read_list("test.csv")
+        scores = self.scores(model, self.loader(videos, self.test_views), "test")
+        if isinstance(model, ProbedEncoder):
+            scores = [score.of_probe(int(model.best)) for score in scores]
+        return self.report(scores, videos)
+
+    def knn(self, encoder: nn.Module, k: int, train: VideoList) -> int:
+        """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report.
+
+        Raises:
+            RunError: no training video can be read.
+        """
+
+        def features(videos: VideoList, title: str) -> list[VideoScore]:
+            return self.scores(MeanTokens(encoder), self.loader(videos, self.val_views), title, finish=lambda x: x)
+
+        test = self.read_list("test.csv")
+        train_scores = gather_scores(features(train, "train features"), everywhere=True)
+        bank = [score for score in train_scores if not score.error]
+        for score in train_scores:
+            if score.error:
+                warn_once(f"left out, {train.path(score.index)} could not be read: {score.error}")
+        if not bank:
+            raise SharedError(f"{train.source}: none of its {len(train)} videos could be read")
+        queries = features(test, "test features")
+        known = torch.from_numpy(np.concatenate([score.views for score in bank]))
+        labels = torch.from_numpy(train.labels[[score.index for score in bank]])
+        votes = [
+            score
+            if score.error
+            else VideoScore(
+                score.index,
+                nearest_neighbours(known, labels, torch.from_numpy(score.views), k, self.num_classes).numpy(),
             )
+            for score in queries
+        ]
+        return self.report(votes, test)
+
+    def report(self, scores: list[VideoScore], videos: VideoList) -> int:
+        """Metrics of a test list, from this process's scores, to console, log.txt and files. Returns the exit code."""
+        metrics = judge(scores, videos, self.num_classes, self.output_dir, self.classes)
+        logger.info("test: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        RunLog(self.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
+        return 0
+
+    def predict(self, model: nn.Module, path: str) -> int:
+        """Print the five likeliest classes of a video. Returns the exit code.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        try:
+            views = self.test_views(path)
+        except VideoError as error:
+            raise RunError(f"--predict {path}: {error}") from error
+        score = self.scores(model, [{"index": 0, "views": views, "error": ""}], "predict")[0]
+        mean = (score.of_probe(int(model.best)) if isinstance(model, ProbedEncoder) else score).views.mean(axis=0)
+        for label in np.argsort(-mean)[:5]:
+            print(f"{mean[label]:.4f}  {self.classes[label] if self.classes else label}")
+        return 0

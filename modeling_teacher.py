@@ -16,19 +16,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import to_2tuple
+
+from video_transforms import channel_stats
 
 TARGET_TYPES = ("clip", "dino_v1", "pixel")
 DINO_MODELS = {"dino_s": "vit_small_patch16_224.dino", "dino_b": "vit_base_patch16_224.dino"}
-NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 EPS = 1e-6
-
-
-def channel_stats(norm: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std of `norm` (imagenet or clip) for RGB in [0, 1], each ``[3, 1, 1, 1]``."""
-    mean, std = NORMS[norm]
-    return torch.tensor(mean).view(3, 1, 1, 1), torch.tensor(std).view(3, 1, 1, 1)
 
 
 def normalize_features(features: torch.Tensor) -> torch.Tensor:

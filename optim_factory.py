@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch.nn.parallel import DistributedDataParallel
+
+from utils import world_size
 
 NO_DECAY = ("mask_token", "pos_embed", "cls_token")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,6 +87,21 @@ def build_optimizer(
     if opt.lower() not in list_optimizers():
         raise ValueError(f"--opt {opt}: timm has no such optimizer")
     return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, momentum=momentum, **options)
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """DDP around a model, if there are several processes."""
+    if world_size() == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers: each has running statistics of its own part of the data."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 @dataclass

@@ -2,23 +2,24 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from optim_factory import DTYPES, Stepper, build_optimizer
-from utils import cosine_schedule, warn_once
+from utils import RunError, SharedError, cosine_schedule, warn_once
 
-NOT_NEGATIVE = (
-    "seed",
-    "num_workers",
-    "worker_timeout",
-    "save_ckpt_minutes",
-    "save_ckpt_steps",
-    "keep_ckpts",
-    "start_epoch",
-    "stop_epoch",
-)
+
+def make_parser(title: str, text: str) -> argparse.ArgumentParser:
+    """A parser whose help shows defaults, and which takes no abbreviations."""
+    return argparse.ArgumentParser(
+        title,
+        "%(prog)s [options]; --help lists them",
+        text,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -73,36 +74,61 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
     run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
     run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
-    run.add_argument(
-        "--precision",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="auto: bf16 (fp16 on older GPUs) on a GPU, fp32 on a CPU",
-    )
+    precisions = ("auto", *DTYPES)
+    run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     run.add_argument("--compile", action="store_true", help="torch.compile the networks")
     run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
     return run
 
 
-def number_problems(args: argparse.Namespace, at_least_one: tuple[str, ...]) -> list[str]:
-    """Which of these options are below 1."""
-    return [f"--{name} {getattr(args, name)}: must be at least 1" for name in at_least_one if getattr(args, name) < 1]
+class Problems:
+    """What is wrong with a command line, collected so that all of it can be told at once.
 
+    Starts with what both programs check: numbers, and output that cannot be written.
+    """
 
-def path_problems(args: argparse.Namespace, files: tuple[str, ...]) -> list[str]:
-    """What is wrong with the paths that options name: files that cannot be read, output that cannot be written."""
-    problems = [
-        f"--{name} {getattr(args, name)}: no such file, or not readable"
-        for name in files
-        if getattr(args, name) and not os.access(getattr(args, name), os.R_OK)
-    ]
-    for name in ("output_dir", "log_dir"):
-        folder = os.path.abspath(getattr(args, name))
-        while not os.path.exists(folder):
-            folder = os.path.dirname(folder)
-        if getattr(args, name) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-            problems.append(f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written")
-    return problems
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.found: list[str] = []
+        self.numbers(0, "seed", "num_workers", "worker_timeout", "save_ckpt_minutes", "save_ckpt_steps", "keep_ckpts")
+        self.numbers(0, "start_epoch", "stop_epoch")
+        self.numbers(1, "update_freq", "epochs", "sampling_rate", "log_interval", "save_ckpt_freq")
+        for name in filter(lambda name: getattr(args, name), ("output_dir", "log_dir")):
+            folder = os.path.abspath(getattr(args, name))
+            while not os.path.exists(folder):
+                folder = os.path.dirname(folder)
+            writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+            self.when(not writable, f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written")
+
+    def when(self, wrong: bool, message: str) -> None:
+        """Note `message` if something is wrong."""
+        if wrong:
+            self.found.append(message)
+
+    def attempt(self, check: Callable[..., Any], *values: Any) -> Any:
+        """What `check` returns of `values`, or None and its complaint noted."""
+        try:
+            return check(*values)
+        except (ValueError, OSError, RunError) as error:
+            self.found.append(str(error))
+
+    def numbers(self, lowest: int, *names: str) -> None:
+        """Options that must not be below `lowest`, 0 or 1."""
+        limit = "must be at least 1" if lowest else "must not be negative"
+        for name in names:
+            value = getattr(self.args, name)
+            self.when(value < lowest, f"--{name} {value}: {limit}")
+
+    def files(self, *names: str) -> None:
+        """Options that name files, if given."""
+        for name in names:
+            path = getattr(self.args, name)
+            self.when(path and not os.access(path, os.R_OK), f"--{name} {path}: no such file, or not readable")
+
+    def tell(self) -> None:
+        """Raise SharedError with all of them, if there are any."""
+        if self.found:
+            raise SharedError("\n       ".join(self.found))
 
 
 def pick_precision(precision: str, device: torch.device) -> str:

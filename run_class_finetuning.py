@@ -6,9 +6,7 @@ checkpoint on all views; ``--eval``, ``--predict`` and ``--knn`` do no training.
 
 import argparse
 import os
-from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -18,40 +16,34 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 import utils
-from checkpoints import check_kind, find_resume, load_encoder, load_strictly
-from data_loading import ChunkSampler, build_loader
-from datasets import DATA_SETS, FinetuneDataset, VideoList, ViewReader, few_shot
+from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, restore
+from datasets import ChunkSampler, VideoList, build_loader
+from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, read_class_names
 from deepspeed_stepper import with_deepspeed
-from engine_for_finetuning import Evaluator, train_one_epoch
+from engine_for_finetuning import BatchAugmentation, train_one_epoch
+from evaluation import Evaluator
 from modeling_finetune import MODELS, SIZES, token_grid
 from modeling_probe import ProbedEncoder, ProbeLoss
-from optim_factory import Stepper, parameter_groups
+from optim_factory import Stepper, distribute, parameter_groups, share_buffers
 from options import (
-    NOT_NEGATIVE,
+    Problems,
     add_data_arguments,
     add_optimizer_arguments,
     add_run_arguments,
     build_stepper,
-    number_problems,
-    path_problems,
+    make_parser,
     pick_precision,
 )
-from training import Position, Settings, TrainingLoop, distribute, restore, share_buffers
-from utils import RunError, SharedError, logger
-from video_transforms import TrainAugmentation
+from training import Epoch, Run, Settings
+from utils import RunError, logger
+from video_transforms_finetune import TrainAugmentation
 
 BEST = "checkpoint-best.pth"
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = argparse.ArgumentParser(
-        "SMILE fine-tuning",
-        "%(prog)s [options]; --help lists them",
-        __doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("SMILE fine-tuning", __doc__)
 
     data = add_data_arguments(parser)
     data.add_argument(
@@ -67,9 +59,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--num_train_videos", type=int, default=0, help="train on so many videos; 0: all")
 
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS)
-    )
+    names = ", ".join(MODELS)
+    model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
     model.add_argument("--finetune", default="", help="checkpoint to start from, or to test with --eval")
     model.add_argument("--drop", type=float, default=0.0, help="dropout in the blocks")
     model.add_argument("--attn_drop_rate", type=float, default=0.0, help="dropout of attention")
@@ -82,32 +73,22 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--aa", default="rand-m7-n4-mstd0.5-inc1", help="timm RandAugment policy; '' for none")
-    augment.add_argument(
-        "--train_interpolation",
-        choices=("bilinear", "bicubic", "random"),
-        default="bicubic",
-        help="of RandAugment's turns and shears",
-    )
+    filters = ("bilinear", "bicubic", "random")
+    augment.add_argument("--train_interpolation", choices=filters, default="bicubic", help="of RandAugment's turns")
     augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     augment.add_argument("--mixup", type=float, default=0.8, help="alpha; 0: off")
     augment.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0: off")
-    augment.add_argument(
-        "--cutmix_minmax", type=float, nargs=2, help="share of the side that CutMix pastes, in place of alpha"
-    )
+    augment.add_argument("--cutmix_minmax", type=float, nargs=2, help="share of the side pasted, in place of alpha")
     augment.add_argument("--mixup_prob", type=float, default=1.0, help="of either")
     augment.add_argument("--mixup_switch_prob", type=float, default=0.5, help="of CutMix, where both are on")
     augment.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="drawn once for what")
     augment.add_argument("--reprob", type=float, default=0.25, help="random erasing, probability")
-    augment.add_argument(
-        "--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing, filling"
-    )
+    augment.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="filling of the erased")
     augment.add_argument("--recount", type=int, default=1, help="random erasing, rectangles")
 
     optim = add_optimizer_arguments(parser)
     optim.add_argument("--batch_size", type=int, default=4, help="videos a GPU and forward pass")
-    optim.add_argument(
-        "--layer_decay", type=float, default=0.75, help="factor on the rate from a layer to the one below"
-    )
+    optim.add_argument("--layer_decay", type=float, default=0.75, help="factor on the rate, a layer down")
     parser.set_defaults(epochs=100, opt_betas=[0.9, 0.999], lr=1e-3, min_lr=1e-6, warmup_epochs=5)
 
     frozen = parser.add_argument_group("frozen evaluation")
@@ -121,9 +102,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--eval", action="store_true", help="only test --finetune (or output_dir's best)")
     test.add_argument("--predict", default="", metavar="VIDEO", help="print the five likeliest classes of one video")
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
-    test.add_argument(
-        "--disable_eval_during_finetuning", action="store_true", help="validate after the last epoch only"
-    )
+    test.add_argument("--disable_eval_during_finetuning", action="store_true", help="validate after the last epoch")
     test.add_argument("--patience", type=int, default=0, help="stop after so many validations without a best; 0: never")
     test.add_argument("--test_num_segment", type=int, default=0, help="views in time; 0: the data set's")
     test.add_argument("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
@@ -131,13 +110,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_run_arguments(parser)
     deepspeed = parser.add_argument_group("DeepSpeed")
     deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
-    deepspeed.add_argument(
-        "--zero_stage",
-        type=int,
-        choices=(0, 1, 2),
-        default=0,
-        help="what processes share out: 0 nothing, 1 optimizer state, 2 gradients too",
-    )
+    stages = "what processes share out: 0 nothing, 1 optimizer state, 2 gradients too"
+    deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
     return parser.parse_args(argv)
 
 
@@ -152,77 +126,62 @@ def num_classes(args: argparse.Namespace) -> int:
 
 
 def class_names(args: argparse.Namespace) -> list[str] | None:
-    """The lines of classes.txt, if there is one.
-
-    Raises:
-        ValueError: another number of lines than classes.
-    """
-    file = Path(args.data_path) / "classes.txt"
-    if not (args.data_path and file.is_file()):
-        return None
-    names = file.read_text().splitlines()
-    if len(names) != num_classes(args):
-        raise ValueError(f"{file} has {len(names)} lines, but there are {num_classes(args)} classes")
-    return names
+    """The lines of classes.txt, if there is one."""
+    return read_class_names(args.data_path, num_classes(args)) if args.data_path else None
 
 
-def find_problems(args: argparse.Namespace) -> list[str]:
+def is_probe(args: argparse.Namespace) -> bool:
+    """Whether probes are trained on a frozen encoder."""
+    return args.linear_probe or args.attentive_probe
+
+
+def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems = path_problems(args, ("finetune", "resume", "predict"))
-
-    def attempt(check, *values):
-        try:
-            check(*values)
-        except (ValueError, OSError, RunError) as error:
-            problems.append(str(error))
+    problems, probe = Problems(args), is_probe(args)
+    problems.files("finetune", "resume", "predict")
+    problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos")
+    problems.numbers(1, "batch_size", "num_sample", "val_freq")
 
     if os.path.isfile(args.finetune):
-        attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
-    attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+        problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
+    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+    problems.attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation)
     known = DATA_SETS[args.data_set].num_classes
     if not num_classes(args):
-        problems.append(f"--data_set {args.data_set} needs --nb_classes")
+        problems.when(True, f"--data_set {args.data_set} needs --nb_classes")
     elif known and args.nb_classes not in (0, known):
-        problems.append(f"--nb_classes {args.nb_classes}: {args.data_set} has {known} classes")
+        problems.when(True, f"--nb_classes {args.nb_classes}: {args.data_set} has {known} classes")
     else:
-        attempt(class_names, args)
+        problems.attempt(class_names, args)
         for name in needed_lists(args):
-            attempt(lambda: read_list(args, name).check_files(args.max_bad_fraction))
-    if args.batch_size * args.num_sample % 2 and mixes(args):
-        problems.append(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch")
-    if args.linear_probe and args.attentive_probe:
-        problems.append("--linear_probe and --attentive_probe: choose one")
-    if (args.linear_probe or args.attentive_probe) and args.clip_grad:
-        problems.append("--clip_grad would couple the probes that are trained side by side: leave it")
-    if args.dry_run and (args.eval or args.predict or args.knn):
-        problems.append("--dry_run tries a training step: leave it with --eval, --predict and --knn")
-    if args.knn and (args.eval or args.predict or args.linear_probe or args.attentive_probe):
-        problems.append("--knn is a test of its own: give it without --eval, --predict and probes")
-    problems += [
-        f"--{name} {getattr(args, name)}: must not be negative"
-        for name in (*NOT_NEGATIVE, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos")
-        if getattr(args, name) < 0
-    ]
-    attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation)
-    if (args.linear_probe or args.attentive_probe or args.knn) and not (args.finetune or args.eval):
-        problems.append("a frozen encoder needs weights: give --finetune")
-    if (args.linear_probe or args.attentive_probe) and min(args.weight_decay, args.lr) <= 0:
-        problems.append(
-            "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay"
-        )
-    return problems + number_problems(
-        args,
-        (
-            "update_freq",
-            "epochs",
-            "sampling_rate",
-            "batch_size",
-            "num_sample",
-            "val_freq",
-            "log_interval",
-            "save_ckpt_freq",
-        ),
+            problems.attempt(lambda name=name: read_list(args, name).check_files(args.max_bad_fraction))
+    odd = args.batch_size * args.num_sample % 2 == 1
+    problems.when(
+        odd and mixes(args), f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch"
     )
+
+    evaluates = bool(args.eval or args.predict)
+    problems.when(
+        args.dry_run and (evaluates or args.knn > 0),
+        "--dry_run tries a training step: leave it with --eval, --predict and --knn",
+    )
+    problems.when(args.linear_probe and args.attentive_probe, "--linear_probe and --attentive_probe: choose one")
+    problems.when(
+        args.knn > 0 and (evaluates or probe),
+        "--knn is a test of its own: give it without --eval, --predict and probes",
+    )
+    problems.when(
+        (probe or args.knn > 0) and not (args.finetune or args.eval), "a frozen encoder needs weights: give --finetune"
+    )
+    if probe:
+        problems.when(
+            bool(args.clip_grad), "--clip_grad would couple the probes that are trained side by side: leave it"
+        )
+        problems.when(
+            min(args.weight_decay, args.lr) <= 0,
+            "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay",
+        )
+    return problems
 
 
 def needed_lists(args: argparse.Namespace) -> list[str]:
@@ -237,14 +196,12 @@ def needed_lists(args: argparse.Namespace) -> list[str]:
 
 def mixes(args: argparse.Namespace) -> bool:
     """Whether batches are mixed: not for probes."""
-    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not (
-        args.linear_probe or args.attentive_probe or args.knn
-    )
+    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not (is_probe(args) or args.knn)
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
     """Classifier, or frozen encoder with probes; new weights."""
-    probing = args.linear_probe or args.attentive_probe
+    probing = is_probe(args)
     model = MODELS[args.model](
         num_classes=0 if probing or args.knn else num_classes(args),
         drop_rate=args.drop,
@@ -279,7 +236,7 @@ def train_videos(args: argparse.Namespace) -> VideoList:
 def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
     """Training clips, augmented as the data set allows; probes see crops and flips only."""
     data_set, videos = DATA_SETS[args.data_set], train_videos(args)
-    policy = "" if args.linear_probe or args.attentive_probe else args.aa
+    policy = "" if is_probe(args) else args.aa
     augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation)
     return FinetuneDataset(
         videos, augment, data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed
@@ -315,15 +272,17 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
     )
 
 
-def build_loss(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Mixup | None, RandomErasing | None]:
-    """The loss, and what augments batches on the device: nothing for probes."""
-    if args.linear_probe or args.attentive_probe:
-        return ProbeLoss(), None, None
-    eraser = (
-        RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob else None
-    )
+def build_loss(
+    args: argparse.Namespace, norm: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[nn.Module, BatchAugmentation]:
+    """The loss, and what happens to batches on the device: of probes, normalisation alone."""
+    if is_probe(args):
+        return ProbeLoss(), BatchAugmentation(norm)
+    eraser = None
+    if args.reprob:
+        eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=norm[0].device)
     if not mixes(args):
-        return LabelSmoothingCrossEntropy(args.smoothing), None, eraser
+        return LabelSmoothingCrossEntropy(args.smoothing), BatchAugmentation(norm, eraser)
     mixup = Mixup(
         args.mixup,
         args.cutmix,
@@ -334,7 +293,7 @@ def build_loss(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modul
         label_smoothing=args.smoothing,
         num_classes=num_classes(args),
     )
-    return SoftTargetCrossEntropy(), mixup, eraser
+    return SoftTargetCrossEntropy(), BatchAugmentation(norm, eraser, mixup)
 
 
 def resume(
@@ -349,7 +308,7 @@ def resume(
     if not found:
         return Position(args.start_epoch), {"acc1": -1.0, "epoch": -1}
     path, state = found
-    position = restore(found, model, stepper, sampler)
+    position = restore(found, model, stepper, sampler.samples_per_step)
     if "best" not in state:
         raise RunError(f"{path} is not of fine-tuning")
     if ema:
@@ -359,11 +318,38 @@ def resume(
     return position, state["best"]
 
 
+def is_validated(args: argparse.Namespace, epoch: Epoch) -> bool:
+    """Whether a validation follows an epoch."""
+    return epoch.is_last or not (args.disable_eval_during_finetuning or (epoch.index + 1) % args.val_freq)
+
+
+def waited_enough(args: argparse.Namespace, best: dict[str, float], epoch: int) -> bool:
+    """Whether there has been no better validation for --patience of them up to `epoch`."""
+    return best["epoch"] >= 0 and 0 < args.patience <= (epoch - best["epoch"]) // args.val_freq
+
+
+def validate(evaluator: Evaluator, model: nn.Module, epoch: Epoch, best: dict[str, float]) -> None:
+    """Validate after an epoch; the weights that did best so far are kept in BEST, their metrics in `best`."""
+    metrics = evaluator.validate(model)
+    if metrics["acc1"] > best["acc1"]:
+        before = dict(best)
+        best.update(acc1=metrics["acc1"], epoch=epoch.index)  # goes into the file
+        if not utils.broadcast(epoch.save(BEST)):
+            best.update(before)
+    logger.info(
+        "validation: acc1 %.2f  acc5 %.2f  (best %.2f in epoch %d)",
+        metrics["acc1"],
+        metrics["acc5"],
+        best["acc1"],
+        best["epoch"],
+    )
+    epoch.shown |= {f"val_{name}": value for name, value in metrics.items()}
+
+
 def train(
     args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module, evaluator: Evaluator
 ) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
-    probing = isinstance(model, ProbedEncoder)
     total_batch = args.batch_size * args.num_sample * args.update_freq * utils.world_size()
     with utils.user_errors():
         dataset = build_train_set(args)
@@ -372,16 +358,14 @@ def train(
         )
         groups = (
             model.parameter_groups(args.lr, args.weight_decay)
-            if probing
+            if isinstance(model, ProbedEncoder)
             else parameter_groups(model, args.weight_decay, args.layer_decay)
         )
         stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
-    ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
-    if args.enable_deepspeed:
-        with utils.user_errors():
-            stepper = with_deepspeed(
-                stepper, args.zero_stage, args.batch_size * args.num_sample, args.opt, settings.output_dir
-            )
+        ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+        if args.enable_deepspeed:
+            batch_size = args.batch_size * args.num_sample
+            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, args.opt, settings.output_dir)
 
     position, best = resume(args, model, stepper, sampler, ema)
     logger.info(
@@ -397,61 +381,23 @@ def train(
         model.compile(dynamic=False)
     if not args.enable_deepspeed:
         stepper.model = distribute(model, device)
-    loader = build_loader(
-        dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout
-    )
-    criterion, mixup, eraser = build_loss(args, device)
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
+    criterion, augment = build_loss(args, evaluator.norm)
 
-    def train_epoch(batches, meter, first_step, chunk_key, after_step) -> None:
-        train_one_epoch(
-            stepper.model,
-            criterion,
-            batches,
-            stepper,
-            meter,
-            evaluator.norm,
-            first_step,
-            chunk_key,
-            after_step,
-            mixup,
-            eraser,
-            ema,
-        )
-
-    def waited_enough(epoch: int) -> bool:
-        return 0 < args.patience <= (epoch - best["epoch"]) // args.val_freq
-
-    def end_epoch(epoch: int, save: Callable[[str], bool]) -> tuple[dict, bool]:
-        last = epoch + 1 == min(args.stop_epoch or args.epochs, args.epochs)
-        if not last and (args.disable_eval_during_finetuning or (epoch + 1) % args.val_freq):
-            return {}, False
-        share_buffers(model)
-        metrics = evaluator.validate(ema.module if ema else model)
-        if metrics["acc1"] > best["acc1"]:
-            before = dict(best)
-            best.update(acc1=metrics["acc1"], epoch=epoch)  # goes into the file
-            if not utils.broadcast(save(BEST)):
-                best.update(before)
-        logger.info(
-            "validation: acc1 %.2f  acc5 %.2f  (best %.2f in epoch %d)",
-            metrics["acc1"],
-            metrics["acc5"],
-            best["acc1"],
-            best["epoch"],
-        )
-        return {f"val_{name}": value for name, value in metrics.items()}, waited_enough(epoch)
-
-    def weights() -> dict:
-        return {"model": model.state_dict(), "args": args, "best": best} | (
-            {"model_ema": ema.module.state_dict()} if ema else {}
-        )
-
-    code = 0
-    if position.step or best["epoch"] < 0 or not waited_enough(position.epoch - 1):  # else it had stopped early
-        code = TrainingLoop(settings, position, sampler, loader, stepper, weights, train_epoch, end_epoch).run()
+    contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
+    with Run(settings, position, loader, stepper, contents) as run:
+        if not position.step and waited_enough(args, best, position.epoch - 1):
+            run.stop_epoch = position.epoch  # it had stopped early
+        for epoch in run.epochs():
+            train_one_epoch(stepper.model, criterion, epoch, augment, ema)
+            if is_validated(args, epoch) and epoch.secure():
+                share_buffers(model)
+                validate(evaluator, ema.module if ema else model, epoch, best)
+                epoch.is_last |= waited_enough(args, best, epoch.index)
     if args.enable_deepspeed:
         stepper.close(settings.output_dir)
-    return code
+    return run.exit_code
 
 
 def load_for_test(args: argparse.Namespace, model: nn.Module) -> None:
@@ -474,9 +420,7 @@ def main(args: argparse.Namespace) -> int:
     """Check, build, and do the chosen job; returns the exit code."""
     device = utils.init_distributed(args.device)
     utils.setup_logging()
-    problems = find_problems(args)
-    if problems:
-        raise SharedError("\n       ".join(problems))
+    find_problems(args).tell()
     settings = Settings.of(args)
     lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
     utils.seed_everything(args.seed)

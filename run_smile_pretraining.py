@@ -10,47 +10,24 @@ import os
 import torch
 
 import utils
-from checkpoints import check_kind, find_resume, load_strictly
-from data_loading import ChunkSampler, build_loader
-from datasets import PretrainDataset, VideoList
+from checkpoints import Position, check_kind, find_resume, load_strictly, restore
+from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
 from modeling_pretrain import MODELS
-from modeling_teacher import (
-    DINO_MODELS,
-    NORMS,
-    TARGET_TYPES,
-    PixelTarget,
-    build_clip,
-    build_dino,
-    channel_stats,
-    find_clip_weights,
-)
+from modeling_teacher import DINO_MODELS, TARGET_TYPES, PixelTarget, build_clip, build_dino, find_clip_weights
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
-from optim_factory import Stepper, parameter_groups
-from options import (
-    NOT_NEGATIVE,
-    add_data_arguments,
-    add_optimizer_arguments,
-    add_run_arguments,
-    build_stepper,
-    number_problems,
-    path_problems,
-)
-from training import Position, Settings, TrainingLoop, distribute, restore
-from utils import RunError, SharedError, logger
+from optim_factory import Stepper, distribute, parameter_groups
+from options import Problems, add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, make_parser
+from training import Run, Settings
+from utils import logger
+from video_transforms import NORMS, channel_stats
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = argparse.ArgumentParser(
-        "SMILE pretraining",
-        "%(prog)s [options]; --help lists them",
-        __doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("SMILE pretraining", __doc__)
 
     data = add_data_arguments(parser)
     data.add_argument("--data_path", required=True, help="list file, `path label` a line (the label is not used)")
@@ -112,53 +89,47 @@ def clips_per_video(args: argparse.Namespace) -> int:
     return args.num_sample * (2 if args.multiple_sampling else 1)
 
 
-def find_problems(args: argparse.Namespace) -> list[str]:
+def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems = []
+    problems = Problems(args)
+    problems.files("first_stage_path", "resume")
+    problems.numbers(0, "decoder_depth")
+    problems.numbers(1, "num_rois")
 
-    def attempt(check, *values):
-        try:
-            return check(*values)
-        except (ValueError, OSError, RunError) as error:
-            problems.append(str(error))
-
-    grid = attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+    grid = problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
     if not 0 < args.mask_ratio < 1:
-        problems.append(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
+        problems.when(True, f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
     elif grid:
-        attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio)
-    attempt(lambda: VideoList(args.data_path, None, args.data_root).check_files(args.max_bad_fraction))
-    if args.add_tubelets and args.use_objects:
-        attempt(find_objects, args.objects_path, args.objects_list)
-    if args.target_type == "clip":
-        attempt(find_clip_weights, args.clip_model, args.clip_weights)
-    if args.use_objects and not args.add_tubelets:
-        problems.append("--use_objects pastes them only with --add_tubelets: add it")
-    if args.mask_type == "tubelet" and not args.add_tubelets:
-        problems.append("--mask_type tubelet follows pasted objects: add --add_tubelets")
-    if args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS:
-        problems.append(f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}")
-    problems += path_problems(args, ("first_stage_path", "resume"))
-    for path in filter(os.path.isfile, {args.first_stage_path, args.resume}):
-        attempt(check_kind, path, "encoder_to_decoder.weight", "pretraining")
-    views = clips_per_video(args)
-    if min(args.num_sample, args.batch_size) < 1 or args.batch_size % views:
-        problems.append(
-            f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
-            "(--num_sample, and two masks with --multiple_sampling)"
-        )
-    if not 0 <= args.traj_unmask_ratio <= 1:
-        problems.append(f"--traj_unmask_ratio {args.traj_unmask_ratio}: must lie between 0 and 1")
-    if min(args.scales) < 1:
-        problems.append(f"--scales {min(args.scales)}: must be at least 1")
-    problems += [
-        f"--{name} {getattr(args, name)}: must not be negative"
-        for name in (*NOT_NEGATIVE, "decoder_depth")
-        if getattr(args, name) < 0
-    ]
-    problems += number_problems(
-        args, ("update_freq", "epochs", "sampling_rate", "num_rois", "log_interval", "save_ckpt_freq")
+        problems.attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio)
+    unmask = args.traj_unmask_ratio
+    problems.when(not 0 <= unmask <= 1, f"--traj_unmask_ratio {unmask}: must lie between 0 and 1")
+    problems.when(
+        args.mask_type == "tubelet" and not args.add_tubelets,
+        "--mask_type tubelet follows pasted objects: add --add_tubelets",
     )
+
+    problems.attempt(lambda: VideoList(args.data_path, None, args.data_root).check_files(args.max_bad_fraction))
+    if args.add_tubelets and args.use_objects:
+        problems.attempt(find_objects, args.objects_path, args.objects_list)
+    problems.when(
+        args.use_objects and not args.add_tubelets, "--use_objects pastes them only with --add_tubelets: add it"
+    )
+    problems.when(min(args.scales) < 1, f"--scales {min(args.scales)}: must be at least 1")
+    views = clips_per_video(args)
+    problems.when(
+        min(args.num_sample, args.batch_size) < 1 or args.batch_size % max(1, views) > 0,
+        f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
+        "(--num_sample, and two masks with --multiple_sampling)",
+    )
+
+    if args.target_type == "clip":
+        problems.attempt(find_clip_weights, args.clip_model, args.clip_weights)
+    problems.when(
+        args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS,
+        f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}",
+    )
+    for path in filter(os.path.isfile, {args.first_stage_path, args.resume}):
+        problems.attempt(check_kind, path, "encoder_to_decoder.weight", "pretraining")
     return problems
 
 
@@ -234,9 +205,7 @@ def main(args: argparse.Namespace) -> int:
     """Check, build, train; returns the exit code."""
     device = utils.init_distributed(args.device)
     utils.setup_logging()
-    problems = find_problems(args)
-    if problems:
-        raise SharedError("\n       ".join(problems))
+    find_problems(args).tell()
     settings = Settings.of(args)
     lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
 
@@ -259,14 +228,13 @@ def main(args: argparse.Namespace) -> int:
             use_checkpoint=args.use_checkpoint,
         ).to(device)
         total_batch = args.batch_size * args.update_freq * utils.world_size()
-        stepper = build_stepper(
-            args, student, parameter_groups(student, args.weight_decay), device, total_batch, sampler.steps_per_epoch
-        )
+        groups = parameter_groups(student, args.weight_decay)
+        stepper = build_stepper(args, student, groups, device, total_batch, sampler.steps_per_epoch)
     describe(args, stepper, sampler, total_batch)
 
     position, found = Position(args.start_epoch), find_resume(args.output_dir, args.resume, args.auto_resume)
     if found:
-        position = restore(found, student, stepper, sampler)
+        position = restore(found, student, stepper, sampler.samples_per_step)
         if args.first_stage_path:
             logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
     elif args.first_stage_path:
@@ -275,31 +243,15 @@ def main(args: argparse.Namespace) -> int:
         student.compile(dynamic=False)
         teacher.compile(dynamic=False)
     stepper.model = distribute(student, device)
-    loader = build_loader(
-        dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda", args.worker_timeout
-    )
-    norm = tuple(value.to(device) for value in channel_stats("imagenet"))
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
+    norm = channel_stats("imagenet", device)
 
-    def train_epoch(batches, meter, first_step, chunk_key, after_step) -> None:
-        train_one_epoch(
-            stepper.model,
-            teacher,
-            batches,
-            stepper,
-            meter,
-            norm,
-            first_step,
-            chunk_key,
-            args.multiple_sampling,
-            after_step,
-        )
-
-    loop = TrainingLoop(
-        settings, position, sampler, loader, stepper, lambda: {"model": student.state_dict(), "args": args}, train_epoch
-    )
-    code = loop.run()
+    with Run(settings, position, loader, stepper, {"model": student, "args": args}) as run:
+        for epoch in run.epochs():
+            train_one_epoch(stepper.model, teacher, epoch, norm, args.multiple_sampling)
     del lock
-    return code
+    return run.exit_code
 
 
 if __name__ == "__main__":

@@ -1,31 +1,39 @@
-"""What both training programs share around their engines: the steps of an epoch, the loop over epochs, saving,
-resuming and stopping.
+"""The run around the engines: epochs, steps and micro-batches as iterators, with what happens between them.
 
-An engine brings the loss of a batch; a run_*.py brings models, data and options.
+An engine loops over them and says what is computed. Rates, precision, seeds, logging, saving, stopping and resuming
+happen here, as the loop goes round:
+
+    with Run(...) as run:
+        for epoch in run.epochs():                 # logged and saved when the loop comes back
+            for step in epoch.steps():             # rates are set before, numbers are logged and saved after
+                for batch in step.micro_batches():
+                    step.backward(loss)
+                step.update()
 """
 
 import argparse
 import datetime
+import fcntl
+import itertools
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import checkpoints
 import utils
-from data_loading import BadFiles, ChunkSampler, epoch_batches, loader_failure
-from datasets import Batch
+from checkpoints import Position
+from datasets import Batch, ChunkSampler, VideoList
 from optim_factory import Stepper
 from utils import RunError, StepMeter, logger
-
-Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]  # and device scalars for the log
-EndEpoch = Callable[[int, Callable[[str], bool]], tuple[dict[str, Any], bool]]
 
 
 @dataclass(frozen=True)
@@ -54,154 +62,161 @@ class Settings:
         return cls(**values)
 
 
-@dataclass
-class Position:
-    """Where a run goes on: an epoch, optimizer steps done in it, and the meter's state there."""
+class Step:
+    """One optimizer step: loop over its micro-batches, then update the weights.
 
-    epoch: int = 0
-    step: int = 0
-    meter: dict | None = None
-
-
-def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """DDP around a model, if there are several processes."""
-    if utils.world_size() == 1:
-        return model
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
-def share_buffers(model: torch.nn.Module) -> None:
-    """Give all processes the first one's buffers: each has running statistics of its own part of the data."""
-    if utils.world_size() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-def restore(
-    found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper: Stepper, sampler: ChunkSampler
-) -> Position:
-    """Put a run's checkpoint back into model and stepper.
-
-    Raises:
-        RunError: of another model or program, or in mid-epoch with another number of samples a step.
+    Attributes:
+        number: optimizer steps of the whole run when this one is done.
+        rng: generator of what the engine draws for the micro-batch in hand.
     """
-    path, state = found
-    position = Position(*checkpoints.progress(state, path), state.get("meter"))
-    missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
-    if missing:
-        raise RunError(
-            f"{path} holds weights only, nothing to resume from (it lacks {', '.join(sorted(missing))}); "
-            "start from its weights with --first_stage_path or --finetune"
-        )
-    if state["step"] and state["samples_per_step"] != sampler.samples_per_step:
-        raise RunError(
-            f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
-            f"{sampler.samples_per_step}: keep GPUs x batch_size x update_freq as they were"
-        )
-    try:
-        model.load_state_dict(checkpoints.model_weights(state, path))
-        stepper.load(state, path)
-        if not isinstance(position.meter, dict):
-            raise ValueError("its meter holds no sums")
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
-    logger.info("resuming from %s at epoch %d, step %d", path, position.epoch, position.step)
-    return position
 
+    def __init__(self, epoch: "Epoch", index: int, batches: Iterator[Batch]):
+        self.epoch, self.index, self.batches = epoch, index, batches
+        self.stepper = epoch.run.stepper
+        self.number = epoch.index * epoch.run.steps_per_epoch + index + 1
+        self.rng = np.random.default_rng()
+        self.rows: list[dict[str, torch.Tensor]] = []
+        self.sources: list[str] = []
+        self.values: dict[str, torch.Tensor] = {}
 
-def run_steps(
-    batches: Iterator[Batch],
-    loss_of: Callable[[Batch, tuple[int, ...]], Loss],
-    stepper: Stepper,
-    meter: StepMeter,
-    first_step: int,
-    chunk_key: Callable[[int, int], tuple[int, ...]],
-    after_step: Callable[[int], bool],
-) -> None:
-    """The optimizer steps of an epoch, from `first_step` on.
-
-    Args:
-        batches: `stepper.update_freq` micro-batches a step.
-        loss_of: loss of a micro-batch, given the key that seeds what it draws.
-        chunk_key: (step, micro-batch) → that key.
-        after_step: called with the number of steps done in this epoch; True ends it there.
-    """
-    batches = meter.timed(batches)
-    for step in range(first_step, meter.steps_per_epoch):
-        meter.constants |= stepper.schedule(meter.epoch * meter.steps_per_epoch + step)
-        rows: list[dict[str, torch.Tensor]] = []
-        sources: list[str] = []
-        for micro_batch in range(stepper.update_freq):
-            batch, key = next(batches), chunk_key(step, micro_batch)
+    def micro_batches(self) -> Iterator[Batch]:
+        """Its forward passes: seeded, in autocast; processes exchange gradients with the last one only."""
+        for micro_batch in range(self.stepper.update_freq):
+            batch = next(self.batches)
+            key = self.epoch.run.chunk_key(self.epoch.index, self.index, micro_batch)
             utils.seed_everything(*key)
-            with stepper.sync(micro_batch):
-                with stepper.autocast():
-                    loss, shown = loss_of(batch, key)
-                stepper.backward(loss)
-            rows.append({"loss": loss.detach(), **shown})
-            sources += batch["paths"]
-        means = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
-        meter.update(step, means | stepper.step(means["loss"]), sources)
-        if after_step(step + 1):
-            return
+            self.rng = np.random.default_rng(key)
+            self.sources += batch["paths"]
+            with self.stepper.sync(micro_batch), self.stepper.autocast():
+                yield batch
+
+    def backward(self, loss: torch.Tensor, /, **shown: torch.Tensor) -> None:
+        """Add a micro-batch's share of the gradient.
+
+        Args:
+            loss: a device scalar.
+            shown: more of them for the log, averaged over the micro-batches; may replace ``loss`` there.
+        """
+        with torch.autocast(loss.device.type, enabled=False):
+            self.stepper.backward(loss)
+        self.rows.append({"loss": loss.detach(), **shown})
+
+    def update(self) -> None:
+        """Update the weights, unless loss or gradient is not finite; the log will say so."""
+        means = {name: torch.stack([row[name] for row in self.rows]).mean() for name in self.rows[0]}
+        self.values = means | self.stepper.step(means["loss"])
 
 
-class TrainingLoop:
-    """The loop over epochs: saving, logging, stopping.
+class Epoch:
+    """A pass over the list, from the run's position on.
+
+    Attributes:
+        index: numbered from 0.
+        shown: what the epoch's line in the log holds besides, such as metrics of a validation.
+        is_last: set it to end the run after this epoch.
+    """
+
+    def __init__(self, run: "Run"):
+        self.run, self.index, self.started = run, run.position.epoch, time.time()
+        self.shown: dict[str, Any] = {}
+        self.is_last = self.index + 1 == run.stop_epoch
+        self.meter = StepMeter(
+            run.log,
+            run.stepper.device,
+            self.index,
+            run.stop_epoch,
+            run.steps_per_epoch,
+            run.settings.log_interval,
+            run.position.meter,
+        )
+        last = self.index * run.steps_per_epoch + max(0, run.position.step - 1)
+        self.meter.constants |= run.stepper.schedule(last)  # for the log, if no step is left
+
+    def steps(self) -> Iterator[Step]:
+        """Its optimizer steps, until the run is told to stop."""
+        run = self.run
+        batches = run.batches(self.meter)
+        for index in range(run.position.step, run.steps_per_epoch):
+            step = Step(self, index, batches)
+            self.meter.constants |= run.stepper.schedule(step.number - 1)
+            yield step
+            self.meter.update(index, step.values, step.sources)
+            run.position.step = index + 1
+            if run.save_or_stop(self):
+                return
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its steps are done, and the run goes on."""
+        return self.run.position.step == self.run.steps_per_epoch and not self.run.told
+
+    def secure(self) -> bool:
+        """Before something long, such as a validation: save what has been trained. Whether the run goes on.
+
+        From here to the end of the epoch a signal ends the program at once, and nothing is lost.
+        """
+        if self.complete and not self.run.settings.dry_run:
+            self.run.save(checkpoints.LATEST, self.index, self.run.steps_per_epoch, self.meter.state())
+            self.run.told, _ = self.run.control.close()
+            return not self.run.told
+        return False
+
+    def save(self, name: str) -> bool:
+        """Write a checkpoint of the whole epoch. Whether it was written."""
+        return self.run.save(name, self.index, 0, self.meter.state(ended=True))
+
+
+class Run:
+    """A training run: where it stands, and what happens between its steps and epochs. Used in a ``with`` block.
 
     Args:
-        weights: what checkpoints hold beside optimizer and position, such as ``{'model': …, 'args': …}``.
-        train_epoch: (batches, meter, first step, chunk key, after step) → None; the last two as in run_steps.
-        end_epoch: if given, called after each epoch in all processes with a function that saves a checkpoint by name; returns
-            what the epoch's log line shows besides, and whether to stop.
+        contents: what checkpoints hold beside optimizer and position, such as ``{'model': module, 'args': args}``;
+            of modules, their state.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        position: Position,
-        sampler: ChunkSampler,
-        loader: DataLoader,
-        stepper: Stepper,
-        weights: Callable[[], dict[str, Any]],
-        train_epoch: Callable[..., None],
-        end_epoch: EndEpoch | None = None,
+        self, settings: Settings, position: Position, loader: DataLoader, stepper: Stepper, contents: dict[str, Any]
     ):
-        self.settings, self.position, self.sampler, self.loader = settings, position, sampler, loader
-        self.stepper, self.weights, self.train_epoch, self.end_epoch = stepper, weights, train_epoch, end_epoch
-        self.steps = sampler.steps_per_epoch
+        self.settings, self.position, self.loader, self.stepper = settings, position, loader, stepper
+        self.contents = contents
+        self.sampler: ChunkSampler = loader.batch_sampler
+        self.videos: VideoList = loader.dataset.videos
+        self.steps_per_epoch = self.sampler.steps_per_epoch
         self.stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
         self.writer = checkpoints.CheckpointWriter(
             settings.output_dir, settings.save_ckpt_minutes, settings.save_ckpt_steps, settings.keep_ckpts
         )
         self.log = utils.RunLog(
-            settings.output_dir, settings.log_dir, position.epoch, position.epoch * self.steps + position.step
+            settings.output_dir, settings.log_dir, position.epoch, position.epoch * self.steps_per_epoch + position.step
         )
         self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
         self.control = utils.Control()
         self.told, self.due = False, False  # to stop, to save
 
-    def run(self) -> int:
-        """Train to the end; returns the exit code: 0, or EXIT_REQUEUE if a signal stopped the run."""
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Name the videos of a dead loader worker: torch tells of it from a signal handler, wherever that strikes."""
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise loader_failure(error, self.sampler.issued, self.videos) from error
+
+    @property
+    def exit_code(self) -> int:
+        """0, or EXIT_REQUEUE if a signal stopped the run."""
+        return utils.EXIT_REQUEUE if self.told else 0
+
+    def epochs(self) -> Iterator[Epoch]:
+        """The epochs from the position on; each is logged and saved when its loop body is done."""
         while self.position.epoch < self.stop_epoch and not self.told:
-            started, epoch = time.time(), self.position.epoch
-            meter = StepMeter(
-                self.log,
-                self.stepper.device,
-                epoch,
-                self.stop_epoch,
-                self.steps,
-                self.settings.log_interval,
-                self.position.meter,
-            )
+            epoch = Epoch(self)
             self.control.listen()
-            self.train(meter)
+            yield epoch
             if self.settings.dry_run:
-                report_dry_run(meter, self.steps * (self.stop_epoch - epoch))
+                report_dry_run(epoch.meter, self.steps_per_epoch * (self.stop_epoch - epoch.index))
                 break
-            if self.position.step == self.steps and not self.told:
-                self.finish_epoch(meter, started)
+            if epoch.complete:
+                self.finish(epoch)
         self.control.close()
         if self.told:
             logger.info(
@@ -209,84 +224,67 @@ class TrainingLoop:
                 self.position.epoch,
                 self.position.step,
             )
-        return utils.EXIT_REQUEUE if self.told else 0
 
-    def train(self, meter: StepMeter) -> None:
-        """The steps of an epoch, from the position on, to its end or until told to stop."""
-        epoch, sampler, videos = meter.epoch, self.sampler, self.loader.dataset.videos
-        sampler.set_position(epoch, self.position.step)
-        meter.constants |= self.stepper.schedule(
-            epoch * self.steps + max(0, self.position.step - 1)
-        )  # if no step is left
+    def batches(self, meter: StepMeter) -> Iterator[Batch]:
+        """The micro-batches of the epoch in hand, from the position on."""
+        self.sampler.set_position(self.position.epoch, self.position.step)
+        loaded = epoch_batches(self.loader, self.videos)
+        return meter.timed(self.bad.watch(loaded, meter.constants))
 
-        def after_step(done: int) -> bool:
-            self.position.step = done
-            self.told, self.due = self.control.agree(self.writer.due(epoch * self.steps + done))
-            if self.told or (self.due and done < self.steps):
-                meter.flush(done - 1)
-                self.save(checkpoints.LATEST, epoch, done, meter.state())
-            return self.told or self.settings.dry_run
+    def chunk_key(self, epoch: int, step: int, micro_batch: int) -> tuple[int, int, int]:
+        """What seeds a forward pass, the same for any division into processes and micro-batches."""
+        return self.settings.seed, epoch, self.sampler.chunk_id(step, micro_batch)
 
-        batches = self.bad.watch(epoch_batches(self.loader, videos), meter.constants)
-        try:
-            self.train_epoch(
-                batches,
-                meter,
-                self.position.step,
-                lambda step, micro: (self.settings.seed, epoch, sampler.chunk_id(step, micro)),
-                after_step,
-            )
-        except RuntimeError as error:  # torch tells of dead workers from a signal handler, wherever that strikes
-            if "DataLoader worker" not in str(error):
-                raise
-            raise loader_failure(error, sampler.issued, videos) from error
+    def save_or_stop(self, epoch: Epoch) -> bool:
+        """After a step: save if it is time, or if told to stop. Whether the epoch ends here."""
+        done = self.position.step
+        self.told, self.due = self.control.agree(self.writer.due(epoch.index * self.steps_per_epoch + done))
+        if self.told or (self.due and done < self.steps_per_epoch):
+            epoch.meter.flush(done - 1)
+            self.save(checkpoints.LATEST, epoch.index, done, epoch.meter.state())
+        return self.told or self.settings.dry_run
 
-    def finish_epoch(self, meter: StepMeter, started: float) -> None:
-        """Validate, log, save, and go on to the next epoch."""
-        epoch, state = meter.epoch, meter.state(ended=True)
-        shown, enough = {}, False
-        if self.end_epoch:
-            self.save(checkpoints.LATEST, epoch, self.steps, meter.state())  # a signal ends a validation at once
-            self.told, _ = self.control.close()
-            if self.told:
-                return
-            shown, enough = self.end_epoch(epoch, lambda name: self.save(name, epoch, 0, state))
-            self.control.listen()
-        self.position = Position(epoch + 1, meter=state)
-        counts = utils.reduce_sum([self.bad.bad, self.bad.videos], self.stepper.device)
-        self.stop_epoch = epoch + 1 if enough else self.stop_epoch
+    def finish(self, epoch: Epoch) -> None:
+        """Log and save an epoch, and go on to the next."""
+        self.control.listen()
+        self.position = Position(epoch.index + 1, meter=epoch.meter.state(ended=True))
+        if epoch.is_last:
+            self.stop_epoch = epoch.index + 1
+        bad, videos = utils.reduce_sum([self.bad.bad, self.bad.videos], self.stepper.device)
         self.log.epoch(
             {
-                "epoch": epoch,
-                **meter.averages(),
-                **meter.constants,
-                **shown,
-                "bad_clips": counts[0],
-                "steps": self.steps,
-                "seconds": time.time() - started,
+                "epoch": epoch.index,
+                **epoch.meter.averages(),
+                **epoch.meter.constants,
+                **epoch.shown,
+                "bad_clips": bad,
+                "steps": self.steps_per_epoch,
+                "seconds": time.time() - epoch.started,
             }
         )
-        if (epoch + 1) % self.settings.save_ckpt_freq == 0 or epoch + 1 == self.stop_epoch:
-            if self.save(f"checkpoint-{epoch}.pth", epoch, 0, state):
+        if (epoch.index + 1) % self.settings.save_ckpt_freq == 0 or epoch.is_last:
+            if epoch.save(f"checkpoint-{epoch.index}.pth"):
                 self.writer.tidy()
         elif self.due:
-            self.save(checkpoints.LATEST, epoch, 0, state)
-        self.bad.check(*counts)
+            epoch.save(checkpoints.LATEST)
+        self.bad.check(bad, videos)
 
-    def save(self, name: str, epoch: int, step: int, meter: dict) -> bool:
+    def save(self, name: str, epoch: int, step: int, meter: dict[str, Any]) -> bool:
         """Write a checkpoint: `step` steps into `epoch`, or after it if 0. Whether it was written."""
         self.stepper.save_shards(self.settings.output_dir, name)
-        return self.writer.save(
-            name,
-            lambda: {
-                **self.weights(),
-                **self.stepper.state(),
-                "epoch": epoch,
-                "step": step,
-                "samples_per_step": self.sampler.samples_per_step,
-                "meter": meter,
-            },
-        )
+
+        def checkpoint() -> dict[str, Any]:
+            held = {
+                name: value.state_dict() if isinstance(value, torch.nn.Module) else value
+                for name, value in self.contents.items()
+            }
+            return (
+                held
+                | self.stepper.state()
+                | {"epoch": epoch, "step": step, "meter": meter, "samples_per_step": self.sampler.samples_per_step}
+            )
+
+        return self.writer.save(name, checkpoint)
 
 
 def report_dry_run(meter: StepMeter, steps: int) -> None:
@@ -300,3 +298,102 @@ def report_dry_run(meter: StepMeter, steps: int) -> None:
         steps,
         datetime.timedelta(seconds=int(steps * meter.step_time)),
     )
+
+
+# What goes wrong with data --------------------------------------------------------------------------------------
+
+
+def last_line(error: Exception) -> str:
+    """The end of a message, which may hold a worker's traceback before it; the name of an error without a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList) -> RunError:
+    """What to tell of a worker that hung or died: the videos of its batches."""
+    hangs = "timed out" in str(error)
+    flying = itertools.islice(issued, 1 if hangs else None)  # one that died need not be the one waited for
+    lost = ", ".join(videos.path(index) for indices in flying for index in indices)
+    return RunError(
+        f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "
+        "the list, or raise --worker_timeout if storage is slow"
+    )
+
+
+def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
+    """The batches of the sampler's epoch; a worker that hangs or dies is reported with the videos it had.
+
+    Raises:
+        RunError: a worker hung, died, or raised.
+    """
+    issued = loader.batch_sampler.issued
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RunError as error:  # raised in a worker, whose traceback comes along
+            raise RunError(last_line(error).removeprefix("utils.RunError: ")) from error
+        except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while handing over
+            raise loader_failure(error, issued, videos) from error
+        issued.popleft()
+        yield batch
+
+
+class BadFiles:
+    """Notes files that could not be used, each once, in ``bad_clips.txt``, and stops a run that has too many.
+
+    Processes append to the same file under a lock.
+    """
+
+    def __init__(self, output_dir: str, max_fraction: float):
+        self.file = Path(output_dir) / "bad_clips.txt" if output_dir else None
+        self.max_fraction, self.videos, self.bad = max_fraction, 0, 0
+        self.noted: set[str] = set()
+        self.first: list[str] = []
+
+    def watch(self, batches: Iterator[Batch], shown: dict[str, float]) -> Iterator[Batch]:
+        """Pass batches on, taking note of their bad files and counting the videos among them in `shown`.
+
+        Raises:
+            RunError: more than `max_fraction` of the videos, once this process has tried 100.
+        """
+        for batch in batches:
+            self.videos += len(batch["paths"]) + batch["num_bad_videos"]
+            self.bad += batch["num_bad_videos"]
+            for path, reason in batch["bad"]:
+                if path not in self.noted:
+                    self.note(path, reason)
+            if self.bad:
+                shown["bad_clips"] = self.bad
+            if self.videos >= 100:
+                self.check(self.bad, self.videos)
+            yield batch
+
+    def check(self, bad: float, videos: float) -> None:
+        """Raise RunError if too large a part of the videos could not be read."""
+        if bad > self.max_fraction * videos:
+            raise RunError(
+                f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
+                f"{self.max_fraction}; the first: {'; '.join(self.first)}"
+            )
+
+    def note(self, path: str, reason: str) -> None:
+        """Write a line, unless some process has written it."""
+        line = f"{path}\t{reason}".replace("\n", " ")
+        self.noted.add(path)
+        self.first = [*self.first, f"{path}: {reason}"][:3]
+        logger.warning("cannot use %s: %s", path, reason)
+        if self.file:
+            try:
+                self.append(path, line)
+            except OSError as error:
+                logger.warning("could not write to %s (%s)", self.file, error.strerror)
+
+    def append(self, path: str, line: str) -> None:
+        """Add a line, if there is none of this path."""
+        with open(self.file, "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
+                file.write(line + "\n")

@@ -1,25 +1,31 @@
-"""Crops of whole clips, uint8 ``[T, H, W, 3]`` in and out. The same crop holds for every frame of a clip.
+"""Pretraining's crop of whole clips, uint8 ``[T, H, W, 3]`` in and out, and the normalisation of batches of them.
 
-Which frames a clip has is decided in datasets.py.
+The same crop holds for every frame of a clip. Which frames a clip has is decided in datasets.py.
 """
-
-import random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
-from timm.data.transforms import str_to_pil_interp
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torchvision.transforms.v2 import functional as TF
 
+NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale crop)
+
+
+def channel_stats(norm: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of `norm`, one of NORMS, for RGB in [0, 1], each ``[3, 1, 1, 1]``."""
+    mean, std = NORMS[norm]
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (mean, std))
+
+
+def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[B, 3, T, H, W]`` → float of the same shape, (x / 255 - mean) / std; mean and std ``[3, 1, 1, 1]``."""
+    return (clips.float() / 255 - mean) / std
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear, antialiased when shrinking, uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``."""
-    images = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    if images.shape[-2:] != (height, width):
-        images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
+    images = TF.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), [height, width], antialias=True)
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
 
@@ -50,91 +56,3 @@ def multi_scale_crop(rng: np.random.Generator, frames: np.ndarray, size: tuple[i
     x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], size)
     crop = frames[:, y : y + h, x : x + w]
     return crop.copy() if (w, h) == size else resize(crop, size[1], size[0])
-
-
-def random_resized_box(
-    rng: np.random.Generator,
-    frame: tuple[int, int],
-    area: tuple[float, float] = (0.25, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
-    """A crop box (x, y, width, height) for fine-tuning, of a random share of the area and a log-uniform aspect ratio.
-
-    After ten draws that do not fit, the largest centred box within `ratio` (Inception's crop, as in torchvision).
-
-    Args:
-        frame: (width, height) of the video.
-    """
-    width, height = frame
-    for _ in range(10):
-        target = width * height * rng.uniform(*area)
-        aspect = np.exp(rng.uniform(*np.log(ratio)))
-        w, h = round((target * aspect) ** 0.5), round((target / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-class TrainAugmentation:
-    """Fine-tuning's augmentation of a clip: RandAugment, random resized crop, flip. Erasing and Mixup come later.
-
-    Args:
-        size: side of the output, pixels.
-        auto_augment: timm's RandAugment policy; empty for none.
-        flip: whether the data set may be mirrored (not SSv2: left and right are labels there).
-    Raises:
-        ValueError: a policy that timm does not know.
-    """
-
-    def __init__(self, size: int, auto_augment: str, flip: bool, interpolation: str = "bicubic"):
-        self.size, self.flip, self.rand_augment = size, flip, None
-        if auto_augment:
-            options = {"translate_const": int(size * 0.45)}
-            if interpolation != "random":  # else timm draws one
-                options["interpolation"] = str_to_pil_interp(interpolation)
-            try:
-                self.rand_augment = rand_augment_transform(auto_augment, options)
-            except (AssertionError, ValueError, KeyError) as error:
-                raise ValueError(
-                    f"--aa {auto_augment}: not a RandAugment policy of timm, such as rand-m7-n4-mstd0.5-inc1"
-                ) from error
-
-    def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        """uint8 ``[T, H, W, 3]`` → ``[T, size, size, 3]``."""
-        if self.rand_augment:
-            frames = self.same_for_all(int(rng.integers(2**32)), frames)
-        x, y, w, h = random_resized_box(rng, frames.shape[2:0:-1])
-        frames = resize(frames[:, y : y + h, x : x + w], self.size, self.size)
-        if self.flip and rng.random() < 0.5:
-            frames = np.ascontiguousarray(frames[:, :, ::-1])
-        return frames
-
-    def same_for_all(self, seed: int, frames: np.ndarray) -> np.ndarray:
-        """RandAugment with one draw for all frames: timm draws from the global generators, so each frame seeds them."""
-        out = []
-        for frame in frames:
-            random.seed(seed)
-            np.random.seed(seed)
-            out.append(np.asarray(self.rand_augment(Image.fromarray(frame))))
-        return np.stack(out)
-
-
-def short_side_resize(frames: np.ndarray, side: int) -> np.ndarray:
-    """Resize so that the short side is `side`, uint8 ``[T, H, W, 3]``."""
-    height, width = frames.shape[1:3]
-    if height < width:
-        return resize(frames, side, int(width * side / height))
-    return resize(frames, int(height * side / width), side)
-
-
-def long_side_crop(frames: np.ndarray, side: int, crop: int, crops: int) -> np.ndarray:
-    """Square number `crop` of `crops`, spread evenly along the long side; a single one is the centre.
-
-    Args:
-        frames: uint8 ``[T, H, W, 3]`` whose short side is `side`.
-    """
-    height, width = frames.shape[1:3]
-    spare = max(height, width) - side
-    offset = spare // 2 if crops == 1 else int(crop * spare / (crops - 1))
-    return frames[:, offset : offset + side] if height > width else frames[:, :, offset : offset + side]

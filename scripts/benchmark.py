@@ -35,17 +35,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import naive
 
-from data_loading import ChunkSampler, build_loader, epoch_batches
-from datasets import PretrainDataset, VideoList, ViewReader, collate, pretrain_indices, read_frames, sample_rng
-from engine_for_pretraining import masked_loss, normalize_clips, second_masks
+from datasets import (
+    ChunkSampler,
+    PretrainDataset,
+    VideoList,
+    build_loader,
+    collate,
+    pretrain_indices,
+    read_frames,
+    sample_rng,
+)
+from datasets_finetune import ViewReader
+from engine_for_pretraining import masked_loss, second_masks
 from masking_generator import MaskGenerator
 from modeling_finetune import token_grid
 from modeling_pretrain import MODELS
-from modeling_teacher import build_clip, channel_stats
+from modeling_teacher import build_clip
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
+from training import epoch_batches
 from utils import run_main
-from video_transforms import long_side_crop, multi_scale_crop, short_side_resize
+from video_transforms import channel_stats, multi_scale_crop, normalize_clips
+from video_transforms_finetune import long_side_crop, short_side_resize
 
 Numbers = dict[str, float]
 
@@ -254,11 +265,11 @@ def build_step(
         args.batch_size // 2,
     )
     draw = MaskGenerator("tube", grid, 0.8)
-    masks = second_masks(torch.from_numpy(np.stack([draw(rng) for _ in range(videos)])), (0,))
+    masks = second_masks(rng, torch.from_numpy(np.stack([draw(rng) for _ in range(videos)])))
     hidden, masks = int(masks[0].sum()), masks.to(device)
     shape = (videos, 3, args.num_frames, args.input_size, args.input_size)
     clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    norm = tuple(value.to(device) for value in channel_stats("imagenet"))
+    norm = channel_stats("imagenet", device)
     teacher = build_clip("ViT-B-16", "random", "imagenet", grid[1:]).to(device)
     student = MODELS[args.model](decoder_num_classes=teacher.out_dim, use_checkpoint=args.use_checkpoint).to(device)
     groups = parameter_groups(student, 0.05)

@@ -19,13 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints import load_strictly, read_checkpoint
 from datasets import PretrainDataset, pretrain_indices, read_frames, sample_rng
-from engine_for_pretraining import normalize_clips
 from modeling_finetune import TUBELET_SIZE, token_grid
 from modeling_pretrain import MODELS
-from modeling_teacher import channel_stats
 from run_smile_pretraining import build_dataset, build_teacher
 from utils import RunError, run_main, setup_logging, user_errors
-from video_transforms import multi_scale_crop
+from video_transforms import channel_stats, multi_scale_crop, normalize_clips
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

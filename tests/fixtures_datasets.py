@@ -7,10 +7,10 @@ import pytest
 import torch
 from fixtures_video import write_list
 
-from data_loading import ChunkSampler, build_loader, epoch_batches
-from datasets import PretrainDataset, VideoList
+from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
 from masking_generator import MaskGenerator
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
+from training import epoch_batches
 
 pytest_plugins = "fixtures_video"
 GRID, FRAMES, SIDE = (2, 4, 4), 4, 64

@@ -35,7 +35,12 @@ def problem():
             torch.nn.init.normal_(parameter, std=0.1)
     rng = np.random.default_rng(0)
     masks = torch.from_numpy(np.stack([tube_mask(rng, GRID, 0.75) for _ in range(2)]))
-    return model, torch.randn(2, 3, 8, 64, 96), torch.randn(2, int(np.prod(GRID)), 40), second_masks(masks, (1,))
+    return (
+        model,
+        torch.randn(2, 3, 8, 64, 96),
+        torch.randn(2, int(np.prod(GRID)), 40),
+        second_masks(np.random.default_rng(1), masks),
+    )
 
 
 def run(problem, fast: bool, precision: torch.dtype = torch.float32) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -12,8 +12,8 @@ from fixtures_datasets import load_epoch, make_dataset
 from fixtures_video import in_child, write_list
 from torch.utils.data import Dataset
 
-from data_loading import BadFiles, ChunkSampler, build_loader, epoch_batches
-from datasets import MAX_BAD_IN_A_ROW
+from datasets import MAX_BAD_IN_A_ROW, ChunkSampler, build_loader
+from training import BadFiles, epoch_batches
 from utils import RunError, run_main
 
 pytest_plugins = "fixtures_datasets"

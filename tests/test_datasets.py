@@ -9,9 +9,9 @@ import torch
 from fixtures_datasets import FRAMES, GRID, SIDE, load_epoch, make_dataset
 from fixtures_video import decode_all, write_list
 
-from data_loading import ChunkSampler, build_loader, epoch_batches
-from datasets import VideoError, VideoList, pretrain_indices, read_frames, sample_rng
+from datasets import ChunkSampler, VideoError, VideoList, build_loader, pretrain_indices, read_frames, sample_rng
 from masking_generator import num_masked
+from training import epoch_batches
 
 pytest_plugins = "fixtures_datasets"
 

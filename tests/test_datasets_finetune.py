@@ -14,20 +14,19 @@ from PIL import Image
 from torchvision.transforms.functional import resize
 
 import datasets
-from data_loading import ChunkSampler, build_loader, epoch_batches
-from datasets import (
+from datasets import ChunkSampler, VideoError, VideoList, build_loader
+from datasets_finetune import (
     DATA_SETS,
     EvalDataset,
     FinetuneDataset,
-    VideoError,
-    VideoList,
     ViewReader,
     dense_indices,
     few_shot,
     segment_indices,
 )
-from datasets import test_view_indices as view_indices
-from video_transforms import TrainAugmentation
+from datasets_finetune import test_view_indices as view_indices
+from training import epoch_batches
+from video_transforms_finetune import TrainAugmentation
 
 pytest_plugins = "fixtures_video"
 SAMPLING = [(16, 4), (16, 2), (8, 8), (4, 1), (32, 3)]  # frames, stride

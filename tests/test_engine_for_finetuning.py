@@ -13,8 +13,10 @@ from fixtures_video import write_list
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from datasets import EvalDataset, VideoList, ViewReader
-from engine_for_finetuning import Evaluator, erase, mix
+from datasets import VideoList
+from datasets_finetune import EvalDataset, ViewReader
+from engine_for_finetuning import erase, mix
+from evaluation import Evaluator
 from modeling_finetune import MODELS, Size, VisionTransformer
 from optim_factory import Stepper, build_optimizer, parameter_groups
 from utils import RunError

@@ -1,21 +1,23 @@
 """The loss against NumPy, multiple sampling, accumulation, bad batches, and learning one batch by heart."""
 
 import copy
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from fixtures_video import write_list
 
-from data_loading import ChunkSampler, build_loader, epoch_batches
-from datasets import PretrainDataset, VideoList
-from engine_for_pretraining import masked_loss, normalize_clips, second_masks, train_one_epoch
+from checkpoints import Position
+from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
+from engine_for_pretraining import masked_loss, second_masks, train_one_epoch
 from masking_generator import MaskGenerator
 from modeling_pretrain import MODELS
-from modeling_teacher import PixelTarget, build_clip, channel_stats
+from modeling_teacher import PixelTarget, build_clip
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, build_optimizer, parameter_groups
-from utils import RunLog, StepMeter
+from training import Run, Settings, epoch_batches
+from video_transforms import channel_stats, normalize_clips
 
 pytest_plugins = "fixtures_video"
 CPU = torch.device("cpu")
@@ -70,10 +72,10 @@ def test_second_masks_are_a_permutation_of_the_first():
     masks = random_masks(np.random.default_rng(0), 8, 20, 12)
     orders = set()
     for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
-        out = second_masks(masks, key)
+        out = second_masks(np.random.default_rng(key), masks)
         assert out.dtype == torch.bool and out.shape == (16, 20) and torch.equal(out[:8], masks)
         order = [next(i for i in range(8) if torch.equal(row, masks[i])) for row in out[8:]]
-        assert sorted(order) == list(range(8)) and torch.equal(out, second_masks(masks, key))
+        assert sorted(order) == list(range(8)) and torch.equal(out, second_masks(np.random.default_rng(key), masks))
         orders.add(tuple(order))
     assert len(orders) == 4
 
@@ -92,33 +94,24 @@ def stepper_of(student, update_freq=1, opt="adamw", precision="fp32", lr=1e-3, c
     return Stepper(student, optimizer, CPU, precision, update_freq, lambda step: lr, lambda step: 0.05, clip_grad)
 
 
-def meter_of(steps):
-    return StepMeter(RunLog("", ""), CPU, 0, 1, steps, interval=1)
+def run_of(dataset, stepper, chunk, steps=1, first_step=0, seed=0, epoch=0):
+    """A run that stands at `first_step` of an epoch of so many `steps`; writes nothing."""
+    sampler = ChunkSampler(len(dataset), chunk, stepper.update_freq)
+    assert steps <= sampler.steps_per_epoch
+    sampler.steps_per_epoch = steps
+    values = {field.name: 0 for field in fields(Settings)} | {"epochs": epoch + 1, "seed": seed}
+    settings = Settings(**values | {"output_dir": "", "log_dir": "", "log_interval": 1, "save_ckpt_freq": 1})
+    loader = build_loader(dataset, sampler, 0, False, 0)
+    return Run(settings, Position(epoch, first_step), loader, stepper, {})
 
 
-def train(
-    stepper, teacher, batches, steps, multiple_sampling=False, first_step=0, norm=NORM, stop_after=None, key=None
-):
-    """Run train_one_epoch; its meter, and the numbers of steps it told of."""
-    meter, told = meter_of(steps), []
-
-    def after_step(done):
-        told.append(done)
-        return done == stop_after
-
-    train_one_epoch(
-        stepper.model,
-        teacher,
-        iter(batches),
-        stepper,
-        meter,
-        norm,
-        first_step,
-        key or (lambda step, micro_batch: (0, 0, step * stepper.update_freq + micro_batch)),
-        multiple_sampling,
-        after_step,
-    )
-    return meter, told
+def train(run, teacher, multiple_sampling=False, norm=NORM):
+    """Run train_one_epoch over the one epoch of a run, and return its meter."""
+    with run:
+        for epoch in run.epochs():
+            train_one_epoch(run.stepper.model, teacher, epoch, norm, multiple_sampling)
+    assert run.position.epoch == epoch.index + 1
+    return epoch.meter
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +140,7 @@ def test_accumulation_reaches_the_weights_of_the_larger_batch(dataset):
     teacher, runs = PixelTarget(), []
     for chunk, update_freq in ((6, 1), (3, 2)):
         stepper = stepper_of(student_of(teacher), update_freq, opt="momentum", lr=0.05)
-        meter, told = train(stepper, teacher, batches_of(dataset, chunk, 2 * update_freq), steps=2)
-        assert told == [1, 2]
+        meter = train(run_of(dataset, stepper, chunk, steps=2), teacher)
         runs.append((weights(stepper), meter.averages()))
     start = student_of(teacher).state_dict()
     assert largest_difference(runs[0][0], start) > 1e-3 > 1e-6 > largest_difference(runs[0][0], runs[1][0])
@@ -160,27 +152,25 @@ def test_the_loss_is_that_of_both_masks_together(dataset):
     teacher, [batch] = PixelTarget(), batches_of(dataset, 4, 1)
     student = student_of(teacher).eval()
     clips = normalize_clips(batch["clips"], *NORM)
-    masks = second_masks(batch["extra"], (0, 0, 0))
+    masks = second_masks(np.random.default_rng((0, 0, 0)), batch["extra"])
     with torch.no_grad():
         predictions = torch.cat([student(clips, masks[:4]), student(clips, masks[4:])])
         targets = teacher(clips).repeat(2, 1, 1)
     expected = (predictions - targets[masks].reshape(predictions.shape)).pow(2).mean()
-    meter, _ = train(stepper_of(student), teacher, [batch], steps=1, multiple_sampling=True)
+    meter = train(run_of(dataset, stepper_of(student), 4), teacher, multiple_sampling=True)
     assert meter.averages()["train_loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_what_is_drawn_depends_on_the_chunk_alone(dataset):
     """Drop path and second masks: steps made after a resume are those of the undisturbed run."""
-    teacher, batches = PixelTarget(), batches_of(dataset, 4, 3)
-    whole = stepper_of(student_of(teacher, drop_path_rate=0.5))
-    train(whole, teacher, batches, 3, multiple_sampling=True)
-    parts = stepper_of(student_of(teacher, drop_path_rate=0.5))
-    assert train(parts, teacher, batches, 3, multiple_sampling=True, stop_after=2)[1] == [1, 2]
+    teacher = PixelTarget()
+    whole, parts, other = (stepper_of(student_of(teacher, drop_path_rate=0.5)) for _ in range(3))
+    train(run_of(dataset, whole, 4, steps=3), teacher, multiple_sampling=True)
+    train(run_of(dataset, parts, 4, steps=2), teacher, multiple_sampling=True)
     torch.rand(1000)  # the global generators may be anywhere
-    assert train(parts, teacher, batches[2:], 3, multiple_sampling=True, first_step=2)[1] == [3]
+    train(run_of(dataset, parts, 4, steps=3, first_step=2), teacher, multiple_sampling=True)
     assert largest_difference(weights(whole), weights(parts)) == 0
-    other = stepper_of(student_of(teacher, drop_path_rate=0.5))
-    train(other, teacher, batches, 3, multiple_sampling=True, key=lambda step, micro_batch: (1, 0, step))
+    train(run_of(dataset, other, 4, steps=3, seed=1), teacher, multiple_sampling=True)
     assert largest_difference(weights(whole), weights(other)) > 0
 
 
@@ -189,9 +179,10 @@ def test_a_batch_with_a_bad_loss_changes_nothing(dataset, opt, precision, caplog
     """A zero std makes the clips infinite, and so the loss."""
     teacher, batches = PixelTarget(), batches_of(dataset, 4, 2)
     stepper = stepper_of(student_of(teacher), opt=opt, precision=precision)
-    train(stepper, teacher, batches[:1], 1)
+    train(run_of(dataset, stepper, 4), teacher)
     before, state = weights(stepper), copy.deepcopy(stepper.optimizer.state_dict())
-    meter, _ = train(stepper, teacher, batches[1:], 1, norm=(NORM[0], torch.zeros_like(NORM[1])))
+    run = run_of(dataset, stepper, 4, steps=2, first_step=1)
+    meter = train(run, teacher, norm=(NORM[0], torch.zeros_like(NORM[1])))
     assert meter.averages() == {"skipped_steps": 1} and largest_difference(before, weights(stepper)) == 0
     for old, new in zip(state["state"].values(), stepper.optimizer.state_dict()["state"].values(), strict=True):
         assert all(torch.equal(torch.as_tensor(old[name]), torch.as_tensor(new[name])) for name in old)
@@ -199,11 +190,11 @@ def test_a_batch_with_a_bad_loss_changes_nothing(dataset, opt, precision, caplog
 
 
 def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(dataset):
-    teacher, batches = PixelTarget(), batches_of(dataset, 4, 2)
+    teacher = PixelTarget()
     losses = []
     for precision in ("fp32", "bf16"):
         stepper = stepper_of(student_of(teacher), precision=precision)
-        meter, _ = train(stepper, teacher, batches, 2, multiple_sampling=True)
+        meter = train(run_of(dataset, stepper, 4, steps=2), teacher, multiple_sampling=True)
         losses.append(meter.averages()["train_loss"])
         assert {value.dtype for value in weights(stepper).values()} == {torch.float32}
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -213,20 +204,24 @@ def test_schedules_see_the_step_of_the_run(dataset):
     teacher, seen = PixelTarget(), []
     stepper = stepper_of(student_of(teacher), update_freq=2)
     stepper.lr = lambda step: seen.append(step) or 1e-3
-    meter = StepMeter(RunLog("", ""), CPU, epoch=3, epochs=5, steps_per_epoch=2, interval=1)
-    train_one_epoch(
-        stepper.model,
-        teacher,
-        iter(batches_of(dataset, 2, 4)),
-        stepper,
-        meter,
-        NORM,
-        0,
-        lambda step, micro_batch: (0, 3, step, micro_batch),
-        True,
-        lambda done: False,
-    )
-    assert seen == [6, 7]
+    train(run_of(dataset, stepper, 2, steps=2, epoch=3), teacher, multiple_sampling=True)
+    assert seen == [6, 6, 7]  # of epochs of two steps; the first before any step, for the log
+
+
+def test_autocast_ends_with_the_forward_pass(dataset):
+    """Gradients are not computed in it, nor is what comes after a step."""
+    stepper, seen = stepper_of(student_of(PixelTarget()), precision="bf16"), []
+    with run_of(dataset, stepper, 4, steps=2) as run:
+        for epoch in run.epochs():
+            for step in epoch.steps():
+                for batch in step.micro_batches():
+                    seen.append(torch.is_autocast_enabled("cpu"))
+                    loss = stepper.model(normalize_clips(batch["clips"], *NORM), batch["extra"]).float().mean()
+                    loss.register_hook(lambda grad: seen.append(torch.is_autocast_enabled("cpu")))
+                    step.backward(loss)
+                seen.append(torch.is_autocast_enabled("cpu"))
+                step.update()
+    assert seen == [True, False, False] * 2
 
 
 @pytest.fixture(scope="module")
@@ -237,11 +232,10 @@ def clip_teacher():
 
 def test_one_batch_is_learnt_by_heart(dataset, clip_teacher):
     """100 steps on one batch with the CLIP target take the loss below half its start; the teacher stays as it is."""
-    [batch] = batches_of(dataset, 4, 1)
     before = [value.clone() for value in clip_teacher.state_dict().values()]
     stepper, losses = stepper_of(student_of(clip_teacher, decoder_depth=2), lr=1e-3), []
     for _ in range(100):
-        meter, _ = train(stepper, clip_teacher, [batch], 1)
+        meter = train(run_of(dataset, stepper, 4), clip_teacher)
         losses.append(meter.averages()["train_loss"])
     assert 0.8 < losses[0] < 4 and np.mean(losses[-5:]) < 0.5 * losses[0]
     assert meter.averages()["train_pred_std"] > 0.3  # not by predicting the mean

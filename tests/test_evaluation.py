@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from datasets import VideoList
-from evaluation import VideoScore, accuracy, average_views, gather_scores, in_top_k, judge
+from metrics import VideoScore, accuracy, average_views, gather_scores, in_top_k, judge
 
 
 def make_list(folder, labels, names=None):

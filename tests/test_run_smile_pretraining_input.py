@@ -9,7 +9,7 @@ import pytest
 import torch
 from fixtures_pretraining import NAME, ROOT, TINY, TRAIN, last_weights
 
-from data_loading import ChunkSampler
+from datasets import ChunkSampler
 from optim_factory import parameter_groups
 from options import build_stepper
 from run_smile_pretraining import build_dataset, clips_per_video, find_problems, get_args

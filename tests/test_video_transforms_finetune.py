@@ -12,7 +12,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import resize as torchvision_resize
 
-from video_transforms import TrainAugmentation, long_side_crop, random_resized_box, short_side_resize
+from video_transforms_finetune import TrainAugmentation, long_side_crop, random_resized_box, short_side_resize
 
 pytest_plugins = "fixtures_video"
 POLICY = "rand-m7-n4-mstd0.5-inc1"

@@ -8,12 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-from checkpoints import load_strictly, read_checkpoint
-from data_loading import ChunkSampler
+from checkpoints import load_strictly, read_checkpoint, restore
+from datasets import ChunkSampler
 from optim_factory import Stepper
 from soak import mutants
 from soak.runs import equal
-from training import restore
 from utils import RunError
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_loading import ChunkSampler, build_loader, epoch_batches
-from datasets import PretrainDataset, VideoList
+from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
 from masking_generator import MaskGenerator
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from soak.runs import make_videos
+from training import epoch_batches
 
 SIDE, FRAMES, CLIPS = 64, 8, 3000
 

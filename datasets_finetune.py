@@ -1,0 +1,236 @@
+"""Labelled data sets: which frames training, validation and test see of a video, and the table of data sets.
+
+What depends on the data set (classes, mirroring, sampling, views of the test) stands in DATA_SETS, so that no flag has
+to be remembered. Lists and decoding are in datasets.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datasets import Key, Sample, VideoError, VideoList, read_frames, read_or_replace, sample_rng
+from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
+
+# Data sets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What depends on the data set and so is no flag that could be forgotten."""
+
+    num_classes: int | None
+    sampling: str  # dense | segments
+    flip: bool
+    test_segments: int
+    test_crops: int
+    train_list: str = "train.csv"
+
+
+DATA_SETS = {
+    "Kinetics-400": DataSet(400, "dense", True, 7, 3),
+    "Mini-Kinetics": DataSet(200, "dense", True, 7, 3),
+    "SSV2": DataSet(174, "segments", False, 2, 3),
+    "SSV2-Mini": DataSet(174, "segments", False, 2, 3, train_list="train_mini.csv"),
+    "UCF101": DataSet(101, "dense", True, 5, 3),
+    "HMDB51": DataSet(51, "dense", True, 5, 3),
+    "custom": DataSet(None, "dense", True, 5, 3),
+}
+
+
+def few_shot(videos: VideoList, seed: int, per_class: int = 0, total: int = 0) -> VideoList:
+    """A fixed random part of a list: so many videos of each class, or so many in all, in the list's order.
+
+    Raises:
+        ValueError: more are asked for than there are.
+    """
+    order = np.random.default_rng(seed).permutation(len(videos))
+    if per_class:
+        of_class = [order[videos.labels[order] == label][:per_class] for label in np.unique(videos.labels)]
+        short = [int(videos.labels[part[0]]) for part in of_class if len(part) < per_class]
+        if short:
+            raise ValueError(f"--samples_per_class {per_class}: class {short[0]} of {videos.source} has fewer videos")
+        order = np.concatenate(of_class)
+    if total > len(order):
+        raise ValueError(f"--num_train_videos {total}: {videos.source} has {len(order)}")
+    return videos.subset(np.sort(order[:total] if total else order))
+
+
+def read_class_names(folder: str, num_classes: int) -> list[str] | None:
+    """The lines of ``classes.txt`` in a data set's folder, if there is one.
+
+    Raises:
+        ValueError: another number of lines than classes.
+    """
+    file = Path(folder) / "classes.txt"
+    if not file.is_file():
+        return None
+    names = file.read_text().splitlines()
+    if len(names) != num_classes:
+        raise ValueError(f"{file} has {len(names)} lines, but there are {num_classes} classes")
+    return names
+
+
+# Which frames ---------------------------------------------------------------------------------------------------
+
+
+def dense_indices(rng: np.random.Generator | None, total: int, num_frames: int, stride: int) -> np.ndarray:
+    """Fine-tuning on Kinetics: a window of ``num_frames * stride`` frames at random (at the centre without `rng`).
+
+    Its frames are spread over the whole window, so a little more than `stride` apart (kept for the released
+    models). A video not longer than the window: its frames about `stride` apart, then the last one repeated.
+    """
+    window = num_frames * stride
+    if total <= window:
+        spread = np.linspace(0, total, total // stride)
+        indices = np.concatenate([spread, np.full(num_frames - len(spread), total)])
+        return indices.astype(int).clip(0, total - 1)
+    start = rng.integers(0, total - window) if rng else (total - window) // 2
+    return np.linspace(start, start + window, num_frames).astype(int).clip(start, start + window - 1)
+
+
+def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int) -> np.ndarray:
+    """Fine-tuning on Something-Something: one random frame (the middle one without `rng`) of each equal segment.
+
+    Fewer frames than segments are spread evenly, with repeats.
+    """
+    length = total // num_frames
+    if length == 0:
+        return np.arange(num_frames) * total // num_frames
+    inside = rng.integers(0, length, num_frames) if rng else length // 2
+    return np.arange(num_frames) * length + inside
+
+
+def test_view_indices(total: int, num_frames: int, stride: int, views: int, sampling: str) -> np.ndarray:
+    """Frames of the temporal views of the multi-view test, ``[views, T]``; a single view is the centre.
+
+    Dense: windows of T out of every `stride`-th frame of the whole video, evenly from its start to its end.
+    Segments: frames ``total / T`` apart; the views interleave.
+    """
+    if sampling == "segments":
+        tick = total / num_frames
+        phases = np.arange(views) / views if views > 1 else np.array([0.5])
+        return (tick * phases[:, None] + tick * np.arange(num_frames)).astype(int)
+    every = np.arange(0, total, stride)
+    every = np.concatenate([every, np.full(max(0, num_frames - len(every)), every[-1])])
+    spare = len(every) - num_frames
+    starts = [int(k * (spare / (views - 1))) for k in range(views)] if views > 1 else [spare // 2]
+    return np.stack([every[start : start + num_frames] for start in starts])
+
+
+# Samples --------------------------------------------------------------------------------------------------------
+
+
+class FinetuneDataset(Dataset):
+    """Labelled training clips: decode, augment.
+
+    Args:
+        sampling: ``dense`` (frames `stride` apart) or ``segments``.
+        num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
+    """
+
+    def __init__(
+        self,
+        videos: VideoList,
+        augment: TrainAugmentation,
+        sampling: str,
+        num_frames: int = 16,
+        stride: int = 4,
+        num_views: int = 1,
+        seed: int = 0,
+    ):
+        self.videos, self.augment, self.sampling = videos, augment, sampling
+        self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: Key) -> Sample:
+        rng = sample_rng(self.seed, *key)
+
+        def choose(total: int) -> np.ndarray:
+            if self.sampling == "segments":
+                return segment_indices(rng, total, self.num_frames)
+            return dense_indices(rng, total, self.num_frames, self.stride)
+
+        frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
+        clips = np.stack([self.augment(rng, frames) for _ in range(self.num_views)])
+        return {
+            "clips": clips,
+            "extra": np.full(self.num_views, self.videos.labels[index]),
+            "erase": rng.integers(2**32, size=self.num_views),
+            "path": self.videos.path(index),
+            "bad": bad,
+            "num_bad_videos": len(bad),
+        }
+
+
+class EvalSample(TypedDict):
+    """A video of a validation or test list, with all its views."""
+
+    index: int
+    views: torch.Tensor  # uint8 [V, 3, T, H, W]
+    error: str  # why it could not be read; then `views` is empty
+
+
+@dataclass(frozen=True)
+class ViewReader:
+    """Reads all views of a video, decoding it once; nothing is random.
+
+    Args:
+        sampling: ``dense`` or ``segments``.
+        segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
+        size: side of the views, pixels.
+    """
+
+    sampling: str
+    segments: int
+    crops: int
+    size: int
+    num_frames: int = 16
+    stride: int = 4
+
+    def frame_indices(self, total: int) -> np.ndarray:
+        """Frames of each temporal view, ``[segments, T]``."""
+        if self.segments:
+            return test_view_indices(total, self.num_frames, self.stride, self.segments, self.sampling)
+        if self.sampling == "segments":
+            return segment_indices(None, total, self.num_frames)[None]
+        return dense_indices(None, total, self.num_frames, self.stride)[None]
+
+    def __call__(self, path: str) -> torch.Tensor:
+        """uint8 ``[segments * crops, 3, T, size, size]``, the crops of a segment side by side.
+
+        Raises:
+            VideoError: unreadable.
+        """
+        views: list[np.ndarray] = []
+
+        def choose(total: int) -> np.ndarray:
+            views.append(self.frame_indices(total))
+            return np.unique(views[0])
+
+        frames = short_side_resize(read_frames(path, choose), self.size)
+        where = np.searchsorted(np.unique(views[0]), views[0])  # [segments, T]
+        squares = [long_side_crop(frames, self.size, crop, self.crops) for crop in range(self.crops)]
+        clips = np.stack([square[window] for window in where for square in squares])
+        return torch.from_numpy(clips).permute(0, 4, 1, 2, 3)
+
+
+class EvalDataset(Dataset):
+    """Videos to be judged, each with all its views."""
+
+    def __init__(self, videos: VideoList, read_views: ViewReader):
+        self.videos, self.read_views = videos, read_views
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> EvalSample:
+        try:
+            return {"index": index, "views": self.read_views(self.videos.path(index)), "error": ""}
+        except VideoError as error:
+            return {"index": index, "views": torch.empty(0, dtype=torch.uint8), "error": str(error)}
