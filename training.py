@@ -16,6 +16,7 @@ import datetime
 import fcntl
 import itertools
 import resource
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -310,6 +311,7 @@ def last_line(error: Exception) -> str:
 
 def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList) -> RunError:
     """What to tell of a worker that hung or died: the videos of its batches."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may tell of the same worker once more
     hangs = "timed out" in str(error)
     flying = itertools.islice(issued, 1 if hangs else None)  # one that died need not be the one waited for
     lost = ", ".join(videos.path(index) for indices in flying for index in indices)

@@ -9,6 +9,7 @@ import importlib.util
 import multiprocessing
 import os
 import socket
+import signal
 import traceback
 from fractions import Fraction
 from pathlib import Path
@@ -141,6 +142,7 @@ def in_child(function, *args):
         try:
             outcome = function(*args), None
         except BaseException as error:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may tell of the same worker once more
             outcome = None, traceback.format_exception_only(error)[-1].strip()
         theirs.send(outcome)
         end_workers()

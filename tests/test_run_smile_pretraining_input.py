@@ -73,16 +73,16 @@ def test_each_wrong_input_is_told_by_its_name(case, data_args, wrong_files):
         [word.format(t=wrong_files) for word in part] if isinstance(part, list) else part.format(t=wrong_files)
         for part in WRONG[case]
     )
-    problems = find_problems(get_args(argv_of(data_args, *options)))
+    problems = find_problems(get_args(argv_of(data_args, *options))).found
     assert len(problems) == 1 and message in problems[0] and "\n" not in problems[0]
 
 
 def test_right_input_has_no_problems(data_args, objects_folder, tmp_path):
     (tmp_path / "objects.txt").write_text("disc/0.png\nbar/1.png\n")
-    assert find_problems(get_args(argv_of(data_args))) == []
-    assert find_problems(get_args(argv_of(data_args, "--objects_list", tmp_path / "objects.txt"))) == []
-    assert find_problems(get_args(argv_of(data_args[:2], "--output_dir", tmp_path / "a" / "b"))) == []
-    assert find_problems(get_args(argv_of(data_args[:2], "--mask_type", "tubelet"))) == [
+    assert find_problems(get_args(argv_of(data_args))).found == []
+    assert find_problems(get_args(argv_of(data_args, "--objects_list", tmp_path / "objects.txt"))).found == []
+    assert find_problems(get_args(argv_of(data_args[:2], "--output_dir", tmp_path / "a" / "b"))).found == []
+    assert find_problems(get_args(argv_of(data_args[:2], "--mask_type", "tubelet"))).found == [
         "--mask_type tubelet follows pasted objects: add --add_tubelets"
     ]
 
