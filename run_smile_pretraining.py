@@ -16,13 +16,29 @@ from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
 from modeling_pretrain import MODELS
-from modeling_teacher import DINO_MODELS, TARGET_TYPES, PixelTarget, build_clip, build_dino, find_clip_weights
+from modeling_teacher import (
+    DINO_MODELS,
+    TARGET_TYPES,
+    TEACHER_NORMS,
+    PixelTarget,
+    build_teacher,
+    check_timm_weights,
+    find_clip_weights,
+)
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
-from optim_factory import Stepper, distribute, parameter_groups
-from options import Problems, add_data_arguments, add_optimizer_arguments, add_run_arguments, build_stepper, make_parser
+from optim_factory import DTYPES, Stepper, distribute, parameter_groups
+from options import (
+    Problems,
+    add_data_arguments,
+    add_optimizer_arguments,
+    add_run_arguments,
+    build_stepper,
+    make_parser,
+    pick_precision,
+)
 from training import Run, Settings
 from utils import logger
-from video_transforms import NORMS, channel_stats
+from video_transforms import channel_stats
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,10 +86,19 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--clip_weights", default="openai", help="open_clip tag, local file, or `random` for tests")
     teacher.add_argument("--dino_weights", default="timm", help="`timm` to fetch them, local file, or `random`")
     teacher.add_argument(
+        "--teacher_model", default="vit_small_patch14_reg4_dinov2.lvd142m", help="timm model, of target timm"
+    )
+    teacher.add_argument(
+        "--teacher_weights",
+        default="timm",
+        help="`timm` to fetch the model's own, hf-hub:OWNER/NAME, local file, or `random`",
+    )
+    teacher.add_argument("--teacher_stage", type=int, default=-1, help="which of its intermediate features; -1: last")
+    teacher.add_argument(
         "--teacher_norm",
-        choices=NORMS,
+        choices=TEACHER_NORMS,
         default="imagenet",
-        help="normalisation of its frames; the released models used ImageNet's",
+        help="normalisation of its frames; the released models used ImageNet's; own: the model's",
     )
     teacher.add_argument("--teacher_size", type=int, default=0, help="side of its frames, pixels; 0: the model's own")
 
@@ -124,6 +149,8 @@ def find_problems(args: argparse.Namespace) -> Problems:
 
     if args.target_type == "clip":
         problems.attempt(find_clip_weights, args.clip_model, args.clip_weights)
+    if args.target_type == "timm":
+        problems.attempt(check_timm_weights, args.teacher_model, args.teacher_weights)
     problems.when(
         args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS,
         f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}",
@@ -158,17 +185,27 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
     )
 
 
-def build_teacher(args: argparse.Namespace) -> torch.nn.Module:
+def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     """The frozen network, or the pixels, that give the targets; its `out_dim` is the target's width."""
     if args.target_type == "pixel":
-        return PixelTarget(PATCH_SIZE, TUBELET_SIZE)
-    grid, size = token_grid(args.num_frames, args.input_size, args.input_size)[1:], args.teacher_size or None
-    weights = args.clip_weights if args.target_type == "clip" else args.dino_weights
+        return PixelTarget(PATCH_SIZE, TUBELET_SIZE).to(device)
+    model, weights = {
+        "clip": (args.clip_model, args.clip_weights),
+        "dino_v1": (args.distillation_teacher, args.dino_weights),
+        "timm": (args.teacher_model, args.teacher_weights),
+    }[args.target_type]
     if weights == "random":
         logger.warning("THE TEACHER HAS RANDOM WEIGHTS: good for trying things out, useless for results")
-    if args.target_type == "clip":
-        return build_clip(args.clip_model, weights, args.teacher_norm, grid, size)
-    return build_dino(args.distillation_teacher, weights, args.teacher_norm, grid, size)
+    return build_teacher(
+        args.target_type,
+        model,
+        weights,
+        args.teacher_norm,
+        token_grid(args.num_frames, args.input_size, args.input_size)[1:],
+        args.teacher_size or None,
+        args.teacher_stage,
+        DTYPES[pick_precision(args.precision, device)],
+    ).to(device)
 
 
 def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, total_batch: int) -> None:
@@ -220,7 +257,7 @@ def main(args: argparse.Namespace) -> int:
             utils.world_size(),
             args.seed,
         )
-        teacher = build_teacher(args).to(device)
+        teacher = choose_teacher(args, device)
         student = MODELS[args.model](
             decoder_depth=args.decoder_depth,
             decoder_num_classes=teacher.out_dim,

@@ -20,7 +20,7 @@ from engine_for_pretraining import masked_loss, second_masks  # noqa: E402
 from masking_generator import tube_mask  # noqa: E402
 from modeling_finetune import Size  # noqa: E402
 from modeling_pretrain import PretrainVisionTransformer  # noqa: E402
-from modeling_teacher import FrameTeacher  # noqa: E402
+from modeling_teacher import NORMS, FrameTeacher  # noqa: E402
 
 GRID = (4, 4, 6)  # 8 frames of 64 x 96 pixels
 
@@ -75,7 +75,7 @@ def test_compiled_networks_give_the_same_numbers(problem, tmp_path, monkeypatch)
     for name, gradient in gradients.items():
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=0, atol=1e-5, msg=name)
     tower = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
-    teacher, clips = FrameTeacher(tower, (32, 32), "clip", (2, 2)), torch.randn(2, 3, 4, 32, 32)
+    teacher, clips = FrameTeacher(tower, (32, 32), NORMS["clip"], (2, 2)), torch.randn(2, 3, 4, 32, 32)
     targets = teacher(clips)
     teacher.compile(dynamic=False)
     torch.testing.assert_close(teacher(clips), targets, rtol=0, atol=1e-4)  # normalised features amplify

