@@ -114,7 +114,7 @@ class ProbeLoss(nn.Module):
     """Sum of the probes' own losses, so that each has its own gradient: logits ``[B, P, C]``, labels ``[B]``."""
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        B, P, C = logits.shape
+        B, P, _ = logits.shape
         return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(P), reduction="sum") / B
 
 

@@ -67,11 +67,8 @@ def run_main(function: Any, *args: Any) -> None:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        print(
-            f"error: process {rank()} lost another one, whose own message says why ({str(error).splitlines()[0][-160:]})",
-            file=sys.stderr,
-            flush=True,
-        )
+        reason = str(error).splitlines()[0][-160:]
+        print(f"error: process {rank()} lost another one, whose own message says why ({reason})", file=sys.stderr)
         sys.exit(1)
     finally:
         end_workers()
@@ -430,10 +427,10 @@ def lock_folder(folder: str) -> Any:
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        file = open(Path(folder) / ".lock", "w")
+        file = open(Path(folder) / ".lock", "w")  # noqa: SIM115 (the caller keeps it open)
     except OSError as error:
         raise RunError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
-    for attempt in range(20):  # the run that this one replaces may still be dying
+    for _ in range(20):  # the run that this one replaces may still be dying
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file

@@ -118,7 +118,7 @@ def outline(rng: np.random.Generator, shape: str, angle: np.ndarray) -> np.ndarr
 
 
 def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Two colours mixed by stripes, checks, dots or waves, shaded from one side. Returns float ``[h, w, 3]`` in 0..1."""
+    """Two colours mixed by stripes, checks, dots or waves, shaded from one side: float ``[h, w, 3]`` in 0..1."""
     u, v = rng.uniform(6, 18, 2)
     patterns = (
         np.sin(u * x),

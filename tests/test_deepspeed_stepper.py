@@ -140,14 +140,9 @@ def run(server, clips, tmp_path_factory):
         shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         if torchrun:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            codes = [
-                subprocess.run(
-                    [*launcher, str(ROOT / NAME), *argv],
-                    stdout=open(output, "a"),
-                    stderr=subprocess.STDOUT,
-                    timeout=150,
-                ).returncode
-            ]
+            with open(output, "a") as text:
+                done = subprocess.run([*launcher, str(ROOT / NAME), *argv], stdout=text, stderr=text, timeout=150)
+            codes = [done.returncode]
         else:
             started = [
                 server.Process(target=program, args=(argv, output, env, event))

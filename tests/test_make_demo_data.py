@@ -1,6 +1,7 @@
 """Demo data: lists, labels, clips that decode, objects with soft edges, the same from the same seed."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_lists_and_clips(demo):
 def test_splits_share_no_frames():
     ranges = sorted(make_demo_data.SPLITS.values())
     assert ranges[0][0] == 0 and ranges[-1][1] == 1
-    assert all(end <= begin for (_, end), (begin, _) in zip(ranges, ranges[1:]))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
 
 
 def test_objects(demo):

@@ -108,7 +108,7 @@ def whole_state(model):
 
 def write_jit(model, path):
     archive = torch.jit.trace(OpenAIArchive(model).eval(), torch.zeros(1, 3, 224, 224), check_trace=False)
-    for name, parameter in archive.named_parameters():
+    for parameter in archive.parameters():
         parameter.data = parameter.data.half()
     archive.save(path)
 

@@ -71,7 +71,7 @@ def test_curves_between_key_frames():
         lengths = []
         curve = key_frame_curve(rng, 31, np.zeros(1), lambda v, n: (lengths.append(n), v + 10)[1])[:, 0]
         assert sum(lengths) == 30
-        for first, n in zip(np.cumsum([0] + lengths), lengths):
+        for first, n in zip(np.cumsum([0, *lengths]), lengths):
             t = np.arange(n + 1) / n
             segment = (curve[first : first + n + 1] - curve[first]) / 10
             matches = [np.allclose(segment, shape) for shape in (t, t**2, 1 - (1 - t) ** 2)]

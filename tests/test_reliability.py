@@ -7,6 +7,7 @@ test_run_smile_pretraining.py and test_run_smile_pretraining_input.py.
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from fixtures_video import source_frames
@@ -106,7 +107,7 @@ def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
             corpus.encode(source_frames("bikes", 0, 12, (64, 48)), "avi", "mjpeg", "yuvj420p"), 2_000_000_000
         )
     )
-    (tmp_path / "list.csv").write_text(f"{tmp_path / 'claims.avi'} 0\n" + open(list_file).read())
+    (tmp_path / "list.csv").write_text(f"{tmp_path / 'claims.avi'} 0\n" + Path(list_file).read_text())
     run = start(tmp_path / "list.csv", tmp_path / "run")
     assert one_error(run, "the data loader failed", "claims.avi")
 

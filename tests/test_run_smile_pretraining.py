@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,10 +171,8 @@ def stopped(start, number, text, folder, *command):
     for _ in range(4):
         run = start(*command)
         run.wait_for(text)
-        try:
+        with suppress(ProcessLookupError):
             os.kill(run.pid, number)
-        except ProcessLookupError:
-            pass
         result = run.end()
         if result.code != 0 and (number == signal.SIGKILL or (folder / LATEST).exists()):
             break

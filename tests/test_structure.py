@@ -97,12 +97,11 @@ def names_read():
     read = {field.name for field in fields(Settings)}
     for tree in TREES.values():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
-                if isinstance(node.ctx, ast.Load):
-                    read.add(node.attr)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-                if isinstance(node.args[1], ast.Constant):
-                    read.add(node.args[1].value)
+            match node:
+                case ast.Attribute(value=ast.Name("args"), attr=name, ctx=ast.Load()):
+                    read.add(name)
+                case ast.Call(func=ast.Name("getattr"), args=[_, ast.Constant(name), *_]):
+                    read.add(name)
     return read
 
 

@@ -418,7 +418,8 @@ for line in sys.stdin:
             assert pixels.dtype == np.uint8 and min(pixels.shape) > 0
             outcome = "read", list(pixels.shape)
         else:
-            assert reason and "\\n" not in reason and len(reason) <= 300 and ({kind!r} == "object" or path not in reason)
+            assert reason and "\\n" not in reason and len(reason) <= 300
+            assert {kind!r} == "object" or path not in reason
             outcome = "refused", reason
     except BaseException as error:
         outcome = f"{{type(error).__name__}}: {{error}}", reason

@@ -1,4 +1,4 @@
-"""Real runs of run_smile_pretraining.py on a small model, in one process or under torchrun, to be killed and resumed."""
+"""Real runs of run_smile_pretraining.py on a small model, alone or under torchrun, to be killed and resumed."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -168,10 +169,8 @@ class Run:
         """SIGKILL to the program, and to torchrun above it, as when a node is lost."""
         pids = {self.process.pid, *self.ranks()}
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self.process.wait()
         self.reader.join(1)  # its loader workers may keep the console open a little longer
 

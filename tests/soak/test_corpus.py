@@ -1,4 +1,4 @@
-"""Hundreds of broken and odd videos and objects: nothing crashes, nothing hangs, each is read or refused with a reason."""
+"""Hundreds of broken and odd videos and objects: nothing crashes or hangs, each is read or refused with a reason."""
 
 import itertools
 from collections import Counter

@@ -86,7 +86,7 @@ def test_killed_20_times(processes, list_file, undisturbed, tmp_path, figure):
     assert gone(left)
     figure(
         f"{processes} process(es), {KILLS} x SIGKILL at random moments: final weights and optimizer state identical "
-        f"to the last bit; resumed at {len(set(resumed + [final.resumed_at()]))} different steps; "
+        f"to the last bit; resumed at {len(set([*resumed, final.resumed_at()]))} different steps; "
         f"{lost} of {last_step + lost} steps made twice because they came after the last save"
     )
 
