@@ -25,6 +25,8 @@ from training import loader_failure
 from utils import RunError, RunLog, SharedError, logger, rank, warn_once, world_size
 from video_transforms import channel_stats, normalize_clips
 
+SOFTMAX = partial(torch.softmax, dim=-1)
+
 
 def unbatched(loader: DataLoader, order: range, videos: VideoList) -> Iterator:
     """The samples of a validation or test; a worker that hangs or dies stops the run with the videos it may have had.
@@ -92,7 +94,7 @@ class Evaluator:
         samples: Iterable[EvalSample],
         title: str,
         batch_size: int = 16,
-        finish: Callable = partial(torch.softmax, dim=-1),
+        finish: Callable[[torch.Tensor], torch.Tensor] = SOFTMAX,
     ) -> list[VideoScore]:
         """Class probabilities of each view of each video of this process.
 

@@ -21,7 +21,8 @@ from checkpoints import load_strictly, read_checkpoint
 from datasets import PretrainDataset, pretrain_indices, read_frames, sample_rng
 from modeling_finetune import TUBELET_SIZE, token_grid
 from modeling_pretrain import MODELS
-from run_smile_pretraining import build_dataset, build_teacher
+from modeling_teacher import build_teacher
+from run_smile_pretraining import build_dataset
 from utils import RunError, run_main, setup_logging, user_errors
 from video_transforms import channel_stats, multi_scale_crop, normalize_clips
 

@@ -8,8 +8,8 @@ Also a way to run a part of a test in a process of its own.
 import importlib.util
 import multiprocessing
 import os
-import socket
 import signal
+import socket
 import traceback
 from fractions import Fraction
 from pathlib import Path

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from modeling_teacher import NORMS, FrameTeacher, PixelTarget, build_clip, build_teacher, normalize_features
+from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_teacher, normalize_features
+from video_transforms import NORMS
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
