@@ -177,15 +177,20 @@ class Batch(TypedDict):
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch, views of a video side by side."""
-    clips = torch.from_numpy(np.concatenate([sample["clips"] for sample in samples]))
-    arrays = [name for name in ("extra", "erase") if name in samples[0]]
-    return {
-        "clips": clips.permute(0, 4, 1, 2, 3),
-        **{name: torch.from_numpy(np.concatenate([sample[name] for sample in samples])) for name in arrays},
+
+    def stack(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([sample[name] for sample in samples]))  # type: ignore[literal-required]
+
+    batch: Batch = {
+        "clips": stack("clips").permute(0, 4, 1, 2, 3),
+        "extra": stack("extra"),
         "paths": [sample["path"] for sample in samples],
         "bad": [entry for sample in samples for entry in sample["bad"]],
         "num_bad_videos": sum(sample["num_bad_videos"] for sample in samples),
     }
+    if "erase" in samples[0]:
+        batch["erase"] = stack("erase")
+    return batch
 
 
 def read_or_replace(
@@ -198,7 +203,7 @@ def read_or_replace(
     Raises:
         RunError: MAX_BAD_IN_A_ROW in a row.
     """
-    bad = []
+    bad: list[tuple[str, str]] = []
     while len(bad) < MAX_BAD_IN_A_ROW:
         try:
             return read_frames(videos.path(index), choose), index, bad
@@ -219,7 +224,16 @@ def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stri
     return start + stride * np.minimum(np.arange(num_frames), last)
 
 
-class PretrainDataset(Dataset):
+class VideoDataset(Dataset):
+    """Samples of the videos of a list."""
+
+    videos: VideoList
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+
+class PretrainDataset(VideoDataset):
     """Clips with masks: decode, crop, overlay, mask.
 
     Args:
@@ -241,9 +255,6 @@ class PretrainDataset(Dataset):
     ):
         self.videos, self.masks, self.overlay, self.size = videos, masks, overlay, size
         self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
-
-    def __len__(self) -> int:
-        return len(self.videos)
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)

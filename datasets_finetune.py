@@ -10,9 +10,8 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from datasets import Key, Sample, VideoError, VideoList, read_frames, read_or_replace, sample_rng
+from datasets import Key, Sample, VideoDataset, VideoError, VideoList, read_frames, read_or_replace, sample_rng
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
 # Data sets ------------------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ def test_view_indices(total: int, num_frames: int, stride: int, views: int, samp
 # Samples --------------------------------------------------------------------------------------------------------
 
 
-class FinetuneDataset(Dataset):
+class FinetuneDataset(VideoDataset):
     """Labelled training clips: decode, augment.
 
     Args:
@@ -144,9 +143,6 @@ class FinetuneDataset(Dataset):
     ):
         self.videos, self.augment, self.sampling = videos, augment, sampling
         self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
-
-    def __len__(self) -> int:
-        return len(self.videos)
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)
@@ -220,14 +216,11 @@ class ViewReader:
         return torch.from_numpy(clips).permute(0, 4, 1, 2, 3)
 
 
-class EvalDataset(Dataset):
+class EvalDataset(VideoDataset):
     """Videos to be judged, each with all its views."""
 
     def __init__(self, videos: VideoList, read_views: ViewReader):
         self.videos, self.read_views = videos, read_views
-
-    def __len__(self) -> int:
-        return len(self.videos)
 
     def __getitem__(self, index: int) -> EvalSample:
         try:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from datasets import VideoError, VideoList, init_worker
 from datasets_finetune import EvalDataset, EvalSample, ViewReader
 from metrics import VideoScore, gather_scores, judge
+from modeling_finetune import VisionTransformer
 from modeling_probe import MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
@@ -125,7 +126,7 @@ class Evaluator:
             judge([score.of_probe(p) for score in scores], videos, self.num_classes) for p in range(len(model.settings))
         ]
         best = max(range(len(found)), key=lambda p: found[p]["acc1"])
-        model.best.fill_(best)
+        model.best_probe = best
         return found[best] | {"probe_lr": model.settings[best][0], "probe_wd": model.settings[best][1]}
 
     def test(self, model: nn.Module) -> int:
@@ -133,10 +134,10 @@ class Evaluator:
         videos = self.read_list("test.csv")
         scores = self.scores(model, self.loader(videos, self.test_views), "test")
         if isinstance(model, ProbedEncoder):
-            scores = [score.of_probe(int(model.best)) for score in scores]
+            scores = [score.of_probe(model.best_probe) for score in scores]
         return self.report(scores, videos)
 
-    def knn(self, encoder: nn.Module, k: int, train: VideoList) -> int:
+    def knn(self, encoder: VisionTransformer, k: int, train: VideoList) -> int:
         """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report.
 
         Raises:
@@ -186,7 +187,7 @@ class Evaluator:
         except VideoError as error:
             raise RunError(f"--predict {path}: {error}") from error
         score = self.scores(model, [{"index": 0, "views": views, "error": ""}], "predict")[0]
-        mean = (score.of_probe(int(model.best)) if isinstance(model, ProbedEncoder) else score).views.mean(axis=0)
+        mean = (score.of_probe(model.best_probe) if isinstance(model, ProbedEncoder) else score).views.mean(axis=0)
         for label in np.argsort(-mean)[:5]:
             print(f"{mean[label]:.4f}  {self.classes[label] if self.classes else label}")
         return 0

@@ -6,6 +6,7 @@ A video is its line in the list. One that could not be read counts as wrong and 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -32,16 +33,16 @@ class VideoScore:
 
 def gather_scores(scores: list[VideoScore], everywhere: bool = False) -> list[VideoScore]:
     """The scores of all processes by line of the list, in the first process or `everywhere`; else none."""
-    parts: list | None = [scores]
+    parts: list[list[VideoScore]] = [scores]
     if world_size() > 1:
-        group = dist.new_group(backend="gloo")
-        parts = [None] * world_size() if everywhere or rank() == 0 else None
+        group: Any = dist.new_group(backend="gloo")
+        parts = [[] for _ in range(world_size())]
         if everywhere:
             dist.all_gather_object(parts, scores, group=group)
         else:
-            dist.gather_object(scores, parts, dst=0, group=group)
+            dist.gather_object(scores, parts if rank() == 0 else None, dst=0, group=group)
         dist.destroy_process_group(group)
-    return sorted((score for part in parts or () for score in part), key=lambda score: score.index)
+    return sorted((score for part in parts for score in part), key=lambda score: score.index)
 
 
 def average_views(scores: list[VideoScore], num_classes: int) -> np.ndarray:

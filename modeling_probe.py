@@ -74,6 +74,15 @@ class ProbedEncoder(nn.Module):
         self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in settings)
         self.register_buffer("best", torch.tensor(0))  # the probe that did best in validation
 
+    @property
+    def best_probe(self) -> int:
+        """Number of the probe that did best in validation; kept with the weights."""
+        return int(self.get_buffer("best"))
+
+    @best_probe.setter
+    def best_probe(self, probe: int) -> None:
+        self.get_buffer("best").fill_(probe)
+
     def train(self, mode: bool = True) -> "ProbedEncoder":
         """The encoder stays in eval mode."""
         super().train(mode)

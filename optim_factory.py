@@ -196,5 +196,8 @@ class Stepper:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
+    def close(self, folder: str) -> None:
+        """After training: the model as any other again, and nothing unused left in `folder` (DeepSpeed)."""
+
     def save_shards(self, folder: str, name: str) -> None:
         """For optimizers whose state lies in several processes (DeepSpeed); called in all of them before a save."""

@@ -22,7 +22,7 @@ from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, 
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, train_one_epoch
 from evaluation import Evaluator
-from modeling_finetune import MODELS, SIZES, token_grid
+from modeling_finetune import MODELS, SIZES, VisionTransformer, token_grid
 from modeling_probe import ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, distribute, parameter_groups, share_buffers
 from options import (
@@ -121,8 +121,8 @@ def read_list(args: argparse.Namespace, name: str) -> VideoList:
 
 
 def num_classes(args: argparse.Namespace) -> int:
-    """Number of classes, from the flag or the data set."""
-    return args.nb_classes or DATA_SETS[args.data_set].num_classes
+    """Number of classes, from the flag or the data set; 0 if neither says."""
+    return args.nb_classes or DATA_SETS[args.data_set].num_classes or 0
 
 
 def class_names(args: argparse.Namespace) -> list[str] | None:
@@ -199,7 +199,7 @@ def mixes(args: argparse.Namespace) -> bool:
     return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not (is_probe(args) or args.knn)
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
+def build_model(args: argparse.Namespace) -> VisionTransformer | ProbedEncoder:
     """Classifier, or frozen encoder with probes; new weights."""
     probing = is_probe(args)
     model = MODELS[args.model](
@@ -246,14 +246,9 @@ def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
 def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
     """The views of a test, or the one of a validation."""
     data_set = DATA_SETS[args.data_set]
-    segments, crops = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
-    return ViewReader(
-        data_set.sampling,
-        *((segments, crops) if test else (0, 1)),
-        args.input_size,
-        args.num_frames,
-        args.sampling_rate,
-    )
+    views = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
+    segments, crops = views if test else (0, 1)
+    return ViewReader(data_set.sampling, segments, crops, args.input_size, args.num_frames, args.sampling_rate)
 
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
@@ -283,16 +278,9 @@ def build_loss(
         eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=norm[0].device)
     if not mixes(args):
         return LabelSmoothingCrossEntropy(args.smoothing), BatchAugmentation(norm, eraser)
-    mixup = Mixup(
-        args.mixup,
-        args.cutmix,
-        args.cutmix_minmax,
-        args.mixup_prob,
-        args.mixup_switch_prob,
-        args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes(args),
-    )
+    draws = (args.mixup_prob, args.mixup_switch_prob, args.mixup_mode)
+    labels = {"label_smoothing": args.smoothing, "num_classes": num_classes(args)}
+    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, *draws, **labels)
     return SoftTargetCrossEntropy(), BatchAugmentation(norm, eraser, mixup)
 
 
@@ -395,8 +383,7 @@ def train(
                 share_buffers(model)
                 validate(evaluator, ema.module if ema else model, epoch, best)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
-    if args.enable_deepspeed:
-        stepper.close(settings.output_dir)
+    stepper.close(settings.output_dir)
     return run.exit_code
 
 
@@ -427,15 +414,16 @@ def main(args: argparse.Namespace) -> int:
     with utils.user_errors():
         evaluator = build_evaluator(args, device)
         model = build_model(args).to(device)
+    encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
         load_for_test(args, model)
         return evaluator.predict(model, args.predict) if args.predict else evaluator.test(model)
     if args.finetune:
-        load_encoder(getattr(model, "encoder", model), args.finetune)
+        load_encoder(encoder, args.finetune)
     if args.knn:
         with utils.user_errors():
             neighbours = train_videos(args)
-        return evaluator.knn(model, args.knn, neighbours)
+        return evaluator.knn(encoder, args.knn, neighbours)
     code = train(args, settings, device, model, evaluator)
     if code == 0 and not args.dry_run:
         args.finetune = ""

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 import checkpoints
 import utils
 from checkpoints import Position
-from datasets import Batch, ChunkSampler, VideoList
+from datasets import Batch, ChunkSampler, VideoDataset, VideoList
 from optim_factory import Stepper
 from utils import RunError, StepMeter, logger
 
@@ -180,8 +180,8 @@ class Run:
     ):
         self.settings, self.position, self.loader, self.stepper = settings, position, loader, stepper
         self.contents = contents
-        self.sampler: ChunkSampler = loader.batch_sampler
-        self.videos: VideoList = loader.dataset.videos
+        assert isinstance(loader.batch_sampler, ChunkSampler) and isinstance(loader.dataset, VideoDataset)
+        self.sampler, self.videos = loader.batch_sampler, loader.dataset.videos
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
         self.writer = checkpoints.CheckpointWriter(
@@ -327,6 +327,7 @@ def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
     Raises:
         RunError: a worker hung, died, or raised.
     """
+    assert isinstance(loader.batch_sampler, ChunkSampler)
     issued = loader.batch_sampler.issued
     batches = iter(loader)
     while True:
@@ -386,16 +387,13 @@ class BadFiles:
         self.noted.add(path)
         self.first = [*self.first, f"{path}: {reason}"][:3]
         logger.warning("cannot use %s: %s", path, reason)
-        if self.file:
-            try:
-                self.append(path, line)
-            except OSError as error:
-                logger.warning("could not write to %s (%s)", self.file, error.strerror)
-
-    def append(self, path: str, line: str) -> None:
-        """Add a line, if there is none of this path."""
-        with open(self.file, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
-                file.write(line + "\n")
+        if not self.file:
+            return
+        try:
+            with open(self.file, "a+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
+                    file.write(line + "\n")
+        except OSError as error:
+            logger.warning("could not write to %s (%s)", self.file, error.strerror)
