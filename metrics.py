@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 
 from datasets import VideoList
-from utils import broadcast, rank, warn_once, world_size
+from utils import broadcast, cpu_group, rank, warn_once, world_size
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,14 @@ class VideoScore:
 
 def gather_scores(scores: list[VideoScore], everywhere: bool = False) -> list[VideoScore]:
     """The scores of all processes by line of the list, in the first process or `everywhere`; else none."""
-    parts: list | None = [scores]
+    parts = [scores]
     if world_size() > 1:
-        group = dist.new_group(backend="gloo")
-        parts = [None] * world_size() if everywhere or rank() == 0 else None
+        parts = [[] for _ in range(world_size())]
         if everywhere:
-            dist.all_gather_object(parts, scores, group=group)
+            dist.all_gather_object(parts, scores, group=cpu_group())
         else:
-            dist.gather_object(scores, parts, dst=0, group=group)
-        dist.destroy_process_group(group)
-    return sorted((score for part in parts or () for score in part), key=lambda score: score.index)
+            dist.gather_object(scores, parts if rank() == 0 else None, dst=0, group=cpu_group())
+    return sorted((score for part in parts for score in part), key=lambda score: score.index)
 
 
 def average_views(scores: list[VideoScore], num_classes: int) -> np.ndarray:

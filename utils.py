@@ -146,23 +146,29 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
 def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) -> str:
     """What to tell if the installed torch cannot compute on a GPU of this compute capability; "" if it can.
 
-    sm_XY is machine code for the major version X, from the minor version Y on; compute_XY is compiled on the spot for
-    any version from X.Y on; the letter of sm_XYa ties it to X.Y (CUDA programming guide, "application compatibility").
+    sm_XY is machine code for the major version X from the minor version Y on, compute_XY is compiled on the spot for
+    all from X.Y on (CUDA programming guide, "application compatibility"). Other makers' names are not judged.
     """
-    known = [match for name in built_for if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name))]
-    versions = [(match[1], (int(match[2]), int(match[3])), match[4]) for match in known]
-    for kind, version, letter in versions:
-        same = version == capability if letter == "a" else version[0] == capability[0]
-        if version <= capability and (same or kind == "compute"):
-            return ""
-    if not versions:  # another maker's GPUs
+    known = [match for name in built_for if (match := re.fullmatch(r"(sm|compute)_(\d+)[af]?", name))]
+    versions = [(match[1], divmod(int(match[2]), 10)) for match in known]
+    fits = [version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions]
+    if any(fits) or not fits:
         return ""
-    older = capability < min(version for _, version, _ in versions)
-    remedy = "with the versions of constraints-v100.txt" if older else "a newer torch"
+    older = capability < min(version for _, version in versions)
     return (
         f"{gpu} (compute capability {capability[0]}.{capability[1]}): torch {torch.__version__} has no kernels for it, "
-        f"only for {', '.join(built_for)}; install {remedy} (INSTALL.md), or run with --device cpu"
+        f"only for {', '.join(built_for)}; install {'what constraints-v100.txt names' if older else 'a newer torch'} "
+        "(INSTALL.md), or run with --device cpu"
     )
+
+
+@functools.cache
+def cpu_group() -> dist.ProcessGroup:
+    """All processes, for what lies in CPU memory; to be asked for in all of them, and kept to the end.
+
+    Not one for each purpose: to let go of a Gloo group in mid-run can hang in torch 2.5.
+    """
+    return dist.new_group(backend="gloo")
 
 
 def reduce_sum(values: list[float], device: torch.device) -> list[float]:
@@ -228,10 +234,9 @@ def progress(items: Iterable[T], title: str) -> Iterator[T]:
 
 def setup_logging() -> None:
     """Log to stdout, from the first process only."""
-    handlers = [ConsoleHandler(sys.stdout)]
-    logging.basicConfig(
-        level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
-    )
+    console = ConsoleHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.ERROR, handlers=[console], force=True)
     logger.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
 
 
@@ -403,14 +408,14 @@ class StepMeter:
 class Control:
     """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
 
-    Processes exchange it on a CPU group of their own, one step late, so that no GPU has to wait for it. A second
+    Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
     SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
     """
 
     def __init__(self):
         self.signal = 0
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = cpu_group() if dist.is_initialized() else None
 
     def listen(self) -> None:
         """From now on take note of signals."""

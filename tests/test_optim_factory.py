@@ -1,4 +1,4 @@
-"""Schedules, parameter groups and layer decay against tables; the step: accumulation, clipping, precision, bad gradients."""
+"""Schedules, parameter groups, layer decay against tables; the step: accumulation, clipping, precision, overflow."""
 
 import copy
 import json
