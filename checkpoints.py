@@ -6,6 +6,7 @@ where the run goes on. Files are read with weights_only=True: nothing in them is
 """
 
 import argparse
+import fcntl
 import os
 import re
 import time
@@ -26,6 +27,7 @@ LATEST = "checkpoint-latest.pth"
 NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
 MODEL_KEYS = ("model", "module", "state_dict", "model_state")
 MAX_FAILED_SAVES = 3  # in a row
+LOCK_SECONDS = 10.0  # the run that another one replaces may still be dying
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -222,6 +224,31 @@ class CheckpointWriter:
         numbered = [path for _, path in sorted(numbered_checkpoints(self.folder).items())]
         for path in numbered[: -self.keep] if self.keep else []:
             path.unlink(missing_ok=True)
+
+
+def lock_folder(folder: str) -> Any:
+    """Make `folder`, and keep other runs out of it for as long as this process lives.
+
+    A POSIX record lock: it goes with the process, however that ends, and loader workers do not inherit it.
+
+    Raises:
+        RunError: another run holds it, or it cannot be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(Path(folder) / ".lock", "w")  # noqa: SIM115 (the caller keeps it open)
+    except OSError as error:
+        raise RunError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if time.monotonic() > deadline:
+                told = f"--output_dir {folder}: another run is writing there; stop it or choose another folder"
+                raise RunError(told) from error
+            time.sleep(0.2)
 
 
 def numbered_checkpoints(folder: str | Path) -> dict[int, Path]:

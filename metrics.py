@@ -6,13 +6,12 @@ A video is its line in the list. One that could not be read counts as wrong and 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
 from datasets import VideoList
-from utils import broadcast, rank, warn_once, world_size
+from utils import broadcast, cpu_group, rank, warn_once, world_size
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,11 @@ def gather_scores(scores: list[VideoScore], everywhere: bool = False) -> list[Vi
     """The scores of all processes by line of the list, in the first process or `everywhere`; else none."""
     parts: list[list[VideoScore]] = [scores]
     if world_size() > 1:
-        group: Any = dist.new_group(backend="gloo")
         parts = [[] for _ in range(world_size())]
         if everywhere:
-            dist.all_gather_object(parts, scores, group=group)
+            dist.all_gather_object(parts, scores, group=cpu_group())
         else:
-            dist.gather_object(scores, parts if rank() == 0 else None, dst=0, group=group)
-        dist.destroy_process_group(group)
+            dist.gather_object(scores, parts if rank() == 0 else None, dst=0, group=cpu_group())
     return sorted((score for part in parts for score in part), key=lambda score: score.index)
 
 

@@ -1,9 +1,10 @@
-"""Optimizers: which parameters decay, how fast each layer learns, and the step itself.
+"""Optimizers: schedules, which parameters decay, how fast each layer learns, and the step itself.
 
 The optimizers are timm's; precision, accumulation, clipping and the guard against non-finite gradients are in
 `Stepper`, which both engines use.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,17 @@ from utils import world_size
 NO_DECAY = ("mask_token", "pos_embed", "cls_token")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FUSED = ("adamw", "adam")  # fused SGD starts from garbage if its first step is skipped
+
+
+def cosine_schedule(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
+    """Value at `step`: linear from `start` to `base` over `warmup` steps, then a cosine to `final` at `total`.
+
+    The warm-up's last step already has the value `base` (recipe of MAE and VideoMAE).
+    """
+    if step < warmup:
+        return start + (base - start) * step / max(1, warmup - 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

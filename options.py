@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from optim_factory import DTYPES, Stepper, build_optimizer
-from utils import RunError, SharedError, cosine_schedule, warn_once
+from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule
+from utils import RunError, SharedError, warn_once
 
 
 def make_parser(title: str, text: str) -> argparse.ArgumentParser:

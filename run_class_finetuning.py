@@ -16,7 +16,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 import utils
-from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, restore
+from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, lock_folder, restore
 from datasets import ChunkSampler, VideoList, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, read_class_names
 from deepspeed_stepper import with_deepspeed
@@ -409,7 +409,7 @@ def main(args: argparse.Namespace) -> int:
     utils.setup_logging()
     find_problems(args).tell()
     settings = Settings.of(args)
-    lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
+    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
     utils.seed_everything(args.seed)
     with utils.user_errors():
         evaluator = build_evaluator(args, device)

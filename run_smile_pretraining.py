@@ -10,7 +10,7 @@ import os
 import torch
 
 import utils
-from checkpoints import Position, check_kind, find_resume, load_strictly, restore
+from checkpoints import Position, check_kind, find_resume, load_strictly, lock_folder, restore
 from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
@@ -244,7 +244,7 @@ def main(args: argparse.Namespace) -> int:
     utils.setup_logging()
     find_problems(args).tell()
     settings = Settings.of(args)
-    lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
+    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
 
     utils.seed_everything(args.seed)
     with utils.user_errors():

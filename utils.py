@@ -1,11 +1,10 @@
-"""What has no subject of its own: processes, logging, seeds, schedules, signals.
+"""What has no subject of its own: processes, logging, seeds, signals.
 
 Every helper works unchanged in a single process. Nothing here knows videos, masks or teachers; saving and
 loading a run is in checkpoints.py.
 """
 
 import datetime
-import fcntl
 import functools
 import json
 import logging
@@ -13,27 +12,30 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_REQUEUE = 85  # the run was asked to stop and has saved itself: start it again (scripts/slurm)
 MAX_NON_FINITE = 10  # steps in a row
 
 logger = logging.getLogger("smile")
+T = TypeVar("T")
 
 
 class RunError(Exception):
@@ -129,6 +131,9 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         if local >= torch.cuda.device_count():
             raise RunError(f"local rank {local}, but {torch.cuda.device_count()} GPUs: one process a GPU, lower GPUS")
         torch.cuda.set_device(local)
+        card, built_for = torch.cuda.get_device_properties(local), torch.cuda.get_arch_list()
+        if problem := kernel_problem(card.name, (card.major, card.minor), built_for):
+            raise RunError(problem)
     if int(env.get("WORLD_SIZE", 1)) > 1:
         timeout = datetime.timedelta(minutes=timeout_minutes)
         store, index, world = next(dist.rendezvous("env://", timeout=timeout))
@@ -136,6 +141,34 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=index, world_size=world, timeout=timeout)
     return torch.device("cuda", local) if gpu else torch.device("cpu")
+
+
+def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) -> str:
+    """What to tell if the installed torch cannot compute on a GPU of this compute capability; "" if it can.
+
+    sm_XY is machine code for the major version X from the minor version Y on, compute_XY is compiled on the spot for
+    all from X.Y on (CUDA programming guide, "application compatibility"). Other makers' names are not judged.
+    """
+    known = [match for name in built_for if (match := re.fullmatch(r"(sm|compute)_(\d+)[af]?", name))]
+    versions = [(match[1], divmod(int(match[2]), 10)) for match in known]
+    fits = [version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions]
+    if any(fits) or not fits:
+        return ""
+    older = capability < min(version for _, version in versions)
+    return (
+        f"{gpu} (compute capability {capability[0]}.{capability[1]}): torch {torch.__version__} has no kernels for it, "
+        f"only for {', '.join(built_for)}; install {'what constraints-v100.txt names' if older else 'a newer torch'} "
+        "(INSTALL.md), or run with --device cpu"
+    )
+
+
+@functools.cache
+def cpu_group() -> dist.ProcessGroup:
+    """All processes, for what lies in CPU memory; to be asked for in all of them, and kept to the end.
+
+    Not one for each purpose: to let go of a Gloo group in mid-run can hang in torch 2.5.
+    """
+    return dist.new_group(backend="gloo")
 
 
 def reduce_sum(values: list[float], device: torch.device) -> list[float]:
@@ -162,7 +195,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-# Seeds and schedules --------------------------------------------------------------------------------------------
+# Seeds ----------------------------------------------------------------------------------------------------------
 
 
 def seed_everything(*key: int) -> None:
@@ -177,17 +210,6 @@ def seed_everything(*key: int) -> None:
     random.seed(state)
 
 
-def cosine_schedule(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
-    """Value at `step`: linear from `start` to `base` over `warmup` steps, then a cosine to `final` at `total`.
-
-    The warm-up's last step already has the value `base` (recipe of MAE and VideoMAE).
-    """
-    if step < warmup:
-        return start + (base - start) * step / max(1, warmup - 1)
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
-
-
 # Logging --------------------------------------------------------------------------------------------------------
 
 
@@ -197,11 +219,24 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
+class ConsoleHandler(logging.StreamHandler):
+    """Writes a line where a progress bar stands, which moves on below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
+def progress(items: Iterable[T], title: str) -> Iterator[T]:
+    """Pass items on beside a progress bar, which is gone afterwards; on a terminal and in the first process only."""
+    yield from tqdm(items, title, disable=rank() > 0 or not sys.stderr.isatty(), leave=False)
+
+
 def setup_logging() -> None:
     """Log to stdout, from the first process only."""
-    logging.basicConfig(
-        level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
-    )
+    console = ConsoleHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.ERROR, handlers=[console], force=True)
     logger.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
 
 
@@ -367,20 +402,20 @@ class StepMeter:
         return {"sums": {}, "counts": {}, "skipped": 0, "bad_in_a_row": self.bad_in_a_row} | sums
 
 
-# Signals and locks ----------------------------------------------------------------------------------------------
+# Signals --------------------------------------------------------------------------------------------------------
 
 
 class Control:
     """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
 
-    Processes exchange it on a CPU group of their own, one step late, so that no GPU has to wait for it. A second
+    Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
     SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
     """
 
     def __init__(self):
         self.signal = 0
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = cpu_group() if dist.is_initialized() else None
 
     def listen(self) -> None:
         """From now on take note of signals."""
@@ -415,25 +450,3 @@ class Control:
         work.wait()
         self._pending = None
         return bool(flags[0]), bool(flags[1])
-
-
-def lock_folder(folder: str) -> Any:
-    """Make `folder`, and keep other runs out of it for as long as this process lives.
-
-    A POSIX record lock: it goes with the process, however that ends, and loader workers do not inherit it.
-
-    Raises:
-        RunError: another run holds it, or it cannot be written.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(Path(folder) / ".lock", "w")  # noqa: SIM115 (the caller keeps it open)
-    except OSError as error:
-        raise RunError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
-    for _ in range(20):  # the run that this one replaces may still be dying
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except OSError:
-            time.sleep(0.5)
-    raise RunError(f"--output_dir {folder}: another run is writing there; stop it or choose another folder")

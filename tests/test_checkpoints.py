@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,11 +16,13 @@ import torch
 from fixtures_video import in_child
 from safetensors.torch import save_file
 
+import checkpoints
 from checkpoints import (
     LATEST,
     CheckpointWriter,
     find_resume,
     load_strictly,
+    lock_folder,
     model_weights,
     numbered_checkpoints,
     read_checkpoint,
@@ -322,3 +326,39 @@ def test_a_named_checkpoint_wins_and_must_be_readable(tmp_path):
     named.write_bytes(b"junk")
     with pytest.raises(RunError, match="checkpoint-1.pth"):
         find_resume(str(tmp_path), str(named), True)
+
+
+# One run a folder -----------------------------------------------------------------------------------------------
+
+
+def hold(folder):
+    """A process that holds a folder's lock, and a way to let go of it."""
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
+        "sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "1\n"
+    return process
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0.5)
+    holder = hold(tmp_path)
+    try:
+        with pytest.raises(RunError, match=f"--output_dir {tmp_path}: another run"):
+            lock_folder(str(tmp_path))
+        holder.kill()  # however it ends
+        assert lock_folder(str(tmp_path))
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="--output_dir .*cannot be written"):
+        lock_folder(str(tmp_path / "file" / "run"))
+    assert lock_folder(str(tmp_path / "new" / "run"))

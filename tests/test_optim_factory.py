@@ -1,15 +1,16 @@
-"""Parameter groups and layer decay against tables, and the step: accumulation, clipping, precision, bad gradients."""
+"""Schedules, parameter groups, layer decay against tables; the step: accumulation, clipping, precision, overflow."""
 
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
 from modeling_finetune import vit_base_patch16_224
 from modeling_pretrain import pretrain_videomae_small_patch16_224
-from optim_factory import Stepper, build_optimizer, parameter_groups
+from optim_factory import Stepper, build_optimizer, cosine_schedule, parameter_groups
 from utils import RunLog, StepMeter
 
 CPU = torch.device("cpu")
@@ -299,3 +300,36 @@ def test_stepper_state_goes_through_a_file(tmp_path):
         for stepper in (one, other):
             run(stepper, [data(4, 7)])
         assert equal(weights(one), weights(other)) and one.scaler.state_dict() == other.scaler.state_dict()
+
+
+# Schedules ------------------------------------------------------------------------------------------------------
+
+
+def recipe(base, final, epochs, steps_per_epoch, warmup_epochs=0, start=0.0, warmup_steps=-1):
+    """The schedule of MAE, VideoMAE and the released code: one value for every step of a run."""
+    warmup_iters = warmup_steps if warmup_steps >= 0 else warmup_epochs * steps_per_epoch
+    iters = np.arange(epochs * steps_per_epoch - warmup_iters)
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * iters / len(iters)))
+    return np.concatenate([np.linspace(start, base, warmup_iters), cosine])
+
+
+@pytest.mark.parametrize(
+    "base, final, epochs, steps, warmup, start",
+    [
+        (1.5e-4, 1e-5, 801, 7, 40, 0.0),
+        (1e-3, 1e-6, 10, 30, 5, 1e-6),
+        (0.05, 0.05, 12, 3, 0, 0.0),
+        (0.04, 0.4, 9, 11, 0, 0.0),
+        (1.0, 0.0, 4, 1, 1, 0.25),
+        (1.0, 0.5, 3, 5, 3, 0.0),
+    ],
+)
+def test_cosine_schedule_is_that_of_the_recipe(base, final, epochs, steps, warmup, start):
+    total = epochs * steps
+    expected = recipe(base, final, epochs, steps, warmup, start)
+    ours = [cosine_schedule(step, base, final, total, warmup * steps, start) for step in range(total)]
+    np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_the_schedule_ends_at_its_last_value_and_stays_there():
+    assert [cosine_schedule(step, 1.0, 0.1, 100, 10) for step in (9, 10, 100, 10**9)] == [1.0, 1.0, 0.1, 0.1]

@@ -1,4 +1,4 @@
-"""Schedules against arrays of the released recipe, the step meter, the run's log, signals and locks."""
+"""The step meter, the run's log, signals, processes, the console, and what GPUs torch has kernels for."""
 
 import json
 import os
@@ -14,52 +14,9 @@ import torch
 from fixtures_video import in_child
 
 import utils
-from utils import (
-    EXIT_REQUEUE,
-    MAX_NON_FINITE,
-    Control,
-    RunError,
-    RunLog,
-    StepMeter,
-    cosine_schedule,
-    lock_folder,
-    seed_everything,
-)
+from utils import EXIT_REQUEUE, MAX_NON_FINITE, Control, RunError, RunLog, StepMeter, seed_everything
 
 CPU = torch.device("cpu")
-
-
-# Schedules ------------------------------------------------------------------------------------------------------
-
-
-def recipe(base, final, epochs, steps_per_epoch, warmup_epochs=0, start=0.0, warmup_steps=-1):
-    """The schedule of MAE, VideoMAE and the released code: one value for every step of a run."""
-    warmup_iters = warmup_steps if warmup_steps >= 0 else warmup_epochs * steps_per_epoch
-    iters = np.arange(epochs * steps_per_epoch - warmup_iters)
-    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * iters / len(iters)))
-    return np.concatenate([np.linspace(start, base, warmup_iters), cosine])
-
-
-@pytest.mark.parametrize(
-    "base, final, epochs, steps, warmup, start",
-    [
-        (1.5e-4, 1e-5, 801, 7, 40, 0.0),
-        (1e-3, 1e-6, 10, 30, 5, 1e-6),
-        (0.05, 0.05, 12, 3, 0, 0.0),
-        (0.04, 0.4, 9, 11, 0, 0.0),
-        (1.0, 0.0, 4, 1, 1, 0.25),
-        (1.0, 0.5, 3, 5, 3, 0.0),
-    ],
-)
-def test_cosine_schedule_is_that_of_the_recipe(base, final, epochs, steps, warmup, start):
-    total = epochs * steps
-    expected = recipe(base, final, epochs, steps, warmup, start)
-    ours = [cosine_schedule(step, base, final, total, warmup * steps, start) for step in range(total)]
-    np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-15)
-
-
-def test_the_schedule_ends_at_its_last_value_and_stays_there():
-    assert [cosine_schedule(step, 1.0, 0.1, 100, 10) for step in (9, 10, 100, 10**9)] == [1.0, 1.0, 0.1, 0.1]
 
 
 # Meter and log --------------------------------------------------------------------------------------------------
@@ -319,35 +276,3 @@ def test_a_second_interrupt_ends_the_program():
             time.sleep(0.1)
 
     assert in_child(twice) == (None, f"died: {-signal.SIGINT}")
-
-
-def hold(folder):
-    """A process that holds a folder's lock, and a way to let go of it."""
-    code = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
-        "sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "1\n"
-    return process
-
-
-def test_a_folder_takes_one_run_at_a_time(tmp_path):
-    holder = hold(tmp_path)
-    try:
-        with pytest.raises(RunError, match=f"--output_dir {tmp_path}: another run"):
-            lock_folder(str(tmp_path))
-        holder.kill()  # however it ends
-        assert lock_folder(str(tmp_path))
-    finally:
-        holder.kill()
-        holder.communicate()
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="--output_dir .*cannot be written"):
-        lock_folder(str(tmp_path / "file" / "run"))
-    assert lock_folder(str(tmp_path / "new" / "run"))
