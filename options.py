@@ -3,12 +3,39 @@
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule
 from utils import RunError, SharedError, warn_once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run that the loop needs; names and meaning are those of the flags."""
+
+    output_dir: str
+    log_dir: str
+    log_interval: int
+    epochs: int
+    stop_epoch: int
+    save_ckpt_freq: int
+    save_ckpt_minutes: float
+    save_ckpt_steps: int
+    keep_ckpts: int
+    max_bad_fraction: float
+    seed: int
+    dry_run: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Settings":
+        """Taken from parsed arguments; a dry run writes nowhere."""
+        values = {field.name: getattr(args, field.name) for field in fields(cls)}
+        if args.dry_run:
+            values |= {"output_dir": "", "log_dir": ""}
+        return cls(**values)
 
 
 def make_parser(title: str, text: str) -> argparse.ArgumentParser:

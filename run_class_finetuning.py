@@ -27,6 +27,7 @@ from modeling_probe import ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, distribute, parameter_groups, share_buffers
 from options import (
     Problems,
+    Settings,
     add_data_arguments,
     add_optimizer_arguments,
     add_run_arguments,
@@ -34,7 +35,7 @@ from options import (
     make_parser,
     pick_precision,
 )
-from training import Epoch, Run, Settings
+from training import Epoch, Run
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
 

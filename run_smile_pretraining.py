@@ -29,6 +29,7 @@ from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, f
 from optim_factory import DTYPES, Stepper, distribute, parameter_groups
 from options import (
     Problems,
+    Settings,
     add_data_arguments,
     add_optimizer_arguments,
     add_run_arguments,
@@ -36,7 +37,7 @@ from options import (
     make_parser,
     pick_precision,
 )
-from training import Run, Settings
+from training import Run
 from utils import logger
 from video_transforms import channel_stats
 

@@ -11,7 +11,6 @@ happen here, as the loop goes round:
                 step.update()
 """
 
-import argparse
 import datetime
 import fcntl
 import itertools
@@ -20,13 +19,13 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import checkpoints
@@ -34,33 +33,8 @@ import utils
 from checkpoints import Position
 from datasets import Batch, ChunkSampler, VideoDataset, VideoList
 from optim_factory import Stepper
+from options import Settings
 from utils import RunError, StepMeter, logger
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of a run that the loop needs; names and meaning are those of the flags."""
-
-    output_dir: str
-    log_dir: str
-    log_interval: int
-    epochs: int
-    stop_epoch: int
-    save_ckpt_freq: int
-    save_ckpt_minutes: float
-    save_ckpt_steps: int
-    keep_ckpts: int
-    max_bad_fraction: float
-    seed: int
-    dry_run: bool
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Settings":
-        """Taken from parsed arguments; a dry run writes nowhere."""
-        values = {field.name: getattr(args, field.name) for field in fields(cls)}
-        if args.dry_run:
-            values |= {"output_dir": "", "log_dir": ""}
-        return cls(**values)
 
 
 class Step:
@@ -191,7 +165,7 @@ class Run:
             settings.output_dir, settings.log_dir, position.epoch, position.epoch * self.steps_per_epoch + position.step
         )
         self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
-        self.control = utils.Control()
+        self.control = Control()
         self.told, self.due = False, False  # to stop, to save
 
     def __enter__(self) -> "Run":
@@ -286,6 +260,53 @@ class Run:
             )
 
         return self.writer.save(name, checkpoint)
+
+
+class Control:
+    """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
+
+    Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
+    SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._group = utils.cpu_group() if dist.is_initialized() else None
+
+    def listen(self) -> None:
+        """From now on take note of signals."""
+        for number in utils.STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def agree(self, save: bool) -> tuple[bool, bool]:
+        """Whether any process was told to stop, and whether any wants to save, by the step before this one."""
+        if self._group is None:
+            return bool(self.signal), save
+        before = self._finish()
+        flags = torch.tensor([float(self.signal != 0), float(save)])
+        self._pending = (dist.all_reduce(flags, group=self._group, async_op=True), flags)
+        return before
+
+    def close(self) -> tuple[bool, bool]:
+        """Stop listening."""
+        utils.leave_on_signal()
+        return self._finish()
+
+    def _finish(self) -> tuple[bool, bool]:
+        """The outcome of the exchange under way."""
+        if self._pending is None:
+            return False, False
+        work, flags = self._pending
+        work.wait()
+        self._pending = None
+        return bool(flags[0]), bool(flags[1])
 
 
 def report_dry_run(meter: StepMeter, steps: int) -> None:

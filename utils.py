@@ -21,7 +21,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -400,53 +399,3 @@ class StepMeter:
         """What a checkpoint keeps of the epoch so far, or for the next one if it has `ended`."""
         sums = {} if ended else {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": self.skipped}
         return {"sums": {}, "counts": {}, "skipped": 0, "bad_in_a_row": self.bad_in_a_row} | sums
-
-
-# Signals --------------------------------------------------------------------------------------------------------
-
-
-class Control:
-    """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
-
-    Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
-    SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
-    """
-
-    def __init__(self):
-        self.signal = 0
-        self._pending: tuple[Any, torch.Tensor] | None = None
-        self._group = cpu_group() if dist.is_initialized() else None
-
-    def listen(self) -> None:
-        """From now on take note of signals."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT == number:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = number
-
-    def agree(self, save: bool) -> tuple[bool, bool]:
-        """Whether any process was told to stop, and whether any wants to save, by the step before this one."""
-        if self._group is None:
-            return bool(self.signal), save
-        before = self._finish()
-        flags = torch.tensor([float(self.signal != 0), float(save)])
-        self._pending = (dist.all_reduce(flags, group=self._group, async_op=True), flags)
-        return before
-
-    def close(self) -> tuple[bool, bool]:
-        """Stop listening."""
-        leave_on_signal()
-        return self._finish()
-
-    def _finish(self) -> tuple[bool, bool]:
-        """The outcome of the exchange under way."""
-        if self._pending is None:
-            return False, False
-        work, flags = self._pending
-        work.wait()
-        self._pending = None
-        return bool(flags[0]), bool(flags[1])

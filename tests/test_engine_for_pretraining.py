@@ -16,7 +16,8 @@ from modeling_pretrain import MODELS
 from modeling_teacher import PixelTarget, build_clip
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, build_optimizer, parameter_groups
-from training import Run, Settings, epoch_batches
+from options import Settings
+from training import Run, epoch_batches
 from video_transforms import channel_stats, normalize_clips
 
 pytest_plugins = "fixtures_video"

@@ -14,7 +14,8 @@ import torch
 from fixtures_video import in_child
 
 import utils
-from utils import EXIT_REQUEUE, MAX_NON_FINITE, Control, RunError, RunLog, StepMeter, seed_everything
+from training import Control
+from utils import EXIT_REQUEUE, MAX_NON_FINITE, RunError, RunLog, StepMeter, seed_everything
 
 CPU = torch.device("cpu")
 
@@ -186,6 +187,7 @@ PAIR = """
 import os, sys
 import torch
 sys.path.insert(0, {root!r})
+import training
 import utils
 device = utils.init_distributed("cpu", 1)
 log = utils.RunLog("", "")
@@ -193,7 +195,7 @@ meter = utils.StepMeter(log, device, 0, 1, 2, 2)
 for step in range(2):
     values = {{"loss": torch.tensor(1.0 + utils.rank() + step), "bad": torch.tensor(float(utils.rank() * step))}}
     meter.update(step, values, ["x"])
-control = utils.Control()
+control = training.Control()
 control.listen()
 heard = []
 for step in range(4):
