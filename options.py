@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -158,10 +159,19 @@ class Problems:
             raise SharedError("\n       ".join(self.found))
 
 
+def has_bf16_instructions() -> bool:
+    """Whether the CPU multiplies bf16 numbers, and torch's matrix library may let it.
+
+    The library also says yes where it has AVX-512 without its bf16 part and converts; hence the second question.
+    """
+    usable = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return usable and (platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported())
+
+
 def pick_precision(precision: str, device: torch.device) -> str:
     """Resolve `auto`."""
-    if precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        warn_once("--precision bf16: this CPU has no instructions for it; fp32 is many times faster here")
+    if precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
+        warn_once("--precision bf16: this CPU has no instructions for it; fp32 is faster here, often many times")
     if precision != "auto":
         return precision
     if device.type == "cpu":

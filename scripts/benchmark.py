@@ -50,7 +50,7 @@ from engine_for_pretraining import masked_loss, second_masks
 from masking_generator import MaskGenerator
 from modeling_finetune import token_grid
 from modeling_pretrain import MODELS
-from modeling_teacher import build_clip
+from modeling_teacher import build_teacher
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
 from training import epoch_batches
@@ -270,7 +270,8 @@ def build_step(
     shape = (videos, 3, args.num_frames, args.input_size, args.input_size)
     clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     norm = channel_stats("imagenet", device)
-    teacher = build_clip("ViT-B-16", "random", "imagenet", grid[1:]).to(device)
+    dtype = DTYPES[precision]
+    teacher = build_teacher("clip", "ViT-B-16", "random", "imagenet", grid[1:], dtype=dtype).to(device)
     student = MODELS[args.model](decoder_num_classes=teacher.out_dim, use_checkpoint=args.use_checkpoint).to(device)
     groups = parameter_groups(student, 0.05)
     optimizer = torch.optim.AdamW(groups) if straightforward else build_optimizer(groups, "adamw", 1e-4)
