@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from datasets import VideoError, VideoList, init_worker
 from datasets_finetune import EvalDataset, EvalSample, ViewReader
@@ -22,7 +21,7 @@ from metrics import VideoScore, gather_scores, judge
 from modeling_probe import MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
-from utils import RunError, RunLog, SharedError, logger, rank, warn_once, world_size
+from utils import RunError, RunLog, SharedError, logger, progress, rank, warn_once, world_size
 from video_transforms import channel_stats, normalize_clips
 
 SOFTMAX = partial(torch.softmax, dim=-1)
@@ -106,7 +105,7 @@ class Evaluator:
         """
         model.eval()
         scores = []
-        for sample in tqdm(samples, title, disable=rank() > 0, mininterval=5, leave=False):
+        for sample in progress(samples, title):
             outputs = [torch.empty(0)]
             for views in sample["views"].split(batch_size) if not sample["error"] else ():
                 clips = normalize_clips(views.to(self.device, non_blocking=True), *self.norm)

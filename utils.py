@@ -118,12 +118,8 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         if "MASTER_ADDR" not in env:
-            hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+            command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+            hosts = subprocess.run(command, capture_output=True, text=True, check=True)
             env["MASTER_ADDR"] = hosts.stdout.split()[0]
     gpu = device.startswith("cuda") and torch.cuda.is_available()
     local = int(env.get("LOCAL_RANK", 0))
