@@ -159,7 +159,7 @@ def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) 
 
 
 @functools.cache
-def cpu_group() -> dist.ProcessGroup:
+def cpu_group() -> Any:
     """All processes, for what lies in CPU memory; to be asked for in all of them, and kept to the end.
 
     Not one for each purpose: to let go of a Gloo group in mid-run can hang in torch 2.5.
@@ -301,7 +301,8 @@ class StepMeter:
     ):
         self.log, self.device, self.interval = log, device, interval
         self.epoch, self.epochs, self.steps_per_epoch = epoch, epochs, steps_per_epoch
-        self.sums, self.counts = defaultdict(float), defaultdict(float)
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
         self.skipped, self.bad_in_a_row, self.step_time = 0, 0, 0.0
         if state:
             self.sums.update(state["sums"])
