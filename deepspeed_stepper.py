@@ -31,6 +31,8 @@ BUCKET = 50_000_000  # numbers exchanged at a time; with DeepSpeed's default the
 class DeepSpeedStepper(Stepper):
     """A Stepper whose `model` is a DeepSpeed engine; see with_deepspeed."""
 
+    model: Any  # whose types DeepSpeed does not tell
+
     def __post_init__(self):
         self.layout = {
             "zero_stage": self.model.zero_optimization_stage(),

@@ -71,7 +71,8 @@ def read_object(path: str, max_side: int) -> np.ndarray:
     Raises:
         ValueError or another of IMAGE_ERRORS: unreadable, or fully transparent.
     """
-    with Image.open(path) as image:
+    with Image.open(path) as file:
+        image: Image.Image = file
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
             raise ValueError(f"{image.width} x {image.height} pixels: too large")
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip at 255
@@ -200,8 +201,8 @@ def gaussian_path(
     points = rng.uniform(low, np.maximum(low, limits - 1 - size / 2), (PATH_POINTS, 2))
     smooth = _gaussian_smoother(PATH_POINTS, PATH_SIGMA) @ points
     smooth = (smooth - smooth.min(axis=0)) / np.ptp(smooth, axis=0).clip(1e-6)
-    low, high = (max(1, int(side * unit)) for side in PATH_EXTENT)
-    extent = min(int(rng.integers(low, max(high, low + 1))), min(frame) - 1)
+    least, most = (max(1, int(side * unit)) for side in PATH_EXTENT)
+    extent = min(int(rng.integers(least, max(most, least + 1))), min(frame) - 1)
     path = smooth * extent + rng.integers(0, limits - extent)
     every = np.arange(num_frames) * (PATH_POINTS - 1) // max(1, num_frames - 1)
     return np.trunc(path[every].clip(0, limits - 1))
@@ -339,7 +340,7 @@ class ObjectOverlay:
             return fit_sprite(self.library.draw(rng), sizes.max(axis=0)), None
         sprite = fit_sprite(shaped_patch(rng, frames, sizes[0]), sizes.max(axis=0))
         start = np.array([rng.uniform(0.8, 1)])
-        return sprite, key_frame_curve(rng, len(frames), start, lambda *_: rng.uniform(0.8, 1))[:, 0]
+        return sprite, key_frame_curve(rng, len(frames), start, lambda *_: rng.uniform(0.8, 1, 1))[:, 0]
 
     def draw_track(self, rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
         """One object's boxes int ``[T, 4]`` and angles in whole degrees, int ``[T]``."""

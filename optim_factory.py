@@ -90,7 +90,7 @@ def build_optimizer(
     Raises:
         ValueError: timm does not know `opt`.
     """
-    options = {"fused": True} if opt in FUSED else {}
+    options: dict[str, Any] = {"fused": True} if opt in FUSED else {}
     if betas and "sgd" not in opt:
         options["betas"] = betas
     if eps is not None and "sgd" not in opt:
@@ -164,8 +164,9 @@ class Stepper:
 
     def sync(self, micro_batch: int) -> AbstractContextManager:
         """Context of forward and backward: processes exchange gradients with the step's last micro-batch only."""
-        waits = isinstance(self.model, DistributedDataParallel) and micro_batch < self.update_freq - 1
-        return self.model.no_sync() if waits else nullcontext()
+        if isinstance(self.model, DistributedDataParallel) and micro_batch < self.update_freq - 1:
+            return self.model.no_sync()
+        return nullcontext()
 
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         """Update the weights.
@@ -185,7 +186,8 @@ class Stepper:
             self.scaler.update()
             bad = (~loss.isfinite()).float()
         elif self.optimizer.defaults.get("fused"):
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # as GradScaler tells fused optimizers
+            # As GradScaler tells fused optimizers.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
             self.optimizer.step()
         elif finite:
             self.optimizer.step()

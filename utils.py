@@ -117,12 +117,8 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         if "MASTER_ADDR" not in env:
-            hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+            command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+            hosts = subprocess.run(command, capture_output=True, text=True, check=True)
             env["MASTER_ADDR"] = hosts.stdout.split()[0]
     gpu = device.startswith("cuda") and torch.cuda.is_available()
     local = int(env.get("LOCAL_RANK", 0))
@@ -162,7 +158,7 @@ def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) 
 
 
 @functools.cache
-def cpu_group() -> dist.ProcessGroup:
+def cpu_group() -> Any:
     """All processes, for what lies in CPU memory; to be asked for in all of them, and kept to the end.
 
     Not one for each purpose: to let go of a Gloo group in mid-run can hang in torch 2.5.
@@ -304,7 +300,8 @@ class StepMeter:
     ):
         self.log, self.device, self.interval = log, device, interval
         self.epoch, self.epochs, self.steps_per_epoch = epoch, epochs, steps_per_epoch
-        self.sums, self.counts = defaultdict(float), defaultdict(float)
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
         self.skipped, self.bad_in_a_row, self.step_time = 0, 0, 0.0
         if state:
             self.sums.update(state["sums"])

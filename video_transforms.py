@@ -15,7 +15,7 @@ CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale cro
 def channel_stats(norm: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std of `norm`, one of NORMS, for RGB in [0, 1], each ``[3, 1, 1, 1]``."""
     mean, std = NORMS[norm]
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (mean, std))
+    return torch.tensor(mean, device=device).view(3, 1, 1, 1), torch.tensor(std, device=device).view(3, 1, 1, 1)
 
 
 def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ What happens to batches on the device (erasing, Mixup) is in engine_for_finetuni
 """
 
 import random
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,7 +50,8 @@ class TrainAugmentation:
     """
 
     def __init__(self, size: int, auto_augment: str, flip: bool, interpolation: str = "bicubic"):
-        self.size, self.flip, self.rand_augment = size, flip, None
+        self.size, self.flip = size, flip
+        self.rand_augment: Any = None
         if auto_augment:
             options = {"translate_const": int(size * 0.45)}
             if interpolation != "random":  # else timm draws one

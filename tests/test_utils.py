@@ -1,12 +1,19 @@
 """The step meter, the run's log, signals, processes, the console, and what GPUs torch has kernels for."""
 
+import fcntl
 import json
 import os
+import pty
 import random
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,3 +285,115 @@ def test_a_second_interrupt_ends_the_program():
             time.sleep(0.1)
 
     assert in_child(twice) == (None, f"died: {-signal.SIGINT}")
+
+
+# The console ----------------------------------------------------------------------------------------------------
+
+
+def talk(number):
+    """A program with a progress bar, which ends with an error in mid-loop; its console is the open file `number`."""
+    os.dup2(number, 1)
+    os.dup2(number, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+    utils.setup_logging()
+
+    def main():
+        utils.logger.info("before")
+        for item in utils.progress(range(40), "validation"):
+            time.sleep(0.01)
+            if item % 15 == 14:
+                utils.logger.info("message of item %d", item)
+        utils.logger.info("after")
+        for item in utils.progress(range(40), "test"):
+            time.sleep(0.01)
+            if item == 25:
+                raise RunError("a video is missing")
+
+    utils.run_main(main)
+
+
+TALK = ["before", "message of item 14", "message of item 29", "after", "error: a video is missing"]
+
+
+def screen_of(text):
+    """What a terminal shows in the end."""
+    rows, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[A|\r|\n|[^\x1b\r\n]+", text):
+        if piece == "\x1b[A":
+            row -= 1
+        elif piece == "\r":
+            column = 0
+        elif piece == "\n":
+            row += 1
+            rows += [""] * (row == len(rows))
+        else:
+            rows[row] = rows[row][:column].ljust(column) + piece + rows[row][column + len(piece) :]
+            column += len(piece)
+    return [line.rstrip() for line in rows if line.strip()]
+
+
+def without_time(lines):
+    return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines]
+
+
+def test_progress_bars_make_way_for_messages_on_a_terminal():
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    read = []
+    reader = threading.Thread(target=lambda: read.extend(iter(lambda: os.read(ours, 1000), b"\0")), daemon=True)
+    reader.start()
+    assert in_child(talk, theirs)[1] == "SystemExit: 1"
+    os.write(theirs, b"\0")  # all before it has been read
+    deadline = time.monotonic() + 30
+    while not (text := b"".join(read).decode()).endswith("\0") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "validation:  " in text and "test:  " in text  # the bars were there
+    assert without_time(screen_of(text.rstrip("\0"))) == TALK
+
+
+def test_no_progress_bar_in_a_file(tmp_path):
+    with open(tmp_path / "log", "w") as file:
+        assert in_child(talk, file.fileno())[1] == "SystemExit: 1"
+    text = (tmp_path / "log").read_text()
+    assert without_time(text.splitlines()) == TALK and "\r" not in text
+
+
+# Kernels --------------------------------------------------------------------------------------------------------
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.14's
+CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2.5's
+
+
+@pytest.mark.parametrize(
+    "capability, built_for, remedy",
+    [
+        ((7, 0), CUDA_13, "constraints-v100.txt"),  # V100
+        ((7, 0), CUDA_12, ""),
+        ((7, 2), CUDA_12, ""),  # the same major version
+        ((8, 9), CUDA_13, ""),  # RTX 4090
+        ((9, 0), CUDA_13, ""),
+        ((9, 0), ["sm_90a"], ""),
+        ((12, 1), CUDA_13, ""),
+        ((10, 0), CUDA_12, "a newer torch"),  # B200
+        ((10, 0), [*CUDA_12, "compute_90"], ""),  # compiled on the spot
+        ((7, 0), ["sm_75", "compute_90"], "constraints-v100.txt"),
+        ((8, 0), ["sm_75", "sm_86"], "a newer torch"),  # machine code of a later minor version
+        ((9, 0), ["gfx90a", "gfx942"], ""),  # AMD's are not judged
+    ],
+)
+def test_which_gpus_torch_has_kernels_for(capability, built_for, remedy):
+    problem = utils.kernel_problem("Tesla V100", capability, built_for)
+    assert bool(problem) == bool(remedy) and remedy in problem and "\n" not in problem
+    if problem:
+        assert problem.startswith(f"Tesla V100 (compute capability {capability[0]}.{capability[1]}): torch ")
+        assert all(name in problem for name in built_for)
+
+
+def test_a_gpu_without_kernels_ends_a_program_at_its_start(monkeypatch):
+    card = SimpleNamespace(name="Tesla V100-SXM2-16GB", major=7, minor=0)
+    answers = {"is_available": True, "device_count": 1, "set_device": None, "get_device_properties": card}
+    for name, answer in (answers | {"get_arch_list": CUDA_13}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    with pytest.raises(RunError, match="Tesla V100-SXM2-16GB .*no kernels"):
+        utils.init_distributed()
+    assert utils.init_distributed("cpu") == CPU
