@@ -70,13 +70,12 @@ class FeatureColours:
     the features given here, so that others drawn later compare.
 
     Args:
-        features: float ``[N, D]``, D >= 3, of one clip.
+        features: float ``[N, D]``, N and D at least 3, of one clip.
     """
 
     def __init__(self, features: np.ndarray):
         self.mean = features.mean(axis=0)
-        _, vectors = np.linalg.eigh(np.cov(features, rowvar=False))
-        basis = vectors[:, :-4:-1]  # [D, 3], the largest first
+        basis = np.linalg.svd(features - self.mean, full_matrices=False)[2][:3].T  # [D, 3], the largest first
         self.basis = basis * np.sign(basis[np.abs(basis).argmax(axis=0), range(3)])  # the same sign on every machine
         self.low, self.high = np.percentile(self.project(features), (2, 98), axis=0)
 

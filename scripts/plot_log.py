@@ -149,7 +149,9 @@ def draw_curves(logs: dict[str, list[dict]]) -> Figure:
     for axes, (title, wanted) in zip(grid.flat, panels.items()):
         draw_panel(axes, logs, wanted)
         axes.set_title(title, fontsize=10)
-        if title != "loss" and "accuracy" not in title:
+        if "accuracy" in title:
+            axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+        elif title != "loss":
             axes.set_ylim(bottom=0)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
