@@ -102,7 +102,7 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
     """The sample that training draws in epoch 0 for a line of the list; from the first of several views.
 
     Raises:
-        VideoError: unreadable.
+        VideoError: unreadable. RunError: no usable object.
     """
     rng, numbers = sample_rng(dataset.seed, 0, index), []
 
@@ -112,7 +112,10 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
 
     clip = multi_scale_crop(rng, read_frames(dataset.videos.path(index), choose), dataset.size)
     natural = clip.copy()
-    boxes = dataset.overlay(rng, clip) if dataset.overlay else None
+    try:
+        boxes = dataset.overlay(rng, clip) if dataset.overlay else None
+    except RuntimeError as error:  # no usable object
+        raise RunError(str(error)) from error
     return PretrainSample(natural, clip, boxes, dataset.masks(rng, boxes), numbers[0])
 
 
@@ -236,7 +239,10 @@ def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> t
     run = run_arguments(args, checkpoint)
     weights = model_weights(checkpoint, path) if path else {}
     if not run.data_path:
-        raise RunError("which videos? give --data_path")
+        raise RunError("give --data_path, a list of videos")
+    if not os.path.exists(run.data_path):
+        source = "" if "data_path" in args.given else f" (from {path})"
+        raise RunError(f"--data_path {run.data_path}{source}: no such file")
     with user_errors():
         if not path or "encoder_to_decoder.weight" in weights:
             return pretraining_drawer(run, path, device)

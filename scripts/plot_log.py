@@ -27,19 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from visualization import shorten
 
 LOG, PREDICTIONS, PER_CLASS = "log.txt", "test_predictions.npz", "test_per_class.csv"
-# Panels in this order: title → (key of log.txt, its name in the legend or "" if it is alone)
+# Panels in this order: title → (key of log.txt, style of its line, its name in the legend or "" if it is alone)
 PANELS = {
-    "loss": (("train_loss", ""),),
-    "top-1 accuracy, %": (("val_acc1", "validation"), ("test_acc1", "test")),
-    "top-5 accuracy, %": (("val_acc5", "validation"), ("test_acc5", "test")),
-    "spread of features over tokens (0: collapse)": (("train_pred_std", "student"), ("train_target_std", "teacher")),
-    "learning rate": (("lr", ""),),
-    "norm of the gradient": (("train_grad_norm", ""),),
-    "seconds an epoch": (("seconds", ""),),
-    "bad clips and skipped steps": (("bad_clips", "bad clips"), ("skipped_steps", "skipped steps")),
+    "loss": (("train_loss", "-", ""),),
+    "top-1 accuracy, %": (("val_acc1", "-", "validation"), ("test_acc1", "o", "test")),
+    "top-5 accuracy, %": (("val_acc5", "-", "validation"), ("test_acc5", "o", "test")),
+    "spread of features over tokens (0: collapse)": (
+        ("train_pred_std", "-", "student"),
+        ("train_target_std", "--", "teacher"),
+    ),
+    "learning rate": (("lr", "-", ""),),
+    "norm of the gradient": (("train_grad_norm", "-", ""),),
+    "seconds an epoch": (("seconds", "-", ""),),
+    "bad clips and skipped steps": (("bad_clips", "-", "bad clips"), ("skipped_steps", "--", "skipped steps")),
 }
 RARE = ("bad_clips", "skipped_steps")  # not drawn where there were none
-STYLES = ("-", "--")
 MOST_ERRORS = 15
 MAX_NAMED = 25  # classes that have room for their names in a confusion matrix
 SHOWN_CLASSES = 40  # bars in one picture
@@ -136,9 +138,9 @@ def draw_curves(logs: dict[str, list[dict]]) -> Figure:
     """
     keys = {key for log in logs.values() for line in log for key in line if line[key] or key not in RARE}
     panels = {
-        title: [(key, name) for key, name in wanted if key in keys]
+        title: [line for line in wanted if line[0] in keys]
         for title, wanted in PANELS.items()
-        if any(key in keys for key, _ in wanted)
+        if any(line[0] in keys for line in wanted)
     }
     if not panels:
         raise InputError(f"{', '.join(logs)}: none of the numbers of a run in it")
@@ -158,27 +160,22 @@ def draw_curves(logs: dict[str, list[dict]]) -> Figure:
     for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:
         axes.set_xlabel("epochs done")
     if len(logs) > 1:
-        handles = [legend_line(f"C{number}") for number in range(len(logs))]
+        handles = [Line2D([], [], color=f"C{number}") for number in range(len(logs))]
         figure.legend(handles, list(logs), loc="outside upper left", ncols=min(4, len(logs)), frameon=False)
     else:
         figure.suptitle(next(iter(logs)), x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 
-def legend_line(colour: str, style: str = "-") -> Line2D:
-    """A line for a legend."""
-    return Line2D([], [], color=colour, linestyle=style)
-
-
-def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, str]]) -> None:
-    """Curves of some keys, one line style each; a single value is a dot."""
+def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, str, str]]) -> None:
+    """Curves of some keys; a single value is a dot."""
     for number, log in enumerate(logs.values()):
-        for (key, _), style in zip(wanted, STYLES):
+        for key, style, _ in wanted:
             epochs, values = curve(log, key)
-            axes.plot(epochs, values, style, color=f"C{number}", marker="o" if len(values) == 1 else None, markersize=5)
+            axes.plot(epochs, values, "o" if len(values) == 1 else style, color=f"C{number}", markersize=5)
     if len(wanted) > 1:
-        handles = [legend_line("0.3", style) for _, style in zip(wanted, STYLES)]
-        axes.legend(handles, [name for _, name in wanted], fontsize=8, frameon=False)
+        handles = [axes.plot([], [], style, color="0.3", markersize=5)[0] for _, style, _ in wanted]
+        axes.legend(handles, [name for _, _, name in wanted], fontsize=8, frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -95,15 +95,20 @@ def test_curves_are_the_numbers_of_the_log(tmp_path):
     }
     figure = plot_log.draw_curves(logs)
     check_texts(figure)
-    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    panels = {
+        axes.get_title(): [line for line in axes.lines if len(line.get_xdata())]
+        for axes in figure.axes
+        if axes.get_title()
+    }
     assert list(panels) == ["loss", "top-1 accuracy, %", "top-5 accuracy, %", "learning rate", "seconds an epoch"]
-    first, second = panels["loss"].lines
+    first, second = panels["loss"]
     np.testing.assert_allclose(first.get_xydata(), [(e + 1, 1 / (1 + e)) for e in range(5)])
     assert len(second.get_xydata()) == 3 and first.get_color() != second.get_color()
-    validation, test = panels["top-1 accuracy, %"].lines[2:]
+    validation, test = panels["top-1 accuracy, %"]
     np.testing.assert_allclose(validation.get_xydata(), [(1, 0), (2, 10), (3, 20)])
     np.testing.assert_allclose(test.get_xydata(), [(3, 33)])  # of the last epoch
     assert validation.get_color() == test.get_color() == second.get_color()
+    assert test.get_marker() == "o"
 
 
 def test_a_log_that_was_cut_off_is_drawn_and_a_wrong_one_named(tmp_path):

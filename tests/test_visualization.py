@@ -350,15 +350,18 @@ def test_what_cannot_be_drawn_is_named(pretrained, finetuned, tmp_path):
     torch.save({"model": finetuned[1].state_dict()}, bare)
     (tmp_path / "test.csv").write_text(Path(args.data_path).read_text())
     (tmp_path / "classes.txt").write_text("one\n")
+    moved = tmp_path / "moved.pth"
+    torch.save(torch.load(path, weights_only=False) | {"args": argparse.Namespace(data_path="/gone.csv")}, moved)
     out = ("--output_dir", tmp_path / "pictures")
     for words, message in (
         (("--resume", path, "--samples", 7), "--samples 7: .*train list.csv has 7 videos"),
         (("--resume", path, path), "the same name"),
-        (("--resume", probes, "--data_path", "x"), "probes.pth is neither a pretraining nor a fine-tuned"),
-        (("--resume", bare, "--data_path", "x"), "bare.pth does not say how it was fine-tuned"),
+        (("--resume", probes, "--data_path", tmp_path), "probes.pth is neither a pretraining nor a fine-tuned"),
+        (("--resume", bare, "--data_path", tmp_path), "bare.pth does not say how it was fine-tuned"),
         (("--resume", finetuned[0], "--data_path", tmp_path), "classes.txt has 1 lines"),
-        (("--resume", path, "--data_path", "nothing.csv"), "nothing.csv: no such list file"),
+        (("--resume", path, "--data_path", "nothing.csv"), "--data_path nothing.csv: no such file"),
         (("--resume", path, "--objects_path", "nothing"), "--objects_path nothing: no such folder"),
+        (("--resume", moved), "--data_path /gone.csv .from .*moved.pth.: no such file"),
         ((), "give --data_path"),
         (("--resume", path, "--output_dir", bare), "File exists"),
     ):
