@@ -24,12 +24,9 @@ from PIL import Image
 BOX_COLOURS = ((255, 255, 0), (0, 255, 255), (255, 0, 255), (0, 255, 0))
 HIDDEN, UNKNOWN = 40, 217  # grey of hidden pixels, and of tokens that nothing is known of
 COLOUR_MAP = matplotlib.colormaps["inferno"].with_extremes(bad=(UNKNOWN / 255,) * 3)
-DPI, LINE, GAP = 100, 16, 6  # of a sheet: dots an inch; height of a line of text and distance of cells, pixels
-MARGIN, BAR_ROOM, TITLE_ROOM = (
-    12,
-    84,
-    48,
-)  # pixels: around the sheet, right of a cell with a colour bar, above all cells
+# The layout of a sheet, in pixels: a line of text, between cells, around the sheet, for a colour bar, for the title.
+LINE, GAP, MARGIN, BAR_ROOM, TITLE_ROOM = 16, 6, 12, 84, 48
+DPI = 100
 MAX_COLUMNS = 8
 
 
