@@ -1,0 +1,292 @@
+"""See what a model does: a picture and a movie of each clip.
+
+    python run_visualization.py --data_path train.csv --objects_path objects --resume stage1/checkpoint-149.pth
+
+Of a pretraining checkpoint: the clip, the objects on it, the mask, the teacher's features, the student's guess and its
+error. Of a fine-tuned one: the likeliest classes, and where the last block attends. Without --resume: what the student
+is about to be shown. Every option of run_smile_pretraining.py is understood; what is not given is as in the checkpoint.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import modeling_finetune
+import modeling_pretrain
+import run_smile_pretraining as pretraining
+import utils
+from checkpoints import load_strictly, model_weights, read_checkpoint
+from datasets import (
+    DATA_SETS,
+    PretrainDataset,
+    VideoError,
+    VideoList,
+    ViewReader,
+    pretrain_indices,
+    read_frames,
+    sample_rng,
+)
+from engine_for_pretraining import normalize_clips
+from modeling_teacher import channel_stats
+from utils import RunError, logger, user_errors
+from video_transforms import long_side_crop, multi_scale_crop, short_side_resize
+from visualization import Guess, Row, attention_rows, movie, picture, pretraining_rows, write_movie
+
+
+class Drawing(NamedTuple):
+    """What is drawn of one clip; `frame_numbers` are those of its T frames in the video."""
+
+    rows: list[Row]
+    frame_numbers: np.ndarray
+    guesses: list[Guess]
+
+
+Drawer = Callable[[int], Drawing]  # of a line of the list
+
+
+class PretrainSample(NamedTuple):
+    """A training sample in its steps; see visualization.pretraining_rows."""
+
+    natural: np.ndarray
+    clip: np.ndarray
+    boxes: np.ndarray | None
+    mask: np.ndarray
+    frame_numbers: np.ndarray
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (`argv`, or sys.argv).
+
+    Returns:
+        the options of this program; those of run_smile_pretraining.py as `defaults` (all) and `given` (those named).
+    """
+    parser = argparse.ArgumentParser(
+        "SMILE pictures",
+        "%(prog)s [options] [options of run_smile_pretraining.py]",
+        __doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--resume", nargs="+", default=[], metavar="CHECKPOINT", help="whose work to draw")
+    parser.add_argument("--output_dir", default="pictures", help="folder for the pictures (default: pictures)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[0], help="lines of the list, from 0 (default: 0)")
+    parser.add_argument("--movie", choices=("mp4", "gif"), default="mp4", help="kind of movie (default: mp4)")
+    parser.add_argument("--fps", type=float, default=8, help="frames a second of the movie (default: 8)")
+    args, words = parser.parse_known_args(argv)
+    if args.fps <= 0:
+        parser.error(f"--fps {args.fps}: must be more than 0")
+    named = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    args.defaults = vars(pretraining.get_args(words if "data_path" in named else ["--data_path", "", *words]))
+    args.given = {name: value for name, value in args.defaults.items() if name in named}
+    return args
+
+
+def normalized(clip: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 ``[T, H, W, 3]`` → what models take, float ``[1, 3, T, H, W]``."""
+    norm = (value.to(device) for value in channel_stats("imagenet"))
+    return normalize_clips(torch.from_numpy(clip).permute(3, 0, 1, 2)[None].to(device), *norm)
+
+
+# Pretraining ----------------------------------------------------------------------------------------------------
+
+
+def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
+    """The sample that training draws in epoch 0 for a line of the list; from the first of several views.
+
+    Raises:
+        VideoError: unreadable. RunError: no usable object.
+    """
+    rng, numbers = sample_rng(dataset.seed, 0, index), []
+
+    def choose(total: int) -> np.ndarray:
+        numbers.append(pretrain_indices(rng, total, dataset.num_frames, dataset.stride))
+        return numbers[0]
+
+    clip = multi_scale_crop(rng, read_frames(dataset.videos.path(index), choose), dataset.size)
+    natural = clip.copy()
+    try:
+        boxes = dataset.overlay(rng, clip) if dataset.overlay else None
+    except RuntimeError as error:  # no usable object
+        raise RunError(str(error)) from error
+    return PretrainSample(natural, clip, boxes, dataset.masks(rng, boxes), numbers[0])
+
+
+def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.device) -> tuple[VideoList, Drawer]:
+    """The list, and what draws a line of it; without a checkpoint no student."""
+    dataset = pretraining.build_dataset(run)
+    teacher = pretraining.build_teacher(run).to(device)
+    student = None
+    if checkpoint:
+        build = modeling_pretrain.MODELS[run.model]
+        student = build(decoder_depth=run.decoder_depth, decoder_num_classes=teacher.out_dim)
+        load_strictly(student, checkpoint)
+        student.eval().to(device)
+    grid = modeling_finetune.token_grid(run.num_frames, run.input_size, run.input_size)
+
+    @torch.inference_mode()
+    def draw(index: int) -> Drawing:
+        sample = draw_sample(dataset, index)
+        clips = normalized(sample.clip, device)
+        predictions = None
+        if student:
+            predictions = student(clips, torch.from_numpy(sample.mask)[None].to(device))[0].float().cpu().numpy()
+        targets = teacher(clips)[0].cpu().numpy()
+        return Drawing(pretraining_rows(*sample[:4], targets, grid, predictions), sample.frame_numbers, [])
+
+    return dataset.videos, draw
+
+
+# Fine-tuned models ----------------------------------------------------------------------------------------------
+
+
+def received_attention(attention: modeling_finetune.Attention, x: torch.Tensor) -> torch.Tensor:
+    """How much attention each token receives: the mean over all heads and queries, ``[B, N, D]`` → ``[B, N]``, sum 1.
+
+    As the classifier averages all tokens, this is the weight with which a token's value enters that average in the
+    last block.
+    """
+    B, N, D = x.shape
+    bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias)])  # keys have none
+    q, k = F.linear(x, attention.qkv.weight[: 2 * D], bias).view(B, N, 2, attention.num_heads, -1).unbind(2)
+    heads = [  # one at a time: N x N numbers each
+        (q[:, :, head] @ k[:, :, head].mT * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
+        for head in range(attention.num_heads)
+    ]
+    return torch.stack(heads).mean(dim=0)
+
+
+@torch.inference_mode()
+def classify(model: nn.Module, clips: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Class probabilities ``[C]`` of a clip ``[1, 3, T, H, W]``, and received_attention of the last block, ``[N]``."""
+    last, inputs = model.blocks[-1].attn, []
+    hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    try:
+        probabilities = model(clips).float().softmax(dim=1)[0]
+    finally:
+        hook.remove()
+    return probabilities.cpu().numpy(), received_attention(last, inputs[0])[0].float().cpu().numpy()
+
+
+def class_names(folder: Path, num_classes: int) -> list[str]:
+    """The lines of classes.txt, or numbers where there is none.
+
+    Raises:
+        ValueError: another number of lines than classes.
+    """
+    file = folder / "classes.txt"
+    names = file.read_text().splitlines() if file.is_file() else [f"class {label}" for label in range(num_classes)]
+    if len(names) != num_classes:
+        raise ValueError(f"{file} has {len(names)} lines, but the checkpoint has {num_classes} classes")
+    return names
+
+
+def classifier_drawer(
+    run: argparse.Namespace, checkpoint: str, num_classes: int, device: torch.device
+) -> tuple[VideoList, Drawer]:
+    """The list (of a folder, its test.csv), and what draws a line of it: the centre clip that validation sees."""
+    if not hasattr(run, "data_set"):
+        raise RunError(f"{checkpoint} does not say how it was fine-tuned: it holds no arguments of the run")
+    path = Path(run.data_path, "test.csv") if os.path.isdir(run.data_path) else Path(run.data_path)
+    videos, names = VideoList(str(path), data_root=run.data_root), class_names(path.parent, num_classes)
+    model = modeling_finetune.MODELS[run.model](num_classes=num_classes)
+    load_strictly(model, checkpoint, "model_ema" if getattr(run, "model_ema", False) else "")
+    model.eval().to(device)
+    view = ViewReader(DATA_SETS[run.data_set].sampling, 0, 1, run.input_size, run.num_frames, run.sampling_rate)
+    grid = modeling_finetune.token_grid(run.num_frames, run.input_size, run.input_size)
+
+    def draw(index: int) -> Drawing:
+        numbers: list[np.ndarray] = []
+
+        def choose(total: int) -> np.ndarray:
+            numbers.append(view.frame_indices(total)[0])
+            return numbers[0]
+
+        frames = short_side_resize(read_frames(videos.path(index), choose), run.input_size)
+        clip = long_side_crop(frames, run.input_size, 0, 1)
+        probabilities, attention = classify(model, normalized(clip, device))
+        best = np.argsort(-probabilities, kind="stable")[:5]
+        guesses = [Guess(names[c], float(probabilities[c]), c == videos.labels[index]) for c in best]
+        return Drawing(attention_rows(clip, attention, grid), numbers[0], guesses)
+
+    return videos, draw
+
+
+# The program ----------------------------------------------------------------------------------------------------
+
+
+def run_arguments(args: argparse.Namespace, checkpoint: dict) -> argparse.Namespace:
+    """The arguments of a run: as typed, else as its checkpoint holds them, else the defaults of pretraining."""
+    stored = checkpoint.get("args")
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else {}
+    return argparse.Namespace(**args.defaults | stored | args.given)
+
+
+def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> tuple[VideoList, Drawer]:
+    """What draws the work of a checkpoint; an empty `path` stands for none.
+
+    Raises:
+        RunError: unreadable, of another kind, or arguments that do not go together.
+    """
+    checkpoint = read_checkpoint(path) if path else {}
+    run = run_arguments(args, checkpoint)
+    weights = model_weights(checkpoint, path) if path else {}
+    if not run.data_path:
+        raise RunError("give --data_path, a list of videos")
+    if not os.path.exists(run.data_path):
+        source = "" if "data_path" in args.given else f" (from {path})"
+        raise RunError(f"--data_path {run.data_path}{source}: no such file")
+    with user_errors():
+        if not path or "encoder_to_decoder.weight" in weights:
+            return pretraining_drawer(run, path, device)
+        if "head.weight" in weights:
+            return classifier_drawer(run, path, len(weights["head.weight"]), device)
+    raise RunError(f"{path} is neither a pretraining nor a fine-tuned checkpoint (probes cannot be drawn)")
+
+
+def write_drawing(args: argparse.Namespace, stem: Path, title: tuple[str, str], drawing: Drawing) -> None:
+    """Write the picture and the movie."""
+    still, moving = stem.with_name(stem.name + ".png"), stem.with_name(f"{stem.name}.{args.movie}")
+    page, pages = Image.fromarray(picture(title, *drawing)), list(movie(title, *drawing))
+    with user_errors():
+        page.save(still)
+        write_movie(moving, pages, args.fps)
+    logger.info("%s, %s", still, moving)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draw the samples of every checkpoint. Returns the exit code: 1 if one of them could not be read."""
+    device = utils.init_distributed(args.defaults["device"])
+    utils.setup_logging()
+    paths = [Path(path).absolute() for path in args.resume]
+    names = [f"{path.parent.name}-{path.stem}" for path in paths]
+    if len(set(names)) < len(names):
+        raise RunError("--resume: two of these checkpoints would give pictures of the same name: draw one at a time")
+    with user_errors():
+        os.makedirs(args.output_dir, exist_ok=True)
+    code = 0
+    for path, name in zip(args.resume or [""], names or ["data"]):
+        videos, draw = build_drawer(args, path, device)
+        for index in args.samples:
+            if not 0 <= index < len(videos):
+                raise RunError(f"--samples {index}: {videos.source} has {len(videos)} videos, numbered from 0")
+            try:
+                drawing = draw(index)
+            except VideoError as error:
+                logger.error("sample %d, %s: %s", index, videos.path(index), error)
+                code = 1
+                continue
+            title = f"{name}, sample {index}" if path else f"sample {index}"
+            write_drawing(args, Path(args.output_dir, f"{name}-{index:04d}"), (title, videos.path(index)), drawing)
+    return code
+
+
+if __name__ == "__main__":
+    utils.run_main(main, get_args())

@@ -1,0 +1,335 @@
+"""Draw the course of runs and the outcome of tests.
+
+    python scripts/plot_log.py output/stage1 output/stage2            # curves of both in one picture
+    python scripts/plot_log.py output/finetuned --output_dir pictures  # curves, confusion matrix, accuracy by class
+
+Takes run folders or files: `log.txt` (a JSON line an epoch), and of a test `test_predictions.npz` and
+`test_per_class.csv`. Writes curves.png, and of each test confusion-<run>.png and per_class-<run>.png.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from visualization import shorten
+
+LOG, PREDICTIONS, PER_CLASS = "log.txt", "test_predictions.npz", "test_per_class.csv"
+# Panels in this order: title → (key of log.txt, style of its line, its name in the legend or "" if it is alone)
+PANELS = {
+    "loss": (("train_loss", "-", ""),),
+    "top-1 accuracy, %": (("val_acc1", "-", "validation"), ("test_acc1", "o", "test")),
+    "top-5 accuracy, %": (("val_acc5", "-", "validation"), ("test_acc5", "o", "test")),
+    "spread of features over tokens (0: collapse)": (
+        ("train_pred_std", "-", "student"),
+        ("train_target_std", "--", "teacher"),
+    ),
+    "learning rate": (("lr", "-", ""),),
+    "norm of the gradient": (("train_grad_norm", "-", ""),),
+    "seconds an epoch": (("seconds", "-", ""),),
+    "bad clips and skipped steps": (("bad_clips", "-", "bad clips"), ("skipped_steps", "--", "skipped steps")),
+}
+RARE = ("bad_clips", "skipped_steps")  # not drawn where there were none
+MOST_ERRORS = 15
+MAX_NAMED = 25  # classes that have room for their names in a confusion matrix
+SHOWN_CLASSES = 40  # bars in one picture
+
+
+class InputError(Exception):
+    """A file that cannot be drawn; the message names it."""
+
+
+class ClassResult(NamedTuple):
+    """A line of test_per_class.csv; top1 and top5 in percent."""
+
+    name: str
+    videos: int
+    top1: float
+    top5: float
+
+
+# Reading --------------------------------------------------------------------------------------------------------
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.txt; a last line that was cut off is left out.
+
+    Raises:
+        InputError: a line in the middle that is not JSON, or nothing to draw.
+    """
+    lines, found = path.read_text().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: not a line of a log ({line[:60]!r})") from error
+    if not found or not all(isinstance(line, dict) for line in found):
+        raise InputError(f"{path}: no lines with numbers of epochs")
+    return found
+
+
+def curve(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs done (the log numbers them from 0) and values of a key; a test's line belongs to the epoch before it."""
+    epochs, values, epoch = [], [], 0
+    for line in log:
+        epoch = line.get("epoch", epoch - 1) + 1
+        if isinstance(line.get(key), (int, float)):
+            epochs.append(epoch)
+            values.append(line[key])
+    return np.array(epochs), np.array(values, dtype=float)
+
+
+def confusion_matrix(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Videos by label (row) and predicted class (column), int ``[C, C]``; those that could not be read are left out.
+
+    Args:
+        labels: int ``[n]``; scores: ``[n, C]``, NaN where a video could not be read. The lowest of equal classes wins.
+    """
+    read = ~np.isnan(scores).any(axis=1)
+    matrix = np.zeros((scores.shape[1],) * 2, dtype=int)
+    np.add.at(matrix, (labels[read], scores[read].argmax(axis=1)), 1)
+    return matrix
+
+
+def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels ``[n]`` and mean scores ``[n, C]`` of a test_predictions.npz."""
+    try:
+        with np.load(path) as file:
+            return file["label"], file["scores"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not the predictions of a test ({error})") from error
+
+
+def read_classes(path: Path) -> dict[int, ClassResult]:
+    """A test_per_class.csv by class number; a class without a name gets its number."""
+    try:
+        with open(path, newline="") as file:
+            return {
+                int(row["class"]): ClassResult(
+                    row["name"] or f"class {row['class']}", int(row["videos"]), float(row["top1"]), float(row["top5"])
+                )
+                for row in csv.DictReader(file)
+            }
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a table of classes ({error})") from error
+
+
+# Drawing --------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(logs: dict[str, list[dict]]) -> Figure:
+    """A panel for each quantity that any of the runs has; a colour for each run.
+
+    Raises:
+        InputError: nothing that is known.
+    """
+    keys = {key for log in logs.values() for line in log for key in line if line[key] or key not in RARE}
+    panels = {
+        title: [line for line in wanted if line[0] in keys]
+        for title, wanted in PANELS.items()
+        if any(line[0] in keys for line in wanted)
+    }
+    if not panels:
+        raise InputError(f"{', '.join(logs)}: none of the numbers of a run in it")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.1 * lines + 0.3 * len(logs)), layout="constrained", dpi=110)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, (title, wanted) in zip(grid.flat, panels.items()):
+        draw_panel(axes, logs, wanted)
+        axes.set_title(title, fontsize=10)
+        if "accuracy" in title:
+            axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+        elif title != "loss":
+            axes.set_ylim(bottom=0)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:
+        axes.set_xlabel("epochs done")
+    if len(logs) > 1:
+        handles = [Line2D([], [], color=f"C{number}") for number in range(len(logs))]
+        figure.legend(handles, list(logs), loc="outside upper left", ncols=min(4, len(logs)), frameon=False)
+    else:
+        figure.suptitle(next(iter(logs)), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
+
+
+def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, str, str]]) -> None:
+    """Curves of some keys; a single value is a dot."""
+    for number, log in enumerate(logs.values()):
+        for key, style, _ in wanted:
+            epochs, values = curve(log, key)
+            axes.plot(epochs, values, "o" if len(values) == 1 else style, color=f"C{number}", markersize=5)
+    if len(wanted) > 1:
+        handles = [axes.plot([], [], style, color="0.3", markersize=5)[0] for _, style, _ in wanted]
+        axes.legend(handles, [name for _, _, name in wanted], fontsize=8, frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_confusion(matrix: np.ndarray, names: list[str], title: str, unread: int = 0) -> Figure:
+    """Share of each label's videos by predicted class, and the pairs that are mixed up most often.
+
+    Args:
+        matrix: videos, int ``[C, C]``, a row a label; names: of the C classes.
+        unread: videos that are missing in it.
+    """
+    total = matrix.sum(axis=1, keepdims=True)
+    share = np.where(total > 0, 100 * matrix / np.maximum(total, 1), np.nan)
+    few = len(matrix) <= MAX_NAMED
+    figure = Figure(figsize=(13, 7.2), layout="constrained", dpi=110)
+    axes, side = figure.subplots(1, 2, width_ratios=(1.35, 1))
+    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")  # few are seen too
+    bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label="% of the label's videos")
+    bar.set_ticks((0, 1, 5, 10, 25, 50, 75, 100))
+    axes.set(xlabel="predicted class", ylabel="label")
+    if few:
+        axes.set_xticks(range(len(names)), [shorten(name) for name in names], rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), [shorten(name) for name in names])
+        for row, column in np.argwhere(matrix):
+            colour = "white" if share[row, column] > 40 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", color=colour, fontsize=8)
+    axes.set_title("number of videos" if few else f"{len(matrix)} classes by number", fontsize=10)
+    draw_mix_ups(side, matrix, names)
+    right, videos = int(np.trace(matrix)), int(matrix.sum())
+    lost = f", {unread} unreadable left out" if unread else ""
+    heading = f"{title}: {right} of {videos} videos right ({100 * right / max(1, videos):.1f} %){lost}"
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
+
+
+def draw_mix_ups(axes: Axes, matrix: np.ndarray, names: list[str]) -> None:
+    """Bars for the most frequent errors, at most MOST_ERRORS."""
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=int))
+    order = [index for index in np.argsort(-wrong, axis=None, kind="stable")[:MOST_ERRORS] if wrong.flat[index]]
+    pairs = [np.unravel_index(index, wrong.shape) for index in order]
+    axes.barh(range(len(pairs)), [wrong[pair] for pair in pairs], color="#d9822b")
+    labels = [f"{shorten(names[label])} → {shorten(names[guess])}" for label, guess in pairs]
+    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
+    axes.set_ylim(MOST_ERRORS - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("videos")
+    axes.set_title("most frequent errors, label → predicted" if pairs else "no errors", fontsize=10, loc="right")
+
+
+def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
+    """Top-1 (bar) and top-5 (mark) accuracy by class, best first; of many classes the best and the worst."""
+    ranked = sorted(classes.values(), key=lambda result: -result.top1)
+    half = SHOWN_CLASSES // 2
+    if len(ranked) <= half:
+        parts = {f"all {len(ranked)} classes": ranked}
+    elif len(ranked) <= SHOWN_CLASSES:
+        middle = -(-len(ranked) // 2)
+        parts = {"the better half": ranked[:middle], "the other half": ranked[middle:]}
+    else:
+        parts = {f"the best {half} of {len(ranked)} classes": ranked[:half], f"the worst {half}": ranked[-half:]}
+    longest = max(map(len, parts.values()))
+    figure = Figure(figsize=(6.5 * len(parts), 0.24 * longest + 1.6), layout="constrained", dpi=110)
+    mean = np.mean([result.top1 for result in ranked])
+    for axes, (heading, part) in zip(figure.subplots(1, len(parts), squeeze=False).flat, parts.items()):
+        places = range(len(part))
+        bars = axes.barh(places, [result.top1 for result in part], color="#4c86c6")
+        (marks,) = axes.plot([result.top5 for result in part], places, "|", color="0.25", markersize=9, mew=2)
+        line = axes.axvline(mean, color="0.5", linestyle=":")
+        axes.set_yticks(places, [f"{shorten(result.name, 32)} ({result.videos})" for result in part], fontsize=8)
+        axes.set(xlim=(0, 101), ylim=(longest - 0.5, -0.5), xlabel="accuracy, %")
+        axes.set_title(heading, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    labels = ("top-1", "top-5", f"mean top-1, {mean:.1f} %")
+    figure.legend((bars, marks, line), labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{title}: accuracy by class (number of videos)", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
+
+
+# The program ----------------------------------------------------------------------------------------------------
+
+
+def find_files(paths: list[str]) -> Iterator[Path]:
+    """The files among `paths`, and what can be drawn in the folders.
+
+    Raises:
+        InputError: nothing there.
+    """
+    for path in map(Path, paths):
+        if path.is_file():
+            yield path
+            continue
+        found = [path / name for name in (LOG, PREDICTIONS, PER_CLASS) if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{path}: no {LOG}, {PREDICTIONS} or {PER_CLASS} there")
+        yield from found
+
+
+def run_names(files: list[Path]) -> dict[Path, str]:
+    """A short name for each file's folder, longer where two would be alike."""
+    folders = {file: file.absolute().parent.parts for file in files}
+    for depth in range(1, max(map(len, folders.values())) + 1):
+        names = {file: "-".join(parts[-depth:]).replace("/", "") for file, parts in folders.items()}
+        if len(set(names.values())) == len(set(folders.values())):
+            break
+    return names
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Print where a figure was written."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+    print(path)
+
+
+def draw_all(files: list[Path], output: Path) -> None:
+    """Draw what the files hold; logs together in one picture.
+
+    Raises:
+        InputError: a file of another kind.
+    """
+    names, logs = run_names(files), {}
+    for file in files:
+        if file.suffix == ".npz":
+            labels, scores = read_predictions(file)
+            table = read_classes(file.with_name(PER_CLASS)) if file.with_name(PER_CLASS).is_file() else {}
+            classes = [table[c].name if c in table else f"class {c}" for c in range(scores.shape[1])]
+            matrix = confusion_matrix(labels, scores)
+            figure = draw_confusion(matrix, classes, names[file], len(labels) - int(matrix.sum()))
+            save(figure, output / f"confusion-{names[file]}.png")
+        elif file.suffix == ".csv":
+            save(draw_classes(read_classes(file), names[file]), output / f"per_class-{names[file]}.png")
+        elif file.suffix in (".txt", ".jsonl"):
+            logs[names[file]] = read_log(file)
+        else:
+            raise InputError(f"{file}: neither a {LOG}, nor a {PREDICTIONS}, nor a {PER_CLASS}")
+    if logs:
+        save(draw_curves(logs), output / "curves.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", help="run folders or files")
+    parser.add_argument("--output_dir", default="pictures", help="folder for the pictures (default: pictures)")
+    args = parser.parse_args(argv)
+    output = Path(args.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        draw_all(list(find_files(args.paths)), output)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
