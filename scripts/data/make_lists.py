@@ -269,6 +269,8 @@ def write(found: Found, classes: list[str], output: Path, prefix: str) -> None:
     if classes:
         write_text(output / "classes.txt", "".join(f"{name}\n" for name in classes))
         print(f"{output / 'classes.txt'}: {len(classes)} classes")
+    else:
+        (output / "classes.txt").unlink(missing_ok=True)  # of other lists
     write_table(output / "problems.tsv", PROBLEM_HEADS, problems)
     for (name, kind), count in sorted(Counter(problem[:2] for problem in problems).items()):
         print(f"{name}: {count} {kind} (see {output / 'problems.tsv'})")
