@@ -1,11 +1,10 @@
-"""Videos with the faults that scripts/data looks for and mends, and a way to run its programs as processes.
+"""Videos with the faults that scripts/data looks for and mends, and a way to run its programs in processes.
 
 A pytest plugin (``pytest_plugins = "fixtures_data_tools"``). No test here: PYTEST_DONT_REWRITE.
 """
 
+import multiprocessing
 import os
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 from fixtures_video import source_frames
 
 pytest_plugins = "fixtures_video"
-TOOLS = Path(__file__).resolve().parents[1] / "scripts" / "data"
 SIZE = (160, 96)
 
 
@@ -76,8 +74,13 @@ def odd_videos(tmp_path_factory):
     return {path.name: path for path in folder.iterdir()}, frames
 
 
-def start_tool(name, *argv):
-    """Start a program of scripts/data in a process."""
-    words = [sys.executable, TOOLS / f"{name}.py", *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+def start(main, argv):
+    """Call a program's main in a process of its own."""
+
+    def quietly():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        main(argv)
+
+    process = multiprocessing.get_context("fork").Process(target=quietly)
+    process.start()
+    return process

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from fixtures_data_tools import start_tool
+from fixtures_data_tools import start
 from fixtures_video import source_frames, write_list, write_mp4
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
@@ -69,20 +69,16 @@ def test_good_bad_and_slow(check, clips, broken, odd_videos, tmp_path):
     assert "resize_videos.py" in text and "resize_videos.py" in (tmp_path / "out.slow.tsv").read_text()
 
 
-def test_a_fault_between_the_frames_looked_at_is_seen_by_full_alone(check, clips, tmp_path):
-    """A packet without its start, after the first frame and before the key frame of the middle one."""
-    write_mp4(tmp_path / "hole.mp4", source_frames("bikes", 0, 80, (96, 64)))
+def test_full_finds_a_fault_far_from_the_frames_looked_at(check, clips, tmp_path):
+    """A packet without its start, two key frames after the first frame, and long before the middle one."""
+    write_mp4(tmp_path / "hole.mp4", source_frames("bikes", 0, 240, (96, 64)))
     with av.open(str(tmp_path / "hole.mp4")) as container:
         packets = [(packet.is_keyframe, packet.pos) for packet in container.demux(video=0) if packet.size]
-    keys = [number for number, (key, _) in enumerate(packets) if key]
-    assert 16 < max(number for number in keys if number <= 40)
     data = bytearray((tmp_path / "hole.mp4").read_bytes())
-    place = packets[next(number for number in (14, 15) if number not in keys)][1]
+    place = next(place for number, (key, place) in enumerate(packets) if number > 30 and not key)
     data[place : place + 4] = b"\xff" * 4
     (tmp_path / "hole.mp4").write_bytes(data)
-    listed = write_list(tmp_path / "in.csv", [clips["bikes.mp4"], tmp_path / "hole.mp4"])
-    assert check(listed)[0] == ["bikes.mp4", "hole.mp4"]
-    good, bad, _, _ = check(listed, "--full")
+    good, bad, _, _ = check(write_list(tmp_path / "in.csv", [clips["bikes.mp4"], tmp_path / "hole.mp4"]), "--full")
     assert good == ["bikes.mp4"] and bad["hole.mp4"]
 
 
@@ -135,13 +131,13 @@ def test_a_worker_that_hangs_or_dies_costs_its_item_alone():
 
 def test_killed_it_goes_on(clips, tmp_path):
     listed = write_list(tmp_path / "in.csv", [*clips.values()] * 3)
-    argv = (listed, "--output", tmp_path / "out.csv", "--workers", "1")
-    run = start_tool("check_videos", *argv)
+    argv = [listed, "--output", str(tmp_path / "out.csv"), "--workers", "1"]
+    run = start(check_videos.main, argv)
     while not (tmp_path / "out.seen.jsonl").exists() or not (tmp_path / "out.seen.jsonl").read_text():
-        assert run.poll() is None, run.communicate()
+        assert run.is_alive()
     run.kill()
-    run.communicate()
-    check_videos.main([str(word) for word in argv])
+    run.join()
+    check_videos.main(argv)
     assert (tmp_path / "out.csv").read_text() == (tmp_path / "in.csv").read_text()
     names = [json.loads(line)[0] for line in (tmp_path / "out.seen.jsonl").read_text().splitlines() if line]
     assert sorted(names) == sorted(str(path) for path in clips.values())  # each once

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         psnr = sorted(written.psnr for written in made)
         minutes = sum(written.seconds for written in made) / 60
         print(f"made now: {len(made)}, {minutes:.1f} minutes, PSNR {psnr[0]:.1f} to {psnr[-1]:.1f} dB")
-    if guessed := sum(written.made_up_rate for written in made):
+    if guessed := sum(written.guessed_rate for written in made):
         print(f"{guessed} have no time stamps and no frame rate: {USUAL_RATE} frames a second were taken")
     if failed:
         print(f"{len(failed)} failed, the first: {next(iter(failed.items()))} (see {args.output}/failed.tsv)")

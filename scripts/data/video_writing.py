@@ -19,6 +19,7 @@ from datasets import VideoError, read_frames
 from video_speed import slow_reasons
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
+TICK = Fraction(1, 90000)  # seconds; fine enough for any source's stamps
 USUAL_RATE = Fraction(25)  # frames a second, for a source that does not say
 MIN_PSNR = 20.0  # dB; below it a picture is another one, not a bad one
 MIN_SIDE = 16
@@ -46,12 +47,27 @@ class Written:
     """What was written, for the totals.
 
     psnr: dB, of the frames that were looked at, to the source resized the same way.
+    guessed_rate: the source has neither time stamps nor a frame rate.
     """
 
     frames: int
     seconds: float
     psnr: float
-    made_up_rate: bool
+    guessed_rate: bool
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When the frames of a video are shown.
+
+    rate: frames a second.
+    trusted: each packet has a time of its own, so that these count; else `rate` does.
+    guessed: `rate` does, and is USUAL_RATE, since the file names no credible one.
+    """
+
+    rate: Fraction
+    trusted: bool
+    guessed: bool
 
 
 def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -60,11 +76,14 @@ def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return max(MIN_SIDE, 2 * round(width * scale / 2)), max(MIN_SIDE, 2 * round(height * scale / 2))
 
 
-def right_stamps(path: str) -> bool:
-    """Whether each packet of the video has a time of its own."""
+def read_timing(path: str) -> Timing:
+    """The timing of a video, from its index and packets."""
     with av.open(path) as container:
+        rate = container.streams.video[0].average_rate
         stamps = [packet.pts for packet in container.demux(video=0) if packet.size]
-    return None not in stamps and len(set(stamps)) == len(stamps)
+    trusted = None not in stamps and len(set(stamps)) == len(stamps)
+    credible = bool(rate) and 1 <= rate <= 240
+    return Timing(rate if credible else USUAL_RATE, trusted, not trusted and not credible)
 
 
 def upright(frame: av.VideoFrame) -> int:
@@ -72,34 +91,28 @@ def upright(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
 
 
-def resized_frames(path: str, short_side: int) -> Iterator[tuple[av.VideoFrame, Fraction | None]]:
-    """Frames shrunk to YUV 4:2:0, upright, and the second of each; None where the source's times cannot be right."""
-    trusted = right_stamps(path)
+def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
+    """Frames shrunk to YUV 4:2:0, upright; the second at which each comes, the first at 0; and the seconds it lasts."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1
-        first: int | None = None
-        for frame in container.decode(stream):
-            turns = upright(frame)
-            size = even_size(frame.width, frame.height, short_side)
-            second = None
-            if trusted and frame.pts is not None:
-                first = frame.pts if first is None else first
+        first = 0
+        for number, frame in enumerate(container.decode(stream)):
+            second, lasts = number / timing.rate, 1 / timing.rate
+            if timing.trusted:
+                if frame.pts is None:
+                    raise Unusable(f"frame {number} has no time stamp")
+                first = first if number else frame.pts
                 second = (frame.pts - first) * frame.time_base
+                lasts = frame.duration * frame.time_base or lasts
+            size, turns = even_size(frame.width, frame.height, short_side), upright(frame)
             small = frame.reformat(
                 *size, "yuv420p", interpolation=Interpolation.BICUBIC, dst_color_range=ColorRange.MPEG
             )
             if turns:
-                turned = np.ascontiguousarray(np.rot90(small.to_ndarray(format="rgb24"), turns))
+                turned = np.ascontiguousarray(np.rot90(pixels(small), turns))
                 small = av.VideoFrame.from_ndarray(turned, "rgb24").reformat(format="yuv420p")
-            yield small, second
-
-
-def frame_rate(path: str) -> tuple[Fraction, bool]:
-    """Frames a second that the source names, and whether it does so credibly; else USUAL_RATE."""
-    with av.open(path) as container:
-        rate = container.streams.video[0].average_rate
-    return (rate, True) if rate and 1 <= rate <= 240 else (USUAL_RATE, False)
+            yield small, second, lasts
 
 
 def pixels(frame: av.VideoFrame) -> np.ndarray:
@@ -123,43 +136,52 @@ def write_resized(source: str, target: str, settings: Settings) -> Written:
     if not os.path.isfile(source):
         raise Unusable("no such file")
     try:
-        rate, named = frame_rate(source)
-        kept, stamps, size = encode(source, target, settings, rate)
-    except (*AV_ERRORS, IndexError) as error:
+        timing = read_timing(source)
+        kept, stamps, size = encode(source, target, settings, timing)
+    except (*AV_ERRORS, IndexError) as error:  # IndexError: no video stream
         raise Unusable(f"{getattr(error, 'strerror', None) or error}"[:200]) from error
     psnr = verify(target, kept, stamps, size, settings)
-    return Written(len(stamps), float(stamps[-1] + 1 / rate), psnr, not (named or right_stamps(source)))
+    return Written(len(stamps), float(stamps[-1] + 1 / timing.rate), psnr, timing.guessed)
 
 
 def encode(
-    source: str, target: str, settings: Settings, rate: Fraction
+    source: str, target: str, settings: Settings, timing: Timing
 ) -> tuple[dict[int, np.ndarray], list[Fraction], tuple[int, int]]:
     """Write the file; pixels of frames 0, 1, 2, 4, 8, ... and of the last, the second of each frame, (width, height).
 
     Raises:
-        Unusable: no frames, or frames of several sizes or with stamps that go back.
+        Unusable: no frames, frames of several sizes, or times that go back.
     """
     kept: dict[int, np.ndarray] = {}
     stamps: list[Fraction] = []
+    lasting: dict[int, int] = {}  # by the time of the frame
     with av.open(target, "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate)
-        for number, (frame, second) in enumerate(resized_frames(source, settings.short_side)):
+        stream = container.add_stream("libx264", rate=timing.rate)
+
+        def put(packets: list[av.Packet]) -> None:
+            for packet in packets:
+                packet.duration = lasting.pop(packet.pts)  # FFmpeg would take the frame rate's
+                container.mux(packet)
+
+        for number, (frame, second, lasts) in enumerate(resized_frames(source, settings.short_side, timing)):
             if not stamps:
                 configure(stream, frame, settings)
             if (frame.width, frame.height) != (stream.width, stream.height):
                 raise Unusable(f"the picture changes its size at frame {number}")
-            stamps.append(Fraction(number) / rate if second is None else second)
+            if stamps and second - stamps[-1] < TICK:
+                raise Unusable(f"the time stamps go back at frame {number}")
+            stamps.append(second)
             if number & (number - 1) == 0:
                 kept[number] = pixels(frame)
-            frame.time_base = stream.codec_context.time_base
-            frame.pts = round(stamps[-1] / frame.time_base)
+            frame.pts, frame.time_base = round(second / TICK), TICK
+            lasting[frame.pts] = round(lasts / TICK)
             frame.pict_type = PictureType.NONE  # or the source's key frames become key frames again
-            container.mux(stream.encode(frame))
+            put(stream.encode(frame))
             last = frame
         if not stamps:
             raise Unusable("no frames")
         kept[number] = pixels(last)
-        container.mux(stream.encode())
+        put(stream.encode())
     return kept, stamps, (stream.width, stream.height)
 
 
@@ -168,7 +190,7 @@ def configure(stream: av.VideoStream, frame: av.VideoFrame, settings: Settings) 
     stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
     stream.gop_size = settings.key_frames
     context = stream.codec_context
-    context.time_base = Fraction(1, 90000)  # fine enough for any source's stamps
+    context.time_base = TICK
     context.color_range, context.colorspace = frame.color_range, frame.colorspace
     context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
     context.thread_count = 1
