@@ -270,7 +270,9 @@ def instances(made: list[Path], images: Path, min_per_category: int) -> tuple[li
     counts = Counter(name.partition("/")[0] for name in names)
     few = {category for category, count in counts.items() if count < min_per_category}
     kept = [name for name in names if name.partition("/")[0] not in few]
-    return kept, [(category, f"category with {counts[category]} objects") for category in sorted(few)]
+    return kept, [
+        (category, f"{counts[category]} in the category, fewer than --min_per_category") for category in sorted(few)
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
