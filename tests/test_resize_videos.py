@@ -230,13 +230,28 @@ def test_a_second_run_makes_what_is_new_or_changed_alone(resize, clips, tmp_path
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--short_side", "128"], "made with other settings"), (["--root", "/no/such"], "is not below --root")],
+    [
+        (["--short_side", "128"], "was made with --short_side 256, not 128"),
+        (["--root", "/no/such"], "is not below --root"),
+    ],
 )
 def test_refused(resize, clips, tmp_path, options, message):
     listed = write_list(tmp_path / "l.csv", [clips["short.mp4"]])
     resize(listed)
     with pytest.raises(RunError, match=message):
         resize(listed, *options)
+
+
+def test_a_list_that_would_move_the_folders_is_refused(resize, clips, tmp_path):
+    """val/a.mp4 alone would go where train/a.mp4 is."""
+    for name, clip in {"train": "short.mp4", "val": "small.mp4"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.mp4").write_bytes(clips[clip].read_bytes())
+    resize(write_list(tmp_path / "l1.csv", [tmp_path / "train" / "a.mp4"]), "--root", tmp_path)
+    with pytest.raises(RunError, match=f"was made with --root {tmp_path}, not {tmp_path}/val"):
+        resize(write_list(tmp_path / "l2.csv", [tmp_path / "val" / "a.mp4"]))
+    results, _ = resize(write_list(tmp_path / "l2.csv", [tmp_path / "val" / "a.mp4"]), "--root", tmp_path)
+    assert len(read_frames(results["a.mp4"], EVERY)) == 24
 
 
 def test_originals_are_not_overwritten(clips, tmp_path):
@@ -329,8 +344,8 @@ def test_the_measurement_prints_a_row_for_each_choice(odd_videos, capsys):
     )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert [row[:2] for row in rows[2:]] == [["as it is"] * 2, ["64", "8"], ["64", "1"]]
-    assert all(float(row[3]) > 0 for row in rows[2:]) and all(float(row[5]) > 30 for row in rows[3:])
-    assert float(rows[3][4]) < float(rows[4][4])  # key frames cost bytes
+    assert all(float(row[3]) > 0 for row in rows[2:]) and all(float(row[6]) > 30 for row in rows[3:])
+    assert float(rows[3][5]) < float(rows[4][5])  # key frames cost bytes
 
 
 def test_a_missing_source_is_named(resize, tmp_path):

