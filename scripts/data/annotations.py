@@ -1,0 +1,331 @@
+"""What the annotation files of each data set say: which videos, in which list, with which label.
+
+Each reader takes the folder of a data set's own files, under their own names, and is the only place that knows their
+oddities. Labels come out as text, counted from 0; those of Charades as ``class:start-end`` in seconds. No video is
+looked for: make_lists.py finds them and writes the lists.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from data_tools import RunError, read_lines, read_text
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts")
+# Parts of Gym-99 that the SEVERE benchmark uses: leaps and jumps on the floor, circles on the uneven bars.
+GYM_PARTS = {"fx-s1": range(6, 17), "ub-s1": range(74, 89)}
+
+
+class Entry(NamedTuple):
+    """A video of an annotation file.
+
+    names: how its file may be called, with or without folder and suffix; the first one found counts.
+    folder: the folder it should be in, if the data set has one for each class.
+    """
+
+    names: tuple[str, ...]
+    label: str
+    folder: str = ""
+
+
+@dataclass
+class Annotations:
+    """Entries by list file; without ``test.csv`` the val list is the test list. `classes` may be empty: unknown.
+
+    fold_case: file names may differ in case from those in the annotations.
+    problems: rows (list, kind, name, what is wrong) of things left out.
+    """
+
+    lists: dict[str, list[Entry]]
+    classes: list[str]
+    fold_case: bool = False
+    problems: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+def find_file(folder: str, *patterns: str) -> Path:
+    """The file of an annotation folder that matches the first pattern that any file matches.
+
+    Raises:
+        RunError: none does, or several match the same pattern.
+    """
+    for pattern in patterns:
+        found = sorted(Path(folder).glob(pattern))
+        if len(found) > 1:
+            raise RunError(f"{folder}: {found[0].name} or {found[1].name}? Leave one {pattern} there")
+        if found:
+            return found[0]
+    raise RunError(f"--annotations {folder}: no {' or '.join(patterns)} there")
+
+
+def whole_number(text: str, where: str) -> int:
+    """A number of an annotation file; `where` names its place in the error."""
+    if not re.fullmatch(r"\d+", text):
+        raise RunError(f"{where}: {text[:80]!r} is no whole number")
+    return int(text)
+
+
+def class_label(number: int, classes: Sequence[str], where: str) -> str:
+    """A class number as a label, checked."""
+    if classes and not 0 <= number < len(classes):
+        raise RunError(f"{where}: class {number} is not in [0, {len(classes)})")
+    return str(number)
+
+
+def numbered_names(path: Path) -> tuple[list[str], int]:
+    """Names in the order of their numbers, and the first number, from lines ``1 name`` or ``name 1``.
+
+    Raises:
+        RunError: a line without number, or the numbers are not consecutive from 0 or 1.
+    """
+    names = {}
+    for number, line in read_lines(path):
+        before, after = re.fullmatch(r"(\d+)\s+(.+)", line), re.fullmatch(r"(.+?)\s+(\d+)", line)
+        if not before and not after:
+            raise RunError(f"{path}, line {number}: {line[:80]!r} is not a number and a name")
+        index, name = before.groups() if before else after.groups()[::-1]
+        names[int(index)] = name.strip('"')
+    first = min(names, default=0)
+    if first > 1 or sorted(names) != list(range(first, first + len(names))) or not names:
+        raise RunError(f"{path}: the numbers of the classes are not consecutive from 0 or 1")
+    return [names[index] for index in sorted(names)], first
+
+
+def read_json(path: Path) -> list | dict:
+    """A JSON file.
+
+    Raises:
+        RunError: it is none.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}: no JSON file ({error})") from error
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Rows of a CSV file with a head, each with its place for errors; values without spaces around them.
+
+    Raises:
+        RunError: a column is missing.
+    """
+    rows = csv.DictReader(io.StringIO(read_text(path)), skipinitialspace=True)
+    missing = [name for name in columns if name not in (rows.fieldnames or ())]
+    if missing:
+        raise RunError(f"{path}: no column {missing[0]!r} in its head ({','.join(rows.fieldnames or ())[:80]})")
+    return [(f"{path}, line {rows.line_num}", {name: (row[name] or "").strip() for name in columns}) for row in rows]
+
+
+def stem_of(name: str) -> str:
+    """A file name without its folder and without the suffix of a video."""
+    name = name.replace("\\", "/").rpartition("/")[2]
+    base, dot, suffix = name.rpartition(".")
+    return base if dot and dot + suffix.lower() in VIDEO_SUFFIXES else name
+
+
+def listed_entries(path: Path) -> list[tuple[str, Entry, int]]:
+    """Place, entry and number of lines ``name number``, or ``name frames number``."""
+    lines = list(read_lines(path))
+    with_frames = all(re.fullmatch(r"\S+ \d+ \d+", line) for _, line in lines)
+    entries = []
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        name, _, label = line.rpartition(" ")
+        if not name.strip():
+            raise RunError(f"{where}: {line[:80]!r} is not a name and a number")
+        name = (name.rpartition(" ")[0] if with_frames else name).strip()
+        folder = name.rpartition("/")[0].rpartition("/")[2]
+        entries.append((where, Entry((name,), label, folder), whole_number(label, where)))
+    return entries
+
+
+# Data sets ------------------------------------------------------------------------------------------------------
+
+
+def kinetics(folder: str) -> Annotations:
+    """Kinetics' own ``train.csv`` and ``val.csv``: ``label,youtube_id,time_start,time_end,split``; classes by name."""
+    columns = ("label", "youtube_id", "time_start", "time_end")
+    tables = {
+        f"{part}.csv": read_csv(find_file(folder, f"{part}.csv", f"*_{part}.csv", f"*-{part}.csv"), columns)
+        for part in ("train", "val")
+    }
+    classes = sorted({row["label"].strip('"') for _, row in tables["train.csv"]})
+    numbers = {name: str(number) for number, name in enumerate(classes)}
+    lists: dict[str, list[Entry]] = {}
+    for name, table in tables.items():
+        lists[name] = []
+        for where, row in table:
+            label, video = row["label"].strip('"'), row["youtube_id"]
+            if label not in numbers:
+                raise RunError(f"{where}: the class {label!r} is not in the train file")
+            start, end = (whole_number(row[key].removesuffix(".0"), where) for key in ("time_start", "time_end"))
+            lists[name].append(Entry((f"{video}_{start:06d}_{end:06d}", video), numbers[label], label))
+    return Annotations(lists, classes)
+
+
+def given_lists(train: str, val: str, class_names: str) -> Annotations:
+    """Lists ``name label`` that somebody made (Mini-Kinetics), with the names and numbers of the classes.
+
+    Labels count from 1 if the numbers of `class_names` do; without `class_names` they must count from 0.
+    """
+    classes, first = numbered_names(Path(class_names)) if class_names else ([], 0)
+    lists = {
+        name: [
+            entry._replace(label=class_label(number - first, classes, where))
+            for where, entry, number in listed_entries(Path(path))
+        ]
+        for name, path in {"train.csv": train, "val.csv": val}.items()
+    }
+    return Annotations(lists, classes)
+
+
+def ssv2(folder: str, mini: str = "") -> Annotations:
+    """Something-Something V2: the class is the template without its brackets. The test set has no labels.
+
+    Args:
+        mini: list of the videos of a smaller train set, by id or path, with or without label: ``train_mini.csv``.
+    """
+    prefix = "something-something-v2-"
+    paths = {
+        part: find_file(folder, f"{prefix}{part}.json", f"{part}.json") for part in ("labels", "train", "validation")
+    }
+    numbers = {name: int(number) for name, number in read_json(paths["labels"]).items()}
+    classes = sorted(numbers, key=numbers.__getitem__)
+    if [numbers[name] for name in classes] != list(range(len(classes))):
+        raise RunError(f"{paths['labels']}: the numbers of the classes are not consecutive from 0")
+    lists: dict[str, list[Entry]] = {}
+    for name, part in {"train.csv": "train", "val.csv": "validation"}.items():
+        lists[name] = []
+        for record in read_json(paths[part]):
+            template = re.sub(r"[\[\]]", "", record["template"]).strip()
+            if template not in numbers:
+                raise RunError(f"{paths[part]}, id {record['id']}: no class {template!r} in {paths['labels'].name}")
+            lists[name].append(Entry((str(record["id"]),), str(numbers[template])))
+    if mini:
+        whole = {entry.names[0]: entry for entry in lists["train.csv"]}
+        lists["train_mini.csv"] = []
+        for number, line in read_lines(mini):
+            name, _, label = line.rpartition(" ")
+            entry = whole.get(stem_of(name or label))
+            if entry is None or (name and label != entry.label):
+                raise RunError(f"{mini}, line {number}: {line[:80]!r} is not in the train set, or with another label")
+            lists["train_mini.csv"].append(entry)
+    return Annotations(lists, classes)
+
+
+def class_folders(folder: str, fold: int) -> Annotations:
+    """UCF101 and NTU60 as SEVERE has it: ``classInd.txt``, ``trainlist01.txt``, ``testlist01.txt``.
+
+    The label is the number of the folder's class; where a line has a number itself, it must be the same. Class,
+    folder and file name may differ in case (HandstandPushups, v_HandStandPushups_g01_c01.avi).
+    """
+    classes, first = numbered_names(find_file(folder, "classInd.txt"))
+    numbers = {name.casefold(): number for number, name in enumerate(classes)}
+    lists: dict[str, list[Entry]] = {}
+    for name, part in {"train.csv": "train", "val.csv": "test"}.items():
+        path = find_file(folder, f"{part}list{fold:02d}.txt")
+        lists[name] = []
+        for number, line in read_lines(path):
+            where = f"{path}, line {number}"
+            video, _, label = line.rpartition(" ") if re.search(r" \d+$", line) else (line, "", "")
+            of_class = video.rpartition("/")[0]
+            if of_class.casefold() not in numbers:
+                raise RunError(f"{where}: no class {of_class!r} in classInd.txt")
+            index = numbers[of_class.casefold()]
+            if label and int(label) - first != index:
+                raise RunError(f"{where}: the number {label} is not that of the class {of_class}")
+            lists[name].append(Entry((video.strip(),), str(index), of_class))
+    return Annotations(lists, classes, fold_case=True)
+
+
+def hmdb51(folder: str, fold: int) -> Annotations:
+    """HMDB51: ``<class>_test_split1.txt`` with ``name 1`` (train), 2 (test) or 0 (unused); classes by name."""
+    paths = sorted(Path(folder).glob(f"*_test_split{fold}.txt"))
+    if not paths:
+        raise RunError(f"--annotations {folder}: no <class>_test_split{fold}.txt there")
+    classes = [path.name.removesuffix(f"_test_split{fold}.txt") for path in paths]
+    lists: dict[str, list[Entry]] = {"train.csv": [], "val.csv": []}
+    for label, path in enumerate(paths):
+        for where, entry, use in listed_entries(path):
+            if use > 2:
+                raise RunError(f"{where}: {use} is not 0 (unused), 1 (train) or 2 (test)")
+            if use:
+                lists["train.csv" if use == 1 else "val.csv"].append(Entry(entry.names, str(label), classes[label]))
+    return Annotations(lists, classes)
+
+
+def finegym(folder: str, part: str) -> Annotations:
+    """FineGym: ``<clip> <label>`` in the files of the authors or of those that cut the clips; labels count from 0.
+
+    Args:
+        part: ``gym99``, ``gym288``, or a part of Gym-99 (GYM_PARTS), whose labels are moved to start at 0.
+    """
+    base = "gym288" if part == "gym288" else "gym99"
+    total = int(base.removeprefix("gym"))
+    names = list(Path(folder).glob(f"{base}_categories.txt"))
+    # A line is `Clabel: 0; set: 1; Glabel: 1; (VT) round-off, ...`: the name is what follows the last field.
+    classes = [re.sub(r"^(\w+:\s*\d+;\s*)+", "", line) for path in names for _, line in read_lines(path)]
+    if classes and len(classes) != total:
+        raise RunError(f"{names[0]}: {len(classes)} classes, not {total}")
+    kept = GYM_PARTS.get(part, range(total))
+    lists: dict[str, list[Entry]] = {}
+    for split in ("train", "val"):
+        end = f"{base}_{split}"
+        path = find_file(
+            folder, f"{end}_element_v1.1.txt", f"{end}_element*.txt", f"{end}.txt", f"{end}_org.txt", f"{end}_v*.txt"
+        )
+        lists[f"{split}.csv"] = []
+        for where, entry, number in listed_entries(path):
+            if number >= total:
+                raise RunError(f"{where}: label {number} is not in [0, {total})")
+            if number in kept:
+                lists[f"{split}.csv"].append(entry._replace(label=str(number - kept.start)))
+    return Annotations(lists, [classes[number] for number in kept] if classes else [])
+
+
+def diving48(folder: str) -> Annotations:
+    """Diving48 V2: ``Diving48_V2_train.json``, ``_test.json``, ``Diving48_vocab.json``; labels count from 0."""
+    vocabulary = read_json(find_file(folder, "Diving48_vocab.json", "*vocab.json"))
+    classes = [" ".join(parts) for parts in vocabulary]
+    lists = {}
+    for name, part in {"train.csv": "train", "val.csv": "test"}.items():
+        path = find_file(folder, f"Diving48_V2_{part}.json", f"*{part}.json")
+        lists[name] = [
+            Entry((record["vid_name"],), class_label(int(record["label"]), classes, f"{path}, {record['vid_name']}"))
+            for record in read_json(path)
+        ]
+    return Annotations(lists, classes)
+
+
+def charades(folder: str) -> Annotations:
+    """Charades: ``Charades_v1_train.csv``, ``_test.csv``; the column actions is ``c092 11.90 21.20;c147 0.00 12.60``.
+
+    A label is ``92:11.90-21.20,147:0.00-12.60``, and ``-`` where nothing is done.
+    """
+    lines = [line for _, line in read_lines(find_file(folder, "Charades_v1_classes.txt"))]
+    classes = [line.partition(" ")[2].strip() for line in lines]
+    if [line.partition(" ")[0] for line in lines] != [f"c{number:03d}" for number in range(len(lines))]:
+        raise RunError(f"{folder}: the classes of Charades_v1_classes.txt are not c000, c001, ...")
+    annotations = Annotations({}, classes)
+    for name, part in {"train.csv": "train", "val.csv": "test"}.items():
+        annotations.lists[name] = []
+        for where, row in read_csv(find_file(folder, f"Charades_v1_{part}.csv"), ("id", "actions")):
+            intervals = []
+            for action in filter(None, (text.strip() for text in row["actions"].split(";"))):
+                parsed = re.fullmatch(r"c(\d+) +(\d+(?:\.\d+)?) +(\d+(?:\.\d+)?)", action)
+                if not parsed:
+                    raise RunError(f"{where}: {action[:80]!r} is not `c092 11.90 21.20`")
+                number, start, end = parsed.groups()
+                if float(end) < float(start):
+                    annotations.problems.append((name, "ends before it starts", row["id"], action))
+                else:
+                    intervals.append(f"{class_label(int(number), classes, where)}:{start}-{end}")
+            annotations.lists[name].append(Entry((row["id"],), ",".join(intervals) or "-"))
+    return annotations

@@ -1,0 +1,154 @@
+"""Which videos of a list can be read, and which of them slowly: opens each and decodes frames of it.
+
+    python scripts/data/check_videos.py lists/train.csv --output lists/train.good.csv
+    python scripts/data/check_videos.py lists/train.csv --output lists/train.good.csv --full --workers 32
+
+Written beside --output (here ``lists/train.good``): the list of the readable videos, ``.bad.tsv`` with line, path and
+reason of the others, ``.slow.tsv`` with those that load slowly, why, and what to do. A video that hangs the decoder or
+kills its process is a bad one. The same command, started again, looks only at what it has not seen or what has changed
+(``.seen.jsonl``).
+"""
+
+import argparse
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from data_tools import Line, RunError, in_processes, read_list, write_list, write_table
+
+from datasets import VideoError, read_frames
+from utils import run_main
+from video_speed import slow_reasons
+
+CHUNK = 32  # frames in memory at a time
+REMEDY = "make it fast with scripts/data/resize_videos.py"
+
+
+class State(NamedTuple):
+    """What must be the same for an earlier look at a file to count."""
+
+    size: int
+    changed: int
+    full: bool  # every frame was decoded
+    input_size: int
+
+
+class Verdict(NamedTuple):
+    """Why a video cannot be read ("": it can), and why it loads slowly."""
+
+    bad: str
+    slow: list[str]
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", help="list with lines `path label`")
+    parser.add_argument("--output", required=True, help="the list of the readable videos, a .csv file to write")
+    parser.add_argument("--data_root", default="", help="folder that relative paths in the list start from")
+    parser.add_argument("--full", action="store_true", help="decode every frame, not the first, middle and last alone")
+    parser.add_argument("--input_size", type=int, default=224, help="side of the clips to be made (default 224 pixels)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one for each core)")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for one video (default 120)")
+    args = parser.parse_args(argv)
+    if args.workers < 1 or args.timeout <= 0:
+        parser.error("--workers and --timeout must be positive")
+    if Path(args.output).suffix != ".csv" or Path(args.output).resolve() == Path(args.list).resolve():
+        parser.error("--output must be a .csv file other than the list")
+    return args
+
+
+def state_of(path: str, full: bool, input_size: int) -> State | None:
+    """The state of a file, None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return State(status.st_size, status.st_mtime_ns, full, input_size)
+
+
+def look(path: str, full: bool, size: int) -> Verdict:
+    """Decode a video's first, middle and last frame, or all of them."""
+    lengths: list[int] = []
+
+    def ends(total: int) -> np.ndarray:
+        lengths.append(total)
+        return np.array([0, total // 2, total - 1])
+
+    try:
+        read_frames(path, ends)
+        for start in range(0, lengths[0], CHUNK) if full else ():
+            read_frames(path, lambda total, start=start: np.arange(start, min(start + CHUNK, total)))
+    except VideoError as error:
+        return Verdict(str(error), [])
+    return Verdict("", slow_reasons(path, size))
+
+
+def read_seen(path: Path) -> dict[str, tuple[State, Verdict]]:
+    """What earlier runs found; a line that was cut off by their end is dropped."""
+    seen = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            name, state, verdict = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        seen[name] = State(*state), Verdict(*verdict)
+    return seen
+
+
+def check(args: argparse.Namespace, paths: list[str], journal: Path) -> dict[str, Verdict]:
+    """The verdict on each path, taken from the journal where that is up to date and added to it where not."""
+    seen = read_seen(journal)
+    states = {path: state_of(path, args.full, args.input_size) for path in paths}
+    verdicts = {path: seen[path][1] for path in paths if path in seen and seen[path][0] == states[path]}
+    verdicts |= {path: Verdict("no such file", []) for path, state in states.items() if state is None}
+    todo = [path for path in states if path not in verdicts]
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with open(journal, "a") as file:
+        file.write("\n" * bool(seen))  # the last line may have been cut off
+        work = partial(look, full=args.full, size=args.input_size)
+        for path, verdict, lost in in_processes(work, todo, args.workers, args.timeout, "videos"):
+            verdicts[path] = verdict or Verdict(lost, [])
+            if verdict:  # a lost process may have been a matter of time or memory
+                file.write(json.dumps([path, states[path], verdict]) + "\n")
+                file.flush()
+    return verdicts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check a list; print the counts. Exit code 1 if not one of its videos can be read."""
+    args = get_args(argv)
+    lines, output = read_list(args.list), Path(args.output)
+    paths = [os.path.join(args.data_root, line.name) for line in lines]
+    verdicts = check(args, paths, output.with_suffix(".seen.jsonl"))
+    good: list[Line] = []
+    bad, slow = [], []
+    for number, (line, path) in enumerate(zip(lines, paths), 1):
+        verdict = verdicts[path]
+        if verdict.bad:
+            bad.append((str(number), path, verdict.bad))
+            continue
+        good.append(line)
+        if verdict.slow:
+            slow.append((str(number), path, "; ".join(verdict.slow), REMEDY))
+    write_table(output.with_suffix(".bad.tsv"), ("video", "path", "reason"), bad)
+    write_table(output.with_suffix(".slow.tsv"), ("video", "path", "reason", "remedy"), slow)
+    print(f"{len(lines)} videos: {len(good)} good, of which {len(slow)} slow to load; {len(bad)} bad")
+    for rows, suffix in ((bad, ".bad.tsv"), (slow, ".slow.tsv")):
+        if rows:
+            print(f"{output.with_suffix(suffix)}: the first: {rows[0][1]}: {rows[0][2]}")
+    if slow:
+        print(f"to make them fast: python scripts/data/resize_videos.py {output} --output FOLDER")
+    if not good:
+        raise RunError(f"{args.list}: not one of its videos can be read; relative paths start from --data_root")
+    write_list(output, good)
+    print(f"{output}: {len(good)} videos")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,237 @@
+"""One video made small and quick to read at random places: decode, shrink, encode as H.264, look at the result.
+
+Only this file of scripts/data knows PyAV. Time stamps are the source's, moved to start at 0; where the source has none
+that can be right, its frame rate gives them.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.frame import PictureType
+from av.video.reformatter import ColorRange, Interpolation
+from data_tools import Unusable
+
+from datasets import VideoError, read_frames
+from video_speed import slow_reasons
+
+AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
+TICK = Fraction(1, 90000)  # seconds; fine enough for any source's stamps
+USUAL_RATE = Fraction(25)  # frames a second, for a source that does not say
+MIN_PSNR = 20.0  # dB; below it a picture is another one, not a bad one
+MIN_SIDE = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a resized video depends on.
+
+    Args:
+        short_side: pixels; a smaller video keeps its size.
+        key_frames: a key frame at least every so many frames.
+        crf: x264's constant quality, 0 (lossless) to 51.
+        preset: x264's effort.
+    """
+
+    short_side: int = 256
+    key_frames: int = 12
+    crf: int = 23
+    preset: str = "fast"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, for the totals.
+
+    psnr: dB, of the frames that were looked at, to the source resized the same way.
+    guessed_rate: the source has neither time stamps nor a frame rate.
+    """
+
+    frames: int
+    seconds: float
+    psnr: float
+    guessed_rate: bool
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When the frames of a video are shown.
+
+    rate: frames a second.
+    trusted: each packet has a time of its own, so that these count; else `rate` does.
+    guessed: `rate` does, and is USUAL_RATE, since the file names no credible one.
+    """
+
+    rate: Fraction
+    trusted: bool
+    guessed: bool
+
+
+def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """(width, height) with the aspect ratio kept and the short side shrunk to `short_side`; both even, for 4:2:0."""
+    scale = min(1.0, short_side / min(width, height))
+    return max(MIN_SIDE, 2 * round(width * scale / 2)), max(MIN_SIDE, 2 * round(height * scale / 2))
+
+
+def read_timing(path: str) -> Timing:
+    """The timing of a video, from its index and packets."""
+    with av.open(path) as container:
+        rate = container.streams.video[0].average_rate
+        stamps = [packet.pts for packet in container.demux(video=0) if packet.size]
+    trusted = None not in stamps and len(set(stamps)) == len(stamps)
+    credible = bool(rate) and 1 <= rate <= 240
+    return Timing(rate if credible else USUAL_RATE, trusted, not trusted and not credible)
+
+
+def upright(frame: av.VideoFrame) -> int:
+    """Quarter turns counter-clockwise that make a frame of a turned telephone upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
+    """Frames shrunk to YUV 4:2:0, upright; the second at which each comes, the first at 0; and the seconds it lasts."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1
+        first = 0
+        for number, frame in enumerate(container.decode(stream)):
+            second, lasts = number / timing.rate, 1 / timing.rate
+            if timing.trusted:
+                if frame.pts is None:
+                    raise Unusable(f"frame {number} has no time stamp")
+                first = first if number else frame.pts
+                second = (frame.pts - first) * frame.time_base
+                lasts = frame.duration * frame.time_base or lasts
+            size, turns = even_size(frame.width, frame.height, short_side), upright(frame)
+            small = frame.reformat(
+                *size, "yuv420p", interpolation=Interpolation.BICUBIC, dst_color_range=ColorRange.MPEG
+            )
+            if turns:
+                turned = np.ascontiguousarray(np.rot90(pixels(small), turns))
+                small = av.VideoFrame.from_ndarray(turned, "rgb24").reformat(format="yuv420p")
+            yield small, second, lasts
+
+
+def pixels(frame: av.VideoFrame) -> np.ndarray:
+    """RGB, uint8 ``[H, W, 3]``."""
+    return frame.to_ndarray(format="rgb24")
+
+
+def psnr_of(errors: float) -> float:
+    """Peak signal to noise ratio, dB, of a mean squared error of uint8 values; at most 90."""
+    return 10 * np.log10(255**2 / max(errors, 255**2 / 1e9))
+
+
+def write_resized(source: str, target: str, settings: Settings) -> Written:
+    """Write `source` resized as the mp4 file `target`, and verify it.
+
+    Returns:
+        how much it is, and how near to the source.
+    Raises:
+        Unusable: the source cannot be decoded to its end, or the result is not as it should be.
+    """
+    if not os.path.isfile(source):
+        raise Unusable("no such file")
+    try:
+        timing = read_timing(source)
+        kept, stamps, size = encode(source, target, settings, timing)
+    except (*AV_ERRORS, IndexError) as error:  # IndexError: no video stream
+        raise Unusable(f"{getattr(error, 'strerror', None) or error}"[:200]) from error
+    psnr = verify(target, kept, stamps, size, settings)
+    return Written(len(stamps), float(stamps[-1] + 1 / timing.rate), psnr, timing.guessed)
+
+
+def encode(
+    source: str, target: str, settings: Settings, timing: Timing
+) -> tuple[dict[int, np.ndarray], list[Fraction], tuple[int, int]]:
+    """Write the file; pixels of frames 0, 1, 2, 4, 8, ... and of the last, the second of each frame, (width, height).
+
+    Raises:
+        Unusable: no frames, frames of several sizes, or times that go back.
+    """
+    kept: dict[int, np.ndarray] = {}
+    stamps: list[Fraction] = []
+    lasting: dict[int, int] = {}  # by the time of the frame
+    with av.open(target, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=timing.rate)
+
+        def put(packets: list[av.Packet]) -> None:
+            for packet in packets:
+                packet.duration = lasting.pop(packet.pts)  # FFmpeg would take the frame rate's
+                container.mux(packet)
+
+        for number, (frame, second, lasts) in enumerate(resized_frames(source, settings.short_side, timing)):
+            if not stamps:
+                configure(stream, frame, settings)
+            if (frame.width, frame.height) != (stream.width, stream.height):
+                raise Unusable(f"the picture changes its size at frame {number}")
+            if stamps and second - stamps[-1] < TICK:
+                raise Unusable(f"the time stamps go back at frame {number}")
+            stamps.append(second)
+            if number & (number - 1) == 0:
+                kept[number] = pixels(frame)
+            frame.pts, frame.time_base = round(second / TICK), TICK
+            lasting[frame.pts] = round(lasts / TICK)
+            frame.pict_type = PictureType.NONE  # or the source's key frames become key frames again
+            put(stream.encode(frame))
+            last = frame
+        if not stamps:
+            raise Unusable("no frames")
+        kept[number] = pixels(last)
+        put(stream.encode())
+    return kept, stamps, (stream.width, stream.height)
+
+
+def configure(stream: av.VideoStream, frame: av.VideoFrame, settings: Settings) -> None:
+    """Set up the encoder for frames like this one."""
+    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
+    stream.gop_size = settings.key_frames
+    context = stream.codec_context
+    context.time_base = TICK
+    context.color_range, context.colorspace = frame.color_range, frame.colorspace
+    context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+    context.thread_count = 1
+    stream.options = {"crf": str(settings.crf), "preset": settings.preset, "tune": "fastdecode"}
+
+
+def verify(
+    path: str, kept: dict[int, np.ndarray], stamps: list[Fraction], size: tuple[int, int], settings: Settings
+) -> float:
+    """Look at a written file: frames, size, times, key frames, and its pictures as training reads them.
+
+    Args:
+        kept: pixels ``[H, W, 3]`` that these frames should have.
+        stamps: the second of each frame.
+    Returns:
+        PSNR of the kept frames, dB.
+    Raises:
+        Unusable: what is wrong.
+    """
+    with av.open(path) as container:
+        packets = [(p.pts * p.time_base, p.is_keyframe) for p in container.demux(video=0) if p.size]
+    packets.sort()
+    times = [time for time, _ in packets]
+    keys = [number for number, (_, key) in enumerate(packets) if key]
+    if len(packets) != len(stamps):
+        raise Unusable(f"the result has {len(packets)} frames, not {len(stamps)}")
+    if max(abs(time - stamp) for time, stamp in zip(times, stamps)) > Fraction(1, 1000) or len(set(times)) < len(times):
+        raise Unusable("the result has other time stamps than the source")
+    if np.diff([*keys, len(packets)]).max() > settings.key_frames:
+        raise Unusable("the result has fewer key frames than asked for")
+    if reasons := slow_reasons(path, 2**16):
+        raise Unusable(f"the result is slow to load: {reasons[0]}")
+    try:
+        frames = read_frames(path, lambda total: np.array(sorted(kept)))
+    except VideoError as error:
+        raise Unusable(f"the result cannot be read: {error}") from error
+    if frames.shape[2:0:-1] != size:
+        raise Unusable(f"the result has {frames.shape[2]} x {frames.shape[1]} pixels, not {size[0]} x {size[1]}")
+    errors = [
+        float(np.square(kept[number] - frame.astype(float)).mean()) for number, frame in zip(sorted(kept), frames)
+    ]
+    if psnr_of(max(errors)) < MIN_PSNR:
+        raise Unusable(f"the result shows other pictures than the source ({psnr_of(max(errors)):.0f} dB)")
+    return psnr_of(float(np.mean(errors)))

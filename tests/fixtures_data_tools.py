@@ -1,0 +1,86 @@
+"""Videos with the faults that scripts/data looks for and mends, and a way to run its programs in processes.
+
+A pytest plugin (``pytest_plugins = "fixtures_data_tools"``). No test here: PYTEST_DONT_REWRITE.
+"""
+
+import multiprocessing
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from fixtures_video import source_frames
+
+pytest_plugins = "fixtures_video"
+SIZE = (160, 96)
+
+
+def write_video(path, codec, frames, key_frames=12, stamps=None, b_frames=0, options=None, broken=False):
+    """Encode uint8 [T, H, W, 3] at times 0, 1, ... or `stamps`, in 1/25 s; `broken`: all packets are at 0."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.gop_size = "yuv420p", key_frames
+        stream.codec_context.max_b_frames = b_frames
+
+        def put(packets):
+            for packet in packets:
+                if broken:
+                    packet.pts = packet.dts = 0
+                container.mux(packet)
+
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
+            frame.pts, frame.time_base = stamps[number] if stamps else number, Fraction(1, 25)
+            put(stream.encode(frame))
+        put(stream.encode())
+
+
+def turn_by_90(path):
+    """Tell players to show an mp4 turned by 90 degrees clockwise, as telephones do: the matrix of its track header."""
+    data = bytearray(Path(path).read_bytes())
+    start = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes before the matrix
+    matrix = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30]
+    data[start : start + 36] = b"".join(number.to_bytes(4, "big", signed=True) for number in matrix)
+    Path(path).write_bytes(data)
+
+
+@pytest.fixture(scope="session")
+def odd_videos(tmp_path_factory):
+    """Videos by what is odd about them, and the frames that all of them (but the long one) were made of."""
+    folder = tmp_path_factory.mktemp("odd")
+    frames = source_frames("bikes", 40, 40, SIZE)
+    fast = {"preset": "ultrafast", "crf": "12"}
+    one_key = {"preset": "ultrafast", "x264-params": "keyint=infinite:scenecut=0"}
+    kinds = {
+        "plain.mp4": ("libx264", {"options": fast}),
+        "uneven.mp4": ("libx264", {"options": fast, "stamps": [n + n // 3 for n in range(40)]}),
+        "broken stamps.mp4": ("libx264", {"options": fast, "broken": True}),
+        "turned.mp4": ("libx264", {"options": fast}),
+        "b frames.avi": ("mpeg4", {"b_frames": 2, "options": {"qscale": "2", "flags": "+qscale"}}),
+        "av1.mp4": ("libsvtav1", {"options": {"preset": "12", "crf": "15"}}),
+        "vp9.webm": ("libvpx-vp9", {"options": {"deadline": "realtime", "cpu-used": "8", "crf": "10", "b": "2000000"}}),
+    }
+    for name, (codec, options) in kinds.items():
+        if codec in av.codecs_available:
+            write_video(folder / name, codec, frames, **options)
+    turn_by_90(folder / "turned.mp4")
+    long = np.concatenate([frames, frames[::-1]] * 2)
+    write_video(folder / "one key.mp4", "libx264", long, 10000, options=one_key)
+    large = np.repeat(np.repeat(frames[:8], 6, axis=1), 6, axis=2)
+    write_video(folder / "large.mp4", "libx264", large, options=fast)
+    return {path.name: path for path in folder.iterdir()}, frames
+
+
+def start(main, argv):
+    """Call a program's main in a process of its own."""
+
+    def quietly():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        main(argv)
+
+    process = multiprocessing.get_context("fork").Process(target=quietly)
+    process.start()
+    return process
