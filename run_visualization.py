@@ -24,20 +24,11 @@ import modeling_pretrain
 import run_smile_pretraining as pretraining
 import utils
 from checkpoints import load_strictly, model_weights, read_checkpoint
-from datasets import (
-    DATA_SETS,
-    PretrainDataset,
-    VideoError,
-    VideoList,
-    ViewReader,
-    pretrain_indices,
-    read_frames,
-    sample_rng,
-)
-from engine_for_pretraining import normalize_clips
-from modeling_teacher import channel_stats
+from datasets import PretrainDataset, VideoError, VideoList, pretrain_indices, read_frames, sample_rng
+from datasets_finetune import DATA_SETS, ViewReader
 from utils import RunError, logger, user_errors
-from video_transforms import long_side_crop, multi_scale_crop, short_side_resize
+from video_transforms import channel_stats, multi_scale_crop, normalize_clips
+from video_transforms_finetune import long_side_crop, short_side_resize
 from visualization import Guess, Row, attention_rows, movie, picture, pretraining_rows, write_movie
 
 

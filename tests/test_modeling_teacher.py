@@ -28,7 +28,7 @@ import demo_teacher  # noqa: E402
 
 from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_teacher, normalize_features  # noqa: E402
 from utils import RunError  # noqa: E402
-from video_transforms import NORMS
+from video_transforms import NORMS  # noqa: E402
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
