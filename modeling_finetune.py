@@ -187,7 +187,7 @@ class VisionTransformer(nn.Module):
         self.fc_dropout = nn.Dropout(fc_drop_rate)
         self.head = nn.Linear(size.embed_dim, num_classes) if num_classes else nn.Identity()
         self.apply(self._init_weights)
-        if num_classes:
+        if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             with torch.no_grad():
                 self.head.weight.mul_(init_scale)

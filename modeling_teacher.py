@@ -47,6 +47,8 @@ class PixelTarget(nn.Module):
         self.patch_size, self.tubelet_size = patch_size, tubelet_size
         self.out_dim = tubelet_size * patch_size**2 * 3
         mean, std = channel_stats("imagenet")
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -91,9 +93,11 @@ class FrameTeacher(nn.Module):
         super().__init__()
         tower = getattr(tower, "trunk", tower)  # open_clip wraps timm's towers
         # Convolutions are up to twice as fast in channels_last; for the rest it makes no difference.
-        self.tower = tower.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.tower: Any = tower.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.image_size, self.grid, self.tubelet_size, self.stage = image_size, grid, tubelet_size, stage
         (mean, std), (to_mean, to_std) = channel_stats("imagenet"), (torch.tensor(v).view(3, 1, 1, 1) for v in norm)
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
         self.register_buffer("scale", (std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
         self.register_buffer("shift", ((mean - to_mean) / to_std)[..., 0], persistent=False)
         with torch.inference_mode():
@@ -105,7 +109,7 @@ class FrameTeacher(nn.Module):
 
     def compile(self, **options) -> None:
         """Compile the network, inside of inference mode, which torch.compile cannot trace."""
-        self.feature_maps = torch.compile(self.feature_maps, **options)
+        self.feature_maps = torch.compile(self.feature_maps, **options)  # type: ignore[method-assign]
 
     def feature_maps(self, frames: torch.Tensor) -> torch.Tensor:
         """``[B, 3, H, W]`` → ``[B, D, h, w]``: a stage's features, a transformer's after its final norm.
@@ -188,7 +192,7 @@ def _is_torchscript(path: str) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _load_tower(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+def _load_tower(model: Any, state: dict[str, torch.Tensor], path: str) -> None:
     """Put image-tower weights into a whole open_clip model, its positions interpolated to the model's grid."""
     state = {f"visual.{key}": value for key, value in state.items()}
     try:
@@ -288,9 +292,9 @@ def build_timm(
         ValueError: unknown model, weights that cannot be had or read, no such stage, no spatial map.
     """
     check_timm_weights(model, weights, flag)
-    config = timm.get_pretrained_cfg(model)
+    config: Any = timm.get_pretrained_cfg(model)
     # timm's convolutional networks take any size, its transformers have to be told.
-    size = {"img_size": image_size} if image_size and config.fixed_input_size else {}
+    size: dict[str, Any] = {"img_size": image_size} if image_size and config.fixed_input_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # `random` is the same teacher in every process and after a resume
         try:
@@ -303,7 +307,7 @@ def build_timm(
                 f"{flag}_weights {weights}: could not be loaded ({_first_line(error)}); "
                 "download the weights elsewhere and give the file's path"
             ) from error
-    tower.pretrained_cfg.pop("state_dict", None)  # a second copy
+    vars(tower)["pretrained_cfg"].pop("state_dict", None)  # a second copy
     own = timm.data.resolve_model_data_config(tower)
     sides = to_2tuple(image_size or own["input_size"][-2:])
     try:

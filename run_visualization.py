@@ -11,11 +11,10 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
@@ -113,7 +112,7 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
 def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.device) -> tuple[VideoList, Drawer]:
     """The list, and what draws a line of it; without a checkpoint no student."""
     dataset = pretraining.build_dataset(run)
-    teacher = pretraining.build_teacher(run).to(device)
+    teacher = pretraining.choose_teacher(run, device)
     student = None
     if checkpoint:
         build = modeling_pretrain.MODELS[run.model]
@@ -155,9 +154,9 @@ def received_attention(attention: modeling_finetune.Attention, x: torch.Tensor) 
 
 
 @torch.inference_mode()
-def classify(model: nn.Module, clips: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def classify(model: modeling_finetune.VisionTransformer, clips: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Class probabilities ``[C]`` of a clip ``[1, 3, T, H, W]``, and received_attention of the last block, ``[N]``."""
-    last, inputs = model.blocks[-1].attn, []
+    last, inputs = cast(modeling_finetune.Block, model.blocks[-1]).attn, []
     hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
         probabilities = model(clips).float().softmax(dim=1)[0]

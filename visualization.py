@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import cv2
@@ -199,7 +199,7 @@ class Sheet:
         self.figure = Figure(figsize=(self.width / DPI, self.height / DPI), dpi=DPI)
         self.canvas = FigureCanvasAgg(self.figure)
 
-    def text(self, x: float, y: float, text: str, **style: object) -> None:
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
         """Write, with matplotlib's text properties."""
         self.figure.text(x / self.width, 1 - y / self.height, text, **style)
 
@@ -266,7 +266,10 @@ def add_guesses(sheet: Sheet, y: int, left: int, guesses: Sequence[Guess]) -> No
 
 
 def picture(
-    title: tuple[str, str], rows: Sequence[Row], frame_numbers: Sequence[int], guesses: Sequence[Guess] = ()
+    title: tuple[str, str],
+    rows: Sequence[Row],
+    frame_numbers: Sequence[int] | np.ndarray,
+    guesses: Sequence[Guess] = (),
 ) -> np.ndarray:
     """Rows below each other, a column for each of at most MAX_COLUMNS time steps.
 
@@ -305,7 +308,10 @@ def picture(
 
 
 def movie(
-    title: tuple[str, str], rows: Sequence[Row], frame_numbers: Sequence[int], guesses: Sequence[Guess] = ()
+    title: tuple[str, str],
+    rows: Sequence[Row],
+    frame_numbers: Sequence[int] | np.ndarray,
+    guesses: Sequence[Guess] = (),
 ) -> Iterator[np.ndarray]:
     """Rows as panels, up to three side by side, which run together.
 

