@@ -64,12 +64,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def model_weights(
     checkpoint: dict[str, Any], path: str | Path = "checkpoint", key: str = ""
 ) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint, under `key` or whichever is usual, without the prefix of DDP.
+    """The state dict in a checkpoint, under `key` (``one|another``) or whichever is usual, without the prefix of DDP.
 
     Raises:
         RunError: no state dict in it.
     """
-    keys = (key,) if key else MODEL_KEYS
+    keys = tuple(key.split("|")) if key else MODEL_KEYS
     state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), {} if key else checkpoint)
     named = all(isinstance(key, str) for key in state)
     weights = (
@@ -116,7 +116,9 @@ def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> No
     logger.info("loaded %d tensors from %s", len(weights), path)
 
 
-def load_encoder(model: torch.nn.Module, path: str | Path, need_head: bool = False) -> None:
+def load_encoder(
+    model: torch.nn.Module, path: str | Path, need_head: bool = False, key: str = "", prefix: str = ""
+) -> None:
     """Load what fits from a pretraining or a fine-tuned checkpoint into a classifier, and say what did.
 
     From a pretraining checkpoint the encoder is taken (``encoder.`` or ``backbone.`` prefix). A head for another
@@ -124,12 +126,15 @@ def load_encoder(model: torch.nn.Module, path: str | Path, need_head: bool = Fal
 
     Args:
         need_head: the model is to be used as it is, so that head and final norm must be there.
+        key: where in the file the weights are, or several places with ``|`` between; empty looks.
+        prefix: what their names begin with, besides.
     Raises:
         RunError: unreadable, of another size, or without an encoder.
     """
-    weights = everything = model_weights(read_checkpoint(path), path)
-    for prefix in ("encoder.", "backbone."):
-        inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    everything = model_weights(read_checkpoint(path), path, key)
+    weights = everything = {name.removeprefix(prefix): value for name, value in everything.items()}
+    for usual in ("encoder.", "backbone."):
+        inside = {name.removeprefix(usual): value for name, value in weights.items() if name.startswith(usual)}
         weights = inside or weights
     own = model.state_dict()
     fitting = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}

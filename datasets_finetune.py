@@ -180,6 +180,7 @@ class ViewReader:
         sampling: ``dense`` or ``segments``.
         segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
         size: side of the views, pixels.
+        short_side: what the short side is resized to before cropping, at least `size`; 0: `size`.
     """
 
     sampling: str
@@ -188,6 +189,7 @@ class ViewReader:
     size: int
     num_frames: int = 16
     stride: int = 4
+    short_side: int = 0
 
     def frame_indices(self, total: int) -> np.ndarray:
         """Frames of each temporal view, ``[segments, T]``."""
@@ -209,7 +211,7 @@ class ViewReader:
             views.append(self.frame_indices(total))
             return np.unique(views[0])
 
-        frames = short_side_resize(read_frames(path, choose), self.size)
+        frames = short_side_resize(read_frames(path, choose), self.short_side or self.size)
         where = np.searchsorted(np.unique(views[0]), views[0])  # [segments, T]
         squares = [long_side_crop(frames, self.size, crop, self.crops) for crop in range(self.crops)]
         clips = np.stack([square[window] for window in where for square in squares])

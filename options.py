@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -107,6 +108,55 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     run.add_argument("--compile", action="store_true", help="torch.compile the networks")
     run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
     return run
+
+
+# Options of VideoMAE's and SMILE's command lines that have nothing to say here: those scripts run as they are.
+# Some take no value, some any, some only the one that is always so here, and some would change results.
+NO_VALUE = ("--dist_on_itp", "--not_dist", "--imagenet_default_mean_and_std", "--dist_eval", "--use_mean_pooling",
+            "--save_ckpt", "--resplit", "--model_ema_force_cpu")  # fmt: skip
+ANY_VALUE = ("--local_rank", "--local-rank", "--world_size", "--dist_url", "--color_jitter", "--crop_pct",
+             "--eval_data_path", "--window_size")  # fmt: skip
+ONE_VALUE = {
+    "--tubelet_size": ("2", "a token covers 2 frames"),
+    "--num_segments": ("1", "a clip is one window of frames"),
+    "--num_outputs": ("1", "there is one head"),
+    "--normlize_target": ("True", "targets are always normalised"),
+}
+REFUSED = {"--use_cls": "the encoder has no class token", "--no_save_ckpt": "leave out --output_dir to save nothing"}
+
+
+def drop_unneeded(argv: list[str], known: set[str]) -> tuple[list[str], list[str]]:
+    """A command line without options that are always so here, and what was dropped.
+
+    Args:
+        known: options that the program has itself, and so keeps.
+    Raises:
+        ValueError: an option, or a value of one, that would change results.
+    """
+    kept: list[str] = []
+    dropped: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in known or name not in {*NO_VALUE, *ANY_VALUE, *ONE_VALUE, *REFUSED}:
+            kept.append(word)
+            continue
+        if name in {*ANY_VALUE, *ONE_VALUE} and not equals:
+            value = next(words, "")
+        fine, here = ONE_VALUE.get(name, (value, ""))
+        if name in REFUSED or value != fine:
+            raise ValueError(f"{name} {value}".strip() + f" is not supported: {REFUSED.get(name, here)}")
+        dropped.append(f"{name} {value}".strip())
+    return kept, dropped
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse `argv` (or sys.argv); `not_needed` of the result names the options that were dropped."""
+    try:
+        kept, dropped = drop_unneeded(sys.argv[1:] if argv is None else argv, set(parser._option_string_actions))
+    except ValueError as error:
+        parser.error(str(error))
+    return argparse.Namespace(**vars(parser.parse_args(kept)), not_needed=dropped)
 
 
 class Problems:

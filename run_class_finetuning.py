@@ -33,6 +33,7 @@ from options import (
     add_run_arguments,
     build_stepper,
     make_parser,
+    parse,
     pick_precision,
 )
 from training import Epoch, Run
@@ -47,12 +48,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("SMILE fine-tuning", __doc__)
 
     data = add_data_arguments(parser)
-    data.add_argument(
-        "--data_set",
-        choices=DATA_SETS,
-        default="Kinetics-400",
-        help="decides classes, flip, sampling and test views; `custom` needs --nb_classes",
-    )
+    decides = "decides classes, flip, sampling and test views; `custom` needs --nb_classes"
+    data.add_argument("--data_set", choices=DATA_SETS, default="Kinetics-400", help=decides)
     data.add_argument("--data_path", default="", help="folder with train.csv, val.csv, test.csv (and classes.txt)")
     data.add_argument("--nb_classes", type=int, default=0, help="classes; 0: the data set's")
     data.add_argument("--num_sample", type=int, default=1, help="augmentations of each decoded clip")
@@ -63,6 +60,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = ", ".join(MODELS)
     model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
     model.add_argument("--finetune", default="", help="checkpoint to start from, or to test with --eval")
+    model.add_argument("--model_key", default="", help="where its weights are, such as `model|module`; '': look")
+    model.add_argument("--model_prefix", default="", help="what their names begin with; encoder. is found anyway")
     model.add_argument("--drop", type=float, default=0.0, help="dropout in the blocks")
     model.add_argument("--attn_drop_rate", type=float, default=0.0, help="dropout of attention")
     model.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth rate of the last block")
@@ -105,6 +104,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
     test.add_argument("--disable_eval_during_finetuning", action="store_true", help="validate after the last epoch")
     test.add_argument("--patience", type=int, default=0, help="stop after so many validations without a best; 0: never")
+    test.add_argument("--short_side_size", type=int, default=0, help="resize test videos to it; 0: the input size")
     test.add_argument("--test_num_segment", type=int, default=0, help="views in time; 0: the data set's")
     test.add_argument("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
 
@@ -113,7 +113,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
     stages = "what processes share out: 0 nothing, 1 optimizer state, 2 gradients too"
     deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def read_list(args: argparse.Namespace, name: str) -> VideoList:
@@ -141,6 +141,8 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems, probe = Problems(args), is_probe(args)
     problems.files("finetune", "resume", "predict")
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos")
+    side = args.short_side_size
+    problems.when(0 < side < args.input_size, f"--short_side_size {side}: smaller than --input_size")
     problems.numbers(1, "batch_size", "num_sample", "val_freq")
 
     if os.path.isfile(args.finetune):
@@ -249,7 +251,9 @@ def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
     data_set = DATA_SETS[args.data_set]
     views = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
     segments, crops = views if test else (0, 1)
-    return ViewReader(data_set.sampling, segments, crops, args.input_size, args.num_frames, args.sampling_rate)
+    short_side = args.short_side_size if test else 0
+    frames = (args.num_frames, args.sampling_rate)
+    return ViewReader(data_set.sampling, segments, crops, args.input_size, *frames, short_side)
 
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
@@ -401,13 +405,15 @@ def load_for_test(args: argparse.Namespace, model: nn.Module) -> None:
     if isinstance(model, ProbedEncoder) or args.model_ema:
         load_strictly(model, path, "model_ema" if args.model_ema else "")
     else:
-        load_encoder(model, path, need_head=True)
+        load_encoder(model, path, need_head=True, key=args.model_key, prefix=args.model_prefix)
 
 
 def main(args: argparse.Namespace) -> int:
     """Check, build, and do the chosen job; returns the exit code."""
     device = utils.init_distributed(args.device)
     utils.setup_logging()
+    if args.not_needed:
+        logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
     find_problems(args).tell()
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
@@ -420,7 +426,7 @@ def main(args: argparse.Namespace) -> int:
         load_for_test(args, model)
         return evaluator.predict(model, args.predict) if args.predict else evaluator.test(model)
     if args.finetune:
-        load_encoder(encoder, args.finetune)
+        load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)
     if args.knn:
         with utils.user_errors():
             neighbours = train_videos(args)

@@ -35,6 +35,7 @@ from options import (
     add_run_arguments,
     build_stepper,
     make_parser,
+    parse,
     pick_precision,
 )
 from training import Run
@@ -107,7 +108,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--batch_size", type=int, default=32, help="clips a GPU and forward pass, all masks counted")
     parser.set_defaults(epochs=801, opt_betas=[0.9, 0.95], lr=1.5e-4, min_lr=1e-5, warmup_epochs=40)
     add_run_arguments(parser)
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def clips_per_video(args: argparse.Namespace) -> int:
@@ -243,6 +244,8 @@ def main(args: argparse.Namespace) -> int:
     """Check, build, train; returns the exit code."""
     device = utils.init_distributed(args.device)
     utils.setup_logging()
+    if args.not_needed:
+        logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
     find_problems(args).tell()
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None

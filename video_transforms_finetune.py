@@ -95,9 +95,11 @@ def long_side_crop(frames: np.ndarray, side: int, crop: int, crops: int) -> np.n
     """Square number `crop` of `crops`, spread evenly along the long side; a single one is the centre.
 
     Args:
-        frames: uint8 ``[T, H, W, 3]`` whose short side is `side`.
+        frames: uint8 ``[T, H, W, 3]``; across the short side the crop is central.
     """
     height, width = frames.shape[1:3]
     spare = max(height, width) - side
-    offset = spare // 2 if crops == 1 else int(crop * spare / (crops - 1))
-    return frames[:, offset : offset + side] if height > width else frames[:, :, offset : offset + side]
+    along = spare // 2 if crops == 1 else int(crop * spare / (crops - 1))
+    across = (min(height, width) - side) // 2
+    y, x = (along, across) if height > width else (across, along)
+    return frames[:, y : y + side, x : x + side]

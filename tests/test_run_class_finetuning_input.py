@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from checkpoints import load_encoder
 from modeling_finetune import MODELS
+from run_class_finetuning import get_args
 from utils import RunError
 
 pytest_plugins = "fixtures_finetuning"
@@ -305,3 +306,43 @@ def test_defaults_are_the_recipe_of_k400():
 def test_abbreviations_are_refused():
     with pytest.raises(SystemExit):
         importlib.import_module("run_class_finetuning").get_args(["--fine", "x"])
+
+
+# Published command lines ----------------------------------------------------------------------------------------
+
+
+def test_options_that_are_always_so_are_dropped_and_named():
+    argv = "--dist_eval --world_size 4 --local-rank=3 --tubelet_size 2 --num_segments=1 --lr 5e-4 --short_side_size 256"
+    args = get_args(argv.split())
+    assert args.not_needed == [
+        "--dist_eval",
+        "--world_size 4",
+        "--local-rank 3",
+        "--tubelet_size 2",
+        "--num_segments 1",
+    ]
+    assert (args.lr, args.short_side_size) == (5e-4, 256)
+    assert get_args(["--train_interpolation", "bilinear"]).not_needed == []  # an option of this program
+
+
+@pytest.mark.parametrize(
+    "argv, says", [("--use_cls", "class token"), ("--tubelet_size 1", "2 frames"), ("--no_save_ckpt", "")]
+)
+def test_options_that_would_change_results_are_refused_in_one_line(argv, says, capsys):
+    with pytest.raises(SystemExit) as left:
+        get_args(argv.split())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code != 0 and f"{argv} is not supported" in last and says in last
+
+
+def test_weights_under_a_key_and_a_prefix_of_ones_own(tmp_path):
+    source = MODELS["vit_tiny_patch16_224"](num_classes=5).state_dict()
+    path = tmp_path / "model.pth"
+    torch.save(
+        {"teacher": {f"net.{name}": value for name, value in source.items()}, "model": {"x": torch.ones(1)}}, path
+    )
+    model = MODELS["vit_tiny_patch16_224"](num_classes=5)
+    load_encoder(model, path, need_head=True, key="student|teacher", prefix="net.")
+    assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RunError, match="looked under student"):
+        load_encoder(model, path, key="student")

@@ -171,3 +171,11 @@ def test_crops_are_spread_along_the_long_side(long, side, crops, offsets):
         assert across.shape == down.shape == (2, side, side, 3)
         assert (across == ramp[offset : offset + side][None, None, :, None]).all()
         assert (down == ramp[offset : offset + side][None, :, None, None]).all()
+
+
+@pytest.mark.parametrize("height, width", [(40, 60), (60, 40)])
+def test_a_square_smaller_than_the_short_side_is_central_across(height, width):
+    frames = np.arange(height * width).reshape(1, height, width, 1).repeat(3, axis=3)
+    for crop, offset in enumerate([0, 14, 28]):  # of 60 - 32 along the long side
+        y, x = (offset, 4) if height > width else (4, offset)
+        assert np.array_equal(long_side_crop(frames, 32, crop, 3), frames[:, y : y + 32, x : x + 32])
