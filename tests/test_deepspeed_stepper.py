@@ -1,16 +1,13 @@
 """DeepSpeed in place of DDP: the same weights after the same steps, exact resume, and weights that others can read.
 
-Fine-tuning runs on real mp4 clips. Most are processes of a fork server that has imported torch and DeepSpeed already;
-one is started by torchrun.
+Fine-tuning runs on real mp4 clips, in processes of a fork server that has imported torch and DeepSpeed already.
 """
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -20,7 +17,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from fixtures_video import free_port, in_child
+from fixtures_video import ROOT, fork_server, free_port, in_child
 
 import checkpoints
 from checkpoints import load_encoder, read_checkpoint
@@ -32,7 +29,6 @@ from utils import EXIT_REQUEUE
 pytest_plugins = "fixtures_video"
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "run_class_finetuning.py"
 STAGES = {stage: ["--enable_deepspeed", "--zero_stage", str(stage)] for stage in (0, 1, 2)}
 MODEL_STATES = "mp_rank_00_model_states.pt"
@@ -69,20 +65,7 @@ def signalled(count, number, function):
 
 
 @pytest.fixture(scope="module")
-def server():
-    """Context whose processes have imported what the program imports."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["run_class_finetuning", "deepspeed", Path(__file__).stem])
-        context.Process(target=os.getpid).start()  # starts the server
-    return context
-
-
-@pytest.fixture(scope="module")
-def run(server, clips, tmp_path_factory):
+def run(clips, tmp_path_factory):
     """Fine-tune on ten videos of three classes, five steps of two: returns the folder, and checks the exit code."""
     root = tmp_path_factory.mktemp("deepspeed")
     videos = [path for name, path in clips.items() if name != "short.mp4"] * 2
@@ -134,26 +117,20 @@ def run(server, clips, tmp_path_factory):
         "1",
     ]
 
-    def run(name, *argv, processes=1, event="", code=0, torchrun=False):
+    def run(name, *argv, processes=1, event="", code=0):
         folder, output = root / name, root / f"{name}.out"
         argv = [*options, "--output_dir", str(folder), "--update_freq", str(2 // processes), *argv]
         shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        if torchrun:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            with open(output, "a") as text:
-                done = subprocess.run([*launcher, str(ROOT / NAME), *argv], stdout=text, stderr=text, timeout=150)
-            codes = [done.returncode]
-        else:
-            started = [
-                server.Process(target=program, args=(argv, output, env, event))
-                for env in ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
-            ]
-            for process in started:
-                process.start()
-            for process in started:
-                process.join(120)
-                process.kill()
-            codes = [process.exitcode for process in started]
+        started = [
+            fork_server().Process(target=program, args=(argv, output, env, event))
+            for env in ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(120)
+            process.kill()
+        codes = [process.exitcode for process in started]
         assert set(codes) == {code}, output.read_text()[-3000:]
         return folder
 
@@ -206,7 +183,7 @@ def test_the_weights_moved(run, plain):
 
 
 def test_two_processes_learn_what_they_learn_with_ddp(run, plain):
-    ddp, deepspeed = run("ddp", processes=2), run("two", *STAGES[2], processes=2, torchrun=True)
+    ddp, deepspeed = run("ddp", processes=2), run("two", *STAGES[2], processes=2)
     assert distance(weights(deepspeed), weights(ddp)) < 1e-6
     assert distance(weights(deepspeed), weights(plain)) < 1e-6
 

@@ -25,6 +25,9 @@ datasets.read_frames = lambda path, choose: (
 """
 
 
+SHORT = "import checkpoints; checkpoints.LOCK_SECONDS = 0.5"  # that a second run waits for the first to go away
+
+
 @pytest.fixture(scope="module")
 def list_file(tmp_path_factory):
     """A list of 16 short videos, 0.mp4 to 15.mp4."""
@@ -131,7 +134,7 @@ def test_one_of_two_ranks_is_killed(list_file, tmp_path):
 
 def test_one_run_a_folder(list_file, tmp_path):
     first = start(list_file, tmp_path / "run")
-    second = start(list_file, tmp_path / "run") if first.wait_for(r"epoch 0 \[1/") else None
+    second = start(list_file, tmp_path / "run", before=SHORT) if first.wait_for(r"epoch 0 \[1/") else None
     assert one_error(second, f"--output_dir {tmp_path / 'run'}: another run is writing there")
     before = len(first.steps())
     assert first.process.poll() is None and first.wait_for("eta", before + 8)  # and has not been disturbed

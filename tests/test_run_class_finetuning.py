@@ -231,15 +231,15 @@ def command_line(*argv, cwd, launcher=()):
 
 
 def test_processes_that_do_not_divide_the_list_find_the_same(run, custom, trained, tmp_path):
-    """7 videos by 1, 2 and 3 processes, the last by torchrun: the same metrics and scores to the last digit."""
+    """7 videos by 1, 3 and 2 processes, the last by torchrun: the same metrics and scores to the last digit."""
     metrics, scores = [], []
-    for processes in (1, 2, 3):
+    for processes in (1, 3, 2):
         folder = tmp_path / str(processes)
         argv = [*custom, *TRAIN, "--eval", "--finetune", trained.best, "--output_dir", folder]
-        if processes < 3:
+        if processes != 2:
             assert (found := run(*argv, processes=processes)).code == 0, found.all
         else:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
             found = command_line(*argv, cwd=tmp_path, launcher=launcher)
             assert found.returncode == 0, found.stdout + found.stderr
         metrics += test_metrics_of(log_of(folder))

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fixtures_pretraining import EPOCHS, NAME, ROOT, STEPS, TINY, TRAIN, last_weights, weights_of
 from tensorboardX.proto.event_pb2 import Event
 
@@ -209,6 +210,23 @@ def test_a_run_that_is_told_to_stop_saves_itself_and_goes_on_exactly(start, data
     again = start(*command, "--update_freq", 2).end()
     assert again.code == 0 and f"{LATEST} at epoch 1, step {state['step']}" in again.out
     assert same_as(reference, tmp_path) and not (tmp_path / LATEST).exists()
+
+
+def test_a_run_in_fp16_goes_on_with_its_loss_scale(start, data_args, tmp_path):
+    """What `--precision auto` is on a V100."""
+    options = [*TINY, *TRAIN, *data_args, "--update_freq", 2, "--precision", "fp16"]
+    whole, told = ([*options, "--output_dir", tmp_path / name] for name in "ab")
+    undisturbed = start(*whole).end()
+    assert undisturbed.code == 0 and "fp16 on cpu" in undisturbed.out, undisturbed.err
+    result = stopped(start, signal.SIGTERM, f"epoch 0 [7/{STEPS}]", tmp_path / "b", *told)
+    assert result.code == 85, result.err
+    early = read_checkpoint(tmp_path / "b" / LATEST)["scaler"]
+    assert early["scale"] > 1 and early["_growth_tracker"] > 0
+    assert start(*told).end().code == 0
+    one, other = (read_checkpoint(tmp_path / name / f"checkpoint-{EPOCHS - 1}.pth") for name in "ab")
+    assert one["scaler"] == other["scaler"] and one["scaler"]["_growth_tracker"] > early["_growth_tracker"]
+    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+    assert all(np.isfinite(line["train_loss"]) for line in log_of(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
