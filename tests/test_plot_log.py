@@ -11,7 +11,7 @@ from fixtures_pictures import check_texts
 from PIL import Image
 
 from datasets import VideoList
-from evaluation import VideoScore, judge
+from metrics import VideoScore, judge
 from utils import RunLog
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
