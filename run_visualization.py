@@ -24,7 +24,7 @@ import run_smile_pretraining as pretraining
 import utils
 from checkpoints import load_strictly, model_weights, read_checkpoint
 from datasets import PretrainDataset, VideoError, VideoList, pretrain_indices, read_frames, sample_rng
-from datasets_finetune import DATA_SETS, ViewReader
+from datasets_finetune import DATA_SETS, ViewReader, read_class_names
 from utils import RunError, logger, user_errors
 from video_transforms import channel_stats, multi_scale_crop, normalize_clips
 from video_transforms_finetune import long_side_crop, short_side_resize
@@ -165,19 +165,6 @@ def classify(model: modeling_finetune.VisionTransformer, clips: torch.Tensor) ->
     return probabilities.cpu().numpy(), received_attention(last, inputs[0])[0].float().cpu().numpy()
 
 
-def class_names(folder: Path, num_classes: int) -> list[str]:
-    """The lines of classes.txt, or numbers where there is none.
-
-    Raises:
-        ValueError: another number of lines than classes.
-    """
-    file = folder / "classes.txt"
-    names = file.read_text().splitlines() if file.is_file() else [f"class {label}" for label in range(num_classes)]
-    if len(names) != num_classes:
-        raise ValueError(f"{file} has {len(names)} lines, but the checkpoint has {num_classes} classes")
-    return names
-
-
 def classifier_drawer(
     run: argparse.Namespace, checkpoint: str, num_classes: int, device: torch.device
 ) -> tuple[VideoList, Drawer]:
@@ -185,7 +172,8 @@ def classifier_drawer(
     if not hasattr(run, "data_set"):
         raise RunError(f"{checkpoint} does not say how it was fine-tuned: it holds no arguments of the run")
     path = Path(run.data_path, "test.csv") if os.path.isdir(run.data_path) else Path(run.data_path)
-    videos, names = VideoList(str(path), data_root=run.data_root), class_names(path.parent, num_classes)
+    videos = VideoList(str(path), data_root=run.data_root)
+    names = read_class_names(str(path.parent), num_classes) or [f"class {label}" for label in range(num_classes)]
     model = modeling_finetune.MODELS[run.model](num_classes=num_classes)
     load_strictly(model, checkpoint, "model_ema" if getattr(run, "model_ema", False) else "")
     model.eval().to(device)
@@ -213,10 +201,13 @@ def classifier_drawer(
 
 
 def run_arguments(args: argparse.Namespace, checkpoint: dict) -> argparse.Namespace:
-    """The arguments of a run: as typed, else as its checkpoint holds them, else the defaults of pretraining."""
+    """The arguments of a run: as typed, else as its checkpoint holds them, else the defaults of pretraining.
+
+    But all is computed in fp32.
+    """
     stored = checkpoint.get("args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else {}
-    return argparse.Namespace(**args.defaults | stored | args.given)
+    return argparse.Namespace(**args.defaults | stored | args.given | {"precision": "fp32"})
 
 
 def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> tuple[VideoList, Drawer]:
