@@ -11,6 +11,7 @@ set -euo pipefail
 : "${STAGE1_EPOCHS:=4}" # 100 steps each
 : "${STAGE2_EPOCHS:=2}"
 : "${FINETUNE_EPOCHS:=8}"
+: "${WORLD_OPTIONS:=--val_clips 40}" # of scripts/mini/make_world.py
 : "${QUICKSTART_DIR:=quickstart}"
 
 mkdir -p "$QUICKSTART_DIR"
@@ -32,7 +33,8 @@ else
 fi
 
 echo "the world: cutting clips and drawing objects"
-python scripts/mini/make_world.py "$WORLD" --tasks motion object --val_clips 40 --seed "$SEED"
+# shellcheck disable=SC2086 # several options
+python scripts/mini/make_world.py "$WORLD" --tasks motion object --seed "$SEED" $WORLD_OPTIONS
 
 echo "stage 1: moving objects, and a mask that follows them"
 pretrain "$DIR/stage1" "$SEED" "$STAGE1_EPOCHS" "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}"
@@ -64,7 +66,7 @@ score probe object --attentive_probe --finetune "$stage2"
 joined probe-random
 
 echo "picture"
-python scripts/visualize.py --samples 1 --output "$DIR/quickstart.png" "$stage1" "$stage2"
+python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
 
 python scripts/mini/results.py quickstart "$DIR" | tee "$DIR/results.md"
 cat <<DONE
@@ -74,6 +76,6 @@ Done in $SECONDS s, $installed of them for the environment. Written:
   $stage1, $stage2   weights
   $DIR/stage1/log.txt, $DIR/stage2/log.txt   one JSON line an epoch
   $DIR/finetuned, $DIR/scratch, $DIR/probe, $DIR/probe-random   test scores and accuracy by class
-  $DIR/quickstart.png   clips, moving objects, masks, loss of every token
+  $DIR/pictures   clips, moving objects, masks, features and errors, also as movies
   $WORLD   clips, objects and lists
 DONE

@@ -3,7 +3,6 @@
 # Both set WORLD (of make_world.py) and WORKERS (loader processes a run) first.
 
 MODEL=tiny_patch16_224
-VIDEOS_A_STEP=8 # each gives 4 clips with 2 masks: 64 masked clips a step
 CLIPS=(--input_size 64 --num_frames 8 --num_workers "$WORKERS")
 declare -A CLASSES=([motion]=8 [object]=20 [count]=4)
 
@@ -17,15 +16,16 @@ demo_teacher() { # demo_teacher FILE: makes the file, and sets TEACHER
 OVERLAY=(--add_tubelets --use_objects --objects_path "$WORLD/objects")
 TRAJECTORY=(--mask_type tubelet --sub_mask_type tube+traj_mask)
 
-# pretrain FOLDER SEED EPOCHS [flags]: unless it is done.
+# pretrain FOLDER SEED EPOCHS [flags]: unless it is done. A step takes 2 videos, 4 clips of each, 2 masks of each clip:
+# with few tokens and little time many small steps learn more than few large ones.
 pretrain() {
   local folder=$1 seed=$2 epochs=$3
   shift 3
   [[ -f $folder/checkpoint-$((epochs - 1)).pth ]] && return
   python run_smile_pretraining.py --data_path "$WORLD/pretrain/train.csv" "${CLIPS[@]}" --sampling_rate 2 \
-    --model "pretrain_videomae_$MODEL" --decoder_depth 3 --multiple_sampling --num_sample 4 \
-    --batch_size $((8 * VIDEOS_A_STEP)) --lr 8e-3 --min_lr 8e-5 --warmup_epochs 1 --epochs "$epochs" \
-    --save_ckpt_freq "$epochs" --save_ckpt_minutes 0 --log_interval 25 --seed "$seed" --output_dir "$folder" "$@"
+    --model "pretrain_videomae_$MODEL" --decoder_depth 2 --multiple_sampling --num_sample 4 \
+    --batch_size 16 --lr 3.2e-2 --min_lr 3.2e-4 --warmup_steps 100 --epochs "$epochs" \
+    --save_ckpt_freq "$epochs" --save_ckpt_minutes 0 --log_interval 100 --seed "$seed" --output_dir "$folder" "$@"
 }
 
 # evaluate FOLDER TASK SEED EPOCHS [flags]: fine-tune and test, or probe with --attentive_probe, unless it is done.
@@ -34,8 +34,8 @@ evaluate() {
   shift 4
   grep -qs test_acc1 "$folder/log.txt" && return
   python run_class_finetuning.py --data_set custom-unmirrored --nb_classes "${CLASSES[$task]}" \
-    --data_path "$WORLD/$task" "${CLIPS[@]}" --sampling_rate 1 --model "vit_$MODEL" --batch_size 32 --lr 8e-3 \
-    --warmup_epochs 1 --epochs "$epochs" --aa '' --mixup 0 --cutmix 0 --reprob 0 --probe_lrs 3e-3 1e-3 --probe_wds 0.05 \
+    --data_path "$WORLD/$task" "${CLIPS[@]}" --sampling_rate 1 --model "vit_$MODEL" --batch_size 16 --lr 1.6e-2 \
+    --warmup_epochs 1 --epochs "$epochs" --aa '' --mixup 0 --cutmix 0 --reprob 0 --probe_lrs 3e-2 1e-2 --probe_wds 0.05 \
     --disable_eval_during_finetuning --test_num_segment 1 --test_num_crop 1 --save_ckpt_freq "$epochs" \
     --save_ckpt_minutes 0 --log_interval 25 --seed "$seed" --output_dir "$folder" "$@"
   rm -f "$folder"/checkpoint-*.pth # the scores are what counts here
