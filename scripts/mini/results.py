@@ -1,0 +1,182 @@
+"""Tables and pictures of the mini world, out of the logs that runs leave.
+
+    python scripts/mini/results.py quickstart DIR
+    python scripts/mini/results.py benchmark DIR [--document MINI_BENCHMARK.md] [--picture assets/mini_benchmark.png]
+
+`quickstart` prints the four scores of scripts/quickstart.sh. `benchmark` reads ``DIR/seed-S/ROW/COLUMN/log.txt`` of
+run_benchmark.sh, writes ``DIR/results.csv``, and puts the table between the two marker lines of the document.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROWS = {  # folder → what it is; rows of one's own come after these, under their folder's name
+    "scratch": "from scratch",
+    "black": "stage 1 on black frames",
+    "pixel-tube": "pixels, tube mask (VideoMAE)",
+    "pixel-overlay-tube": "pixels, overlay, tube mask",
+    "teacher-tube": "teacher, tube mask",
+    "teacher-overlay-tube": "teacher, overlay, tube mask",
+    "stage1": "teacher, overlay, trajectory mask (stage 1)",
+    "two-stages": "stage 1, then stage 2",
+}
+COLUMNS = {  # folder → heading
+    "motion": "motion, fine-tuned",
+    "motion-probe": "motion, probe",
+    "object": "object, fine-tuned",
+    "object-probe": "object, probe",
+    "count": "count, fine-tuned",
+}
+CHANCE = {"motion": 12.5, "object": 5.0, "count": 25.0}
+BEGIN, END = "<!-- table: written by scripts/mini/results.py -->", "<!-- end of table -->"
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The JSON lines of a run's log.txt; none if there is no log."""
+    file = folder / "log.txt"
+    return [json.loads(line) for line in file.read_text().splitlines() if line] if file.is_file() else []
+
+
+def test_score(folder: Path) -> tuple[float, int] | None:
+    """Test accuracy in percent and the number of test clips, or None for a run that is not done."""
+    tests = [line for line in read_log(folder) if "test_acc1" in line]
+    return (tests[-1]["test_acc1"], tests[-1]["test_videos"]) if tests else None
+
+
+def standard_error(percent: float, clips: int) -> float:
+    """Of an accuracy in percent over so many clips (binomial)."""
+    return (percent * (100 - percent) / clips) ** 0.5
+
+
+def quickstart_table(folder: Path) -> str:
+    """The scores of the quickstart as a Markdown table.
+
+    Raises:
+        SystemExit: a run has no test score.
+    """
+    lines = ["| | test accuracy, % | standard error | test clips | chance |", "|---|---|---|---|---|"]
+    for name, label, chance in (
+        ("finetuned", "motion: fine-tuned from stage 2", CHANCE["motion"]),
+        ("scratch", "motion: the same from scratch", CHANCE["motion"]),
+        ("probe", "object: probe on stage 2, frozen", CHANCE["object"]),
+        ("probe-random", "object: probe on random weights, frozen", CHANCE["object"]),
+    ):
+        score = test_score(folder / name)
+        if score is None:
+            sys.exit(f"error: {folder / name / 'log.txt'} holds no test score: start scripts/quickstart.sh again")
+        lines.append(f"| {label} | **{score[0]:.1f}** | {standard_error(*score):.1f} | {score[1]} | {chance:g} |")
+    losses = [read_log(folder / stage)[-1]["train_loss"] for stage in ("stage1", "stage2")]
+    lines.append("")
+    lines.append(f"Pretraining loss {losses[0]:.2f} after stage 1, {losses[1]:.2f} after stage 2; 1 is the mean's.")
+    return "\n".join(lines)
+
+
+def collect(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Row → column → test accuracies of the seeds, rows in the order of ROWS."""
+    found = sorted({path.name for path in folder.glob("seed-*/*") if path.is_dir()})
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(found, key=lambda name: list(ROWS).index(name) if name in ROWS else len(ROWS)):
+        for column in COLUMNS:
+            values = [test_score(seed / row / column) for seed in sorted(folder.glob("seed-*"))]
+            scores.setdefault(row, {})[column] = [value[0] for value in values if value]
+    return {row: columns for row, columns in scores.items() if any(columns.values())}
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds; the value alone of one seed."""
+    if not values:
+        return ""
+    return f"{values[0]:.1f}" if len(values) == 1 else f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def benchmark_table(scores: dict[str, dict[str, list[float]]]) -> str:
+    """The scores as a Markdown table."""
+    lines = ["| test accuracy, % | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    chance = [f"{CHANCE[column.removesuffix('-probe')]:g}" for column in COLUMNS]
+    lines.append("| chance | " + " | ".join(chance) + " |")
+    for row, columns in scores.items():
+        cells = [spread(columns[column]) for column in COLUMNS]
+        lines.append(f"| {ROWS.get(row, row)} | " + " | ".join(cells) + " |")
+    seeds = max(len(values) for columns in scores.values() for values in columns.values())
+    lines += ["", f"Seeds: {seeds}." + (" Mean ± standard deviation over seeds." if seeds > 1 else "")]
+    return "\n".join(lines)
+
+
+def write_csv(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """A line for each row, column and seed."""
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["row", "column", "seed", "test_acc1"])
+        for row, columns in scores.items():
+            for column, values in columns.items():
+                table.writerows([row, column, seed, f"{value:.3f}"] for seed, value in enumerate(values))
+
+
+def paint(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Bars of every column, a colour for each row, with the standard deviation over seeds."""
+    figure, axes = plt.subplots(1, len(COLUMNS), figsize=(12, 3.6), sharey=True, layout="constrained")
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.95, 0.1, len(scores)))
+    places = np.arange(len(scores))[::-1]
+    for axis, (column, heading) in zip(axes, COLUMNS.items()):
+        values = [columns[column] or [0.0] for columns in scores.values()]
+        spreads = [np.std(value, ddof=1) if len(value) > 1 else 0.0 for value in values]
+        axis.barh(places, [np.mean(value) for value in values], xerr=spreads, color=colours)
+        axis.axvline(CHANCE[column.removesuffix("-probe")], color="0.4", linestyle=":")
+        axis.set(title=heading, xlabel="test accuracy, %", xlim=(0, 100))
+    axes[0].set_yticks(places, [ROWS.get(row, row) for row in scores])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def replace_table(document: Path, table: str) -> None:
+    """Put `table` between the marker lines of a document.
+
+    Raises:
+        SystemExit: the markers are not there.
+    """
+    text = document.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        sys.exit(f"error: {document} needs one line {BEGIN!r} and one {END!r} after it")
+    before, rest = text.split(BEGIN)
+    document.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("quickstart", "benchmark"))
+    parser.add_argument("folder", type=Path, help="of the runs")
+    parser.add_argument("--document", type=Path, help="Markdown file to put the table into")
+    parser.add_argument("--picture", type=Path, help="bars to paint")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, and write what was asked for."""
+    args = get_args(argv)
+    if args.what == "quickstart":
+        table = quickstart_table(args.folder)
+    else:
+        scores = collect(args.folder)
+        if not scores:
+            sys.exit(f"error: {args.folder} holds no results (seed-S/ROW/COLUMN/log.txt)")
+        table = benchmark_table(scores)
+        write_csv(scores, args.folder / "results.csv")
+        if args.picture:
+            paint(scores, args.picture)
+    print(table)
+    if args.document:
+        replace_table(args.document, table)
+
+
+if __name__ == "__main__":
+    main()

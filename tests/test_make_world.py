@@ -1,0 +1,147 @@
+"""The mini world: lists and clips, parts that share nothing, labels that no single frame gives away."""
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "mini"))
+import make_world
+from make_world import COUNTS, FRAMES, MOTIONS, SIDE, SIZES, SPLITS, TASKS, motion_track
+
+from datasets import VideoList, read_frames
+from object_overlay import find_objects
+
+OPTIONS = ["--pretrain_clips", "4", "--train_clips", "20", "--val_clips", "4", "--test_clips", "4"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a world")  # with a space
+    make_world.main([str(folder), *OPTIONS])
+    return folder
+
+
+def test_labelled_lists(world):
+    for task, classes in zip(TASKS, (8, 20, 4)):
+        assert len((world / task / "classes.txt").read_text().splitlines()) == classes
+        for split, number in zip(SPLITS, (20, 4, 4)):
+            videos = VideoList(str(world / task / f"{split}.csv"), classes)
+            assert len(videos) == number and np.ptp(np.bincount(videos.labels, minlength=classes)) <= 1
+            frames = read_frames(videos.path(number - 1), np.arange)
+            assert frames.shape == (FRAMES, SIDE, SIDE, 3) and frames.std() > 5
+
+
+def test_pretraining_lists(world):
+    natural, black = (VideoList(str(world / "pretrain" / f"{name}.csv")) for name in ("train", "black"))
+    assert len(natural) == len(black) == 4
+    assert read_frames(natural.path(0), np.arange).std() > 5
+    assert read_frames(black.path(3), np.arange).max() < 8  # black, as far as a codec leaves it
+
+
+def test_objects_of_pretraining_and_of_tasks_are_others(world):
+    seen, unseen = (set(find_objects(str(world / folder))) for folder in ("objects", "unseen"))
+    assert len(seen) > 200 and len(unseen) > 60 and not seen & unseen
+    classes = (world / "object" / "classes.txt").read_text().splitlines()
+    assert set(classes) <= {Path(name).stem for name in unseen}
+    assert "OpenMoji" in (world / "objects" / "CREDITS.txt").read_text()
+    for name in sorted(seen)[::20]:
+        picture = np.asarray(Image.open(world / "objects" / name))
+        assert picture.shape[2] == 4 and picture[..., 3].max() == 255
+        assert np.ptp(picture[picture[..., 3] == 255][:, :3], axis=0).max() > 50, "drawn in one colour"
+
+
+def test_parts_share_no_frames():
+    parts = sorted(SPLITS.values())
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(parts))
+
+
+def test_a_world_depends_on_its_seed_alone_and_is_not_made_twice(world, tmp_path, capsys):
+    make_world.main([str(tmp_path), *OPTIONS, "--tasks", "motion"])
+    made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.[mp][pn][4g]")]
+    assert len(made) > 300 and all((world / path).read_bytes() == (tmp_path / path).read_bytes() for path in made)
+    videos = [make_world.read_video(make_world.VIDEOS[3], 2 * SIDE)]
+    assert list(make_world.write_pretraining(tmp_path, videos, 1, 1)) == [None]
+    assert (world / "videos" / "pretrain-0000.mp4").read_bytes() != (tmp_path / "videos/pretrain-0000.mp4").read_bytes()
+    make_world.main([str(world), *OPTIONS])
+    assert "is there" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other options"):
+        make_world.main([str(world), "--train_clips", "30"])
+
+
+def named_motion(centres, sizes):
+    """The class of a track, read off its steps by hand."""
+    steps = (np.diff(centres, axis=0) + SIDE / 2) % SIDE - SIDE / 2
+    if np.ptp(sizes) > 1e-6:
+        return "growing" if np.median(np.diff(sizes)) > 0 else "shrinking"
+    turn = np.cross(np.pad(steps[:-1], ((0, 0), (0, 1))), np.pad(steps[1:], ((0, 0), (0, 1))))[:, 2]
+    if np.abs(turn).min() > 1e-6:  # the y axis points down
+        return "clockwise" if turn.min() > 0 else "counter-clockwise"
+    x, y = steps.sum(axis=0)
+    return ("right" if x > 0 else "left") if abs(x) > abs(y) else ("down" if y > 0 else "up")
+
+
+@pytest.mark.parametrize("label", range(len(MOTIONS)))
+def test_motions_are_what_they_are_called(label):
+    rng = np.random.default_rng(label)
+    assert all(named_motion(*motion_track(rng, label)) == MOTIONS[label] for _ in range(50))
+
+
+def test_counts_are_passes():
+    rng = np.random.default_rng(0)
+    for label in range(len(COUNTS)):
+        for _ in range(20):
+            centres, _ = make_world.count_track(rng, label)
+            assert centres.min() >= 0 and centres.max() <= SIDE
+            steps = np.diff(centres, axis=0)
+            forward = np.sign(np.round(steps @ steps[0], 6))
+            assert (np.diff(forward[forward != 0]) != 0).sum() == label, "as many turns as passes, less one"
+
+
+def test_position_and_size_of_a_frame_tell_nothing_of_the_motion():
+    """In every frame of every class they are uniform: Kolmogorov-Smirnov, 8 classes × 8 frames × 3 values."""
+    low, high = np.log(SIZES)
+    worst = 1.0
+    for label in range(len(MOTIONS)):
+        rng = np.random.default_rng((1, label))
+        tracks = [motion_track(rng, label) for _ in range(1000)]
+        for t in range(FRAMES):
+            x, y = (np.array([centres[t, axis] for centres, _ in tracks]) / SIDE for axis in (0, 1))
+            size = (np.log([sizes[t] for _, sizes in tracks]) - low) / (high - low)
+            worst = min(worst, *(stats.kstest(values, "uniform").pvalue for values in (x, y, size)))
+    assert worst > 1e-3 / 192  # Bonferroni
+
+
+def test_a_classifier_of_single_frames_is_at_chance():
+    """Ridge regression on the pixels of one frame, against the same on what changes from frame to frame."""
+    rng = np.random.default_rng(5)
+    background = rng.integers(0, 256, (16, SIDE, SIDE, 3), dtype=np.uint8)
+    disc = np.hypot(*np.mgrid[-1:1:32j, -1:1:32j]) < 1
+    sprite = np.repeat((255 * disc).astype(np.uint8)[..., None], 4, axis=2)
+    labels = np.arange(700) % 2  # left and right
+    clips = np.stack([make_world.labelled_clip(rng, "motion", label, background, [sprite]) for label in labels])
+    small = clips.astype(np.float64).mean(axis=4).reshape(-1, FRAMES, 16, 4, 16, 4).mean(axis=(3, 5))
+
+    def right(features):
+        features = features.reshape(len(features), -1)
+        features = (features - features.mean(axis=0)) / features.std(axis=0)
+        train, test = features[:500], features[500:]
+        weights = np.linalg.solve(train.T @ train + 300 * np.eye(train.shape[1]), train.T @ (labels[:500] - 0.5))
+        return ((test @ weights > 0) == labels[500:]).mean()
+
+    chance_error = 0.5 / 200**0.5
+    for t in (0, FRAMES - 1):
+        assert abs(right(small[:, t]) - 0.5) < 4 * chance_error
+    change = small[:, 1:] - small[:, :-1]
+    moved = np.stack([change[:, :, :, 1:] * small[:, 1:, :, :-1], change[:, :, :, :-1] * small[:, 1:, :, 1:]], axis=1)
+    assert right(moved.mean(axis=(2, 3, 4))) > 0.5 + 8 * chance_error
+
+
+@pytest.mark.parametrize("module", ["skvideo", "no_such_module"])
+def test_a_missing_package_says_what_to_install(module):
+    with pytest.raises(SystemExit, match=r"pip install .*a-package==1"):
+        make_world.package_file(module, "a-package==1", "datasets/data/none.mp4")
