@@ -223,7 +223,9 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 def progress(items: Iterable[T], title: str) -> Iterator[T]:
-    """Pass items on beside a progress bar, which is gone afterwards; on a terminal and in the first process only."""
+    """Pass items on beside a progress bar, which is gone afterwards; where there is no terminal, a line says it all."""
+    if not sys.stderr.isatty():
+        logger.info("%s begins", title)
     yield from tqdm(items, title, disable=rank() > 0 or not sys.stderr.isatty(), leave=False)
 
 

@@ -94,7 +94,7 @@ def run(server, tmp_path):
         if start_only:
             return started[0]
         for process in started:
-            process.join(120)
+            process.join(300)
             if process.exitcode is None:
                 process.kill()
         texts = [output.with_suffix(suffix).read_text() for output in outputs for suffix in (".out", ".err")]
@@ -146,7 +146,7 @@ def trained(server, custom, tmp_path_factory):
     argv = [*custom, *TRAIN, "--epochs", EPOCHS, "--output_dir", folder / "run", "--save_ckpt_freq", "100"]
     process = server.Process(target=program, args=([str(a) for a in argv], folder / "text", {}))
     process.start()
-    process.join(200)
+    process.join(300)
     text = (folder / "text.out").read_text() + (folder / "text.err").read_text()
     assert process.exitcode == 0, text
     return SimpleNamespace(folder=folder / "run", text=text, best=folder / "run" / "checkpoint-best.pth")

@@ -88,7 +88,7 @@ class Run:
         path = Path(f"{self.output}.{name}")
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=300):
         """Until its standard output has a text."""
         end, alive = time.monotonic() + seconds, True
         while text not in self.read("out"):
@@ -96,7 +96,7 @@ class Run:
             time.sleep(0.003)
             alive = self.process.is_alive()
 
-    def end(self, seconds=90):
+    def end(self, seconds=300):
         """Its exit code and what it said."""
         self.process.join(seconds)
         self.stop()

@@ -171,9 +171,9 @@ def in_child(function, *args):
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(60) else (None, "no answer in a minute")
+        return ours.recv() if ours.poll(300) else (None, "no answer in five minutes")
     except EOFError:
-        process.join(10)
+        process.join(60)
         return None, f"died: {process.exitcode}"
     finally:
         process.kill()

@@ -128,7 +128,7 @@ def run(clips, tmp_path_factory):
         for process in started:
             process.start()
         for process in started:
-            process.join(120)
+            process.join(300)
             process.kill()
         codes = [process.exitcode for process in started]
         assert set(codes) == {code}, output.read_text()[-3000:]

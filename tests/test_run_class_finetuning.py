@@ -201,11 +201,11 @@ def test_a_signal_ends_a_validation_which_is_made_later(run, custom, data, tmp_p
         (tmp_path / "lists" / f"{name}.csv").write_text(lines * times)
     argv = [*custom, *TRAIN, "--data_path", tmp_path / "lists", "--epochs", "1", "--output_dir", tmp_path / "run"]
     process = run(*argv, start_only=True)
-    console = tmp_path / "rank0.err"
-    while process.exitcode is None and not (console.exists() and "validation" in console.read_text()):
+    console = tmp_path / "rank0.out"
+    while process.exitcode is None and not (console.exists() and "validation begins" in console.read_text()):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == EXIT_REQUEUE and not (tmp_path / "run" / "log.txt").exists()
     for name in ("val", "test"):
         (tmp_path / "lists" / f"{name}.csv").write_text(lines)
@@ -224,7 +224,7 @@ def command_line(*argv, cwd, launcher=()):
         [sys.executable, *launcher, ROOT / NAME, *map(str, argv)],
         cwd=cwd,
         text=True,
-        timeout=200,
+        timeout=300,
         capture_output=True,
         env={**env, "OMP_NUM_THREADS": "1"},
     )

@@ -124,7 +124,7 @@ def two_processes(data_args, reference, tmp_path_factory):
         [str(word) for word in command],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr

@@ -105,7 +105,7 @@ def test_all_problems_are_told_at_once_on_the_command_line(wrong_files):
         "--output_dir",
         wrong_files / "run",
     ]
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, timeout=300)
     lines = result.stderr.splitlines()
     assert result.returncode == 1 and lines[0].startswith("error: ") and len(lines) == 4
     for word in ("label.csv, line 2", "--mask_ratio 1.2", "--objects_path", "--first_stage_path x.pth"):

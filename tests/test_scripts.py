@@ -53,7 +53,7 @@ def run(tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         return result, [line.split("\0")[:-1] for line in log.read_text().splitlines()]
 

@@ -127,7 +127,7 @@ class Run:
         """All console lines in which the pattern is found."""
         return [line for line in list(self.lines) if re.search(pattern, line)]
 
-    def wait_for(self, pattern, count=1, timeout=240):
+    def wait_for(self, pattern, count=1, timeout=300):
         """Wait until so many lines match; False if the program ends before."""
         deadline = time.monotonic() + timeout
         while len(self.find(pattern)) < count:
@@ -186,7 +186,7 @@ def children(pid):
     return sorted(found)
 
 
-def gone(pids, seconds=30):
+def gone(pids, seconds=120):
     """Whether none of these processes is left within so many seconds."""
     deadline = time.monotonic() + seconds
     while any(
