@@ -28,35 +28,32 @@ LATEST = "checkpoint-latest.pth"
 NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
 MODEL_KEYS = ("model", "module", "state_dict", "model_state")
 MAX_FAILED_SAVES = 3  # in a row
-HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
+HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
 
 
 def local_path(path: str) -> str:
-    """Where a weight file lies: `path` itself, but ``hf://owner/repo/file`` in huggingface_hub's cache, fetched if new.
-
-    ``hf://owner/repo@revision/file`` takes a branch, tag or commit. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and the like
-    are huggingface_hub's own.
+    """Where a weight file lies: `path` itself, or for ``hf://owner/repo[@revision]/file`` a place in huggingface_hub's
+    cache, after fetching it if need be. Its own variables apply: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 
     Raises:
-        RunError: not of this form, no such file there, or neither cached nor to be fetched.
+        RunError: not of this form, or neither cached nor to be fetched.
     """
-    if not path.startswith("hf://"):
-        return path
     match = HUB.fullmatch(path)
     if not match:
-        raise RunError(f"{path}: write hf://owner/repo/path/of/the/file")
-    repo, revision, file = match["repo"], match["revision"], match["file"]
+        if path.startswith("hf:"):
+            raise RunError(f"{path}: write hf://owner/repo/path/of/the/file")
+        return path
+    repo, revision, file = match.groups()
     try:
         return hf_hub_download(repo, file, revision=revision)
     except LocalEntryNotFoundError as error:
         raise RunError(
-            f"{path} is not in the cache {constants.HF_HUB_CACHE} and cannot be fetched (offline?): download "
-            f"{hf_hub_url(repo, file, revision=revision)} on another machine and give the path of the file instead, or "
-            f"copy the folder models--{repo.replace('/', '--')} of that machine's cache into this one"
+            f"{path} is not in {constants.HF_HUB_CACHE} and cannot be fetched from here: download "
+            f"{hf_hub_url(repo, file, revision=revision)} elsewhere and name that file instead, or put "
+            f"models--{repo.replace('/', '--')} of another machine's cache into this one"
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"{path}: cannot be fetched ({reason[:160]})") from error
+        raise RunError(f"{path}: cannot be fetched ({str(error).splitlines()[0][:160]})") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -26,8 +26,9 @@ def _entry_point(build: collections.abc.Callable[..., torch.nn.Module]) -> colle
         weights = checkpoints.model_weights(checkpoints.read_checkpoint(path), path)
         if build.__name__ in modeling_pretrain.MODELS:
             depth = len({name.split(".")[2] for name in weights if name.startswith("decoder.blocks.")})
-            out_dim = len(weights.get("decoder.head.bias", ()))
-            model = build(**{"decoder_depth": depth, "decoder_num_classes": out_dim} | kwargs)
+            if depth and "decoder.head.bias" in weights:
+                kwargs = {"decoder_depth": depth, "decoder_num_classes": len(weights["decoder.head.bias"])} | kwargs
+            model = build(**kwargs)
             checkpoints.load_strictly(model, path)
             return model
         classes = len(weights.get("head.bias", ()))

@@ -137,13 +137,13 @@ def new_model(size: Size, classes: int = 0, decoder_depth: int = 0, out_dim: int
     return nn.ModuleDict({"encoder": Encoder(size, 0.0, False)})
 
 
-def load_ours(path: Path) -> nn.Module:
-    """The model in a file of ours.
+def load_ours(checkpoint: dict, path: Path) -> nn.Module:
+    """The model whose weights a checkpoint holds.
 
     Raises:
-        RunError: unreadable, or of no model of ours.
+        RunError: they are of no model of ours.
     """
-    weights = model_weights(read_checkpoint(path), path)
+    weights = model_weights(checkpoint, path)
     classes, out_dim = (len(weights.get(name, ())) for name in ("head.bias", "decoder.head.bias"))
     model = new_model(size_of(weights), classes, count(weights, "decoder.blocks."), out_dim)
     try:
@@ -181,9 +181,8 @@ def load_theirs(folder: Path) -> PreTrainedModel:
     return model
 
 
-def read_theirs(folder: Path) -> tuple[Weights, list[str]]:
-    """The weights in a folder of theirs under our names, and the names of the classes, if they have any."""
-    model = load_theirs(folder)
+def read_theirs(model: PreTrainedModel, folder: Path) -> Weights:
+    """The weights of their model under our names; `folder` is where it comes from."""
     config, inside = model.config, "videomae." if isinstance(model, VideoMAEModel) else ""
     biases = {".query.bias": ".q_bias", ".value.bias": ".v_bias"}  # as transformers 5 names them in memory
     theirs = {}
@@ -201,12 +200,21 @@ def read_theirs(folder: Path) -> tuple[Weights, list[str]]:
     weights = to_ours(theirs, list(ours.state_dict()))
     if isinstance(model, VideoMAEModel) and (folder / DECODER).is_file():
         weights |= load_file(folder / DECODER)
+    return weights
+
+
+def read_class_names(model: PreTrainedModel) -> list[str]:
+    """The names of the classes in their config, unless they are those of no name."""
+    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    return [] if names == [f"LABEL_{label}" for label in range(len(names))] else names
+
+
+def check_normalisation(folder: Path) -> None:
+    """Warn if their model saw clips that were normalised in another way than ours."""
     if (folder / "preprocessor_config.json").is_file():
         processor = VideoMAEImageProcessor.from_pretrained(folder)
         if (tuple(processor.image_mean), tuple(processor.image_std)) != IMAGENET:
             logger.warning("%s was trained with another normalisation than ImageNet's, which is ours", folder)
-    names = [config.id2label[label] for label in range(config.num_labels)]
-    return weights, [] if names == [f"LABEL_{label}" for label in range(config.num_labels)] else names
 
 
 def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes: list[str]) -> None:
@@ -260,22 +268,22 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
 
 
 @torch.inference_mode()
-def run_model(path: Path, clip: torch.Tensor, mask: torch.Tensor, whole: bool) -> torch.Tensor:
-    """What the model in a file or folder says of a clip ``[1, 3, T, H, W]``.
+def run_model(model: nn.Module, clip: torch.Tensor, mask: torch.Tensor, whole: bool) -> torch.Tensor:
+    """What a model of either side says of a clip ``[1, 3, T, H, W]``.
 
     Args:
         mask: bool ``[1, N]``, for models of pretraining.
-        whole: else a pretraining model stops after its encoder.
+        whole: else a pretraining model of ours stops after its encoder.
     Returns:
         logits ``[1, C]``, predictions ``[1, N_masked, out_dim]``, or encoded visible tokens ``[1, N_visible, D]``.
     """
-    if path.is_dir():
-        model, clip = load_theirs(path).eval().to(clip.dtype), clip.transpose(1, 2)
-        if isinstance(model, VideoMAEForVideoClassification):
-            return model(clip).logits
-        output = model(clip, mask)
-        return output.last_hidden_state if isinstance(model, VideoMAEModel) else output.logits
-    model = load_ours(path).eval().to(clip.dtype)
+    model = model.eval().to(clip.dtype)
+    if isinstance(model, VideoMAEForVideoClassification):
+        return model(clip.transpose(1, 2)).logits
+    if isinstance(model, VideoMAEForPreTraining):
+        return model(clip.transpose(1, 2), mask).logits
+    if isinstance(model, VideoMAEModel):
+        return model(clip.transpose(1, 2), mask).last_hidden_state
     if isinstance(model, VisionTransformer):
         return model(clip)
     if whole and isinstance(model, PretrainVisionTransformer):
@@ -283,41 +291,15 @@ def run_model(path: Path, clip: torch.Tensor, mask: torch.Tensor, whole: bool) -
     return model.encoder(clip, split_tokens(mask)[0])
 
 
-def difference(first: Path, second: Path, frames: int, side: int) -> float:
+def difference(first: nn.Module, second: nn.Module, frames: int, side: int) -> float:
     """Largest difference between what two models say of a random clip, in float64, where rounding plays no part."""
-    with user_errors():
-        t, h, w = token_grid(frames, side, side)
+    t, h, w = token_grid(frames, side, side)
     rng = torch.Generator().manual_seed(0)
     clip = torch.randn(1, 3, frames, side, side, generator=rng, dtype=torch.float64)
     mask = torch.randperm(t * h * w, generator=rng)[None] < t * h * w // 2
-    whole = not any(path.is_dir() and isinstance(load_theirs(path), VideoMAEModel) for path in (first, second))
-    outputs = [run_model(path, clip, mask, whole) for path in (first, second)]
+    whole = not isinstance(first, VideoMAEModel) and not isinstance(second, VideoMAEModel)
+    outputs = [run_model(model, clip, mask, whole) for model in (first, second)]
     return (outputs[0] - outputs[1]).abs().max().item()
-
-
-def clip_shape(source: Path, frames: int, side: int) -> tuple[int, int]:
-    """Frames and side of the clips: as said, else as the source says, else 16 and 224."""
-    if source.is_dir():
-        config = load_theirs(source).config
-        known = (config.num_frames, config.image_size if isinstance(config.image_size, int) else config.image_size[0])
-    else:
-        args = read_checkpoint(source).get("args")
-        known = (getattr(args, "num_frames", 16), getattr(args, "input_size", 224))
-    return frames or known[0], side or known[1]
-
-
-def convert(source: Path, draft: Path, frames: int, side: int, classes: list[str]) -> list[str]:
-    """Write `draft`, a file or a folder by its ending; returns the names of the classes, if known."""
-    if source.is_dir():
-        weights, classes = read_theirs(source)
-    else:
-        weights = model_weights(read_checkpoint(source), source)
-        load_ours(source)  # or an error
-    if draft.suffix in FILES:
-        write_ours(weights, draft)
-    else:
-        write_theirs(weights, draft, frames, side, classes)
-    return classes
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -340,16 +322,33 @@ def main(args: argparse.Namespace) -> None:
     source, destination = Path(local_path(args.source)), Path(args.destination)
     if destination.exists():
         raise RunError(f"{destination} is already there; remove it or choose another name")
-    if source.is_dir() and destination.suffix not in FILES:
-        raise RunError(f"{destination}: from a folder to a file, so end it in {', '.join(FILES)}")
     with user_errors():
         classes = Path(args.classes).read_text().splitlines() if args.classes else []
         destination.parent.mkdir(parents=True, exist_ok=True)
-    frames, side = clip_shape(source, args.num_frames, args.input_size)
-    with TemporaryDirectory(dir=destination.parent) as folder:
+
+    if source.is_dir():
+        if destination.suffix not in FILES:
+            raise RunError(f"{destination}: from a folder to a file, so end it in {', '.join(FILES)}")
+        model = load_theirs(source)
+        check_normalisation(source)
+        weights, classes, side = read_theirs(model, source), read_class_names(model), model.config.image_size
+        frames, side = model.config.num_frames, side if isinstance(side, int) else side[0]
+    else:
+        checkpoint = read_checkpoint(source)
+        model = load_ours(checkpoint, source)
+        weights, trained = model.state_dict(), checkpoint.get("args")
+        frames, side = getattr(trained, "num_frames", 16), getattr(trained, "input_size", 224)
+    frames, side = args.num_frames or frames, args.input_size or side
+
+    with user_errors(), TemporaryDirectory(dir=destination.parent) as folder:
         draft = Path(folder) / destination.name
-        classes = convert(source, draft, frames, side, classes)
-        gap = difference(source, draft, frames, side)
+        if draft.suffix in FILES:
+            write_ours(weights, draft)
+        else:
+            write_theirs(weights, draft, frames, side, classes)
+        gap = difference(
+            model, load_theirs(draft) if draft.is_dir() else load_ours(read_checkpoint(draft), draft), frames, side
+        )
         if not gap <= args.tolerance:
             raise RunError(
                 f"{destination} was not written: its output differs from that of {args.source} by {gap:.2g}, more than "
