@@ -108,7 +108,7 @@ def names_read():
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_option_is_read(program):
     options = vars(importlib.import_module(program).get_args(["--data_path", "x"])).keys()
-    assert len(options) > 40 and not options - names_read()
+    assert len(options) > 15 and not options - names_read()
 
 
 # Sizes and habits -----------------------------------------------------------------------------------------------
