@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -28,6 +30,32 @@ NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
 MODEL_KEYS = ("model", "module", "state_dict", "model_state")
 MAX_FAILED_SAVES = 3  # in a row
 LOCK_SECONDS = 10.0  # the run that another one replaces may still be dying
+HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
+
+
+def local_path(path: str) -> str:
+    """Where a weight file lies: `path` itself, or for ``hf://owner/repo[@revision]/file`` a place in huggingface_hub's
+    cache, after fetching it if need be. Its own variables apply: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+
+    Raises:
+        RunError: not of this form, or neither cached nor to be fetched.
+    """
+    match = HUB.fullmatch(path)
+    if not match:
+        if path.startswith("hf:"):
+            raise RunError(f"{path}: write hf://owner/repo/path/of/the/file")
+        return path
+    repo, revision, file = match.groups()
+    try:
+        return hf_hub_download(repo, file, revision=revision)
+    except LocalEntryNotFoundError as error:
+        raise RunError(
+            f"{path} is not in {constants.HF_HUB_CACHE} and cannot be fetched from here: download "
+            f"{hf_hub_url(repo, file, revision=revision)} elsewhere and name that file instead, or put "
+            f"models--{repo.replace('/', '--')} of another machine's cache into this one"
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be fetched ({str(error).splitlines()[0][:160]})") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ What the scores amount to, and the files of a test, are in metrics.py.
 import itertools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +28,7 @@ from video_transforms import channel_stats, normalize_clips
 SOFTMAX = partial(torch.softmax, dim=-1)
 
 
-def unbatched(loader: DataLoader, order: range, videos: VideoList) -> Iterator:
+def unbatched(loader: DataLoader, order: Sequence[int], videos: VideoList) -> Iterator:
     """The samples of a validation or test; a worker that hangs or dies stops the run with the videos it may have had.
 
     Args:
@@ -74,9 +74,11 @@ class Evaluator:
     def __post_init__(self):
         self.norm = channel_stats("imagenet", self.device)
 
-    def loader(self, videos: VideoList, read_views: ViewReader) -> Iterator[EvalSample]:
-        """This process's share of a list; over all processes every video comes once."""
-        mine = range(rank(), len(videos), world_size())
+    def loader(
+        self, videos: VideoList, read_views: ViewReader, mine: Sequence[int] | None = None
+    ) -> Iterator[EvalSample]:
+        """These lines of a list, or this process's share of it: over all processes every video comes once."""
+        mine = range(rank(), len(videos), world_size()) if mine is None else mine
         loader = DataLoader(
             EvalDataset(videos, read_views),
             batch_size=None,

@@ -14,11 +14,11 @@ die() {
   exit 1
 }
 
-# require_paths NAME...: the files or folders that these variables name must exist.
+# require_paths NAME...: the files or folders that these variables name must exist, unless they lie on the hub.
 require_paths() {
   local name
   for name in "$@"; do
-    [[ -e ${!name} ]] || die "$name=${!name}: no such file or folder (edit the top of $0, or set $name)"
+    [[ -e ${!name} || ${!name} == hf://* ]] || die "$name=${!name}: no such file or folder (edit the top of $0, or set $name)"
   done
 }
 

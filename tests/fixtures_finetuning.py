@@ -60,14 +60,14 @@ METRICS = ("acc1", "class_acc1", "acc5", "class_acc5", "videos", "views", "unrea
 # Running the program --------------------------------------------------------------------------------------------
 
 
-def program(argv, output, env):
-    """Be ``python run_class_finetuning.py ARGV``."""
+def program(argv, output, env, file=NAME):
+    """Be ``python run_class_finetuning.py ARGV``, or another program."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
     torch.set_num_threads(1)
-    sys.argv = [NAME, *argv]
-    runpy.run_path(str(ROOT / NAME), run_name="__main__")
+    sys.argv = [file, *argv]
+    runpy.run_path(str(ROOT / file), run_name="__main__")
 
 
 @pytest.fixture(scope="session")
@@ -80,14 +80,15 @@ def server():
 def run(server, tmp_path):
     """Run the program to its end, in one or more processes: code, and the first one's stdout and stderr."""
 
-    def run(*argv, processes=1, start_only=False):
+    def run(*argv, processes=1, start_only=False, file=NAME):
         env = [{}]
         if processes > 1:
             shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             env = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         outputs = [tmp_path / f"rank{rank}" for rank in range(processes)]
         started = [
-            server.Process(target=program, args=([str(a) for a in argv], output, e)) for output, e in zip(outputs, env)
+            server.Process(target=program, args=([str(a) for a in argv], output, e, file))
+            for output, e in zip(outputs, env)
         ]
         for process in started:
             process.start()

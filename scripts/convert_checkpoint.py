@@ -1,0 +1,366 @@
+"""Carry weights to Hugging Face's transformers (VideoMAE) and back, and between .pth and .safetensors.
+
+    python scripts/convert_checkpoint.py finetuned.pth videomae_folder --classes classes.txt
+    python scripts/convert_checkpoint.py videomae_folder finetuned.pth
+    python scripts/convert_checkpoint.py finetuned.pth finetuned.safetensors
+
+A destination that ends in .pth, .pt or .safetensors is a file of this project, any other one a folder for
+``from_pretrained``. What was written is read again and run on a random clip; unless its output is that of the source,
+nothing is left. A fine-tuned model becomes VideoMAEForVideoClassification, one pretrained on pixels
+VideoMAEForPreTraining. That class has no room for other targets: of a model pretrained on them the encoder becomes
+VideoMAEModel, and the decoder lies beside it for the way back.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessor,
+    VideoMAEModel,
+)
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoints import local_path, model_weights, read_checkpoint, write_atomically
+from modeling_finetune import PATCH_SIZE, SIZES, TUBELET_SIZE, Size, VisionTransformer, token_grid
+from modeling_pretrain import Encoder, PretrainVisionTransformer, split_tokens
+from utils import RunError, logger, run_main, setup_logging, user_errors
+
+Weights = dict[str, torch.Tensor]
+FILES = (".pth", ".pt", ".safetensors")
+DECODER = "smile_decoder.safetensors"  # beside a VideoMAEModel, under our names
+IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+KINDS = {kind.__name__: kind for kind in (VideoMAEForVideoClassification, VideoMAEForPreTraining, VideoMAEModel)}
+PIXELS = 3 * TUBELET_SIZE * PATCH_SIZE**2
+PATCHES, LAYERS = "videomae.embeddings.patch_embeddings.projection", "videomae.encoder.layer"
+# Our names and theirs: of modules, and of the parts of a block.
+MODULES = {
+    "patch_embed.proj": PATCHES,
+    "encoder.patch_embed.proj": PATCHES,
+    "blocks": LAYERS,
+    "encoder.blocks": LAYERS,
+    "encoder.norm": "videomae.layernorm",
+    "decoder.blocks": "decoder.decoder_layers",
+    "head": "classifier",
+}
+PARTS = {
+    "norm1": "layernorm_before",
+    "attn": "attention.attention",
+    "attn.qkv": "attention.attention.{}",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+# Names ----------------------------------------------------------------------------------------------------------
+
+
+def their_names(name: str) -> list[str]:
+    """Under which names one of our tensors stands in their files: one, or three that share out its first axis."""
+    block = re.fullmatch(r"(.+)\.(\d+)\.(.+)\.(\w+)", name)
+    if block:
+        stack, number, part, leaf = block.groups()
+        theirs = f"{MODULES[stack]}.{number}.{PARTS[part]}.{leaf}"
+        return [theirs.format(part) for part in ("query", "key", "value")] if part == "attn.qkv" else [theirs]
+    module, dot, leaf = name.rpartition(".")
+    return [MODULES.get(module, module) + dot + leaf]
+
+
+def to_theirs(weights: Weights) -> Weights:
+    """Our tensors under their names."""
+    return {
+        name: part.clone()  # safetensors takes no views
+        for ours, value in weights.items()
+        for name, part in zip(their_names(ours), value.chunk(len(their_names(ours))))
+    }
+
+
+def to_ours(theirs: Weights, names: list[str]) -> Weights:
+    """Their tensors under our `names`.
+
+    Raises:
+        RunError: some are not there.
+    """
+    missing = [part for name in names for part in their_names(name) if part not in theirs]
+    if missing:
+        raise RunError(f"the Hugging Face model lacks {missing[0]} (and {len(missing) - 1} more)")
+    return {name: torch.cat([theirs[part] for part in their_names(name)]) for name in names}
+
+
+# Our side -------------------------------------------------------------------------------------------------------
+
+
+def count(weights: Weights, prefix: str) -> int:
+    """Blocks whose names begin with `prefix`."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
+
+
+def find_size(width: int, depth: int) -> Size:
+    """The size of ours that is so wide and deep.
+
+    Raises:
+        RunError: there is none.
+    """
+    for size in SIZES.values():
+        if (size.embed_dim, size.depth) == (width, depth):
+            return size
+    raise RunError(f"no model of this project has {depth} blocks of width {width}")
+
+
+def size_of(weights: Weights) -> Size:
+    """The size of the model whose weights these are, by our names; RunError if there is none."""
+    prefix = "" if "head.bias" in weights else "encoder."
+    return find_size(len(weights.get(f"{prefix}patch_embed.proj.bias", ())), count(weights, f"{prefix}blocks."))
+
+
+def new_model(size: Size, classes: int = 0, decoder_depth: int = 0, out_dim: int = 0) -> nn.Module:
+    """A classifier, a pretraining model, or the encoder of one under the names it has there."""
+    if classes:
+        return VisionTransformer(size, num_classes=classes)
+    if out_dim:
+        return PretrainVisionTransformer(size, decoder_depth, out_dim)
+    return nn.ModuleDict({"encoder": Encoder(size, 0.0, False)})
+
+
+def load_ours(checkpoint: dict, path: Path) -> nn.Module:
+    """The model whose weights a checkpoint holds.
+
+    Raises:
+        RunError: they are of no model of ours.
+    """
+    weights = model_weights(checkpoint, path)
+    classes, out_dim = (len(weights.get(name, ())) for name in ("head.bias", "decoder.head.bias"))
+    model = new_model(size_of(weights), classes, count(weights, "decoder.blocks."), out_dim)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # its second line names the first tensors
+        raise RunError(f"{path}: {str(error).splitlines()[1].strip()[:160]}") from error
+    return model
+
+
+def write_ours(weights: Weights, path: Path) -> None:
+    """Write weights as a checkpoint."""
+    if path.suffix == ".safetensors":
+        save_file({name: value.contiguous() for name, value in weights.items()}, path, {"format": "pt"})
+    else:
+        write_atomically({"model": weights}, path)
+
+
+# Their side -----------------------------------------------------------------------------------------------------
+
+
+def load_theirs(folder: Path) -> PreTrainedModel:
+    """The model in a folder of theirs.
+
+    Raises:
+        RunError: not VideoMAE, or incomplete.
+    """
+    if not (folder / "config.json").is_file():
+        raise RunError(f"{folder}: no config.json in it, so no Hugging Face model")
+    kind = (AutoConfig.from_pretrained(folder).architectures or ["model of no name"])[0]
+    if kind not in KINDS:
+        raise RunError(f"{folder}: holds a {kind}, none of {', '.join(KINDS)}")
+    model, report = KINDS[kind].from_pretrained(folder, output_loading_info=True)
+    if report["missing_keys"]:
+        raise RunError(f"{folder}: lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model
+
+
+def read_theirs(model: PreTrainedModel, folder: Path) -> Weights:
+    """The weights of their model under our names; `folder` is where it comes from."""
+    config, inside = model.config, "videomae." if isinstance(model, VideoMAEModel) else ""
+    biases = {".query.bias": ".q_bias", ".value.bias": ".v_bias"}  # as transformers 5 names them in memory
+    theirs = {}
+    for name, value in model.state_dict().items():
+        ending = next((ending for ending in biases if name.endswith(ending)), "")
+        theirs[inside + name.removesuffix(ending) + biases.get(ending, "")] = value
+    size = find_size(config.hidden_size, config.num_hidden_layers)
+    with torch.device("meta"):
+        if isinstance(model, VideoMAEForVideoClassification):
+            ours = new_model(size, classes=config.num_labels)
+        elif isinstance(model, VideoMAEForPreTraining):
+            ours = new_model(size, decoder_depth=config.decoder_num_hidden_layers, out_dim=PIXELS)
+        else:
+            ours = new_model(size)
+    weights = to_ours(theirs, list(ours.state_dict()))
+    if isinstance(model, VideoMAEModel) and (folder / DECODER).is_file():
+        weights |= load_file(folder / DECODER)
+    return weights
+
+
+def read_class_names(model: PreTrainedModel) -> list[str]:
+    """The names of the classes in their config, unless they are those of no name."""
+    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    return [] if names == [f"LABEL_{label}" for label in range(len(names))] else names
+
+
+def check_normalisation(folder: Path) -> None:
+    """Warn if their model saw clips that were normalised in another way than ours."""
+    if (folder / "preprocessor_config.json").is_file():
+        processor = VideoMAEImageProcessor.from_pretrained(folder)
+        if (tuple(processor.image_mean), tuple(processor.image_std)) != IMAGENET:
+            logger.warning("%s was trained with another normalisation than ImageNet's, which is ours", folder)
+
+
+def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes: list[str]) -> None:
+    """Write weights of ours as a folder of theirs: config, names of the classes, weights, image processor.
+
+    Raises:
+        RunError: as many classes as the head does not have.
+    """
+    size, labels, beside = size_of(weights), len(weights.get("head.bias", ())), {}
+    if classes and len(classes) != labels:
+        raise RunError(f"--classes names {len(classes)} classes, the head has {labels}")
+    kind = "VideoMAEForVideoClassification" if labels else "VideoMAEForPreTraining"
+    if not labels and len(weights.get("decoder.head.bias", ())) != PIXELS:
+        kind, beside = "VideoMAEModel", {n: value for n, value in weights.items() if not n.startswith("encoder.")}
+    theirs = to_theirs({name: value for name, value in weights.items() if name not in beside})
+    if kind == "VideoMAEModel":
+        theirs = {name.removeprefix("videomae."): value for name, value in theirs.items()}
+    names = classes or [f"LABEL_{label}" for label in range(labels)]
+    config = VideoMAEConfig(
+        image_size=side,
+        num_frames=frames,
+        patch_size=PATCH_SIZE,
+        tubelet_size=TUBELET_SIZE,
+        hidden_size=size.embed_dim,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.num_heads,
+        intermediate_size=4 * size.embed_dim,
+        decoder_hidden_size=size.decoder_embed_dim,
+        decoder_num_hidden_layers=count(weights, "decoder.blocks."),
+        decoder_num_attention_heads=size.decoder_num_heads,
+        decoder_intermediate_size=4 * size.decoder_embed_dim,
+        layer_norm_eps=1e-6,
+        use_mean_pooling=labels > 0,
+        architectures=[kind],
+        id2label=dict(enumerate(names)),
+        label2id={name: label for label, name in enumerate(names)},
+    )
+    config.save_pretrained(folder)
+    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
+    if beside:
+        save_file(beside, folder / DECODER, {"format": "pt"})
+    VideoMAEImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(IMAGENET[0]),
+        image_std=list(IMAGENET[1]),
+    ).save_pretrained(folder)
+
+
+# Both -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def run_model(model: nn.Module, clip: torch.Tensor, mask: torch.Tensor, whole: bool) -> torch.Tensor:
+    """What a model of either side says of a clip ``[1, 3, T, H, W]``.
+
+    Args:
+        mask: bool ``[1, N]``, for models of pretraining.
+        whole: else a pretraining model of ours stops after its encoder.
+    Returns:
+        logits ``[1, C]``, predictions ``[1, N_masked, out_dim]``, or encoded visible tokens ``[1, N_visible, D]``.
+    """
+    model = model.eval().to(clip.dtype)
+    if isinstance(model, VideoMAEForVideoClassification):
+        return model(clip.transpose(1, 2)).logits
+    if isinstance(model, VideoMAEForPreTraining):
+        return model(clip.transpose(1, 2), mask).logits
+    if isinstance(model, VideoMAEModel):
+        return model(clip.transpose(1, 2), mask).last_hidden_state
+    if isinstance(model, VisionTransformer):
+        return model(clip)
+    if whole and isinstance(model, PretrainVisionTransformer):
+        return model(clip, mask)
+    return model.encoder(clip, split_tokens(mask)[0])
+
+
+def difference(first: nn.Module, second: nn.Module, frames: int, side: int) -> float:
+    """Largest difference between what two models say of a random clip, in float64, where rounding plays no part."""
+    t, h, w = token_grid(frames, side, side)
+    rng = torch.Generator().manual_seed(0)
+    clip = torch.randn(1, 3, frames, side, side, generator=rng, dtype=torch.float64)
+    mask = torch.randperm(t * h * w, generator=rng)[None] < t * h * w // 2
+    whole = not isinstance(first, VideoMAEModel) and not isinstance(second, VideoMAEModel)
+    outputs = [run_model(model, clip, mask, whole) for model in (first, second)]
+    return (outputs[0] - outputs[1]).abs().max().item()
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="file of this project (also hf://owner/repo/file), or folder of transformers")
+    parser.add_argument("destination", help="file (.pth, .pt, .safetensors) or folder to write")
+    parser.add_argument("--classes", help="classes.txt, the name of a class a line, for the config of transformers")
+    parser.add_argument("--num_frames", type=int, default=0, help="of a clip, if the checkpoint does not say (16)")
+    parser.add_argument("--input_size", type=int, default=0, help="side, pixels, if the checkpoint does not say (224)")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of outputs (default 1e-4)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Convert, compare, and only then put the result in its place."""
+    setup_logging()
+    set_verbosity_error()
+    disable_progress_bar()
+    source, destination = Path(local_path(args.source)), Path(args.destination)
+    if destination.exists():
+        raise RunError(f"{destination} is already there; remove it or choose another name")
+    with user_errors():
+        classes = Path(args.classes).read_text().splitlines() if args.classes else []
+        destination.parent.mkdir(parents=True, exist_ok=True)
+
+    if source.is_dir():
+        if destination.suffix not in FILES:
+            raise RunError(f"{destination}: from a folder to a file, so end it in {', '.join(FILES)}")
+        model = load_theirs(source)
+        check_normalisation(source)
+        weights, classes, side = read_theirs(model, source), read_class_names(model), model.config.image_size
+        frames, side = model.config.num_frames, side if isinstance(side, int) else side[0]
+    else:
+        checkpoint = read_checkpoint(source)
+        model = load_ours(checkpoint, source)
+        weights, trained = model.state_dict(), checkpoint.get("args")
+        frames, side = getattr(trained, "num_frames", 16), getattr(trained, "input_size", 224)
+    frames, side = args.num_frames or frames, args.input_size or side
+
+    with user_errors(), TemporaryDirectory(dir=destination.parent) as folder:
+        draft = Path(folder) / destination.name
+        if draft.suffix in FILES:
+            write_ours(weights, draft)
+        else:
+            write_theirs(weights, draft, frames, side, classes)
+        gap = difference(
+            model, load_theirs(draft) if draft.is_dir() else load_ours(read_checkpoint(draft), draft), frames, side
+        )
+        if not gap <= args.tolerance:
+            raise RunError(
+                f"{destination} was not written: its output differs from that of {args.source} by {gap:.2g}, more than "
+                f"--tolerance {args.tolerance:g}"
+            )
+        os.replace(draft, destination)
+    logger.info("%s: outputs differ by %.2g on a clip of %d frames, %d px", destination, gap, frames, side)
+    if source.is_dir() and classes:
+        names = destination.with_suffix(".classes.txt")
+        names.write_text("".join(f"{name}\n" for name in classes))
+        logger.info("%s: the names of its %d classes", names, len(classes))
+
+
+if __name__ == "__main__":
+    run_main(main, get_args())

@@ -1,0 +1,190 @@
+"""Weights by name (hf://owner/repo/file), with huggingface_hub's own cache and a server; entry points of torch.hub."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+
+import modeling_finetune
+import modeling_pretrain
+from checkpoints import local_path
+from utils import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO, FILE, CONTENT = "some-one/weights", "finetune/ssv2/model.pth", b"weights, more or less"
+
+# -------------------------------------------------------------------------------------------------------- hf:// names
+
+LOOK_UP = """
+import sys
+from checkpoints import local_path
+from utils import RunError
+for path in sys.argv[1:]:
+    try:
+        print("found", open(local_path(path)).read())
+    except RunError as error:
+        print("error", error)
+"""
+
+
+def look_up(*paths, **env):
+    """What a process of its own finds at each path, as huggingface_hub reads its variables when it is imported."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"} | {key: str(env[key]) for key in env}
+    process = subprocess.run([sys.executable, "-c", LOOK_UP, *paths], env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache as huggingface_hub lays it out, with one file of one commit."""
+    repo, name = tmp_path / "hub" / "models--some-one--weights", hashlib.sha256(CONTENT).hexdigest()
+    link = repo / "snapshots" / COMMIT / FILE
+    for folder in (repo / "refs", repo / "blobs", link.parent):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    (repo / "blobs" / name).write_bytes(CONTENT)
+    link.symlink_to(os.path.relpath(repo / "blobs" / name, link.parent))
+    return tmp_path / "hub"
+
+
+def test_what_is_in_the_cache_needs_no_network(cache):
+    same, by_commit, missing, other = look_up(
+        f"hf://{REPO}/{FILE}",
+        f"hf://{REPO}@{COMMIT}/{FILE}",
+        f"hf://{REPO}/finetune/other.pth",
+        "hf://no-one/nothing/x.pth",
+        HF_HUB_CACHE=cache,
+        HF_HUB_OFFLINE=1,
+    )
+    assert same == by_commit == f"found {CONTENT.decode()}"
+    assert missing.startswith(f"error hf://{REPO}/finetune/other.pth is not in {cache} and cannot be fetched")
+    assert f"https://huggingface.co/{REPO}/resolve/main/finetune/other.pth" in missing  # what to download
+    assert "models--no-one--nothing" in other  # and where to put it
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for."""
+
+    def do_GET(self):
+        known = self.path == f"/{REPO}/resolve/main/{FILE}"
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Length", str(len(CONTENT) if known else 0))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header(*(("ETag", '"0a1b"') if known else ("X-Error-Code", "EntryNotFound")))
+        self.end_headers()
+        if known and self.command == "GET":
+            self.wfile.write(CONTENT)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+def test_what_is_new_is_fetched_into_the_cache(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": tmp_path, "HF_HUB_OFFLINE": 0}
+        found, missing = look_up(f"hf://{REPO}/{FILE}", f"hf://{REPO}/finetune/other.pth", **env)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert found == f"found {CONTENT.decode()}"
+    assert (tmp_path / "models--some-one--weights" / "snapshots" / COMMIT / FILE).read_bytes() == CONTENT
+    assert missing.startswith(f"error hf://{REPO}/finetune/other.pth: cannot be fetched (404")
+
+
+@pytest.mark.parametrize("path", ["", "openai", "checkpoint-3.pth", "/a/b c.safetensors", "a/hf://b/c/d"])
+def test_other_paths_stay_as_they_are(path):
+    assert local_path(path) == path
+
+
+@pytest.mark.parametrize(
+    "path", ["hf://", "hf://model.pth", "hf://owner/repo", "hf://owner/repo/", "hf:owner/repo/x.pth"]
+)
+def test_what_is_no_name_of_a_file_is_told(path):
+    with pytest.raises(RunError, match="write hf://owner/repo/path"):
+        local_path(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- torch.hub
+
+CLASSIFIER, STUDENT = "vit_tiny_patch16_224", "pretrain_videomae_tiny_patch16_224"
+
+
+def load(name, **kwargs):
+    return torch.hub.load(str(ROOT), name, source="local", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A fine-tuned and a pretrained checkpoint, and their models."""
+    folder, models = tmp_path_factory.mktemp("checkpoints"), {}
+    torch.manual_seed(0)
+    models["finetuned"] = modeling_finetune.MODELS[CLASSIFIER](num_classes=5, init_scale=1.0)
+    models["pretrained"] = modeling_pretrain.MODELS[STUDENT](decoder_depth=2, decoder_num_classes=40)
+    for name, model in models.items():
+        torch.save({"model": model.state_dict(), "epoch": 3}, folder / f"{name}.pth")
+    return {name: (str(folder / f"{name}.pth"), model) for name, model in models.items()}
+
+
+def test_every_model_has_an_entry_point():
+    with torch.device("meta"):
+        for names in (modeling_finetune.MODELS, modeling_pretrain.MODELS):
+            for name, build in names.items():
+                shapes = {key: value.shape for key, value in load(name).state_dict().items()}
+                assert shapes == {key: value.shape for key, value in build().state_dict().items()}
+
+
+def test_nothing_else_is_an_entry_point(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
+    hubconf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hubconf)
+    seen = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
+    assert seen == {*modeling_finetune.MODELS, *modeling_pretrain.MODELS}
+    assert all(
+        hubconf.__dict__[name].__doc__.startswith(build.__doc__) for name, build in modeling_pretrain.MODELS.items()
+    )
+    assert all(importlib.util.find_spec(name) for name in hubconf.dependencies)
+
+
+def test_sizes_come_from_the_checkpoint(files):
+    clips = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[True, False] * 4] * 2)
+    path, model = files["finetuned"]
+    with torch.no_grad():
+        assert torch.equal(load(CLASSIFIER, checkpoint=path)(clips), model(clips))
+        path, student = files["pretrained"]
+        assert torch.equal(load(STUDENT, checkpoint=path)(clips, mask), student(clips, mask))
+
+
+def test_a_classifier_takes_a_pretrained_encoder(files):
+    path, student = files["pretrained"]
+    weights = student.encoder.state_dict()
+    for kwargs, shape in (({}, (1, 192)), ({"num_classes": 3}, (1, 3))):
+        model = load(CLASSIFIER, checkpoint=path, **kwargs)
+        assert model(torch.zeros(1, 3, 4, 32, 32)).shape == shape
+        assert all(torch.equal(value, weights[key]) for key, value in model.blocks.state_dict(prefix="blocks.").items())
+
+
+def test_another_number_of_classes_means_a_new_head(files):
+    path, model = files["finetuned"]
+    loaded = load(CLASSIFIER, checkpoint=path, num_classes=9)
+    assert loaded.head.bias.shape == (9,) and torch.equal(loaded.fc_norm.weight, model.fc_norm.weight)
+
+
+def test_weights_of_another_model_are_refused(files):
+    for name, kind in ((STUDENT, "finetuned"), ("vit_small_patch16_224", "finetuned")):
+        with pytest.raises(Exception, match="does not fit this model"):  # its RunError is of torch.hub's own import
+            load(name, checkpoint=files[kind][0])

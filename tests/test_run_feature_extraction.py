@@ -1,0 +1,168 @@
+"""Features of a list against the encoder run by hand; the same from one and two processes, and after a kill."""
+
+import csv
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from fixtures_video import write_list
+
+from datasets_finetune import ViewReader
+from modeling_finetune import MODELS
+from video_transforms import channel_stats, normalize_clips
+
+pytest_plugins = "fixtures_finetuning"
+MODEL = "vit_tiny_patch16_224"
+TINY = ["--model", MODEL, "--input_size", "32", "--num_frames", "4", "--num_workers", "0", "--sampling_rate", "2"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A random encoder and its file, as pretraining writes it."""
+    torch.manual_seed(0)
+    model = MODELS[MODEL](num_classes=0).eval()
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint-3.pth"
+    kept = {f"encoder.{name}": value for name, value in model.state_dict().items() if "fc_norm" not in name}
+    torch.save({"model": kept}, path)
+    return path, model
+
+
+@pytest.fixture(scope="module")
+def videos(clips, broken, tmp_path_factory):
+    """A list of seven, the third of which is unreadable; and their paths."""
+    paths = [*clips.values()]
+    paths.insert(2, broken["text"])
+    return write_list(tmp_path_factory.mktemp("list") / "list.csv", paths, 5), paths
+
+
+@pytest.fixture
+def extract(run, encoder, videos):
+    """Run the program over the list; more options may follow."""
+
+    def extract(folder, *argv, fraction=0.2, **how):
+        options = ["--data_path", videos[0], "--checkpoint", encoder[0], "--max_bad_fraction", fraction, *TINY]
+        return run(*options, "--output_dir", folder, *argv, file="run_feature_extraction.py", **how)
+
+    return extract
+
+
+def index_of(folder):
+    with open(folder / "index.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def features_of(folder):
+    """The row of each video, by the index."""
+    return np.stack([np.load(folder / entry["file"])[int(entry["row"])] for entry in index_of(folder)])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def by_hand(encoder, path, reader):
+    """Tokens after the last block, [V, t, h * w, D]."""
+    caught = []
+    hook = encoder.blocks[-1].register_forward_hook(lambda module, inputs, output: caught.append(output))
+    with torch.no_grad():
+        encoder(normalize_clips(reader(str(path)), *channel_stats("imagenet", "cpu")))
+    hook.remove()
+    return caught[0].unflatten(1, (2, 4)).numpy()
+
+
+def test_features_are_tokens_after_the_last_block(extract, encoder, videos, tmp_path):
+    reader, good = ViewReader("dense", 1, 1, 32, 4, 2), [0, 1, 3, 4, 5, 6]
+    tokens = np.stack([by_hand(encoder[1], videos[1][number], reader) for number in good])
+    for kind, expected in {
+        "mean": tokens.mean(axis=(2, 3)), "time": tokens.mean(axis=3), "token": tokens.reshape(6, 1, 8, 192)
+    }.items():  # fmt: skip
+        done = extract(tmp_path / kind, "--features", kind)
+        assert done.code == 0, done.all
+        found = features_of(tmp_path / kind)
+        assert found.dtype == np.float32 and np.isnan(found[2]).all() and tokens.std() > 0.1
+        np.testing.assert_allclose(found[good], expected, atol=1e-4)
+
+
+def test_several_views(extract, encoder, videos, tmp_path):
+    views = ["--num_segment", 2, "--num_crop", 3, "--sampling", "segments", "--dtype", "float16"]
+    done = extract(tmp_path / "views", *views, "--batch_size", 4)
+    assert done.code == 0, done.all
+    found, reader = features_of(tmp_path / "views"), ViewReader("segments", 2, 3, 32, 4, 2)
+    assert found.shape == (7, 6, 192) and found.dtype == np.float16
+    expected = by_hand(encoder[1], videos[1][0], reader).mean(axis=(1, 2))
+    np.testing.assert_allclose(found[0], expected, atol=2e-3 * abs(expected).max())
+    assert np.abs(found[0, 0] - found[0, 1]).max() > 0.01  # views differ
+
+
+def test_one_and_two_processes_write_the_same_in_list_order(extract, videos, tmp_path):
+    for processes in (1, 2):
+        done = extract(tmp_path / str(processes), "--shard_size", 2, processes=processes)
+        assert done.code == 0, done.all
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    index = index_of(tmp_path / "2")
+    assert [entry["path"] for entry in index] == [str(path) for path in videos[1]]
+    assert [entry["video"] for entry in index] == list("0123456") and {entry["label"] for entry in index} == {"5"}
+    assert [(entry["file"][9:14], entry["row"]) for entry in index] == [(f"{i // 2:05d}", str(i % 2)) for i in range(7)]
+    assert [bool(entry["error"]) for entry in index] == [False, False, True, *4 * [False]]
+
+
+def test_more_processes_than_files(extract, tmp_path):
+    done = extract(tmp_path / "two", "--shard_size", 100, processes=2)
+    assert done.code == 0 and features_of(tmp_path / "two").shape == (7, 1, 192), done.all
+
+
+def test_a_killed_run_goes_on(extract, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert extract(whole, "--shard_size", 1).code == 0
+    process, end = extract(killed, "--shard_size", 1, start_only=True), time.monotonic() + 60
+    while not list(killed.glob("features-*.npy")):
+        assert time.monotonic() < end and process.is_alive()
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("features-*.npy")}
+    (killed / "features-00004.tmp").write_bytes(b"half a file")
+    done = extract(killed, "--shard_size", 1)
+    assert done.code == 0 and f"{7 - len(before)} of 7 files to compute" in done.out
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert contents(killed) == contents(whole)
+
+
+def test_npz_files_stand_alone(extract, videos, tmp_path):
+    assert extract(tmp_path / "npz", "--format", "npz", "--shard_size", 4).code == 0
+    assert extract(tmp_path / "npy").code == 0
+    files = [np.load(path) for path in sorted((tmp_path / "npz").glob("*.npz"))]
+    np.testing.assert_array_equal(np.concatenate([file["features"] for file in files]), features_of(tmp_path / "npy"))
+    assert [str(path) for file in files for path in file["paths"]] == [str(path) for path in videos[1]]
+    assert [label for file in files for label in file["labels"]] == [5] * 7
+
+
+def test_a_folder_takes_features_of_one_kind_only(extract, tmp_path):
+    assert extract(tmp_path / "out").code == 0
+    before = contents(tmp_path / "out")
+    done = extract(tmp_path / "out", "--features", "time", processes=2)
+    assert done.code == 1 and done.all.count("settings.json: --features was mean, now time; choose another") == 1
+    assert contents(tmp_path / "out") == before and json.loads(before["settings.json"])["precision"] == "fp32"
+
+
+def test_too_many_unreadable_videos(extract, tmp_path):
+    done = extract(tmp_path / "out", fraction=0.1)
+    assert done.code == 1 and "error: 1 of 7 videos could not be read, more than --max_bad_fraction 0.1" in done.err
+    assert len(index_of(tmp_path / "out")) == 7  # and yet nothing is lost
+
+
+def test_wrong_arguments_are_one_line(extract, tmp_path):
+    for argv, message in (
+        (["--checkpoint", tmp_path / "none.pth"], "none.pth: no such checkpoint file"),
+        (["--checkpoint", ""], "--checkpoint is missing"),
+        (["--data_path", tmp_path / "none.csv"], "none.csv: no such list file"),
+        (["--shard_size", 0], "--shard_size 0: must be at least 1"),
+        (["--input_size", 40], "--input_size 40 is not divisible"),
+        (["--model", "vit_small_patch16_224"], "check --model"),
+        (["--checkpoint", "hf://nobody"], "hf://nobody: write hf://owner/repo"),
+    ):
+        done = extract(tmp_path / "out", *argv)
+        assert done.code == 1 and message in done.err and len(done.err.splitlines()) == 1, done.all
+    assert not list(tmp_path.glob("out/features*"))
