@@ -190,7 +190,7 @@ def test_lists_folders_and_totals(resize, clips, broken, tmp_path):
     failed = [line.split("\t") for line in (out / "failed.tsv").read_text().splitlines()[1:]]
     assert [row[0] for row in failed] == [str(path) for path in sources[3:]] and all(row[1] for row in failed)
     before, after = (sum(path.stat().st_size for path in part) for part in (sources[:3], places))
-    assert f"3 videos, {before / 1e9:.3f} GB before, {after / 1e9:.3f} GB after" in text
+    assert f"3 videos, {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after" in text
     assert "2 failed" in text and "3 of 5 videos" in text
     assert sorted(path.name for path in out.iterdir() if path.name[0] == ".") == [".lock"]
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_tools import RunError, read_lines, read_text
 
@@ -98,7 +98,7 @@ def numbered_names(path: Path) -> tuple[list[str], int]:
     return [names[index] for index in sorted(names)], first
 
 
-def read_json(path: Path) -> list | dict:
+def read_json(path: Path) -> Any:
     """A JSON file.
 
     Raises:

@@ -105,7 +105,7 @@ def find_videos(root: str, workers: int) -> list[str]:
     if not os.path.isdir(root):
         raise RunError(f"--videos {root}: no such folder")
     found: list[str] = []
-    ahead, seen = [root], set()
+    ahead, seen = [root], set[str]()
     with ThreadPoolExecutor(workers) as pool, tqdm(desc="folders", unit="", disable=None) as bar:
         while ahead:
             ahead = [folder for folder in ahead if os.path.realpath(folder) not in seen]
@@ -279,7 +279,7 @@ def write(found: Found, classes: list[str], output: Path, prefix: str) -> None:
 def read_annotations(args: argparse.Namespace) -> Annotations:
     """The annotations of the chosen data set."""
     if args.data_set == "kinetics" and args.lists:
-        return formats.given_lists(*args.lists, args.class_names)
+        return formats.given_lists(args.lists[0], args.lists[1], args.class_names)
     if args.data_set == "ssv2":
         return formats.ssv2(args.annotations, args.mini)
     if args.data_set in ("ucf101", "ntu60"):

