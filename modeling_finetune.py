@@ -29,7 +29,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(192, 4, 3, 96, 3),  # for the quickstart and tests; not in the paper
+    "tiny": Size(192, 4, 3, 96, 3),  # for the mini world and tests; not in the paper
     "small": Size(384, 12, 6, 192, 3),
     "base": Size(768, 12, 12, 384, 6),
     "large": Size(1024, 24, 16, 512, 8),

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # what it sets is for those who source it
 # Sourced by scripts/quickstart.sh and run_benchmark.sh: how models are trained and tested in the mini world.
 # Both set WORLD (of make_world.py) and WORKERS (loader processes a run) first.
 
