@@ -420,6 +420,7 @@ def test_the_table_of_data_sets():
         "UCF101": (101, *dense, 5, 3, "train.csv"),
         "HMDB51": (51, *dense, 5, 3, "train.csv"),
         "custom": (None, *dense, 5, 3, "train.csv"),
+        "custom-unmirrored": (None, "dense", False, 5, 3, "train.csv"),
     }
     assert {
         name: (s.num_classes, s.sampling, s.flip, s.test_segments, s.test_crops, s.train_list)
