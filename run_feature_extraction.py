@@ -30,8 +30,8 @@ from options import add_data_arguments, make_parser, pick_precision
 from utils import RunError, SharedError, logger
 
 # What must not change between a run and another one that goes on with it.
-SETTINGS = ("checkpoint", "model", "features", "sampling", "num_segment", "num_crop", "num_frames", "sampling_rate")
-SETTINGS += ("input_size", "shard_size", "format", "dtype", "data_root")
+CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
+SETTINGS = ("data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", *CLIP)
 COLUMNS = ("video", "path", "label", "file", "row", "error")
 
 
