@@ -14,6 +14,7 @@ from fixtures_data_tools import SIZE, start
 from fixtures_video import decode_all, source_frames, write_list, write_mp4
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
+import data_tools
 import measure_resizing
 import resize_videos
 from data_tools import Unusable, read_list
@@ -262,7 +263,8 @@ def test_originals_are_not_overwritten(clips, tmp_path):
         resize_videos.main([listed, "--output", str(tmp_path)])
 
 
-def test_two_runs_at_once_are_refused(clips, tmp_path):
+def test_two_runs_at_once_are_refused(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_tools, "LOCK_WAIT", 0.2)
     listed = write_list(tmp_path / "l.csv", [clips["short.mp4"]])
     with resize_videos.output_folder(tmp_path / "out", {}), pytest.raises(RunError, match="another run is writing"):
         resize_videos.main([listed, "--output", str(tmp_path / "out")])

@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils import RunError
 
 FORK = multiprocessing.get_context("fork")
+LOCK_WAIT = 20.0  # seconds
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 tqdm.monitor_interval = 0  # its thread would be running while processes are forked
 
@@ -129,6 +130,23 @@ def write_table(path: Path, heads: Sequence[str], rows: Sequence[Sequence[str]])
     write_text(path, "".join("\t".join(row) + "\n" for row in clean))
 
 
+def take_lock(lock: IO, folder: Path, seconds: float) -> None:
+    """Lock a file, which workers share; those of a run that was killed may need a moment to end.
+
+    Raises:
+        RunError: it is still locked after some seconds.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise RunError(f"{folder}: another run is writing to this folder") from error
+            time.sleep(0.05)
+
+
 @contextmanager
 def output_folder(path: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """The folder that a run writes to, for this run alone; gives a folder in it for unfinished files, empty.
@@ -140,10 +158,7 @@ def output_folder(path: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{path}: another run is writing to this folder") from error
+        take_lock(lock, path, LOCK_WAIT)
         record = path / "settings.json"
         made = json.loads(record.read_text()) if record.exists() else settings
         if changed := [name for name in settings if made.get(name) != settings[name]]:

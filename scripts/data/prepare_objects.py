@@ -243,7 +243,9 @@ def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path],
         size = (pixels.shape[1], pixels.shape[0])
         masks = read_masks(job, size, settings.mask_values) if job.mask else {"": pixels[..., 3]}
     except IMAGE_ERRORS as error:
-        raise Unusable(str(error).replace(job.image, "it") or type(error).__name__) from error
+        raise Unusable(
+            getattr(error, "strerror", None) or str(error).replace(job.image, "it") or type(error).__name__
+        ) from error
     for suffix, alpha in masks.items():
         target = target_of(job, suffix)
         if is_made(target, job.image) and (not job.mask or is_made(target, job.mask)):
@@ -294,8 +296,9 @@ def main(argv: list[str] | None = None) -> None:
             files, reasons = outcome or ([], [reason])
             made += files
             dropped += [(job.image, why) for why in reasons]
+    dropped.sort()
     lines, few = instances(made, output / "images", args.min_per_category)
-    write_table(output / "dropped.tsv", ("image", "reason"), sorted(dropped) + few)
+    write_table(output / "dropped.tsv", ("image", "reason"), dropped + few)
     print(f"{len(jobs)} images: {len(made)} objects, {len(dropped)} dropped (see {output / 'dropped.tsv'})")
     if not lines:
         first = (dropped + few or [("no image", "all are excluded")])[0]

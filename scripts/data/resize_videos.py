@@ -130,7 +130,7 @@ def resize_all(args: argparse.Namespace, root: str, targets: dict[str, Path]) ->
                 failed[job[0]] = reason
             else:
                 made.append(written)
-    return failed, made
+    return {source: failed[source] for source in targets if source in failed}, made
 
 
 def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], targets: dict[str, Path], failed: dict) -> None:
