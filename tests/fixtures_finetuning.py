@@ -121,12 +121,17 @@ test_metrics_of.__test__ = False
 
 @pytest.fixture(scope="session")
 def data(broken, tmp_path_factory):
-    """Two clips of each of three videos to train and validate on; the test list has an unreadable one besides."""
+    """Two clips of each of three videos to train and validate on; the test list has an unreadable one besides.
+
+    Each class has a colour of its own, so that any training separates them, whatever the rounding of a machine.
+    """
     folder, lines = tmp_path_factory.mktemp("a data set"), []
     for label, source in enumerate(("bikes", "bigbuckbunny", "carphone_pristine")):
         for part in range(2):
             path = folder / f"{source} {part}.mp4"
-            write_mp4(path, source_frames(source, 40 * part, 24, (80, 64)))
+            frames = source_frames(source, 40 * part, 24, (80, 64)) // 2
+            frames[..., label] += 110
+            write_mp4(path, frames)
             lines.append(f"{path} {label}\n")
     (folder / "train.csv").write_text("".join(lines))
     (folder / "val.csv").write_text("".join(lines))

