@@ -96,6 +96,30 @@ def test_a_file_of_another_timm_model_is_refused(tmp_path):
         build_teacher("timm", "resnet18", path, "own", (2, 2))
 
 
+def test_dino_base_width():
+    teacher = build_teacher("dino_v1", "dino_b", "random", "imagenet", (14, 14))
+    assert teacher.out_dim == 768 and len(teacher.tower.blocks) == 12
+
+
+def test_random_teacher_is_always_the_same_and_leaves_the_seed_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = build_teacher("dino_v1", "dino_s", "random", "imagenet", (14, 14))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(4)
+    second = build_teacher("dino_v1", "dino_s", "random", "imagenet", (14, 14))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+@torch.no_grad()
+def test_dino_at_another_image_size():
+    teacher = build_teacher("dino_v1", "dino_s", "random", "imagenet", (7, 7), image_size=112)
+    clips = random_clips(2, side=112)
+    expected = teacher.tower.forward_features(clips[:, :, 0])[:, 1:]
+    torch.testing.assert_close(teacher.tokens(clips), expected)
+    assert expected.shape == (1, 49, 384)
+
+
 # ---------------------------------------------------------------------------------------------------- the demo teacher
 
 
