@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 import utils
-from checkpoints import check_kind, load_encoder, local_path
+from checkpoints import check_kind, load_encoder, local_path, lock_folder
 from datasets import VideoList
 from datasets_finetune import ViewReader
 from evaluation import Evaluator
@@ -145,7 +145,7 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
 
 def write_index(folder: Path, shards: list[Path]) -> list[list[str]]:
     """Join the parts of the index; returns the lines of videos that could not be read."""
-    lines = []
+    lines: list[list[str]] = []
     for shard in shards:
         with open(shard.with_suffix(".csv"), newline="") as file:
             lines += csv.reader(file)
@@ -160,7 +160,7 @@ def main(args: argparse.Namespace) -> int:
     utils.setup_logging()
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
     videos, precision = check(args, checkpoint), pick_precision(args.precision, device)
-    lock = utils.lock_folder(args.output_dir) if utils.rank() == 0 else None
+    lock = lock_folder(args.output_dir) if utils.rank() == 0 else None
     utils.barrier()
     check_settings(args, precision)
 
