@@ -1,8 +1,9 @@
 """Saving and loading: atomic writes, exact resume, and reading weights that others have written.
 
 A checkpoint is a dict ``{'model', 'optimizer', 'scaler', 'epoch', 'step', 'args', …}``. ``checkpoint-{epoch}.pth``
-ends that epoch (numbered from 0); ``checkpoint-latest.pth`` may lie anywhere inside one. `epoch` and `step` say
-where the run goes on. Files are read with weights_only=True: nothing in them is ever run.
+ends that epoch (numbered from 0); ``checkpoint-latest.pth`` may lie anywhere inside one. `epoch` and `step` say where
+it lies: `step` steps into `epoch`, or at its end if `step` is 0. Files are read with weights_only=True: nothing in them
+is ever run.
 """
 
 import argparse

@@ -27,7 +27,7 @@ def erase(clips: torch.Tensor, seeds: torch.Tensor, eraser: RandomErasing) -> to
     for clip, seed in zip(clips, seeds.tolist()):
         random.seed(seed)
         torch.manual_seed(seed)
-        eraser(clip.flatten(0, 1))  # [3·T, H, W]: to timm, an image of many channels
+        eraser(clip.view(-1, *clip.shape[2:]))  # [3·T, H, W]: to timm, an image of many channels
     return clips
 
 
@@ -78,9 +78,12 @@ def train_one_epoch(
         for batch in step.micro_batches():
             clips, labels, targets = augment(batch)
             logits = model(clips)  # [B, C], or [B, P, C] of P probes
-            loss, probes = criterion(logits, targets), logits.shape[1:-1].numel()
-            right = logits.argmax(dim=-1) == labels.view(-1, *[1] * (logits.ndim - 2))
-            step.backward(loss, loss=loss.detach() / probes, acc1=right.float().mean() * 100)
+            loss = criterion(logits, targets)  # the sum of the probes' losses
+            mean = loss.detach() / logits.shape[1:-1].numel()
+            right = (
+                logits.argmax(dim=-1).movedim(0, -1) == labels
+            )  # [B], or [P, B]; mixed clips count by their own label
+            step.backward(loss, loss=mean, acc1=right.float().mean() * 100)
         step.update()
         if ema:
             ema.update(unwrap_model(model), step=step.number)

@@ -13,8 +13,12 @@ from training import Epoch
 from video_transforms import normalize_clips
 
 
-def second_masks(rng: np.random.Generator, masks: torch.Tensor) -> torch.Tensor:
-    """Multiple sampling: each clip once more, with the mask of a random one of the batch. ``[B, N]`` → ``[2·B, N]``."""
+def with_second_masks(rng: np.random.Generator, masks: torch.Tensor) -> torch.Tensor:
+    """Multiple sampling: each clip once more, with the mask of a random clip of the batch.
+
+    Returns:
+        ``[2·B, N]`` of ``[B, N]``: row b is clip b's own mask, row B + b its second one.
+    """
     order = rng.permutation(len(masks))
     return torch.cat([masks, masks[order]])
 
@@ -25,7 +29,7 @@ def masked_loss(
     """Mean squared error over hidden tokens and channels.
 
     Args:
-        predictions: ``[R·B, N_masked, D]``; targets: ``[B, N, D]``; masks: bool ``[R·B, N]``.
+        predictions: ``[R·B, N_masked, D]`` for R masks of each clip; targets: ``[B, N, D]``; masks: bool ``[R·B, N]``.
     Returns:
         loss and, as a sign of collapse, the standard deviation over tokens of ``predictions`` and ``targets``.
     """
@@ -51,10 +55,10 @@ def train_one_epoch(
     student.train()
     device = norm[0].device
     for step in epoch.steps():
-        for batch in step.micro_batches():
+        for batch in step.micro_batches():  # in autocast; backward leaves it
             clips, masks = batch["clips"], batch["extra"]
             if multiple_sampling:
-                masks = second_masks(step.rng, masks)  # [2·B, N]
+                masks = with_second_masks(step.rng, masks)  # [2·B, N]
             num_masked = int(masks[0].sum())  # on the CPU, the same in every row
             masks = masks.to(device, non_blocking=True)
             clips = normalize_clips(clips.to(device, non_blocking=True), *norm)

@@ -143,6 +143,7 @@ class MaskGenerator:
             return random_mask(rng, self.grid, self.ratio)
         if self.mask_type == "tube":
             return tube_mask(rng, self.grid, self.ratio)
+        assert self.mask_type == "tubelet"
         if boxes is None:
             raise ValueError("mask_type tubelet follows objects: it needs their boxes (--add_tubelets)")
         return trajectory_mask(

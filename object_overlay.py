@@ -1,7 +1,7 @@
 """Objects that move over a clip: what is pasted, where it goes, and the pasting itself.
 
 `ObjectLibrary` finds and opens RGBA cut-outs; `key_frame_curve`, `gaussian_path` and `linear_path` draw smooth
-motion; `ObjectOverlay` puts both together paints the frames and returns the boxes `[K, T, 4]` (x1, y1, x2, y2
+motion; `ObjectOverlay` puts both together, paints the frames and returns the boxes `[K, T, 4]` (x1, y1, x2, y2
 in pixels) that masking_generator.py follows. All lengths are given for 224 px (as in the paper) and scale with the
 short side of the frame. Everything drawn comes from the Generator that is passed in.
 """

@@ -99,7 +99,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
     run.add_argument("--keep_ckpts", type=int, default=0, help="numbered checkpoints to keep; 0: all")
     run.add_argument("--resume", default="", help="checkpoint to go on from")
-    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the newest in output_dir")
+    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the furthest in output_dir")
     run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
     run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
     run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")

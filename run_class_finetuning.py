@@ -15,8 +15,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
+import options
 import utils
-from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, lock_folder, restore
+from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, local_path, lock_folder, restore
 from datasets import ChunkSampler, VideoList, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, read_class_names
 from deepspeed_stepper import with_deepspeed
@@ -25,17 +26,7 @@ from evaluation import Evaluator
 from modeling_finetune import MODELS, SIZES, VisionTransformer, token_grid
 from modeling_probe import ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, distribute, parameter_groups, share_buffers
-from options import (
-    Problems,
-    Settings,
-    add_data_arguments,
-    add_optimizer_arguments,
-    add_run_arguments,
-    build_stepper,
-    make_parser,
-    parse,
-    pick_precision,
-)
+from options import Problems, Settings
 from training import Epoch, Run
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
@@ -45,9 +36,9 @@ BEST = "checkpoint-best.pth"
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = make_parser("SMILE fine-tuning", __doc__)
+    parser = options.make_parser("SMILE fine-tuning", __doc__)
 
-    data = add_data_arguments(parser)
+    data = options.add_data_arguments(parser)
     decides = "decides classes, flip, sampling and test views; `custom` needs --nb_classes"
     data.add_argument("--data_set", choices=DATA_SETS, default="Kinetics-400", help=decides)
     data.add_argument("--data_path", default="", help="folder with train.csv, val.csv, test.csv (and classes.txt)")
@@ -86,7 +77,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     augment.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="filling of the erased")
     augment.add_argument("--recount", type=int, default=1, help="random erasing, rectangles")
 
-    optim = add_optimizer_arguments(parser)
+    optim = options.add_optimizer_arguments(parser)
     optim.add_argument("--batch_size", type=int, default=4, help="videos a GPU and forward pass")
     optim.add_argument("--layer_decay", type=float, default=0.75, help="factor on the rate, a layer down")
     parser.set_defaults(epochs=100, opt_betas=[0.9, 0.999], lr=1e-3, min_lr=1e-6, warmup_epochs=5)
@@ -108,12 +99,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--test_num_segment", type=int, default=0, help="views in time; 0: the data set's")
     test.add_argument("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
 
-    add_run_arguments(parser)
+    options.add_run_arguments(parser)
     deepspeed = parser.add_argument_group("DeepSpeed")
     deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
     stages = "what processes share out: 0 nothing, 1 optimizer state, 2 gradients too"
     deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
-    return parse(parser, argv)
+    return options.parse(parser, argv)
 
 
 def read_list(args: argparse.Namespace, name: str) -> VideoList:
@@ -260,7 +251,7 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
     """What validates and tests on the lists of the data set."""
     return Evaluator(
         device=device,
-        precision=pick_precision(args.precision, device),
+        precision=options.pick_precision(args.precision, device),
         num_classes=num_classes(args),
         read_list=lambda name: read_list(args, name),
         val_views=view_reader(args, test=False),
@@ -354,7 +345,7 @@ def train(
             if isinstance(model, ProbedEncoder)
             else parameter_groups(model, args.weight_decay, args.layer_decay)
         )
-        stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
             batch_size = args.batch_size * args.num_sample
@@ -392,20 +383,22 @@ def train(
     return run.exit_code
 
 
-def load_for_test(args: argparse.Namespace, model: nn.Module) -> None:
-    """The weights to test: --finetune, else the best of output_dir.
+def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False) -> None:
+    """The weights to test: --finetune, else, or if `own`, the best of output_dir.
 
     Raises:
         RunError: neither is there, or it holds no head for these classes.
     """
     best = os.path.join(args.output_dir, BEST)
-    path = args.finetune or (best if args.output_dir and os.path.isfile(best) else "")
+    path, key, prefix = args.finetune, args.model_key, args.model_prefix
+    if own or not path:
+        path, key, prefix = (best if args.output_dir and os.path.isfile(best) else ""), "", ""
     if not path:
         raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
     if isinstance(model, ProbedEncoder) or args.model_ema:
         load_strictly(model, path, "model_ema" if args.model_ema else "")
     else:
-        load_encoder(model, path, need_head=True, key=args.model_key, prefix=args.model_prefix)
+        load_encoder(model, path, need_head=True, key=key, prefix=prefix)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -414,6 +407,7 @@ def main(args: argparse.Namespace) -> int:
     utils.setup_logging()
     if args.not_needed:
         logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
+    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     find_problems(args).tell()
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
@@ -433,10 +427,9 @@ def main(args: argparse.Namespace) -> int:
         return evaluator.knn(encoder, args.knn, neighbours)
     code = train(args, settings, device, model, evaluator)
     if code == 0 and not args.dry_run:
-        args.finetune = ""
         utils.barrier()  # the first process may still be writing the best checkpoint
         if args.output_dir and os.path.isfile(os.path.join(args.output_dir, BEST)):
-            load_for_test(args, model)
+            load_for_test(args, model, own=True)
         elif args.output_dir:
             logger.warning("no %s in %s: testing the last weights", BEST, args.output_dir)
         code = evaluator.test(model)

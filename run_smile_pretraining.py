@@ -9,8 +9,9 @@ import os
 
 import torch
 
+import options
 import utils
-from checkpoints import Position, check_kind, find_resume, load_strictly, lock_folder, restore
+from checkpoints import Position, check_kind, find_resume, load_strictly, local_path, lock_folder, restore
 from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
@@ -27,17 +28,7 @@ from modeling_teacher import (
 )
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, distribute, parameter_groups
-from options import (
-    Problems,
-    Settings,
-    add_data_arguments,
-    add_optimizer_arguments,
-    add_run_arguments,
-    build_stepper,
-    make_parser,
-    parse,
-    pick_precision,
-)
+from options import Problems, Settings
 from training import Run
 from utils import logger
 from video_transforms import channel_stats
@@ -45,9 +36,9 @@ from video_transforms import channel_stats
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = make_parser("SMILE pretraining", __doc__)
+    parser = options.make_parser("SMILE pretraining", __doc__)
 
-    data = add_data_arguments(parser)
+    data = options.add_data_arguments(parser)
     data.add_argument("--data_path", required=True, help="list file, `path label` a line (the label is not used)")
     data.add_argument("--num_sample", type=int, default=1, help="clips (crop, overlay, mask) from each decoded window")
 
@@ -104,11 +95,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     teacher.add_argument("--teacher_size", type=int, default=0, help="side of its frames, pixels; 0: the model's own")
 
-    optim = add_optimizer_arguments(parser)
+    optim = options.add_optimizer_arguments(parser)
     optim.add_argument("--batch_size", type=int, default=32, help="clips a GPU and forward pass, all masks counted")
     parser.set_defaults(epochs=801, opt_betas=[0.9, 0.95], lr=1.5e-4, min_lr=1e-5, warmup_epochs=40)
-    add_run_arguments(parser)
-    return parse(parser, argv)
+    options.add_run_arguments(parser)
+    return options.parse(parser, argv)
 
 
 def clips_per_video(args: argparse.Namespace) -> int:
@@ -206,7 +197,7 @@ def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.M
         token_grid(args.num_frames, args.input_size, args.input_size)[1:],
         args.teacher_size or None,
         args.teacher_stage,
-        DTYPES[pick_precision(args.precision, device)],
+        DTYPES[options.pick_precision(args.precision, device)],
     ).to(device)
 
 
@@ -214,7 +205,7 @@ def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, 
     """Say what is about to run."""
     views = clips_per_video(args)
     stop = args.stop_epoch or args.epochs
-    lr = stepper.lr(10**12), args.lr * total_batch / 256
+    peak, final = (rate * total_batch / 256 for rate in (args.lr, args.min_lr))
     logger.info(
         "%d process(es) x %d clips x %d accumulated = total batch %d, %s on %s",
         utils.world_size(),
@@ -229,8 +220,8 @@ def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, 
         sampler.num_samples,
         views,
         sampler.steps_per_epoch,
-        lr[1],
-        lr[0],
+        peak,
+        final,
     )
     logger.info(
         "epochs %d of a schedule of %d: %d in the paper's count, where every clip made of a video counts",
@@ -246,6 +237,8 @@ def main(args: argparse.Namespace) -> int:
     utils.setup_logging()
     if args.not_needed:
         logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
+    for name in ("first_stage_path", "resume", "clip_weights"):
+        setattr(args, name, local_path(getattr(args, name)))
     find_problems(args).tell()
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
@@ -270,10 +263,11 @@ def main(args: argparse.Namespace) -> int:
         ).to(device)
         total_batch = args.batch_size * args.update_freq * utils.world_size()
         groups = parameter_groups(student, args.weight_decay)
-        stepper = build_stepper(args, student, groups, device, total_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, student, groups, device, total_batch, sampler.steps_per_epoch)
     describe(args, stepper, sampler, total_batch)
 
-    position, found = Position(args.start_epoch), find_resume(args.output_dir, args.resume, args.auto_resume)
+    position = Position(args.start_epoch)
+    found = find_resume(args.output_dir, args.resume, args.auto_resume)
     if found:
         position = restore(found, student, stepper, sampler.samples_per_step)
         if args.first_stage_path:

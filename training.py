@@ -1,7 +1,7 @@
 """The run around the engines: epochs, steps and micro-batches as iterators, with what happens between them.
 
 An engine loops over them and says what is computed. Rates, precision, seeds, logging, saving, stopping and resuming
-happen here, as the loop goes round:
+happen here, as the loop goes round; what comes after a `yield` would not happen if a loop were broken off:
 
     with Run(...) as run:
         for epoch in run.epochs():                 # logged and saved when the loop comes back
@@ -49,7 +49,7 @@ class Step:
         self.epoch, self.index, self.batches = epoch, index, batches
         self.stepper = epoch.run.stepper
         self.number = epoch.index * epoch.run.steps_per_epoch + index + 1
-        self.rng = np.random.default_rng()
+        self.rng: np.random.Generator
         self.rows: list[dict[str, torch.Tensor]] = []
         self.sources: list[str] = []
         self.values: dict[str, torch.Tensor] = {}
@@ -63,7 +63,7 @@ class Step:
             self.rng = np.random.default_rng(key)
             self.sources += batch["paths"]
             with self.stepper.sync(micro_batch), self.stepper.autocast():
-                yield batch
+                yield batch  # the loop's body runs in here
 
     def backward(self, loss: torch.Tensor, /, **shown: torch.Tensor) -> None:
         """Add a micro-batch's share of the gradient.
@@ -123,7 +123,7 @@ class Epoch:
     @property
     def complete(self) -> bool:
         """Whether all its steps are done, and the run goes on."""
-        return self.run.position.step == self.run.steps_per_epoch and not self.run.told
+        return self.run.position.step == self.run.steps_per_epoch and not self.run.stopping
 
     def secure(self) -> bool:
         """Before something long, such as a validation: save what has been trained. Whether the run goes on.
@@ -132,8 +132,8 @@ class Epoch:
         """
         if self.complete and not self.run.settings.dry_run:
             self.run.save(checkpoints.LATEST, self.index, self.run.steps_per_epoch, self.meter.state())
-            self.run.told, _ = self.run.control.close()
-            return not self.run.told
+            self.run.stopping = self.run.control.close()
+            return not self.run.stopping
         return False
 
     def save(self, name: str) -> bool:
@@ -166,7 +166,7 @@ class Run:
         )
         self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
         self.control = Control()
-        self.told, self.due = False, False  # to stop, to save
+        self.stopping, self.save_due = False, False
 
     def __enter__(self) -> "Run":
         return self
@@ -179,11 +179,11 @@ class Run:
     @property
     def exit_code(self) -> int:
         """0, or EXIT_REQUEUE if a signal stopped the run."""
-        return utils.EXIT_REQUEUE if self.told else 0
+        return utils.EXIT_REQUEUE if self.stopping else 0
 
     def epochs(self) -> Iterator[Epoch]:
         """The epochs from the position on; each is logged and saved when its loop body is done."""
-        while self.position.epoch < self.stop_epoch and not self.told:
+        while self.position.epoch < self.stop_epoch and not self.stopping:
             epoch = Epoch(self)
             self.control.listen()
             yield epoch
@@ -193,7 +193,7 @@ class Run:
             if epoch.complete:
                 self.finish(epoch)
         self.control.close()
-        if self.told:
+        if self.stopping:
             logger.info(
                 "told to stop: saved at epoch %d, step %d; the same command goes on",
                 self.position.epoch,
@@ -207,17 +207,17 @@ class Run:
         return meter.timed(self.bad.watch(loaded, meter.constants))
 
     def chunk_key(self, epoch: int, step: int, micro_batch: int) -> tuple[int, int, int]:
-        """What seeds a forward pass, the same for any division into processes and micro-batches."""
+        """What seeds a forward pass, the same for any division of the same chunks into processes and micro-batches."""
         return self.settings.seed, epoch, self.sampler.chunk_id(step, micro_batch)
 
     def save_or_stop(self, epoch: Epoch) -> bool:
         """After a step: save if it is time, or if told to stop. Whether the epoch ends here."""
         done = self.position.step
-        self.told, self.due = self.control.agree(self.writer.due(epoch.index * self.steps_per_epoch + done))
-        if self.told or (self.due and done < self.steps_per_epoch):
+        self.stopping, self.save_due = self.control.agree(self.writer.due(epoch.index * self.steps_per_epoch + done))
+        if self.stopping or (self.save_due and done < self.steps_per_epoch):
             epoch.meter.flush(done - 1)
             self.save(checkpoints.LATEST, epoch.index, done, epoch.meter.state())
-        return self.told or self.settings.dry_run
+        return self.stopping or self.settings.dry_run
 
     def finish(self, epoch: Epoch) -> None:
         """Log and save an epoch, and go on to the next."""
@@ -240,7 +240,7 @@ class Run:
         if (epoch.index + 1) % self.settings.save_ckpt_freq == 0 or epoch.is_last:
             if epoch.save(f"checkpoint-{epoch.index}.pth"):
                 self.writer.tidy()
-        elif self.due:
+        elif self.save_due:
             epoch.save(checkpoints.LATEST)
         self.bad.check(bad, videos)
 
@@ -286,7 +286,7 @@ class Control:
         self.signal = number
 
     def agree(self, save: bool) -> tuple[bool, bool]:
-        """Whether any process was told to stop, and whether any wants to save, by the step before this one."""
+        """Whether any process was told to stop, and whether any wants to save; several say so one step late."""
         if self._group is None:
             return bool(self.signal), save
         before = self._finish()
@@ -294,10 +294,11 @@ class Control:
         self._pending = (dist.all_reduce(flags, group=self._group, async_op=True), flags)
         return before
 
-    def close(self) -> tuple[bool, bool]:
-        """Stop listening."""
+    def close(self) -> bool:
+        """Stop listening. Whether any process has been told to stop by now."""
         utils.leave_on_signal()
-        return self._finish()
+        self._finish()
+        return utils.reduce_sum([float(self.signal != 0)], torch.device("cpu"), self._group)[0] > 0
 
     def _finish(self) -> tuple[bool, bool]:
         """The outcome of the exchange under way."""

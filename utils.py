@@ -166,12 +166,12 @@ def cpu_group() -> Any:
     return dist.new_group(backend="gloo")
 
 
-def reduce_sum(values: list[float], device: torch.device) -> list[float]:
+def reduce_sum(values: list[float], device: torch.device, group: dist.ProcessGroup | None = None) -> list[float]:
     """Sum a list of numbers over processes."""
     if world_size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total.tolist()
 
 

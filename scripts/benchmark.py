@@ -46,7 +46,7 @@ from datasets import (
     sample_rng,
 )
 from datasets_finetune import ViewReader
-from engine_for_pretraining import masked_loss, second_masks
+from engine_for_pretraining import masked_loss, with_second_masks
 from masking_generator import MaskGenerator
 from modeling_finetune import token_grid
 from modeling_pretrain import MODELS
@@ -265,7 +265,7 @@ def build_step(
         args.batch_size // 2,
     )
     draw = MaskGenerator("tube", grid, 0.8)
-    masks = second_masks(rng, torch.from_numpy(np.stack([draw(rng) for _ in range(videos)])))
+    masks = with_second_masks(rng, torch.from_numpy(np.stack([draw(rng) for _ in range(videos)])))
     hidden, masks = int(masks[0].sum()), masks.to(device)
     shape = (videos, 3, args.num_frames, args.input_size, args.input_size)
     clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)

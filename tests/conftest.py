@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import av  # noqa: F401 - before decord, whose libvpx would else take the place of PyAV's, which cannot encode with it
+
 from utils import end_workers
 
 

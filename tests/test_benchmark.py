@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import naive  # noqa: E402
 
-from engine_for_pretraining import masked_loss, second_masks  # noqa: E402
+from engine_for_pretraining import masked_loss, with_second_masks  # noqa: E402
 from masking_generator import tube_mask  # noqa: E402
 from modeling_finetune import Size  # noqa: E402
 from modeling_pretrain import PretrainVisionTransformer  # noqa: E402
@@ -41,7 +41,7 @@ def problem():
         model,
         torch.randn(2, 3, 8, 64, 96),
         torch.randn(2, int(np.prod(GRID)), 40),
-        second_masks(np.random.default_rng(1), masks),
+        with_second_masks(np.random.default_rng(1), masks),
     )
 
 

@@ -10,7 +10,7 @@ from fixtures_video import write_list
 
 from checkpoints import Position
 from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
-from engine_for_pretraining import masked_loss, second_masks, train_one_epoch
+from engine_for_pretraining import masked_loss, train_one_epoch, with_second_masks
 from masking_generator import MaskGenerator
 from modeling_pretrain import MODELS
 from modeling_teacher import PixelTarget, build_clip
@@ -73,10 +73,12 @@ def test_second_masks_are_a_permutation_of_the_first():
     masks = random_masks(np.random.default_rng(0), 8, 20, 12)
     orders = set()
     for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
-        out = second_masks(np.random.default_rng(key), masks)
+        out = with_second_masks(np.random.default_rng(key), masks)
         assert out.dtype == torch.bool and out.shape == (16, 20) and torch.equal(out[:8], masks)
         order = [next(i for i in range(8) if torch.equal(row, masks[i])) for row in out[8:]]
-        assert sorted(order) == list(range(8)) and torch.equal(out, second_masks(np.random.default_rng(key), masks))
+        assert sorted(order) == list(range(8)) and torch.equal(
+            out, with_second_masks(np.random.default_rng(key), masks)
+        )
         orders.add(tuple(order))
     assert len(orders) == 4
 
@@ -153,7 +155,7 @@ def test_the_loss_is_that_of_both_masks_together(dataset):
     teacher, [batch] = PixelTarget(), batches_of(dataset, 4, 1)
     student = student_of(teacher).eval()
     clips = normalize_clips(batch["clips"], *NORM)
-    masks = second_masks(np.random.default_rng((0, 0, 0)), batch["extra"])
+    masks = with_second_masks(np.random.default_rng((0, 0, 0)), batch["extra"])
     with torch.no_grad():
         predictions = torch.cat([student(clips, masks[:4]), student(clips, masks[4:])])
         targets = teacher(clips).repeat(2, 1, 1)

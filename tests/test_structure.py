@@ -93,7 +93,7 @@ def test_a_reader_of_pretraining_meets_few_files():
         name = ahead.pop()
         seen.add(name)
         ahead += GRAPH[name] - seen
-    assert len(seen) <= 14 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 3760
+    assert len(seen) <= 14 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 4000
 
 
 # Options --------------------------------------------------------------------------------------------------------
