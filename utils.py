@@ -4,6 +4,7 @@ Every helper works unchanged in a single process. Nothing here knows videos, mas
 loading a run is in checkpoints.py.
 """
 
+import ctypes
 import datetime
 import functools
 import json
@@ -135,6 +136,8 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
         store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=index, world_size=world, timeout=timeout)
+        if not gpu:
+            never_freed(dist.group.WORLD)
     return torch.device("cuda", local) if gpu else torch.device("cpu")
 
 
@@ -159,11 +162,18 @@ def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) 
 
 @functools.cache
 def cpu_group() -> Any:
-    """All processes, for what lies in CPU memory; to be asked for in all of them, and kept to the end.
+    """All processes, for what lies in CPU memory; to be asked for in all of them."""
+    return never_freed(dist.new_group(backend="gloo"))
 
-    Not one for each purpose: to let go of a Gloo group in mid-run can hang in torch 2.5.
+
+def never_freed(group: Any) -> Any:
+    """A Gloo group, kept for as long as the process lives.
+
+    Where one is freed, torch 2.5 waits for its threads with Python's lock held, and one of them may need that lock to
+    free a tensor: a program that has done everything would never end.
     """
-    return dist.new_group(backend="gloo")
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    return group
 
 
 def reduce_sum(values: list[float], device: torch.device, group: dist.ProcessGroup | None = None) -> list[float]:
