@@ -174,6 +174,7 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Name the videos of a dead loader worker: torch tells of it from a signal handler, wherever that strikes."""
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may tell of the same worker once more
             raise loader_failure(error, self.sampler.issued, self.videos) from error
 
     @property
@@ -333,7 +334,6 @@ def last_line(error: Exception) -> str:
 
 def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList) -> RunError:
     """What to tell of a worker that hung or died: the videos of its batches."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may tell of the same worker once more
     hangs = "timed out" in str(error)
     flying = itertools.islice(issued, 1 if hangs else None)  # one that died need not be the one waited for
     lost = ", ".join(videos.path(index) for indices in flying for index in indices)

@@ -18,6 +18,7 @@ from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, build_optimizer, parameter_groups
 from options import Settings
 from training import Run, epoch_batches
+from utils import RunError
 from video_transforms import channel_stats, normalize_clips
 
 pytest_plugins = "fixtures_video"
@@ -225,6 +226,18 @@ def test_autocast_ends_with_the_forward_pass(dataset):
                 seen.append(torch.is_autocast_enabled("cpu"))
                 step.update()
     assert seen == [True, False, False] * 2
+
+
+def test_a_dead_worker_is_told_of_wherever_torch_speaks_of_it(dataset):
+    """Torch raises from a signal handler, here in the middle of the engine."""
+    run = run_of(dataset, stepper_of(student_of(PixelTarget())), 4)
+    with pytest.raises(RunError, match="data loader failed") as told, run:
+        for epoch in run.epochs():
+            for step in epoch.steps():
+                next(step.micro_batches())
+                run.sampler.issued.append([0])  # on its way
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+    assert dataset.videos.path(0) in str(told.value)
 
 
 @pytest.fixture(scope="module")
