@@ -66,6 +66,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     augment.add_argument("--aa", default="rand-m7-n4-mstd0.5-inc1", help="timm RandAugment policy; '' for none")
     filters = ("bilinear", "bicubic", "random")
     augment.add_argument("--train_interpolation", choices=filters, default="bicubic", help="of RandAugment's turns")
+    area = "smallest share of the frame's area that a random crop keeps"
+    augment.add_argument("--crop_area", type=float, default=0.25, help=area)
     augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     augment.add_argument("--mixup", type=float, default=0.8, help="alpha; 0: off")
     augment.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0: off")
@@ -139,7 +141,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     if os.path.isfile(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
-    problems.attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation)
+    problems.attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
     known = DATA_SETS[args.data_set].num_classes
     if not num_classes(args):
         problems.when(True, f"--data_set {args.data_set} needs --nb_classes")
@@ -231,7 +233,7 @@ def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
     """Training clips, augmented as the data set allows; probes see crops and flips only."""
     data_set, videos = DATA_SETS[args.data_set], train_videos(args)
     policy = "" if is_probe(args) else args.aa
-    augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation)
+    augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation, args.crop_area)
     return FinetuneDataset(
         videos, augment, data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed
     )

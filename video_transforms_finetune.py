@@ -45,12 +45,17 @@ class TrainAugmentation:
         size: side of the output, pixels.
         auto_augment: timm's RandAugment policy; empty for none.
         flip: whether the data set may be mirrored (not SSv2: left and right are labels there).
+        min_area: smallest share of the frame's area that a crop keeps.
     Raises:
-        ValueError: a policy that timm does not know.
+        ValueError: a policy that timm does not know, or a share that is none.
     """
 
-    def __init__(self, size: int, auto_augment: str, flip: bool, interpolation: str = "bicubic"):
-        self.size, self.flip = size, flip
+    def __init__(
+        self, size: int, auto_augment: str, flip: bool, interpolation: str = "bicubic", min_area: float = 0.25
+    ):
+        if not 0 < min_area <= 1:
+            raise ValueError(f"--crop_area {min_area}: must be above 0 and at most 1")
+        self.size, self.flip, self.area = size, flip, (min_area, 1.0)
         self.rand_augment: Any = None
         if auto_augment:
             options = {"translate_const": int(size * 0.45)}
@@ -67,7 +72,7 @@ class TrainAugmentation:
         """uint8 ``[T, H, W, 3]`` → ``[T, size, size, 3]``."""
         if self.rand_augment:
             frames = self.same_for_all(int(rng.integers(2**32)), frames)
-        x, y, w, h = random_resized_box(rng, frames.shape[2:0:-1])
+        x, y, w, h = random_resized_box(rng, frames.shape[2:0:-1], self.area)
         frames = resize(frames[:, y : y + h, x : x + w], self.size, self.size)
         if self.flip and rng.random() < 0.5:
             frames = np.ascontiguousarray(frames[:, :, ::-1])

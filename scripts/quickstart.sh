@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SMILE in ten minutes: both stages of pretraining in a small world, and what they are worth. Two CPU cores will do.
+# SMILE on two CPU cores: both stages of pretraining in a small world, and what they are worth.
 #
 # Makes a Python environment (or uses the active one), cuts clips from real videos, draws objects, pretrains with a
 # small image network as the teacher, and compares: fine-tuned from stage 2 against from scratch, and probes on frozen
@@ -8,8 +8,8 @@
 set -euo pipefail
 : "${CLIP_WEIGHTS:=}"
 : "${SEED:=0}"
-: "${STAGE1_EPOCHS:=4}" # 100 steps each
-: "${STAGE2_EPOCHS:=2}"
+: "${STAGE1_EPOCHS:=3}" # 400 steps each
+: "${STAGE2_EPOCHS:=1}"
 : "${FINETUNE_EPOCHS:=8}"
 : "${WORLD_OPTIONS:=--val_clips 40}" # of scripts/mini/make_world.py
 : "${QUICKSTART_DIR:=quickstart}"

@@ -56,6 +56,14 @@ def test_rand_augment_equals_timm_on_every_frame(size):
     assert changed > 15
 
 
+def test_a_crop_keeps_as_much_as_it_is_told():
+    frames = textured(2, 64, 64)
+    rng, whole = np.random.default_rng(0), TrainAugmentation(64, "", False, min_area=1)
+    assert np.array_equal(whole(rng, frames), frames), "only the whole square has all of the area"
+    with pytest.raises(ValueError, match="--crop_area 0: must be"):
+        TrainAugmentation(64, "", False, min_area=0)
+
+
 def test_no_policy_draws_nothing():
     frames = textured(3, 64, 64)
     clip = TrainAugmentation(64, "", False)(np.random.default_rng(3), frames)

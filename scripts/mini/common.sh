@@ -35,7 +35,7 @@ evaluate() {
   grep -qs test_acc1 "$folder/log.txt" && return
   python run_class_finetuning.py --data_set custom-unmirrored --nb_classes "${CLASSES[$task]}" \
     --data_path "$WORLD/$task" "${CLIPS[@]}" --sampling_rate 1 --model "vit_$MODEL" --batch_size 16 --lr 1.6e-2 \
-    --warmup_epochs 1 --epochs "$epochs" --aa '' --mixup 0 --cutmix 0 --reprob 0 --probe_lrs 3e-2 1e-2 --probe_wds 0.05 \
+    --warmup_epochs 1 --epochs "$epochs" --crop_area 0.7 --aa '' --mixup 0 --cutmix 0 --reprob 0 --probe_lrs 3e-2 1e-2 --probe_wds 0.05 \
     --disable_eval_during_finetuning --test_num_segment 1 --test_num_crop 1 --save_ckpt_freq "$epochs" \
     --save_ckpt_minutes 0 --log_interval 25 --seed "$seed" --output_dir "$folder" "$@"
   rm -f "$folder"/checkpoint-*.pth # the scores are what counts here

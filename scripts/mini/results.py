@@ -13,11 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ROWS = {  # folder → what it is; rows of one's own come after these, under their folder's name
     "scratch": "from scratch",
@@ -123,6 +119,11 @@ def write_csv(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def paint(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Bars of every column, a colour for each row, with the standard deviation over seeds."""
+    import matplotlib  # here, as it is slow to import and tables do without
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, len(COLUMNS), figsize=(12, 3.6), sharey=True, layout="constrained")
     colours = matplotlib.colormaps["viridis"](np.linspace(0.95, 0.1, len(scores)))
     places = np.arange(len(scores))[::-1]

@@ -11,7 +11,7 @@ set -euo pipefail
 : "${OUT:=output/mini}"
 : "${SEEDS:=0 1 2}"
 : "${JOBS:=2}"
-: "${EPOCHS:=6}"          # of pretraining, 100 steps each
+: "${EPOCHS:=4}"          # of pretraining, 400 steps each; two-stages halves them
 : "${FINETUNE_EPOCHS:=8}" # of each column
 : "${OMP_NUM_THREADS:=1}"
 export OUT SEEDS JOBS EPOCHS FINETUNE_EPOCHS OMP_NUM_THREADS
