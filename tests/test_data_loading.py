@@ -258,7 +258,7 @@ def test_a_worker_that_dies_is_reported_with_its_video(traps):
 
 def test_a_worker_that_dies_after_some_batches_is_reported(traps):
     """It may take batches with it that were on their way, which breaks their connection. Torch's own error comes out
-    of a signal handler, and so possibly while that one is being told; a Run puts that right (test_engine_for_pretraining).
+    of a signal handler, and so possibly while that one is being told; a Run puts that right.
     """
     for _ in range(4):
         order, batches = traps({4: kill_self}, num_workers=1, timeout=60)
