@@ -14,14 +14,15 @@ the logarithm has to be corrected. The corrected length is the next guess (`deco
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from video_transforms import channel_stats, normalize_clips
 
 ANCHORS = torch.tensor([0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0])
 MIDDLE = 3  # the anchor that leaves a guess as it is
@@ -29,11 +30,12 @@ NO_NEIGHBOUR = -1.0  # in place of an offset
 MIN_IOU = 0.5  # of an anchor with the truth, from which on it is near
 BOX_WEIGHT = 50.0
 BOX_LIMIT = 0.5  # largest correction of a logarithm that is believed
-MIN_LENGTH = 4.0
+MIN_LENGTH, MIN_CYCLES = 4.0, 2  # of a cycle, of a segment
 START_SCALES = (0.03, 0.35, 30)  # first guesses: from, to (shares of the segment), how many
 MERGE = 0.5  # weight of a new length against the guess, while the first one settles
+STRIDE_SHARES = (5, 21)  # a walk in training takes a fifth to a twentieth of the segment a step
 LEVELS = ((1, 4), (4, 4), (8, 2), (16, 1), (32, 1))  # of the count: moments, corrections
-MEAN_COLOUR = torch.tensor([round(255 * share) for share in IMAGENET_DEFAULT_MEAN], dtype=torch.uint8)
+MEAN_COLOUR = (255 * channel_stats("imagenet")[0].flatten()).round().to(torch.uint8)
 
 
 class Prediction(NamedTuple):
@@ -116,117 +118,142 @@ def counting_loss(
         known = (wanted >= 0).sum().clamp(min=1)
         total_class = total_class + F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / known
         said = prediction.boxes[:, side].float()
-        total_box = total_box + F.smooth_l1_loss(said, torch.where(classes[:, side] == 1, boxes[:, side], said.detach()))
+        total_box = total_box + F.smooth_l1_loss(
+            said, torch.where(classes[:, side] == 1, boxes[:, side], said.detach())
+        )
     return total_class + BOX_WEIGHT * total_box, {"class_loss": total_class.detach(), "box_loss": total_box.detach()}
 
 
 # Windows and network --------------------------------------------------------------------------------------------
 
 
-def window_frames(moments: torch.Tensor, lengths: torch.Tensor, total: int, num_frames: int) -> torch.Tensor:
-    """Frames of the windows on both sides, int ``[B, 2, T]``; -1 where a window hangs over the segment.
+def window_frames(
+    moments: torch.Tensor, lengths: torch.Tensor, total: torch.Tensor | int, num_frames: int
+) -> torch.Tensor:
+    """Frames of the windows on both sides, int ``[B, 2, T]``; -1 where a window hangs over its segment.
 
     Each window is twice as long as the guess, so that the largest anchor still fits: T frames evenly from
     m - 2·length + 1 to m, and from m + 1 to m + 2·length.
+
+    Args:
+        total: frames of the segments, ``[B]``, or of all.
     """
     share = torch.linspace(0, 1, num_frames)
     before = moments[:, None] - (2 * lengths[:, :1] - 1) * (1 - share)
     after = moments[:, None] + 1 + (2 * lengths[:, 1:] - 1) * share
     frames = torch.stack([before, after], dim=1).round().long()
-    return frames.masked_fill((frames < 0) | (frames >= total), -1)
+    return frames.masked_fill((frames < 0) | (frames >= torch.as_tensor(total)[..., None, None]), -1)
 
 
-def cut_windows(frames: torch.Tensor, moments: torch.Tensor, lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Pixels of window_frames, uint8 ``[B, 2, T, H, W, 3]``, of a segment uint8 ``[F, H, W, 3]``; else MEAN_COLOUR."""
-    index = window_frames(moments, lengths, len(frames), num_frames)
+def take_frames(frames: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Pixels ``[..., H, W, 3]`` of a segment uint8 ``[F, H, W, 3]`` at window_frames; MEAN_COLOUR where it is -1."""
     windows = frames[index.clamp(min=0)]
     windows[index < 0] = MEAN_COLOUR
     return windows
 
 
-class RepetitionCounter(nn.Module):
-    """The encoder on both windows, and the four linear layers of the head.
+class CountingHead(nn.Module):
+    """Four linear layers on the features of both windows, ``[B, W]`` → Prediction."""
 
-    The encoder sees each window as a clip of its own, T frames, as in its pretraining; the head sees the features of
-    both side by side.
-
-    Args:
-        encoder: has `embed_dim`, and `forward_features`: normalised ``[B, 3, T, H, W]`` → ``[B, D]``.
-    """
-
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, width: int):
         super().__init__()
-        self.encoder = encoder
-        width, anchors = 2 * encoder.embed_dim, len(ANCHORS)
+        anchors = len(ANCHORS)
         self.cls_1, self.cls_2 = nn.Linear(width, 2 * anchors), nn.Linear(width, 2 * anchors)
         self.box_1, self.box_2 = nn.Linear(width, anchors), nn.Linear(width, anchors)
-        for layer in (self.cls_1, self.cls_2, self.box_1, self.box_2):
+        for layer in self.children():
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1, 1), persistent=False)
 
-    def forward(self, windows: torch.Tensor) -> Prediction:
-        """uint8 ``[B, 2, T, H, W, 3]`` → Prediction."""
-        clips = rearrange(windows, "b s t h w c -> (b s) c t h w")
-        features = self.encoder.forward_features((clips / 255 - self.mean) / self.std)
-        features = rearrange(features, "(b s) d -> b (s d)", s=2)
+    def forward(self, features: torch.Tensor) -> Prediction:
         logits = torch.stack([self.cls_1(features), self.cls_2(features)], dim=1)
         boxes = torch.stack([self.box_1(features), self.box_2(features)], dim=1)
         return Prediction(rearrange(logits, "b s (a k) -> b s a k", k=2), boxes)
 
 
+class RepetitionCounter(nn.Module):
+    """The encoder on each window, and the head on both.
+
+    The encoder sees a window as a clip of its own, T frames, as in its pretraining.
+
+    Args:
+        encoder: normalised ``[B, 3, T, H, W]`` → pooled features ``[B, D]``; has `embed_dim`, D.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder, self.head = encoder, CountingHead(2 * encoder.embed_dim)
+        for name, values in zip(("mean", "std"), channel_stats("imagenet")):
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, windows: torch.Tensor) -> Prediction:
+        """uint8 ``[B, 2, T, H, W, 3]`` → Prediction."""
+        clips = rearrange(windows, "b s t h w c -> (b s) c t h w")
+        features = self.encoder(normalize_clips(clips, self.mean, self.std))
+        return self.head(rearrange(features, "(b s) d -> b (s d)", s=2))
+
+
 # Training: a walk through a segment -----------------------------------------------------------------------------
 
 
-@dataclass
-class Walk:
-    """A training segment on its way: at each step the head corrects the windows, and the moment moves on.
+class Walks:
+    """A batch of training segments on their way: at each step the head corrects the windows, and the moments move on.
 
-    So training meets the guesses that counting will meet: wrong ones first, then the head's own. A guess from which
-    no anchor is near would teach no more corrections: it is replaced by the truth times the next of `restarts`.
+    So training meets the guesses that counting will meet: wrong ones first, then the head's own. Half of the walks
+    begin with a first guess of a count, the others near the truth. A guess so wrong that no anchor is near would teach
+    no more corrections: it is replaced by the truth times a factor, drawn beforehand.
 
     Args:
-        frames: uint8 ``[F, H, W, 3]``; offsets: ``[F, 2]``, cycle_offsets.
-        moment: the first; lengths: the first guess, ``[2]``.
-        stride: frames from one moment to the next; after the last frame the walk goes on at the first.
-        restarts: factors on the truth, within MIN_IOU and its inverse, a row a step, ``[R, 2]``.
+        segments: (frames uint8 ``[F, H, W, 3]``, boundaries of its cycles ``[C + 1]``) of B segments.
+        rngs: a generator for each.
+        steps: corrections that each can make, R.
     """
 
-    frames: torch.Tensor
-    offsets: torch.Tensor
-    moment: int
-    lengths: torch.Tensor
-    stride: int
-    restarts: torch.Tensor
-    step: int = 0
+    def __init__(self, segments: list[tuple[np.ndarray, np.ndarray]], rngs: list[np.random.Generator], steps: int):
+        self.frames = [torch.from_numpy(frames) for frames, _ in segments]
+        self.offsets = [cycle_offsets(torch.from_numpy(bounds)) for _, bounds in segments]
+        self.totals = torch.tensor([len(frames) for frames in self.frames])  # [B]
+        limit = -math.log(MIN_IOU)
+        factors = np.stack([np.exp(rng.uniform(-limit, limit, (steps + 1, 2))) for rng in rngs])
+        guesses = []
+        for (frames, bounds), rng in zip(segments, rngs):
+            share = rng.uniform(*START_SCALES[:2])
+            guesses.append(share * len(frames) if rng.random() < 0.5 else 1 + np.diff(bounds).mean())
+        guesses = torch.from_numpy(factors[:, steps] * np.array(guesses)[:, None]).float()
+        self.lengths = within(guesses, self.totals)  # [B, 2]
+        self.restarts = torch.from_numpy(factors[:, :steps]).float()  # [B, R, 2]
+        self.moments = torch.tensor([int(rng.integers(total)) for rng, total in zip(rngs, self.totals.tolist())])
+        shares = torch.tensor([int(rng.integers(*STRIDE_SHARES)) for rng in rngs])
+        self.strides = (self.totals // shares).clamp(min=1)
+        self.step = 0
 
     def windows(self, num_frames: int) -> torch.Tensor:
-        """uint8 ``[2, T, H, W, 3]``."""
-        return cut_windows(self.frames, torch.tensor([self.moment]), self.lengths[None], num_frames)[0]
+        """uint8 ``[B, 2, T, H, W, 3]``."""
+        index = window_frames(self.moments, self.lengths, self.totals, num_frames)
+        return torch.stack([take_frames(frames, i) for frames, i in zip(self.frames, index)])
 
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """classes and boxes, each ``[2, 7]``."""
-        classes, boxes = anchor_targets(self.offsets[self.moment], self.lengths)
-        return classes, boxes
+        """What the head should say of the windows: anchor_targets."""
+        return anchor_targets(self.truth(), self.lengths)
+
+    def truth(self) -> torch.Tensor:
+        """Offsets at the moments, ``[B, 2]``."""
+        return torch.stack([offsets[moment] for offsets, moment in zip(self.offsets, self.moments.tolist())])
 
     def move(self, lengths: torch.Tensor) -> None:
-        """On to the next moment, with the `lengths` ``[2]`` that the head gave."""
-        self.moment = (self.moment + self.stride) % len(self.frames)
-        self.lengths = within(lengths, len(self.frames))
-        classes, _ = self.targets()
-        lost = (classes == 0).all(dim=1)
-        truth = self.offsets[self.moment] + 1
-        self.lengths = torch.where(lost, truth * self.restarts[self.step], self.lengths)
+        """On to the next moments (after the last frame comes the first), with the `lengths` that the head gave."""
+        self.moments = (self.moments + self.strides) % self.totals
+        self.lengths = within(lengths, self.totals)
+        lost = (self.targets()[0] == 0).all(dim=-1)
+        self.lengths = torch.where(lost, (self.truth() + 1) * self.restarts[:, self.step], self.lengths)
         self.step += 1
 
 
 # Counting -------------------------------------------------------------------------------------------------------
 
 
-def within(lengths: torch.Tensor, total: int) -> torch.Tensor:
-    """Lengths limited to what a segment of `total` frames with at least two cycles can hold."""
-    return lengths.clamp(min=MIN_LENGTH).clamp(max=(total + 1) / 2)
+def within(lengths: torch.Tensor, total: torch.Tensor | int) -> torch.Tensor:
+    """Lengths ``[B, 2]`` limited to what segments of `total` frames with at least MIN_CYCLES can hold."""
+    return lengths.clamp(min=MIN_LENGTH).clamp(max=(torch.as_tensor(total)[..., None] - 1) / MIN_CYCLES + 1)
 
 
 def agree(moments: torch.Tensor, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
