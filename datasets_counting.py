@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from scipy.io import loadmat
@@ -145,8 +145,18 @@ class TrainSegments(Dataset):
         return {"frames": frames, "bounds": bounds, "seed": int(rng.integers(2**63)), "path": annotation.video}
 
 
-def collate_segments(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of segments, which have different lengths."""
+class SegmentBatch(TypedDict):
+    """Samples that training keeps apart, since they have different lengths; an entry for each."""
+
+    segments: list[tuple[np.ndarray, np.ndarray]]  # frames uint8 [F, S, S, 3], boundaries int [C + 1]
+    seeds: list[int]
+    paths: list[str]
+    bad: list[tuple[str, str]]  # none: one that cannot be read ends the run
+    num_bad_videos: int
+
+
+def collate_segments(samples: list[dict[str, Any]]) -> SegmentBatch:
+    """A batch of samples."""
     return {
         "segments": [(sample["frames"], sample["bounds"]) for sample in samples],
         "seeds": [sample["seed"] for sample in samples],

@@ -112,16 +112,15 @@ def counting_loss(
     Returns:
         the loss, and its parts for the log.
     """
-    total_class = total_box = 0.0
+    class_losses, box_losses = [], []
     for side in range(2):
         logits, wanted = prediction.logits[:, side].float().flatten(0, 1), classes[:, side].flatten()
         known = (wanted >= 0).sum().clamp(min=1)
-        total_class = total_class + F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / known
+        class_losses.append(F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / known)
         said = prediction.boxes[:, side].float()
-        total_box = total_box + F.smooth_l1_loss(
-            said, torch.where(classes[:, side] == 1, boxes[:, side], said.detach())
-        )
-    return total_class + BOX_WEIGHT * total_box, {"class_loss": total_class.detach(), "box_loss": total_box.detach()}
+        box_losses.append(F.smooth_l1_loss(said, torch.where(classes[:, side] == 1, boxes[:, side], said.detach())))
+    class_loss, box_loss = torch.stack(class_losses).sum(), torch.stack(box_losses).sum()
+    return class_loss + BOX_WEIGHT * box_loss, {"class_loss": class_loss.detach(), "box_loss": box_loss.detach()}
 
 
 # Windows and network --------------------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ class CountingHead(nn.Module):
         anchors = len(ANCHORS)
         self.cls_1, self.cls_2 = nn.Linear(width, 2 * anchors), nn.Linear(width, 2 * anchors)
         self.box_1, self.box_2 = nn.Linear(width, anchors), nn.Linear(width, anchors)
-        for layer in self.children():
+        for layer in (self.cls_1, self.cls_2, self.box_1, self.box_2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
@@ -176,12 +175,16 @@ class RepetitionCounter(nn.Module):
     The encoder sees a window as a clip of its own, T frames, as in its pretraining.
 
     Args:
-        encoder: normalised ``[B, 3, T, H, W]`` → pooled features ``[B, D]``; has `embed_dim`, D.
+        encoder: normalised ``[B, 3, T, H, W]`` → pooled features ``[B, D]``.
+        width: D.
     """
 
-    def __init__(self, encoder: nn.Module):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, encoder: nn.Module, width: int):
         super().__init__()
-        self.encoder, self.head = encoder, CountingHead(2 * encoder.embed_dim)
+        self.encoder, self.head = encoder, CountingHead(2 * width)
         for name, values in zip(("mean", "std"), channel_stats("imagenet")):
             self.register_buffer(name, values, persistent=False)
 
@@ -218,8 +221,8 @@ class Walks:
         for (frames, bounds), rng in zip(segments, rngs):
             share = rng.uniform(*START_SCALES[:2])
             guesses.append(share * len(frames) if rng.random() < 0.5 else 1 + np.diff(bounds).mean())
-        guesses = torch.from_numpy(factors[:, steps] * np.array(guesses)[:, None]).float()
-        self.lengths = within(guesses, self.totals)  # [B, 2]
+        first = torch.from_numpy(factors[:, steps] * np.array(guesses)[:, None]).float()
+        self.lengths = within(first, self.totals)  # [B, 2]
         self.restarts = torch.from_numpy(factors[:, :steps]).float()  # [B, R, 2]
         self.moments = torch.tensor([int(rng.integers(total)) for rng, total in zip(rngs, self.totals.tolist())])
         shares = torch.tensor([int(rng.integers(*STRIDE_SHARES)) for rng in rngs])

@@ -9,17 +9,18 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, restore
+from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, lock_folder, restore
 from datasets import ChunkSampler, build_loader, init_worker
-from datasets_counting import AnnotationList, TrainSegments, WholeSegments, collate_segments
+from datasets_counting import AnnotationList, SegmentBatch, TrainSegments, WholeSegments, collate_segments
 from evaluation import unbatched
 from modeling_counting import (
     Prediction,
@@ -95,7 +96,7 @@ def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_step
     for step in epoch.steps():
         parties = [
             Walks(batch["segments"], [np.random.default_rng(seed) for seed in batch["seeds"]], refine_steps)
-            for batch in step.micro_batches()
+            for batch in cast(Iterator[SegmentBatch], step.micro_batches())
         ]
         bad = torch.zeros((), device=stepper.device)
         for _ in range(refine_steps):
@@ -144,7 +145,7 @@ def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.
         timeout=args.worker_timeout if args.num_workers else 0,
     )
     counts, count = [0.0] * len(videos), make_counter(args, model, device)
-    for index, frames, error in unbatched(loader, mine, videos):
+    for index, frames, error in unbatched(loader, mine, videos):  # type: ignore[arg-type]  # it has path() too
         if error:
             raise RunError(error)
         counts[index] = count(torch.as_tensor(frames))
@@ -247,10 +248,10 @@ def main(args: argparse.Namespace) -> int:
     utils.setup_logging()
     find_problems(args).tell()
     settings = Settings.of(args)
-    lock = utils.lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
+    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
     utils.seed_everything(args.seed)
     encoder = MODELS[args.model](num_classes=0, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
-    model = RepetitionCounter(encoder).to(device)
+    model = RepetitionCounter(encoder, encoder.embed_dim).to(device)
     best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
     code = 0
     if not args.eval:

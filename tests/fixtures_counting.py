@@ -16,6 +16,7 @@ from scipy.io import savemat
 from modeling_counting import cycle_offsets
 from object_overlay import paste, read_object
 
+pytest_plugins = "fixtures_video"
 SIZE = (64, 48)  # width, height of the videos, pixels
 
 

@@ -173,7 +173,7 @@ def test_pixels_outside_of_a_segment_are_the_mean():
 def test_the_head_sees_both_windows_and_the_encoder_one_at_a_time():
     torch.manual_seed(0)
     encoder = vit_tiny_patch16_224(num_classes=0)
-    model = RepetitionCounter(encoder).eval()
+    model = RepetitionCounter(encoder, encoder.embed_dim).eval()
     windows = torch.randint(0, 256, (2, 2, 4, 32, 32, 3), dtype=torch.uint8)
     said = model(windows)
     assert said.logits.shape == (2, 2, 7, 2) and said.boxes.shape == (2, 2, 7)
@@ -233,8 +233,6 @@ def test_scores_by_hand():
 class Brightness(nn.Module):
     """An encoder that sees nothing but the brightness of each frame, so that it learns in seconds."""
 
-    embed_dim = 64
-
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 64))
@@ -286,7 +284,7 @@ def test_it_learns_to_count_periods_that_it_has_not_seen():
     """The whole of it, learned in seconds: walks, targets, loss, decoding, count."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
-    model = RepetitionCounter(Brightness())
+    model = RepetitionCounter(Brightness(), 64)
     train, test = segments(rng, [8, 10, 13, 17, 22, 30, 40], 100), segments(rng, [9, 11, 15, 20, 26, 35], 20)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     rounds, steps = 40, 11
