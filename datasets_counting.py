@@ -1,14 +1,14 @@
 """Videos with annotated repetitions: UCFRep's .mat files, whole segments to count, parts of them to train on."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 from scipy.io import loadmat
-from torch.utils.data import Dataset
 
-from datasets import Key, VideoError, read_frames, sample_rng
+from datasets import Key, VideoDataset, VideoError, VideoList, read_frames, sample_rng
 from modeling_counting import MIN_CYCLES
 from utils import RunError
 from video_transforms import resize
@@ -56,8 +56,8 @@ def read_annotation(path: Path, video: str) -> Annotation:
     return Annotation(video, min(first, int(bounds[0])), max(last, int(bounds[-1])), bounds.astype(int))
 
 
-class AnnotationList:
-    """The annotations of a folder, by name, each with its video.
+class AnnotationList(VideoList):
+    """The videos with an annotation in a folder, by name; the label of each is its number of cycles.
 
     Args:
         root: where videos lie, at most one folder deep. Their folders may be called anything: UCF101 itself has
@@ -70,24 +70,24 @@ class AnnotationList:
         files = sorted(Path(folder).glob("*.mat"))
         if not files:
             raise ValueError(f"{folder}: no annotations there (*.mat)")
-        videos = {path.stem: path for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))}
+        videos = {path.stem: str(path) for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))}
         missing = [file.stem for file in files if file.stem not in videos]
         if missing:
             raise ValueError(
                 f"{folder}: {len(missing)} of {len(files)} videos are not in --data_root {root}, "
                 f"the first: {missing[0]}"
             )
-        self.annotations = [read_annotation(file, str(videos[file.stem])) for file in files]
-
-    def __len__(self) -> int:
-        return len(self.annotations)
-
-    def __getitem__(self, index: int) -> Annotation:
-        return self.annotations[index % len(self)]
+        self.source, self._lines = folder, np.arange(len(files))
+        self._paths = np.array([os.fsencode(videos[file.stem]) for file in files])
+        self._annotations = {videos[file.stem]: read_annotation(file, videos[file.stem]) for file in files}
+        self.labels = np.array([annotation.count for annotation in self._annotations.values()])
 
     def path(self, index: int) -> str:
-        """Path of a video; a training sample's number goes round the list."""
-        return self[index].video
+        """Path of a video; the number of a training sample goes round the list."""
+        return super().path(index % len(self))
+
+    def __getitem__(self, index: int) -> Annotation:
+        return self._annotations[self.path(index)]
 
 
 def pad_to_square(frames: np.ndarray, side: int) -> np.ndarray:
@@ -124,8 +124,10 @@ def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -
     return bounds[begin[chosen] : end[chosen] + 1]
 
 
-class TrainSegments(Dataset):
+class TrainSegments(VideoDataset):
     """Random parts of the training videos, mirrored half of the time; sample i is of video i % videos."""
+
+    videos: AnnotationList
 
     def __init__(self, videos: AnnotationList, per_video: int, max_frames: int, side: int, seed: int):
         self.videos, self.per_video, self.max_frames, self.side, self.seed = videos, per_video, max_frames, side, seed
@@ -166,14 +168,13 @@ def collate_segments(samples: list[dict[str, Any]]) -> SegmentBatch:
     }
 
 
-class WholeSegments(Dataset):
+class WholeSegments(VideoDataset):
     """The annotated parts of videos, to be counted: (number, uint8 ``[F, S, S, 3]``, why it could not be read)."""
+
+    videos: AnnotationList
 
     def __init__(self, videos: AnnotationList, side: int):
         self.videos, self.side = videos, side
-
-    def __len__(self) -> int:
-        return len(self.videos)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray, str]:
         annotation = self.videos[index]

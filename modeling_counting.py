@@ -60,7 +60,7 @@ def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
     """
     bounds = bounds.double()
     lengths = bounds.diff()
-    frames = torch.arange(bounds[0], bounds[-1] + 1, dtype=torch.float64)
+    frames = torch.arange(int(bounds[0]), int(bounds[-1]) + 1, dtype=torch.float64)
     cycle = (torch.searchsorted(bounds, frames, right=True) - 1).clamp(max=len(lengths) - 1)
     phase = (frames - bounds[cycle]) / lengths[cycle]
     offsets = []

@@ -35,8 +35,16 @@ from modeling_counting import (
 )
 from modeling_finetune import MODELS, token_grid
 from optim_factory import Stepper, autocast, distribute, parameter_groups
-from options import Problems, add_optimizer_arguments, add_run_arguments, build_stepper, make_parser, pick_precision
-from training import Epoch, Run, Settings, Step
+from options import (
+    Problems,
+    Settings,
+    add_optimizer_arguments,
+    add_run_arguments,
+    build_stepper,
+    make_parser,
+    pick_precision,
+)
+from training import Epoch, Run, Step
 from utils import RunError, logger
 
 BEST = "checkpoint-best.pth"
@@ -50,7 +58,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data_root", default="", help="folder with the videos, <class>/<name>.avi or another suffix")
     data.add_argument("--num_frames", type=int, default=16, help="frames of a window; there is one on each side")
     data.add_argument("--input_size", type=int, default=224, help="side of the frames, pixels")
-    data.add_argument("--num_segments", type=int, default=10, help="training segments of each video and epoch")
+    data.add_argument("--segments_per_video", type=int, default=10, help="training segments of each video and epoch")
     data.add_argument("--max_frames", type=int, default=300, help="longest training segment (or two cycles)")
     data.add_argument("--num_workers", type=int, default=4, help="loader processes a GPU")
     data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
@@ -145,7 +153,7 @@ def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.
         timeout=args.worker_timeout if args.num_workers else 0,
     )
     counts, count = [0.0] * len(videos), make_counter(args, model, device)
-    for index, frames, error in unbatched(loader, mine, videos):  # type: ignore[arg-type]  # it has path() too
+    for index, frames, error in unbatched(loader, mine, videos):
         if error:
             raise RunError(error)
         counts[index] = count(torch.as_tensor(frames))
@@ -154,7 +162,7 @@ def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.
 
 def judge(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
     """Metrics of the counts of `val`."""
-    return counting_scores(counts, [annotation.count for annotation in read_split(args, "val").annotations])
+    return counting_scores(counts, read_split(args, "val").labels.tolist())
 
 
 def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> int:
@@ -167,8 +175,9 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
         with open(Path(args.output_dir) / "test_counts.csv", "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["video", "true", "counted"])
-            for annotation, count in zip(read_split(args, "val").annotations, counts):
-                table.writerow([annotation.video, annotation.count, f"{count:.3f}"])
+            videos = read_split(args, "val")
+            for index, count in enumerate(counts):
+                table.writerow([videos.path(index), videos.labels[index], f"{count:.3f}"])
     return 0
 
 
@@ -184,7 +193,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
     problems = Problems(args)
     problems.files("finetune", "resume")
-    problems.numbers(1, "num_segments", "max_frames", "batch_size", "refine_steps", "val_freq")
+    problems.numbers(1, "segments_per_video", "max_frames", "batch_size", "refine_steps", "val_freq")
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
     if os.path.isfile(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
@@ -212,7 +221,7 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
     total_batch = args.batch_size * args.update_freq * utils.world_size()
     with utils.user_errors():
         dataset = TrainSegments(
-            read_split(args, "train"), args.num_segments, args.max_frames, args.input_size, args.seed
+            read_split(args, "train"), args.segments_per_video, args.max_frames, args.input_size, args.seed
         )
         sampler = ChunkSampler(
             len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed

@@ -24,7 +24,7 @@ from utils import EXIT_REQUEUE
 pytest_plugins = ("fixtures_counting", "fixtures_finetuning")
 NAME = "run_repetition_counting.py"
 TINY = "--model vit_tiny_patch16_224 --input_size 32 --num_frames 4 --num_workers 0 --log_interval 1"
-STEPS = "--batch_size 4 --num_segments 2 --refine_steps 2 --opt adamw --epochs 2"
+STEPS = "--batch_size 4 --segments_per_video 2 --refine_steps 2 --opt adamw --epochs 2"
 TRAIN = [*TINY.split(), *STEPS.split()]
 
 
@@ -96,6 +96,7 @@ def test_eval_gives_the_same_counts_in_one_process_and_in_two(count, trained, tm
 def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(count, trained, tmp_path):
     """The signal comes after a step, or in the validation that follows."""
     folder = tmp_path / "run"
+    (tmp_path / "rank0.out").touch()
     process = count("--save_ckpt_freq", "1", "--output_dir", folder, start_only=True)
     while process.is_alive() and "epoch 0 [2/3]" not in (tmp_path / "rank0.out").read_text():
         time.sleep(0.02)
