@@ -13,7 +13,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import cv2
 import decord
@@ -343,7 +343,12 @@ def init_worker(worker: int) -> None:
 
 
 def build_loader(
-    dataset: Dataset, sampler: ChunkSampler, num_workers: int, pin_mem: bool, timeout: float
+    dataset: Dataset,
+    sampler: ChunkSampler,
+    num_workers: int,
+    pin_mem: bool,
+    timeout: float,
+    collate: Callable[[list], Any] = collate,
 ) -> DataLoader:
     """A loader of training batches. `timeout`: seconds to wait for one before the run is stopped."""
     return DataLoader(

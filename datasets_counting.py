@@ -1,0 +1,184 @@
+"""Videos with annotated repetitions: UCFRep's .mat files, whole segments to count, parts of them to train on."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from scipy.io import loadmat
+
+from datasets import Key, VideoDataset, VideoError, VideoList, read_frames, sample_rng
+from modeling_counting import MIN_CYCLES
+from utils import RunError
+from video_transforms import resize
+
+SPARE_FRAMES = 5  # decoders disagree on the last few frames of a file
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A video with its repetitions: the annotated part, and where cycles end; frames are numbered from 0."""
+
+    video: str
+    first: int
+    last: int
+    bounds: np.ndarray  # int [C + 1], rising
+
+    @property
+    def count(self) -> int:
+        """Number of cycles."""
+        return len(self.bounds) - 1
+
+
+def read_annotation(path: Path, video: str) -> Annotation:
+    """A ``.mat`` of UCFRep: a struct `label` with `start_frame`, `end_frame` and `temporal_bound`, numbered from 1.
+
+    Its offsets are not read: cycle_offsets computes them from the boundaries by the same rule, for any segment.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        label = loadmat(path, simplify_cells=True)["label"]
+        first, last = int(label["start_frame"]) - 1, int(label["end_frame"]) - 1
+        bounds = np.asarray(label["temporal_bound"], dtype=np.float64).ravel() - 1
+    except Exception as error:  # SciPy, zlib and missing fields each fail in their own ways
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise ValueError(f"{path}: not an annotation of UCFRep, a struct `label` in a .mat ({reason})") from error
+    whole = np.isfinite(bounds).all() and (bounds == bounds.round()).all()
+    if not (whole and 0 <= first < last and bounds[0] >= 0 and (np.diff(bounds) > 0).all()):
+        raise ValueError(
+            f"{path}: frames must be whole numbers from 1 that rise (temporal_bound, start_ and end_frame)"
+        )
+    if len(bounds) <= MIN_CYCLES:
+        raise ValueError(f"{path}: {len(bounds) - 1} cycles; there must be at least {MIN_CYCLES}")
+    return Annotation(video, min(first, int(bounds[0])), max(last, int(bounds[-1])), bounds.astype(int))
+
+
+class AnnotationList(VideoList):
+    """The videos with an annotation in a folder, by name; the label of each is its number of cycles.
+
+    Args:
+        root: where videos lie, at most one folder deep. Their folders may be called anything: UCF101 itself has
+            ``HandstandPushups/v_HandStandPushups_g01_c01.avi``.
+    Raises:
+        ValueError: no annotation, one that is something else, or one without video.
+    """
+
+    def __init__(self, folder: str, root: str):
+        files = sorted(Path(folder).glob("*.mat"))
+        if not files:
+            raise ValueError(f"{folder}: no annotations there (*.mat)")
+        videos = {path.stem: str(path) for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))}
+        missing = [file.stem for file in files if file.stem not in videos]
+        if missing:
+            raise ValueError(
+                f"{folder}: {len(missing)} of {len(files)} videos are not in --data_root {root}, "
+                f"the first: {missing[0]}"
+            )
+        self.source, self._lines = folder, np.arange(len(files))
+        self._paths = np.array([os.fsencode(videos[file.stem]) for file in files])
+        self._annotations = {videos[file.stem]: read_annotation(file, videos[file.stem]) for file in files}
+        self.labels = np.array([annotation.count for annotation in self._annotations.values()])
+
+    def path(self, index: int) -> str:
+        """Path of a video; the number of a training sample goes round the list."""
+        return super().path(index % len(self))
+
+    def __getitem__(self, index: int) -> Annotation:
+        return self._annotations[self.path(index)]
+
+
+def pad_to_square(frames: np.ndarray, side: int) -> np.ndarray:
+    """Resize so that the long side is `side`, black around: uint8 ``[T, H, W, 3]`` → ``[T, side, side, 3]``."""
+    shrink = side / max(frames.shape[1:3])
+    height, width = (min(side, max(1, round(length * shrink))) for length in frames.shape[1:3])
+    square = np.zeros((len(frames), side, side, 3), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = resize(frames, height, width)
+    return square
+
+
+def read_segment(annotation: Annotation, first: int, last: int, side: int) -> np.ndarray:
+    """Frames `first` to `last` of a video, square, uint8 ``[F, side, side, 3]``.
+
+    Raises:
+        VideoError: unreadable, or much shorter than its annotation.
+    """
+
+    def choose(total: int) -> np.ndarray:
+        if annotation.last >= total + SPARE_FRAMES:
+            raise VideoError(f"annotated up to frame {annotation.last + 1}, but it has {total}")
+        return np.arange(first, last + 1).clip(max=total - 1)
+
+    return pad_to_square(read_frames(annotation.video, choose), side)
+
+
+def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -> np.ndarray:
+    """A random run of at least MIN_CYCLES whole cycles of at most `max_frames`, else the shortest: its boundaries."""
+    begin, end = np.triu_indices(len(bounds), k=MIN_CYCLES)
+    length = bounds[end] - bounds[begin] + 1
+    fitting = np.flatnonzero(length <= max(max_frames, length.min()))
+    chosen = fitting[rng.integers(len(fitting))]
+    return bounds[begin[chosen] : end[chosen] + 1]
+
+
+class TrainSegments(VideoDataset):
+    """Random parts of the training videos, mirrored half of the time; sample i is of video i % videos."""
+
+    videos: AnnotationList
+
+    def __init__(self, videos: AnnotationList, per_video: int, max_frames: int, side: int, seed: int):
+        self.videos, self.per_video, self.max_frames, self.side, self.seed = videos, per_video, max_frames, side, seed
+
+    def __len__(self) -> int:
+        return self.per_video * len(self.videos)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        rng, annotation = sample_rng(self.seed, *key), self.videos[key[1]]
+        bounds = draw_cycles(rng, annotation.bounds, self.max_frames)
+        try:
+            frames = read_segment(annotation, bounds[0], bounds[-1], self.side)
+        except VideoError as error:
+            raise RunError(f"{annotation.video}: {error}") from error
+        if rng.random() < 0.5:
+            frames = np.ascontiguousarray(frames[:, :, ::-1])
+        return {"frames": frames, "bounds": bounds, "seed": int(rng.integers(2**63)), "path": annotation.video}
+
+
+class SegmentBatch(TypedDict):
+    """Samples that training keeps apart, since they have different lengths; an entry for each."""
+
+    segments: list[tuple[np.ndarray, np.ndarray]]  # frames uint8 [F, S, S, 3], boundaries int [C + 1]
+    seeds: list[int]
+    paths: list[str]
+    bad: list[tuple[str, str]]  # none: one that cannot be read ends the run
+    num_bad_videos: int
+
+
+def collate_segments(samples: list[dict[str, Any]]) -> SegmentBatch:
+    """A batch of samples."""
+    return {
+        "segments": [(sample["frames"], sample["bounds"]) for sample in samples],
+        "seeds": [sample["seed"] for sample in samples],
+        "paths": [sample["path"] for sample in samples],
+        "bad": [],
+        "num_bad_videos": 0,
+    }
+
+
+class WholeSegments(VideoDataset):
+    """The annotated parts of videos, to be counted: (number, uint8 ``[F, S, S, 3]``, why it could not be read)."""
+
+    videos: AnnotationList
+
+    def __init__(self, videos: AnnotationList, side: int):
+        self.videos, self.side = videos, side
+
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray, str]:
+        annotation = self.videos[index]
+        try:
+            return index, read_segment(annotation, annotation.first, annotation.last, self.side), ""
+        except VideoError as error:
+            return index, np.empty(0, np.uint8), f"{annotation.video}: {error}"

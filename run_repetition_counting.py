@@ -1,0 +1,283 @@
+"""Train a SMILE encoder to count repetitions, and test it: UCFRep, the counting cell of the SEVERE benchmark.
+
+``--data_path`` holds the annotations, ``train/*.mat`` and ``val/*.mat``; ``--data_root`` the videos of UCF101 that they
+name. After each epoch the whole of ``val`` is counted, and the weights that did best are kept: the benchmark's rule.
+The method is in modeling_counting.py.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import utils
+from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, lock_folder, restore
+from datasets import ChunkSampler, build_loader, init_worker
+from datasets_counting import AnnotationList, SegmentBatch, TrainSegments, WholeSegments, collate_segments
+from evaluation import unbatched
+from modeling_counting import (
+    Prediction,
+    RepetitionCounter,
+    Walks,
+    count_cycles,
+    counting_loss,
+    counting_scores,
+    decode,
+    take_frames,
+    window_frames,
+)
+from modeling_finetune import MODELS, token_grid
+from optim_factory import Stepper, autocast, distribute, parameter_groups
+from options import (
+    Problems,
+    Settings,
+    add_optimizer_arguments,
+    add_run_arguments,
+    build_stepper,
+    make_parser,
+    pick_precision,
+)
+from training import Epoch, Run, Step
+from utils import RunError, logger
+
+BEST = "checkpoint-best.pth"
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (`argv`, or sys.argv)."""
+    parser = make_parser("SMILE repetition counting", __doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", default="", help="folder with the annotations train/*.mat and val/*.mat")
+    data.add_argument("--data_root", default="", help="folder with the videos, <class>/<name>.avi or another suffix")
+    data.add_argument("--num_frames", type=int, default=16, help="frames of a window; there is one on each side")
+    data.add_argument("--input_size", type=int, default=224, help="side of the frames, pixels")
+    data.add_argument("--segments_per_video", type=int, default=10, help="training segments of each video and epoch")
+    data.add_argument("--max_frames", type=int, default=300, help="longest training segment (or two cycles)")
+    data.add_argument("--num_workers", type=int, default=4, help="loader processes a GPU")
+    data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
+    parser.set_defaults(sampling_rate=1, max_bad_fraction=0.0)  # every frame counts, and so does every video
+
+    model = parser.add_argument_group("model")
+    names = ", ".join(MODELS)
+    model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
+    model.add_argument("--finetune", default="", help="checkpoint to start from, or to test with --eval")
+    model.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
+    model.add_argument("--use_checkpoint", action="store_true", help="recompute activations to save memory")
+
+    optim = add_optimizer_arguments(parser)
+    optim.add_argument("--batch_size", type=int, default=8, help="training segments a GPU and forward pass")
+    optim.add_argument("--refine_steps", type=int, default=11, help="optimizer steps made with each batch of segments")
+    optim.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate from a layer to that below")
+    parser.set_defaults(epochs=100, opt="adam", opt_betas=[0.9, 0.999], weight_decay=1e-3)
+    parser.set_defaults(lr=4e-4, min_lr=4e-4, warmup_epochs=0)  # 5e-5 for the benchmark's batch of 32, all the way
+
+    test = parser.add_argument_group("validation and test")
+    test.add_argument("--eval", action="store_true", help="only count val, with --finetune (or output_dir's best)")
+    test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+# Training and counting ------------------------------------------------------------------------------------------
+
+
+def refine(step: Step, model: torch.nn.Module, walks: Walks, num_frames: int, device: torch.device) -> None:
+    """One forward and backward pass on the windows of all walks, which then move on by what was predicted."""
+    classes, boxes = (target.to(device) for target in walks.targets())
+    prediction = model(walks.windows(num_frames).to(device))
+    loss, parts = counting_loss(prediction, classes, boxes)
+    step.backward(loss, **parts)
+    said = Prediction(*(values.detach().cpu() for values in prediction))
+    walks.move(decode(said, walks.lengths))
+
+
+def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_steps: int) -> None:
+    """Train on the steps of an epoch: each walks through its segments, and learns `refine_steps` times on the way."""
+    stepper.model.train()
+    for step in epoch.steps():
+        parties = [
+            Walks(batch["segments"], [np.random.default_rng(seed) for seed in batch["seeds"]], refine_steps)
+            for batch in cast(Iterator[SegmentBatch], step.micro_batches())
+        ]
+        bad = torch.zeros((), device=stepper.device)
+        for _ in range(refine_steps):
+            for micro_batch, walks in enumerate(parties):
+                with stepper.sync(micro_batch), stepper.autocast():
+                    refine(step, stepper.model, walks, num_frames, stepper.device)
+            step.update()
+            bad = torch.maximum(bad, step.values["bad"])
+        step.values["bad"] = bad  # any of them
+
+
+def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> Callable:
+    """What counts the cycles of a segment uint8 ``[F, S, S, 3]`` with the network."""
+
+    def count(frames: torch.Tensor) -> float:
+        def predict(moments: torch.Tensor, lengths: torch.Tensor) -> Prediction:
+            said = []
+            for part, guess in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
+                windows = take_frames(frames, window_frames(part, guess, len(frames), args.num_frames))
+                with autocast(device, pick_precision(args.precision, device)):
+                    prediction = model(windows.to(device))
+                said.append(Prediction(*(values.float().cpu() for values in prediction)))
+            return Prediction(*(torch.cat(values) for values in zip(*said)))
+
+        return count_cycles(predict, len(frames))
+
+    return count
+
+
+@torch.inference_mode()
+def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> list[float]:
+    """The count of every video of `val`, in all processes, which share the work.
+
+    Raises:
+        RunError: a video cannot be read.
+    """
+    model.eval()
+    videos = read_split(args, "val")
+    mine = range(utils.rank(), len(videos), utils.world_size())
+    loader = DataLoader(
+        WholeSegments(videos, args.input_size),
+        batch_size=None,
+        sampler=mine,
+        num_workers=args.num_workers,
+        worker_init_fn=init_worker,
+        timeout=args.worker_timeout if args.num_workers else 0,
+    )
+    counts, count = [0.0] * len(videos), make_counter(args, model, device)
+    for index, frames, error in unbatched(loader, mine, videos):
+        if error:
+            raise RunError(error)
+        counts[index] = count(torch.as_tensor(frames))
+    return utils.reduce_sum(counts, device)
+
+
+def judge(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
+    """Metrics of the counts of `val`."""
+    return counting_scores(counts, read_split(args, "val").labels.tolist())
+
+
+def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> int:
+    """Count, log, and write ``test_counts.csv``; returns the exit code."""
+    counts = count_all(args, model, device)
+    metrics = judge(args, counts)
+    logger.info("test: mae %.4f  obo %.4f", metrics["mae"], metrics["obo"])
+    utils.RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
+    if args.output_dir and utils.rank() == 0:
+        with open(Path(args.output_dir) / "test_counts.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["video", "true", "counted"])
+            videos = read_split(args, "val")
+            for index, count in enumerate(counts):
+                table.writerow([videos.path(index), videos.labels[index], f"{count:.3f}"])
+    return 0
+
+
+# The program ----------------------------------------------------------------------------------------------------
+
+
+def read_split(args: argparse.Namespace, name: str) -> AnnotationList:
+    """The annotations `train` or `val`."""
+    return AnnotationList(os.path.join(args.data_path, name), args.data_root)
+
+
+def find_problems(args: argparse.Namespace) -> Problems:
+    """Everything wrong with the arguments that can be seen without building a model."""
+    problems = Problems(args)
+    problems.files("finetune", "resume")
+    problems.numbers(1, "segments_per_video", "max_frames", "batch_size", "refine_steps", "val_freq")
+    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+    if os.path.isfile(args.finetune):
+        problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
+    for name in ("val",) if args.eval else ("train", "val"):
+        problems.attempt(read_split, args, name)
+    problems.when(args.eval and args.dry_run, "--dry_run tries a training step: leave it with --eval")
+    return problems
+
+
+def validate(args: argparse.Namespace, model: RepetitionCounter, device, epoch: Epoch, best: dict[str, float]) -> None:
+    """Count `val` after an epoch; the weights that did best so far are kept in BEST, their error in `best`."""
+    metrics = judge(args, count_all(args, model, device))
+    if metrics["mae"] < best["mae"]:
+        before = dict(best)
+        best.update(mae=metrics["mae"], epoch=epoch.index)  # goes into the file
+        if not utils.broadcast(epoch.save(BEST)):
+            best.update(before)
+    shown = (metrics["mae"], metrics["obo"], best["mae"], best["epoch"])
+    logger.info("validation: mae %.4f  obo %.4f  (best mae %.4f in epoch %d)", *shown)
+    epoch.shown |= {f"val_{name}": value for name, value in metrics.items()}
+
+
+def train(args: argparse.Namespace, settings: Settings, device: torch.device, model: RepetitionCounter) -> int:
+    """Train, validating as it goes; returns the exit code."""
+    total_batch = args.batch_size * args.update_freq * utils.world_size()
+    with utils.user_errors():
+        dataset = TrainSegments(
+            read_split(args, "train"), args.segments_per_video, args.max_frames, args.input_size, args.seed
+        )
+        sampler = ChunkSampler(
+            len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
+        )
+        groups = parameter_groups(model.encoder, args.weight_decay, args.layer_decay)
+        groups += parameter_groups(model.head, args.weight_decay)
+        stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+    position, best = Position(args.start_epoch), {"mae": float("inf"), "epoch": -1}
+    found = find_resume(args.output_dir, args.resume, args.auto_resume)
+    if found:
+        position = restore(found, model, stepper, sampler.samples_per_step)
+        best = found[1].get("best", best)
+    logger.info(
+        "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",
+        *(total_batch, sampler.steps_per_epoch, args.refine_steps, args.epochs),
+        *(args.lr * total_batch / 256, stepper.precision, device),
+    )
+    if args.compile:
+        model.compile()
+    stepper.model = distribute(model, device)
+    loader = build_loader(dataset, sampler, args.num_workers, False, args.worker_timeout, collate_segments)
+    with Run(settings, position, loader, stepper, {"model": model, "args": args, "best": best}) as run:
+        for epoch in run.epochs():
+            train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
+            if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():
+                validate(args, model, device, epoch, best)
+    return run.exit_code
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, build, train and test; returns the exit code."""
+    device = utils.init_distributed(args.device)
+    utils.setup_logging()
+    find_problems(args).tell()
+    settings = Settings.of(args)
+    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
+    utils.seed_everything(args.seed)
+    encoder = MODELS[args.model](num_classes=0, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
+    model = RepetitionCounter(encoder, encoder.embed_dim).to(device)
+    best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
+    code = 0
+    if not args.eval:
+        if args.finetune:
+            load_encoder(model.encoder, args.finetune)
+        code = train(args, settings, device, model)
+        utils.barrier()  # the first process may still be writing the best checkpoint
+    if code == 0 and not args.dry_run:
+        weights = args.finetune if args.eval and args.finetune else best
+        if os.path.isfile(weights):
+            load_strictly(model, weights)
+        elif args.eval:
+            raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
+        code = test(args, model, device)
+    del lock
+    return code
+
+
+if __name__ == "__main__":
+    utils.run_main(main, get_args())

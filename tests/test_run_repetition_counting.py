@@ -1,0 +1,313 @@
+"""The counting program as it is used: annotations in the real format, training, counting, resuming, bad input."""
+
+import csv
+import os
+import signal
+import struct
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fixtures_counting import swing, write_annotation
+from fixtures_finetuning import log_of, program
+from fixtures_video import decode_all, source_frames
+from scipy.io import loadmat, savemat
+
+from checkpoints import LATEST, read_checkpoint
+from datasets_counting import AnnotationList, TrainSegments, draw_cycles, pad_to_square, read_annotation, read_segment
+from modeling_counting import cycle_offsets
+from modeling_finetune import SIZES, vit_tiny_patch16_224
+from utils import EXIT_REQUEUE
+
+pytest_plugins = ("fixtures_counting", "fixtures_finetuning")
+NAME = "run_repetition_counting.py"
+TINY = "--model vit_tiny_patch16_224 --input_size 32 --num_frames 4 --num_workers 0 --log_interval 1"
+STEPS = "--batch_size 4 --segments_per_video 2 --refine_steps 2 --opt adamw --epochs 2"
+TRAIN = [*TINY.split(), *STEPS.split()]
+
+
+@pytest.fixture
+def count(run, repetitions):
+    """Run the program on the data."""
+    data = ["--data_path", repetitions.annotations, "--data_root", repetitions.videos]
+    return lambda *argv, **options: run(*data, *TRAIN, *argv, file=NAME, **options)
+
+
+@pytest.fixture(scope="session")
+def trained(server, repetitions, tmp_path_factory):
+    """A run to its end: folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("counted")
+    data = ["--data_path", repetitions.annotations, "--data_root", repetitions.videos]
+    argv = [*data, *TRAIN, "--save_ckpt_freq", "1", "--output_dir", folder / "run"]
+    process = server.Process(target=program, args=([str(a) for a in argv], folder / "text", {}, NAME))
+    process.start()
+    process.join(300)
+    text = (folder / "text.out").read_text() + (folder / "text.err").read_text()
+    assert process.exitcode == 0, text
+    return SimpleNamespace(folder=folder / "run", text=text)
+
+
+def errors_of(found):
+    """What it printed to stderr, without the lines of the decoder's own."""
+    return [line for line in found.err.splitlines() if not line.startswith("[")]
+
+
+def table_of(folder):
+    return list(csv.DictReader(open(folder / "test_counts.csv", newline="")))
+
+
+# The program ----------------------------------------------------------------------------------------------------
+
+
+def test_it_trains_validates_and_counts(trained, repetitions):
+    log = log_of(trained.folder)
+    assert [line.get("epoch") for line in log] == [0, 1, None]
+    for line in log[:2]:
+        assert line["steps"] == 3 and line["skipped_steps"] == 0  # 2 · 6 segments, 4 at a time
+        assert line["train_loss"] == pytest.approx(line["train_class_loss"] + 50 * line["train_box_loss"], rel=1e-4)
+    best = min(log[:2], key=lambda line: line["val_mae"])
+    assert log[2] == {"test_mae": best["val_mae"], "test_obo": best["val_obo"]}
+    assert read_checkpoint(trained.folder / "checkpoint-best.pth")["epoch"] == best["epoch"]
+    rows = table_of(trained.folder)
+    truth = {}
+    for file in sorted((repetitions.annotations / "val").glob("*.mat")):
+        bounds = loadmat(file)["label"]["temporal_bound"][0, 0].ravel()
+        truth[str(repetitions.videos / "HandstandPushups" / f"{file.stem}.mp4")] = len(bounds) - 1
+    assert {row["video"]: int(row["true"]) for row in rows} == truth and len(rows) == 3
+    errors = [abs(np.floor(float(row["counted"]) + 0.5) - int(row["true"])) for row in rows]
+    assert np.mean([error / int(row["true"]) for error, row in zip(errors, rows)]) == pytest.approx(log[2]["test_mae"])
+    assert np.mean([error <= 1 for error in errors]) == pytest.approx(log[2]["test_obo"])
+
+
+def test_eval_gives_the_same_counts_in_one_process_and_in_two(count, trained, tmp_path):
+    best = trained.folder / "checkpoint-best.pth"
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        found = count("--eval", "--finetune", best, "--output_dir", folder, processes=processes)
+        assert found.code == 0, found.all
+        assert log_of(folder)[-1] == pytest.approx(log_of(trained.folder)[-1])
+        for row, known in zip(table_of(folder), table_of(trained.folder), strict=True):
+            assert row["video"] == known["video"]
+            assert float(row["counted"]) == pytest.approx(float(known["counted"]), abs=0.002)
+
+
+def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(count, trained, tmp_path):
+    """The signal comes after a step, or in the validation that follows."""
+    folder = tmp_path / "run"
+    (tmp_path / "rank0.out").touch()
+    process = count("--save_ckpt_freq", "1", "--output_dir", folder, start_only=True)
+    while process.is_alive() and "epoch 0 [2/3]" not in (tmp_path / "rank0.out").read_text():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(300)
+    assert process.exitcode == EXIT_REQUEUE
+    assert (folder / LATEST).exists() or (folder / "checkpoint-0.pth").exists()
+    found = count("--save_ckpt_freq", "1", "--output_dir", folder)
+    assert found.code == 0 and "resuming from" in found.out, found.all
+    ours, theirs = (read_checkpoint(path / "checkpoint-1.pth") for path in (folder, trained.folder))
+    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
+    assert ours["best"] == theirs["best"] and log_of(folder)[-1] == log_of(trained.folder)[-1]
+
+
+def test_two_processes_train_as_one_that_accumulates(count, tmp_path):
+    one = count("--epochs", "1", "--batch_size", "2", "--update_freq", "2", "--output_dir", tmp_path / "one")
+    two = count("--epochs", "1", "--batch_size", "2", "--output_dir", tmp_path / "two", processes=2)
+    assert one.code == 0 and two.code == 0, one.all + two.all
+    ours, theirs = (read_checkpoint(tmp_path / name / "checkpoint-0.pth")["model"] for name in ("one", "two"))
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+
+
+def test_a_pretrained_encoder_is_taken(count, tmp_path):
+    torch.manual_seed(5)
+    encoder = vit_tiny_patch16_224(num_classes=7)
+    torch.save({"model": encoder.state_dict()}, tmp_path / "tuned.pth")
+    options = ["--finetune", tmp_path / "tuned.pth", "--lr", "0", "--min_lr", "0", "--epochs", "1"]
+    found = count(*options, "--output_dir", tmp_path / "run")
+    assert found.code == 0, found.all
+    ours = read_checkpoint(tmp_path / "run" / "checkpoint-0.pth")["model"]
+    assert torch.equal(ours["encoder.blocks.3.mlp.fc2.weight"], encoder.blocks[3].mlp.fc2.weight)
+    assert ours["head.box_1.weight"].shape == (7, 2 * SIZES["tiny"].embed_dim)
+
+
+def test_a_dry_run_writes_nothing(count, tmp_path):
+    found = count("--dry_run", "--output_dir", tmp_path / "run")
+    assert found.code == 0 and "dry run: one step went well" in found.out and "test:" not in found.out, found.all
+    assert not (tmp_path / "run").exists()
+
+
+# Annotations ----------------------------------------------------------------------------------------------------
+
+
+def test_an_annotation_is_read(tmp_path):
+    write_annotation(tmp_path / "a.mat", [37, 91, 143, 189], 30, 200)
+    found = read_annotation(tmp_path / "a.mat", "a.avi")
+    assert (found.video, found.first, found.last, found.count) == ("a.avi", 29, 199, 3)
+    assert found.bounds.tolist() == [36, 90, 142, 188]
+
+
+GARBAGE = {
+    "text": b"not an annotation\n" * 40,
+    "empty": b"",
+    "HDF5, as newer MATLAB writes": b"MATLAB 7.3 MAT-file".ljust(124)
+    + struct.pack("<H", 0x0200)
+    + b"IM"
+    + b"\x89HDF\r\n",
+    "damaged": b"MATLAB 5.0 MAT-file".ljust(124)
+    + struct.pack("<H", 0x0100)
+    + b"IM"
+    + struct.pack("<II", 15, 99)
+    + b"xyz",
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_a_file_that_is_no_annotation_is_one_clear_line(count, repetitions, tmp_path, name):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for file in (repetitions.annotations / split).glob("*.mat"):
+            (tmp_path / split / file.name).write_bytes(file.read_bytes())
+    victim = sorted((tmp_path / "train").glob("*.mat"))[2]
+    victim.write_bytes(GARBAGE[name])
+    found = count("--data_path", tmp_path)
+    assert found.code == 1 and found.err.count("\n") == 1, found.all
+    assert found.err.startswith(f"error: {victim}: not an annotation of UCFRep, a struct `label` in a .mat (")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"temporal_bound": [[1.0], [20.0]]}, "1 cycles; there must be at least 2"),
+        ({"temporal_bound": [[1.0], [20.0], [15.0]]}, "frames must be whole numbers from 1 that rise"),
+        ({"temporal_bound": [[0.0], [20.0], [45.0]]}, "frames must be whole numbers from 1 that rise"),
+        ({"temporal_bound": [[1.0], [np.nan], [45.0]]}, "frames must be whole numbers from 1 that rise"),
+        ({"start_frame": 50.0}, "frames must be whole numbers from 1 that rise"),
+        ({"end_frame": None}, "not an annotation of UCFRep"),
+        ({"temporal_bound": "many"}, "not an annotation of UCFRep"),
+    ],
+)
+def test_an_annotation_with_wrong_frames_is_told(tmp_path, change, message):
+    label = {"start_frame": 1.0, "end_frame": 45.0, "temporal_bound": [[1.0], [20.0], [45.0]]} | change
+    savemat(tmp_path / "a.mat", {"label": {key: value for key, value in label.items() if value is not None}})
+    with pytest.raises(ValueError, match=r"a\.mat: ") as error:
+        read_annotation(tmp_path / "a.mat", "a.avi")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_mat_files_are_told(tmp_path):
+    savemat(tmp_path / "a.mat", {"weights": np.eye(3)})
+    with pytest.raises(ValueError, match=r"not an annotation of UCFRep.*KeyError.*label"):
+        read_annotation(tmp_path / "a.mat", "a.avi")
+    savemat(tmp_path / "b.mat", {"label": np.eye(3)})
+    with pytest.raises(ValueError, match="not an annotation of UCFRep"):
+        read_annotation(tmp_path / "b.mat", "b.avi")
+
+
+def test_every_byte_matters_or_is_told(repetitions, tmp_path):
+    """Cut off anywhere, a file is refused with a ValueError and nothing else."""
+    whole = next((repetitions.annotations / "val").glob("*.mat")).read_bytes()
+    for length in range(0, len(whole), 37):
+        (tmp_path / "cut.mat").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut\.mat: not an annotation"):
+            read_annotation(tmp_path / "cut.mat", "")
+
+
+def test_missing_videos_and_folders_are_told(count, repetitions, tmp_path):
+    found = count("--data_root", tmp_path)
+    wanted = f"{repetitions.annotations}/train: 6 of 6 videos are not in --data_root {tmp_path}, the first: v_"
+    assert found.code == 1 and wanted in found.err and found.err.count("\n") == 2, found.all
+    found = count("--data_path", tmp_path)
+    assert found.code == 1 and f"{tmp_path}/train: no annotations there (*.mat)" in found.err
+
+
+def test_a_video_that_cannot_be_read_is_named(count, repetitions, tmp_path):
+    folder = tmp_path / "videos" / "HandstandPushups"
+    folder.mkdir(parents=True)
+    for video in (repetitions.videos / "HandstandPushups").iterdir():
+        (folder / video.name).symlink_to(video)
+    victim = sorted(folder.glob("*_c02.mp4"))[1]  # to be counted
+    victim.unlink()
+    victim.write_text("no video\n" * 100)
+    found = count("--data_root", tmp_path / "videos", "--epochs", "1")
+    assert found.code == 1 and errors_of(found) == [f"error: {victim}: Error reading it..."], found.all
+    victim = sorted(folder.glob("*_c01.mp4"))[1]  # to train on
+    victim.unlink()
+    victim.write_text("no video\n" * 100)
+    for workers in (0, 1):
+        found = count("--data_root", tmp_path / "videos", "--num_workers", workers)
+        assert found.code == 1 and errors_of(found) == [f"error: {victim}: Error reading it..."], found.all
+
+
+def test_nothing_to_test_is_told(count, tmp_path):
+    found = count("--eval", "--output_dir", tmp_path / "none")
+    assert found.code == 1 and "nothing to test: give --finetune" in found.err
+
+
+# Segments -------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_video_have_whole_cycles():
+    rng = np.random.default_rng(0)
+    bounds = np.array([3, 20, 45, 60, 90])
+    drawn = {tuple(draw_cycles(rng, bounds, 60)) for _ in range(300)}
+    assert drawn == {(3, 20, 45), (3, 20, 45, 60), (20, 45, 60), (45, 60, 90)}
+    assert {tuple(draw_cycles(rng, bounds, 10)) for _ in range(50)} == {(20, 45, 60)}  # the shortest there is
+
+
+def test_a_segment_has_the_frames_that_the_annotation_names(repetitions):
+    """Against another decoder; half of them mirrored."""
+    videos = AnnotationList(str(repetitions.annotations / "train"), str(repetitions.videos))
+    dataset = TrainSegments(videos, per_video=3, max_frames=40, side=64, seed=0)
+    assert len(dataset) == 18
+    mirrored = 0
+    for index in range(len(dataset)):
+        sample = dataset[0, index]
+        first, last = sample["bounds"][0], sample["bounds"][-1]
+        frames = decode_all(videos.path(index))[first : last + 1].astype(int)
+        assert sample["frames"].shape == (last - first + 1, 64, 64, 3) and sample["path"] == videos.path(index)
+        seen = sample["frames"][:, 8:56]  # 64 x 48 in the middle of 64 x 64
+        errors = [np.abs(seen - other).mean() for other in (frames, frames[:, :, ::-1])]
+        assert min(errors) < 3 and (sample["frames"][:, :8] == 0).all() and (sample["frames"][:, 56:] == 0).all()
+        mirrored += errors[1] < errors[0]
+        assert len(sample["frames"]) <= 40 or len(sample["bounds"]) == 3
+    assert 3 <= mirrored <= 15
+
+
+def test_a_sample_is_the_same_every_time(repetitions):
+    videos = AnnotationList(str(repetitions.annotations / "train"), str(repetitions.videos))
+    one, two = (TrainSegments(videos, 2, 300, 32, seed=3)[1, 4] for _ in range(2))
+    other = TrainSegments(videos, 2, 300, 32, seed=3)[2, 4]
+    assert np.array_equal(one["frames"], two["frames"]) and one["seed"] == two["seed"] != other["seed"]
+
+
+def test_squares_keep_the_aspect_ratio():
+    frames = np.full((2, 30, 60, 3), 200, np.uint8)
+    square = pad_to_square(frames, 32)
+    assert (square[:, 8:24] == 200).all() and (square[:, :8] == 0).all() and (square[:, 24:] == 0).all()
+    assert (pad_to_square(frames.transpose(0, 2, 1, 3), 32) == square.transpose(0, 2, 1, 3)).all()
+
+
+def test_a_video_much_shorter_than_its_annotation_is_told(clips, tmp_path):
+    write_annotation(tmp_path / "a.mat", [1, 20, 43], 1, 43)
+    annotation = read_annotation(tmp_path / "a.mat", str(clips["bikes.mp4"]))  # 40 frames: the last is repeated
+    frames = read_segment(annotation, 30, 42, 32)
+    assert len(frames) == 13 and (frames[9:] == frames[9]).all()
+    write_annotation(tmp_path / "b.mat", [1, 20, 46], 1, 46)
+    with pytest.raises(Exception, match="annotated up to frame 46, but it has 40"):
+        read_segment(read_annotation(tmp_path / "b.mat", str(clips["bikes.mp4"])), 0, 45, 32)
+
+
+def test_the_synthetic_object_swings_once_a_cycle():
+    """The fixture itself: frames a cycle apart are alike, frames half a cycle apart are not; the offsets say so too."""
+    rng = np.random.default_rng(0)
+    frames = np.repeat(source_frames("bikes", 0, 1, (64, 48)), 61, axis=0)
+    sprite = np.full((20, 20, 4), 255, np.uint8)
+    bounds = np.arange(4) * 20
+    swing(rng, frames, sprite, bounds)
+    offsets = cycle_offsets(torch.from_numpy(bounds))[:, 1]
+    for start in range(0, 40, 7):
+        again = start + int(offsets[start])
+        assert again == start + 20 and np.abs(frames[start].astype(int) - frames[again]).mean() < 2
+    assert max(np.abs(frames[start].astype(int) - frames[start + 10]).mean() for start in range(10)) > 10
