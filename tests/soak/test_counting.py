@@ -10,7 +10,9 @@ from fixtures_counting import write_repetitions
 from soak.runs import ROOT
 
 pytest_plugins = "fixtures_counting"
-OPTIONS = "--model vit_tiny_patch16_224 --input_size 32 --device cpu --num_workers 1 --batch_size 16 --segments_per_video 2"
+OPTIONS = (
+    "--model vit_tiny_patch16_224 --input_size 32 --device cpu --num_workers 1 --batch_size 16 --segments_per_video 2"
+)
 RECIPE = "--opt adamw --lr 16e-3 --min_lr 8e-4 --warmup_epochs 1 --clip_grad 1 --weight_decay 0.01 --epochs 12"
 
 
