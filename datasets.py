@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
+
 import cv2
 import decord
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.dlpack import from_dlpack
 

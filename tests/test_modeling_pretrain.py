@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
@@ -46,6 +47,10 @@ def clip_and_mask(num_frames, height, width, num_hidden, batch=2):
 # -------------------------------------------------------------------------------------------------------- Hugging Face
 
 
+# transformers 5 calls the biases in memory otherwise than in its files; before, both were called as ours are.
+BIASES = {"q_bias": "query.bias", "v_bias": "value.bias"} if transformers.__version__ >= "5" else {}
+
+
 def to_hugging_face(state):
     """Our parameter names → theirs."""
     renamed = {}
@@ -60,7 +65,8 @@ def to_hugging_face(state):
             for name, part in zip(("query", "key", "value"), value.chunk(3)):
                 renamed[key.replace("qkv", name)] = part
         else:
-            renamed[key.replace("q_bias", "query.bias").replace("v_bias", "value.bias")] = value
+            module, dot, name = key.rpartition(".")
+            renamed[module + dot + BIASES.get(name, name)] = value
     return renamed
 
 
