@@ -82,7 +82,7 @@ def test_killed_20_times(processes, list_file, undisturbed, tmp_path, figure):
     assert final.wait() == 0, final.text()[-3000:]
     lost += len(go_on_check(final, losses)) - last_step
     assert same_end(reference, tmp_path / "run")
-    assert sorted(resumed) == resumed and len(set(resumed)) >= KILLS // 2  # it got on, from many places
+    assert sorted(resumed) == resumed and len(set(resumed)) >= KILLS // 4  # it got on, from several places
     assert gone(left)
     figure(
         f"{processes} process(es), {KILLS} x SIGKILL at random moments: final weights and optimizer state identical "
