@@ -10,7 +10,7 @@ from fixtures_video import decode_all, source_frames
 
 from datasets import read_frames
 from object_overlay import ObjectLibrary, find_objects
-from soak import corpus
+from soak import corpus, corpus_objects
 
 NOT_READ = {  # good videos that decord 0.6 cannot read; all are refused with a reason
     "av1.mp4",
@@ -93,12 +93,12 @@ def test_objects(tmp_path, figure):
     root = tmp_path / "objects"
     (root / "all").mkdir(parents=True)
     with corpus.Reader("object") as reader:
-        good = read_all(corpus.good_objects(), root / "all", reader)
-        bad = read_all(corpus.bad_objects(cuts=24, flips=40), root / "all", reader)
+        good = read_all(corpus_objects.good_objects(), root / "all", reader)
+        bad = read_all(corpus_objects.bad_objects(cuts=24, flips=40), root / "all", reader)
     figure(f"{len(good) + len(bad)} object images: good ones {tell(good)}; broken ones {tell(bad)}")
     assert {seen[0] for seen in good.values()} == {"read"} and {seen[0] for seen in bad.values()} <= {"read", "refused"}
     assert len(good) + len(bad) >= 100
-    for name, content in itertools.chain(corpus.good_objects(), corpus.bad_objects(cuts=24, flips=40)):
+    for name, content in itertools.chain(corpus_objects.good_objects(), corpus_objects.bad_objects(cuts=24, flips=40)):
         (root / "all" / name).write_bytes(content)
     library = ObjectLibrary(str(root), find_objects(str(root)))
     rng = np.random.default_rng(0)
