@@ -13,7 +13,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
 
@@ -40,6 +40,17 @@ class VideoError(Exception):
 # Lists ----------------------------------------------------------------------------------------------------------
 
 
+def check_class(number: int, num_classes: int | None, where: str) -> int:
+    """A class number, which must lie in [0, num_classes); None does not look.
+
+    Raises:
+        ValueError: it does not; the message begins with `where`.
+    """
+    if num_classes is not None and not 0 <= number < num_classes:
+        raise ValueError(f"{where}: label {number} is not in [0, {num_classes})")
+    return number
+
+
 class VideoList:
     """Paths and labels of a list file.
 
@@ -53,6 +64,8 @@ class VideoList:
         ValueError: no such file, empty, or a line that is not ``path label``, named by its number.
     """
 
+    LABEL = "a whole number"
+
     def __init__(self, path: str, num_classes: int | None = None, data_root: str = ""):
         if not os.path.isfile(path):
             raise ValueError(f"{path}: no such list file")
@@ -64,20 +77,35 @@ class VideoList:
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
-            name, _, label = line.strip().rpartition(" ")
-            if not name or not re.fullmatch(r"-?[0-9]+", label):
+            name, _, text = line.strip().rpartition(" ")
+            label = self.read_label(text, num_classes, f"{path}, line {number}") if name else None
+            if label is None:
                 raise ValueError(
                     f"{path}, line {number}: {line.strip()[:80]!r} is not `path label` "
-                    "(one space between, the label a whole number)"
+                    f"(one space between, the label {self.LABEL})"
                 )
-            if num_classes is not None and not 0 <= int(label) < num_classes:
-                raise ValueError(f"{path}, line {number}: label {label} is not in [0, {num_classes})")
             paths.append(os.fsencode(os.path.join(data_root, name.strip())))
-            labels.append(int(label))
+            labels.append(label)
             lines.append(number)
         if not paths:
             raise ValueError(f"{path}: the list is empty")
         self.source, self._paths, self.labels, self._lines = path, np.array(paths), np.array(labels), np.array(lines)
+
+    def read_label(self, text: str, num_classes: int | None, where: str) -> Any:
+        """The label that a line ends with, or None if that is none.
+
+        Raises:
+            ValueError: it is not among the classes; the message begins with `where`.
+        """
+        return check_class(int(text), num_classes, where) if re.fullmatch(r"-?[0-9]+", text) else None
+
+    def label_text(self, index: int) -> str:
+        """The label as a line has it."""
+        return str(self.labels[index])
+
+    def clip_label(self, index: int, clip: "Clip") -> Any:
+        """The label of a part of a video."""
+        return self.labels[index]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -109,19 +137,30 @@ class VideoList:
 
     def write(self, path: str) -> None:
         """Write it as a list file."""
-        Path(path).write_text("".join(f"{self.path(i)} {self.labels[i]}\n" for i in range(len(self))))
+        Path(path).write_text("".join(f"{self.path(i)} {self.label_text(i)}\n" for i in range(len(self))))
 
 
 # Decoding: the only place that knows decord ---------------------------------------------------------------------
 
 
+class Clip(NamedTuple):
+    """Frames of a video, and which ones."""
+
+    frames: np.ndarray  # RGB uint8 [T, H, W, 3]
+    indices: np.ndarray  # int [T]
+    rate: float  # frames a second of the whole video, on average
+
+
 def read_frames(path: str, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """The frames of read_clip alone, ``[T, H, W, 3]``."""
+    return read_clip(path, choose).frames
+
+
+def read_clip(path: str, choose: Callable[[int], np.ndarray]) -> Clip:
     """Decode the frames that `choose` picks, given the number there are.
 
     Args:
         choose: number of frames → indices ``[T]``, in order; repeated ones are decoded once.
-    Returns:
-        RGB uint8 ``[T, H, W, 3]``.
     Raises:
         VideoError: missing, unreadable, or without frames.
     """
@@ -131,11 +170,12 @@ def read_frames(path: str, choose: Callable[[int], np.ndarray]) -> np.ndarray:
         reader = decord.VideoReader(path, num_threads=1)
         if len(reader) == 0:
             raise VideoError("no frames")
-        wanted, back = np.unique(choose(len(reader)), return_inverse=True)
+        indices = choose(len(reader))
+        wanted, back = np.unique(indices, return_inverse=True)
         frames = from_dlpack(reader.get_batch(wanted).to_dlpack()).numpy()  # no copy, unlike asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError, TypeError, UnicodeEncodeError) as error:
         raise VideoError(decoder_reason(error, path)) from error
-    return frames if len(back) == len(wanted) else frames[back]
+    return Clip(frames if len(back) == len(wanted) else frames[back], indices, reader.get_avg_fps())
 
 
 def decoder_reason(error: Exception, path: str) -> str:
@@ -158,7 +198,7 @@ class Sample(TypedDict):
     """What a dataset gives for a key; V views of one video."""
 
     clips: np.ndarray  # uint8 [V, T, H, W, 3]
-    extra: np.ndarray  # masks bool [V, N], or labels int [V]
+    extra: np.ndarray  # masks bool [V, N], or labels int [V], or several labels float [V, C]
     path: str
     bad: list[tuple[str, str]]  # files that could not be used, and why; the videos among them come first
     num_bad_videos: int
@@ -169,7 +209,7 @@ class Batch(TypedDict):
     """Samples stacked; B = samples times views."""
 
     clips: torch.Tensor  # uint8 [B, 3, T, H, W], colour innermost in memory
-    extra: torch.Tensor  # bool [B, N], or int64 [B]
+    extra: torch.Tensor  # bool [B, N], or int64 [B], or float [B, C]
     paths: list[str]
     bad: list[tuple[str, str]]
     num_bad_videos: int
@@ -196,18 +236,18 @@ def collate(samples: list[Sample]) -> Batch:
 
 def read_or_replace(
     rng: np.random.Generator, videos: VideoList, index: int, choose: Callable[[int], np.ndarray]
-) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
+) -> tuple[Clip, int, list[tuple[str, str]]]:
     """Frames of a video for training; one that cannot be read is replaced by another, drawn from `rng`.
 
     Returns:
-        frames uint8 ``[T, H, W, 3]``, the index they come from, and the bad (path, reason) pairs on the way.
+        the frames, the index they come from, and the bad (path, reason) pairs on the way.
     Raises:
         RunError: MAX_BAD_IN_A_ROW in a row.
     """
     bad: list[tuple[str, str]] = []
     while len(bad) < MAX_BAD_IN_A_ROW:
         try:
-            return read_frames(videos.path(index), choose), index, bad
+            return read_clip(videos.path(index), choose), index, bad
         except VideoError as error:
             bad.append((videos.path(index), str(error)))
             index = int(rng.integers(len(videos)))
@@ -260,13 +300,13 @@ class PretrainDataset(VideoDataset):
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)
         choose = lambda total: pretrain_indices(rng, total, self.num_frames, self.stride)
-        frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
-        views = [self.view(rng, frames) for _ in range(self.num_views)]
+        clip, index, bad = read_or_replace(rng, self.videos, key[1], choose)
+        views = [self.view(rng, clip.frames) for _ in range(self.num_views)]
         num_bad_videos = len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
         return {
-            "clips": np.stack([clip for clip, _ in views]),
+            "clips": np.stack([view for view, _ in views]),
             "extra": np.stack([mask for _, mask in views]),
             "path": self.videos.path(index),
             "bad": bad,

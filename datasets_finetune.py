@@ -1,9 +1,10 @@
-"""Labelled data sets: which frames training, validation and test see of a video, and the table of data sets.
+"""Labelled data sets: their table, their lists, and which frames training, validation and test see of a video.
 
 What depends on the data set (classes, mirroring, sampling, views of the test) stands in DATA_SETS, so that no flag has
 to be remembered. Lists and decoding are in datasets.py.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -11,34 +12,155 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from datasets import Key, Sample, VideoDataset, VideoError, VideoList, read_frames, read_or_replace, sample_rng
+from datasets import (
+    Clip,
+    Key,
+    Sample,
+    VideoDataset,
+    VideoError,
+    VideoList,
+    check_class,
+    read_frames,
+    read_or_replace,
+    sample_rng,
+)
+from utils import RunError
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
+
+ACTION = re.compile(r"(\d+):(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")  # class, from and to which second
+SEVERE_SEED = 99999
 
 # Data sets ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What depends on the data set and so is no flag that could be forgotten."""
+    """What depends on the data set and so is no flag that could be forgotten.
+
+    Args:
+        multi_label: a video shows several classes, each for some seconds (ActionList).
+        combine: mean | max: how the scores of the views of a test become one.
+        ending: of the names of its lists in place of ``.csv``, in a folder that has such lists.
+        train_videos: length of the list that SEVERE draws --examples from; 0: it draws from others.
+    """
 
     num_classes: int | None
     sampling: str  # dense | segments
     flip: bool
     test_segments: int
     test_crops: int
+    multi_label: bool = False
+    combine: str = "mean"
     train_list: str = "train.csv"
+    ending: str = ".csv"
+    train_videos: int = 0
+
+    def read_list(self, folder: str, name: str, num_classes: int, data_root: str = "") -> VideoList:
+        """The list of a folder that is called `name`, such as ``val.csv``; see VideoList."""
+        if any(Path(folder).glob(f"*{self.ending}")):
+            name = name.removesuffix(".csv") + self.ending
+        return (ActionList if self.multi_label else VideoList)(str(Path(folder, name)), num_classes, data_root)
 
 
 DATA_SETS = {
     "Kinetics-400": DataSet(400, "dense", True, 7, 3),
-    "Mini-Kinetics": DataSet(200, "dense", True, 7, 3),
+    "Mini-Kinetics": DataSet(200, "dense", True, 7, 3, ending="_mini_kinetics.csv"),
     "SSV2": DataSet(174, "segments", False, 2, 3),
     "SSV2-Mini": DataSet(174, "segments", False, 2, 3, train_list="train_mini.csv"),
-    "UCF101": DataSet(101, "dense", True, 5, 3),
+    "UCF101": DataSet(101, "dense", True, 5, 3, train_videos=9537),
     "HMDB51": DataSet(51, "dense", True, 5, 3),
+    "Gym99": DataSet(99, "dense", True, 5, 3, train_videos=20484),
+    "Gym288": DataSet(288, "dense", True, 5, 3),
+    "FX-S1": DataSet(11, "dense", True, 5, 3),
+    "UB-S1": DataSet(15, "dense", True, 5, 3),
+    "Diving48": DataSet(48, "dense", True, 5, 3),
+    "NTU60": DataSet(60, "dense", True, 5, 3),
+    "Charades": DataSet(157, "dense", True, 10, 3, multi_label=True, combine="max"),
+    "EPIC-verbs": DataSet(97, "dense", True, 5, 3),
     "custom": DataSet(None, "dense", True, 5, 3),
     "custom-unmirrored": DataSet(None, "dense", False, 5, 3),  # where left and right are labels
 }
+
+
+# Lists ----------------------------------------------------------------------------------------------------------
+
+
+class ActionList(VideoList):
+    """A list whose videos show any number of classes, each for some seconds: ``path 92:11.90-21.20,147:0-12.60``.
+
+    Attributes:
+        labels: the classes of the whole videos, 0 or 1, float32 ``[n, C]``.
+        actions: class, first and last second of each action of each video, float64 ``[A, 3]``.
+    """
+
+    LABEL = "classes with their seconds, such as `92:11.90-21.20,147:0.00-12.60`, or `-` where nothing is done"
+
+    def __init__(self, path: str, num_classes: int, data_root: str = ""):
+        self.num_classes, self.actions = num_classes, list[np.ndarray]()
+        super().__init__(path, num_classes, data_root)
+
+    def read_label(self, text: str, num_classes: int | None, where: str) -> np.ndarray | None:
+        """The classes of a whole video, 0 or 1, ``[C]``; its actions are noted. None if that is no label.
+
+        Raises:
+            ValueError: a class that there is not, or an action that ends before it starts.
+        """
+        actions = []
+        for action in [] if text == "-" else text.split(","):
+            parsed = ACTION.fullmatch(action)
+            if not parsed:
+                return None
+            start, end = float(parsed[2]), float(parsed[3])
+            if start > end:
+                raise ValueError(f"{where}: {action} ends before it starts")
+            actions.append((check_class(int(parsed[1]), num_classes, where), start, end))
+        self.actions.append(np.array(actions, dtype=np.float64).reshape(-1, 3))
+        return self.label_between(-1, 0.0, np.inf)
+
+    def label_text(self, index: int) -> str:
+        return ",".join(f"{label:.0f}:{start}-{end}" for label, start, end in self.actions[index]) or "-"
+
+    def clip_label(self, index: int, clip: Clip) -> np.ndarray:
+        """The classes seen between the first and the last frame of a clip, 0 or 1, float32 ``[C]``.
+
+        Raises:
+            RunError: the video has no frame rate.
+        """
+        if not clip.rate > 0:
+            remedy = "scripts/data/resize_videos.py writes one"
+            raise RunError(f"{self.path(index)} has no frame rate, which labels in seconds need; {remedy}")
+        return self.label_between(index, clip.indices[0] / clip.rate, clip.indices[-1] / clip.rate)
+
+    def label_between(self, index: int, start: float, end: float) -> np.ndarray:
+        """The classes seen at any moment from one second to another, 0 or 1, float32 ``[C]``."""
+        label, actions = np.zeros(self.num_classes, np.float32), self.actions[index]
+        label[actions[(actions[:, 1] <= end) & (actions[:, 2] >= start), 0].astype(int)] = 1
+        return label
+
+    def subset(self, indices: np.ndarray) -> "ActionList":
+        part = super().subset(indices)
+        assert isinstance(part, ActionList)
+        part.actions = [self.actions[index] for index in indices]
+        return part
+
+
+def severe_subset(videos: VideoList, examples: int, num_classes: int) -> VideoList:
+    """The videos that the SEVERE benchmark trains its low-shot cells on, in the order in which it draws them.
+
+    k = ceil(examples / num_classes) videos of each class, drawn class by class without replacement from one
+    RandomState(99999), of the videos of a class in the list's order; all of a class that has no more. So 1000 gives
+    1,010 videos of UCF101 and 1,089 of Gym-99. The draw depends on the whole list: each of its videos must be there.
+
+    Raises:
+        ValueError: a video is missing.
+    """
+    videos.check_files(0, look_at=len(videos))
+    rng, k = np.random.RandomState(SEVERE_SEED), -(-examples // num_classes)
+    drawn = []
+    for label in np.unique(videos.labels):
+        of_class = np.flatnonzero(videos.labels == label)
+        drawn.append(of_class[rng.choice(len(of_class), k, replace=False)] if len(of_class) > k else of_class)
+    return videos.subset(np.concatenate(drawn))
 
 
 def few_shot(videos: VideoList, seed: int, per_class: int = 0, total: int = 0) -> VideoList:
@@ -153,11 +275,11 @@ class FinetuneDataset(VideoDataset):
                 return segment_indices(rng, total, self.num_frames)
             return dense_indices(rng, total, self.num_frames, self.stride)
 
-        frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
-        clips = np.stack([self.augment(rng, frames) for _ in range(self.num_views)])
+        clip, index, bad = read_or_replace(rng, self.videos, key[1], choose)
+        clips = np.stack([self.augment(rng, clip.frames) for _ in range(self.num_views)])
         return {
             "clips": clips,
-            "extra": np.full(self.num_views, self.videos.labels[index]),
+            "extra": np.stack([self.videos.clip_label(index, clip)] * self.num_views),
             "erase": rng.integers(2**32, size=self.num_views),
             "path": self.videos.path(index),
             "bad": bad,

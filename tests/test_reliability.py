@@ -19,8 +19,8 @@ from checkpoints import read_checkpoint
 
 HANG = """
 import ctypes, datasets
-read = datasets.read_frames
-datasets.read_frames = lambda path, choose: (
+read = datasets.read_clip
+datasets.read_clip = lambda path, choose: (
     ctypes.CDLL(None).sleep(1000) if path.endswith("7.mp4") else read(path, choose))
 """
 
