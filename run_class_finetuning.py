@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 import options
 import utils
 from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, local_path, lock_folder, restore
-from datasets import ChunkSampler, VideoList, build_loader
+from datasets import ChunkSampler, SpeedCheck, VideoList, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, read_class_names
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, train_one_epoch
@@ -339,6 +339,7 @@ def train(
     total_batch = args.batch_size * args.num_sample * args.update_freq * utils.world_size()
     with utils.user_errors():
         dataset = build_train_set(args)
+        speed = SpeedCheck(dataset.videos, args.input_size) if utils.rank() == 0 else None
         sampler = ChunkSampler(
             len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
         )
@@ -370,6 +371,8 @@ def train(
     pin_memory = args.pin_mem and device.type == "cuda"
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
     criterion, augment = build_loss(args, evaluator.norm)
+    if speed:
+        speed.tell()
 
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
     with Run(settings, position, loader, stepper, contents) as run:
