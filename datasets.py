@@ -7,9 +7,13 @@ Labelled data sets are in datasets_finetune.py.
 """
 
 import copy
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +29,11 @@ from torch.utils.dlpack import from_dlpack
 
 from masking_generator import MaskGenerator
 from object_overlay import ObjectOverlay
-from utils import RunError
+from utils import RunError, logger
 from video_transforms import multi_scale_crop
 
 MAX_BAD_IN_A_ROW = 20
+SPEED_PROGRAM = str(Path(__file__).with_name("video_speed.py"))
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 Key = tuple[int, int]  # epoch, index
 
@@ -138,6 +143,48 @@ class VideoList:
     def write(self, path: str) -> None:
         """Write it as a list file."""
         Path(path).write_text("".join(f"{self.path(i)} {self.label_text(i)}\n" for i in range(len(self))))
+
+
+class SpeedCheck:
+    """Looks at some videos of a list, evenly over it, while the program is being built, and warns of slow ones.
+
+    The look happens in a process of its own (video_speed.py), as there are files on which the decoder hangs.
+
+    Args:
+        size: side of the clips, pixels.
+        count: videos to look at.
+        seconds: time for all of them together.
+    """
+
+    def __init__(self, videos: VideoList, size: int, count: int = 20, seconds: float = 10):
+        looked = np.unique(np.linspace(0, len(videos) - 1, count).astype(int))
+        self.source, self.paths = videos.source, [videos.path(index) for index in looked]
+        self.seconds, self.end = seconds, time.monotonic() + seconds
+        command = [sys.executable, SPEED_PROGRAM, str(size), *self.paths]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def tell(self) -> None:
+        """Warn of slow videos, once the process has come to its end or been given one."""
+        try:
+            answers, _ = self.process.communicate(timeout=max(0, self.end - time.monotonic()))
+            lost = f"the process that read it ended with code {self.process.returncode}"
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            answers, _ = self.process.communicate()
+            lost = f"{self.seconds:g} s were not enough to come to its end (slow storage, or the decoder hangs on it)"
+        reasons = [json.loads(line) for line in answers.splitlines()]
+        slow = [(path, "; ".join(why)) for path, why in zip(self.paths, reasons) if why]
+        if len(reasons) < len(self.paths):
+            slow.append((self.paths[len(reasons)], lost))
+        if slow:
+            logger.warning(
+                "%s: %d of %d videos looked at are slow to load, such as %s: %s. scripts/data/check_videos.py finds "
+                "all of them, scripts/data/resize_videos.py makes them fast (DATASET.md)",
+                self.source,
+                len(slow),
+                len(self.paths),
+                *slow[0],
+            )
 
 
 # Decoding: the only place that knows decord ---------------------------------------------------------------------

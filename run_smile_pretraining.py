@@ -12,7 +12,7 @@ import torch
 import options
 import utils
 from checkpoints import Position, check_kind, find_resume, load_strictly, local_path, lock_folder, restore
-from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
+from datasets import ChunkSampler, PretrainDataset, SpeedCheck, VideoList, build_loader
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
@@ -246,6 +246,7 @@ def main(args: argparse.Namespace) -> int:
     utils.seed_everything(args.seed)
     with utils.user_errors():
         dataset = build_dataset(args)
+        speed = SpeedCheck(dataset.videos, args.input_size) if utils.rank() == 0 else None
         sampler = ChunkSampler(
             len(dataset),
             args.batch_size // clips_per_video(args),
@@ -282,6 +283,8 @@ def main(args: argparse.Namespace) -> int:
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
     norm = channel_stats("imagenet", device)
 
+    if speed:
+        speed.tell()
     with Run(settings, position, loader, stepper, {"model": student, "args": args}) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper.model, teacher, epoch, norm, args.multiple_sampling)

@@ -1,8 +1,12 @@
 """Why a video is slow to load at random places, told from its index and one frame. Knows decord and nothing of ours.
 
-scripts/data/check_videos.py asks it of a whole list; a training asks it of the first videos, and scripts/data/
-resize_videos.py makes what it finds fast.
+scripts/data/check_videos.py asks it of a whole list; a training asks it of some videos, by ``python video_speed.py SIZE
+VIDEO ...`` (datasets.SpeedCheck); scripts/data/resize_videos.py makes what it finds fast.
 """
+
+import json
+import signal
+import sys
 
 import decord
 import numpy as np
@@ -43,3 +47,14 @@ def slow_reasons(path: str, size: int = 224) -> list[str]:
     if min(height, width) > MAX_ENLARGEMENT * size:
         reasons.append(f"{width} x {height} pixels for clips of {size}")
     return reasons
+
+
+def main() -> None:
+    """Print the reasons of each video on the command line, a JSON list a line."""
+    signal.alarm(60)  # ends it even where the decoder hangs and nobody waits any more
+    for path in sys.argv[2:]:
+        print(json.dumps(slow_reasons(path, int(sys.argv[1]))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

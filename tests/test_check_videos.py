@@ -1,6 +1,7 @@
 """check_videos.py and video_speed.py: good, bad and slow videos are told apart; interrupted, it goes on."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data")
 import check_videos
 import data_tools
 
+from datasets import SpeedCheck, VideoList
 from utils import RunError
 from video_speed import slow_reasons
 
@@ -177,3 +179,31 @@ def test_full_decodes_every_frame(odd_videos, monkeypatch):
     )
     check_videos.look(str(odd_videos[0]["one key.mp4"]), True, 224)
     assert np.array_equal(np.unique(seen), np.arange(160))
+
+
+# At the start of a training -------------------------------------------------------------------------------------
+
+
+def warnings_of(tmp_path, caplog, videos, seconds=60):
+    """What a SpeedCheck of these videos has to tell."""
+    with caplog.at_level(logging.WARNING, "smile"):
+        SpeedCheck(VideoList(write_list(tmp_path / "look.csv", videos)), 224, seconds=seconds).tell()
+    return caplog.messages
+
+
+def test_slow_videos_are_told_at_the_start(odd_videos, broken, tmp_path, caplog):
+    videos, _ = odd_videos
+    assert warnings_of(tmp_path, caplog, [videos["plain.mp4"]] * 3 + [broken["missing"]]) == []
+    slow = [videos["one key.mp4"], videos["broken stamps.mp4"]]
+    (message,) = warnings_of(tmp_path, caplog, [videos["plain.mp4"], *slow])
+    first = f"{videos['one key.mp4']}: one key frame for all its 160 frames"
+    assert f"look.csv: 2 of 3 videos looked at are slow to load, such as {first}. " in message
+    assert "scripts/data/resize_videos.py" in message
+
+
+def test_a_video_on_which_the_decoder_hangs_does_not_stop_the_start(odd_videos, tmp_path, caplog):
+    os.mkfifo(tmp_path / "hangs.mp4")
+    start = time.monotonic()
+    (message,) = warnings_of(tmp_path, caplog, [odd_videos[0]["plain.mp4"], tmp_path / "hangs.mp4"], seconds=3)
+    assert time.monotonic() - start < 60
+    assert f"1 of 2 videos looked at are slow to load, such as {tmp_path}/hangs.mp4: 3 s were not enough" in message

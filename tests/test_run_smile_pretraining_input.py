@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from fixtures_pretraining import NAME, ROOT, TINY, TRAIN, last_weights
+from fixtures_video import write_list
 
 from datasets import ChunkSampler
 from optim_factory import parameter_groups
 from options import build_stepper
 from run_smile_pretraining import build_dataset, clips_per_video, find_problems, get_args
 
-pytest_plugins = "fixtures_pretraining"
+pytest_plugins = ("fixtures_pretraining", "fixtures_data_tools")
 
 
 # Wrong input ----------------------------------------------------------------------------------------------------
@@ -111,6 +112,12 @@ def test_all_problems_are_told_at_once_on_the_command_line(wrong_files):
     for word in ("label.csv, line 2", "--mask_ratio 1.2", "--objects_path", "--first_stage_path x.pth"):
         assert sum(word in line for line in lines) == 1
     assert not (wrong_files / "run").exists()
+
+
+def test_slow_videos_are_told_once_at_the_start(start, odd_videos, tmp_path):
+    path = write_list(tmp_path / "list.csv", [odd_videos[0]["one key.mp4"]] * 4)
+    result = start(*TINY, *TRAIN, "--data_path", path, "--dry_run").end()
+    assert result.code == 0 and result.out.count("4 of 4 videos looked at are slow to load, such as") == 1, result.err
 
 
 LATER = {

@@ -153,4 +153,5 @@ def test_args_are_unpacked_in_programs_and_options_alone():
         and isinstance(node.annotation, ast.Attribute)
         and node.annotation.attr == "Namespace"
     }
-    assert takes <= {*PROGRAMS, "options", "training", "deepspeed_stepper"}  # Settings.of and with_deepspeed
+    others = {"options", "options_finetune", "training", "deepspeed_stepper"}  # Settings.of and with_deepspeed
+    assert takes <= {*PROGRAMS, *others}
