@@ -119,6 +119,10 @@ class VideoList:
         """Path of a video."""
         return os.fsdecode(self._paths[index])
 
+    def where(self, index: int) -> str:
+        """The place of a video in the list file, for messages."""
+        return f"{self.source}, line {self._lines[index]}"
+
     def subset(self, indices: np.ndarray) -> "VideoList":
         """The list of these videos alone."""
         part = copy.copy(self)
@@ -135,7 +139,7 @@ class VideoList:
         missing = [index for index in looked if not os.path.isfile(self.path(index))]
         if len(missing) > max_bad_fraction * len(looked):
             raise ValueError(
-                f"{self.source}, line {self._lines[missing[0]]}: no such file: {self.path(missing[0])} "
+                f"{self.where(missing[0])}: no such file: {self.path(missing[0])} "
                 f"({len(missing)} of {len(looked)} looked for are missing, more than --max_bad_fraction "
                 f"{max_bad_fraction}); relative paths start from --data_root"
             )

@@ -4,6 +4,7 @@ Clips come as uint8 ``[B, 3, T, H, W]``; validation and test are in evaluation.p
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,8 @@ class BatchAugmentation:
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns:
-        clips float ``[B, 3, T, H, W]``, labels int64 ``[B]``, and what to learn: these, or soft ``[B, num_classes]``.
+        clips float ``[B, 3, T, H, W]``, labels int64 ``[B]`` (several: float ``[B, num_classes]``), and what to
+        learn: these, or soft ``[B, num_classes]``.
         """
         device = self.norm[0].device
         clips = normalize_clips(batch["clips"].to(device, non_blocking=True), *self.norm).contiguous()
@@ -65,12 +67,18 @@ class BatchAugmentation:
 
 
 def train_one_epoch(
-    model: nn.Module, criterion: nn.Module, epoch: Epoch, augment: BatchAugmentation, ema: ModelEmaV3 | None = None
+    model: nn.Module,
+    criterion: nn.Module,
+    epoch: Epoch,
+    augment: BatchAugmentation,
+    measure: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
+    ema: ModelEmaV3 | None = None,
 ) -> None:
     """Train on the steps of an epoch.
 
     Args:
         criterion: (logits ``[B, C]``, labels ``[B]`` or soft labels ``[B, C]``) → loss.
+        measure: (logits, labels) → what the log shows besides.
         ema: average of the weights, updated after each step.
     """
     model.train()
@@ -80,10 +88,7 @@ def train_one_epoch(
             logits = model(clips)  # [B, C], or [B, P, C] of P probes
             loss = criterion(logits, targets)  # the sum of the probes' losses
             mean = loss.detach() / logits.shape[1:-1].numel()
-            right = (
-                logits.argmax(dim=-1).movedim(0, -1) == labels
-            )  # [B], or [P, B]; mixed clips count by their own label
-            step.backward(loss, loss=mean, acc1=right.float().mean() * 100)
+            step.backward(loss, loss=mean, **measure(logits, labels))
         step.update()
         if ema:
             ema.update(unwrap_model(model), step=step.number)

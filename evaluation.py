@@ -8,7 +8,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,15 +16,13 @@ from torch.utils.data import DataLoader
 
 from datasets import VideoError, VideoList, init_worker
 from datasets_finetune import EvalDataset, EvalSample, ViewReader
-from metrics import VideoScore, gather_scores, judge
+from metrics import ONE_LABEL, Task, VideoScore, combine_views, gather_scores, judge
 from modeling_finetune import VisionTransformer
 from modeling_probe import MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
 from utils import RunError, RunLog, SharedError, logger, progress, rank, warn_once, world_size
 from video_transforms import channel_stats, normalize_clips
-
-SOFTMAX = partial(torch.softmax, dim=-1)
 
 
 def unbatched(loader: DataLoader, order: Sequence[int], videos: VideoList) -> Iterator:
@@ -58,6 +55,7 @@ class Evaluator:
         timeout: seconds to wait for a video before stopping.
         output_dir: where the first process writes the scores of a test; empty: nowhere.
         classes: their names, if known.
+        task: what labels mean.
     """
 
     device: torch.device
@@ -70,6 +68,7 @@ class Evaluator:
     timeout: float = 0
     output_dir: str = ""
     classes: list[str] | None = None
+    task: Task = ONE_LABEL
 
     def __post_init__(self):
         self.norm = channel_stats("imagenet", self.device)
@@ -96,7 +95,7 @@ class Evaluator:
         samples: Iterable[EvalSample],
         title: str,
         batch_size: int = 16,
-        finish: Callable[[torch.Tensor], torch.Tensor] = SOFTMAX,
+        finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> list[VideoScore]:
         """Class probabilities of each view of each video of this process.
 
@@ -104,9 +103,10 @@ class Evaluator:
 
         Args:
             batch_size: views a forward pass.
-            finish: what turns the model's output into scores.
+            finish: what turns the model's output into scores; None: the task's probabilities.
         """
         model.eval()
+        finish = finish or self.task.probabilities
         scores = []
         for sample in progress(samples, title):
             outputs = [torch.empty(0)]
@@ -122,11 +122,12 @@ class Evaluator:
         videos = self.read_list("val.csv")
         scores = self.scores(model, self.loader(videos, self.val_views), "validation")
         if not isinstance(model, ProbedEncoder):
-            return judge(scores, videos, self.num_classes)
+            return judge(scores, videos, self.num_classes, task=self.task)
         found = [
-            judge([score.of_probe(p) for score in scores], videos, self.num_classes) for p in range(len(model.settings))
+            judge([score.of_probe(p) for score in scores], videos, self.num_classes, task=self.task)
+            for p in range(len(model.settings))
         ]
-        best = max(range(len(found)), key=lambda p: found[p]["acc1"])
+        best = max(range(len(found)), key=lambda p: found[p][self.task.metric])
         model.best_probe = best
         return found[best] | {"probe_lr": model.settings[best][0], "probe_wd": model.settings[best][1]}
 
@@ -172,7 +173,7 @@ class Evaluator:
 
     def report(self, scores: list[VideoScore], videos: VideoList) -> int:
         """Metrics of a test list, from this process's scores, to console, log.txt and files. Returns the exit code."""
-        metrics = judge(scores, videos, self.num_classes, self.output_dir, self.classes)
+        metrics = judge(scores, videos, self.num_classes, self.output_dir, self.classes, self.task)
         logger.info("test: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         RunLog(self.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
         return 0
@@ -188,7 +189,8 @@ class Evaluator:
         except VideoError as error:
             raise RunError(f"--predict {path}: {error}") from error
         score = self.scores(model, [{"index": 0, "views": views, "error": ""}], "predict")[0]
-        mean = (score.of_probe(model.best_probe) if isinstance(model, ProbedEncoder) else score).views.mean(axis=0)
-        for label in np.argsort(-mean)[:5]:
-            print(f"{mean[label]:.4f}  {self.classes[label] if self.classes else label}")
+        score = score.of_probe(model.best_probe) if isinstance(model, ProbedEncoder) else score
+        [combined] = combine_views([score], self.num_classes, self.task.combine)
+        for label in np.argsort(-combined)[:5]:
+            print(f"{combined[label]:.4f}  {self.classes[label] if self.classes else label}")
         return 0

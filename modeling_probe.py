@@ -4,6 +4,8 @@ Many probes, one for each learning rate and weight decay, are trained side by si
 number is written P.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -120,11 +122,19 @@ class MeanTokens(nn.Module):
 
 
 class ProbeLoss(nn.Module):
-    """Sum of the probes' own losses, so that each has its own gradient: logits ``[B, P, C]``, labels ``[B]``."""
+    """Sum of the probes' own losses, so that each has its own gradient: logits ``[B, P, C]``, labels ``[B]``.
+
+    Args:
+        losses: logits ``[n, C]`` and labels ``[n]`` or ``[n, C]`` → loss of each, ``[n]``.
+    """
+
+    def __init__(self, losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.losses = losses
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         B, P, _ = logits.shape
-        return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(P), reduction="sum") / B
+        return self.losses(logits.flatten(0, 1), labels.repeat_interleave(P, dim=0)).sum() / B
 
 
 def nearest_neighbours(
@@ -133,11 +143,12 @@ def nearest_neighbours(
     """Weighted k-NN vote by cosine similarity, weights exp(similarity / temperature) (Wu et al. 2018; DINO).
 
     Args:
-        train: features ``[n, D]`` with labels ``[n]``; test: ``[m, D]``.
+        train: features ``[n, D]`` with labels ``[n]``, or several ``[n, num_classes]`` of 0 and 1; test: ``[m, D]``.
     Returns:
-        Class scores ``[m, num_classes]`` that sum to 1.
+        Class scores ``[m, num_classes]``: the share of the votes for it; of one label they sum to 1.
     """
     similarity, nearest = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)
-    votes = torch.zeros(len(test), num_classes, dtype=similarity.dtype)
-    votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
-    return votes / votes.sum(dim=1, keepdim=True)
+    weights, votes = (similarity / temperature).exp(), torch.zeros(len(test), num_classes, dtype=similarity.dtype)
+    for weight, chosen in zip(weights.T, labels[nearest].transpose(0, 1)):  # [m], and [m] or [m, num_classes]
+        votes += weight[:, None] * (F.one_hot(chosen, num_classes) if labels.ndim == 1 else chosen)
+    return votes / weights.sum(dim=1, keepdim=True)

@@ -11,6 +11,7 @@ import options
 from checkpoints import check_kind
 from datasets import VideoList
 from datasets_finetune import DATA_SETS, read_class_names
+from metrics import SeveralLabels, Task
 from modeling_finetune import MODELS, token_grid
 from options import Problems
 from video_transforms_finetune import TrainAugmentation
@@ -34,6 +35,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--num_sample", type=int, default=1, help="augmentations of each decoded clip")
     data.add_argument("--samples_per_class", type=int, default=0, help="train on so many videos a class; 0: all")
     data.add_argument("--num_train_videos", type=int, default=0, help="train on so many videos; 0: all")
+    subset = "train on the subset of about so many videos that the SEVERE benchmark draws (1000); 0: all"
+    data.add_argument("--examples", type=int, default=0, help=subset)
 
     model = parser.add_argument_group("model")
     names = ", ".join(MODELS)
@@ -88,6 +91,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--short_side_size", type=int, default=0, help="resize test videos to it; 0: the input size")
     test.add_argument("--test_num_segment", type=int, default=0, help="views in time; 0: the data set's")
     test.add_argument("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
+    test.add_argument("--combine_views", choices=("mean", "max"), help="of the views' scores; None: the data set's")
 
     options.add_run_arguments(parser)
     deepspeed = parser.add_argument_group("DeepSpeed")
@@ -99,7 +103,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_list(args: argparse.Namespace, name: str) -> VideoList:
     """The list `name` of the data set, labels checked."""
-    return VideoList(os.path.join(args.data_path, name), num_classes(args), args.data_root)
+    return DATA_SETS[args.data_set].read_list(args.data_path, name, num_classes(args), args.data_root)
 
 
 def num_classes(args: argparse.Namespace) -> int:
@@ -117,11 +121,36 @@ def is_probe(args: argparse.Namespace) -> bool:
     return args.linear_probe or args.attentive_probe
 
 
+def task(args: argparse.Namespace) -> Task:
+    """What the labels of the data set mean."""
+    data_set = DATA_SETS[args.data_set]
+    return (SeveralLabels if data_set.multi_label else Task)(args.combine_views or data_set.combine)
+
+
+def check_list(args: argparse.Namespace, name: str) -> None:
+    """Read a list and look for its videos: with --examples for every one to train on, else for some.
+
+    Raises:
+        ValueError: something is wrong with it.
+    """
+    videos = read_list(args, name)
+    if args.examples and name == DATA_SETS[args.data_set].train_list:
+        missing = [index for index in range(len(videos)) if not os.path.isfile(videos.path(index))]
+        if missing:
+            raise ValueError(
+                f"{videos.where(missing[0])}: no such file: {videos.path(missing[0])} ({len(missing)} of {len(videos)} "
+                "are missing); what --examples draws depends on the whole list"
+            )
+    videos.check_files(args.max_bad_fraction)
+    if not videos.labels.any() and DATA_SETS[args.data_set].multi_label:
+        raise ValueError(f"{videos.source}: none of its {len(videos)} videos shows any class")
+
+
 def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
     problems, probe = Problems(args), is_probe(args)
     problems.files("finetune", "resume", "predict")
-    problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos")
+    problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
     side = args.short_side_size
     problems.when(0 < side < args.input_size, f"--short_side_size {side}: smaller than --input_size")
     problems.numbers(1, "batch_size", "num_sample", "val_freq")
@@ -138,7 +167,13 @@ def find_problems(args: argparse.Namespace) -> Problems:
     else:
         problems.attempt(class_names, args)
         for name in needed_lists(args):
-            problems.attempt(lambda name=name: read_list(args, name).check_files(args.max_bad_fraction))
+            problems.attempt(check_list, args, name)
+    few = bool(args.samples_per_class) + bool(args.num_train_videos) + 2 * bool(args.examples)
+    problems.when(few > 2, "--examples draws by a rule of its own: leave --samples_per_class and --num_train_videos")
+    problems.when(
+        DATA_SETS[args.data_set].multi_label and bool(args.samples_per_class or args.examples),
+        f"--samples_per_class and --examples draw class by class, but {args.data_set} has several labels a video",
+    )
     odd = args.batch_size * args.num_sample % 2 == 1
     problems.when(
         odd and mixes(args), f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch"
@@ -179,5 +214,6 @@ def needed_lists(args: argparse.Namespace) -> list[str]:
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    """Whether batches are mixed: not for probes."""
-    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not (is_probe(args) or args.knn)
+    """Whether batches are mixed: not for probes, nor where a video has several labels."""
+    unmixed = is_probe(args) or args.knn or DATA_SETS[args.data_set].multi_label
+    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not unmixed

@@ -18,7 +18,7 @@ import options
 import utils
 from checkpoints import Position, find_resume, load_encoder, load_strictly, local_path, lock_folder, restore
 from datasets import ChunkSampler, SpeedCheck, VideoList, build_loader
-from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot
+from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, train_one_epoch
 from evaluation import Evaluator
@@ -26,7 +26,7 @@ from modeling_finetune import MODELS, SIZES, VisionTransformer
 from modeling_probe import ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, distribute, parameter_groups, share_buffers
 from options import Settings
-from options_finetune import class_names, find_problems, get_args, is_probe, mixes, num_classes, read_list
+from options_finetune import class_names, find_problems, get_args, is_probe, mixes, num_classes, read_list, task
 from training import Epoch, Run
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
@@ -60,9 +60,17 @@ def build_model(args: argparse.Namespace) -> VisionTransformer | ProbedEncoder:
 
 def train_videos(args: argparse.Namespace) -> VideoList:
     """The training list, or the part of it that was asked for, which is also written to ``train_subset.csv``."""
-    videos = read_list(args, DATA_SETS[args.data_set].train_list)
-    if args.samples_per_class or args.num_train_videos:
+    data_set = DATA_SETS[args.data_set]
+    videos = read_list(args, data_set.train_list)
+    if args.examples and len(videos) != data_set.train_videos:
+        source, total = videos.source, data_set.train_videos or "others"
+        logger.warning("--examples: %s has %d videos, SEVERE draws from %s: not its subset", source, len(videos), total)
+    if args.examples:
+        videos = severe_subset(videos, args.examples, num_classes(args))
+    elif args.samples_per_class or args.num_train_videos:
         videos = few_shot(videos, args.seed, args.samples_per_class, args.num_train_videos)
+    if args.examples or args.samples_per_class or args.num_train_videos:
+        logger.info("training on %d videos drawn from %s", len(videos), videos.source)
         if args.output_dir and not args.dry_run and utils.rank() == 0:
             videos.write(os.path.join(args.output_dir, "train_subset.csv"))
     return videos
@@ -101,6 +109,7 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
         timeout=args.worker_timeout,
         output_dir=args.output_dir,
         classes=class_names(args),
+        task=task(args),
     )
 
 
@@ -109,10 +118,12 @@ def build_loss(
 ) -> tuple[nn.Module, BatchAugmentation]:
     """The loss, and what happens to batches on the device: of probes, normalisation alone."""
     if is_probe(args):
-        return ProbeLoss(), BatchAugmentation(norm)
+        return ProbeLoss(task(args).losses), BatchAugmentation(norm)
     eraser = None
     if args.reprob:
         eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=norm[0].device)
+    if DATA_SETS[args.data_set].multi_label:
+        return nn.BCEWithLogitsLoss(), BatchAugmentation(norm, eraser)
     if not mixes(args):
         return LabelSmoothingCrossEntropy(args.smoothing), BatchAugmentation(norm, eraser)
     draws = (args.mixup_prob, args.mixup_switch_prob, args.mixup_mode)
@@ -131,7 +142,7 @@ def resume(
     """
     found = find_resume(args.output_dir, args.resume, args.auto_resume)
     if not found:
-        return Position(args.start_epoch), {"acc1": -1.0, "epoch": -1}
+        return Position(args.start_epoch), {task(args).metric: -1.0, "epoch": -1}
     path, state = found
     position = restore(found, model, stepper, sampler.samples_per_step)
     if "best" not in state:
@@ -155,19 +166,14 @@ def waited_enough(args: argparse.Namespace, best: dict[str, float], epoch: int) 
 
 def validate(evaluator: Evaluator, model: nn.Module, epoch: Epoch, best: dict[str, float]) -> None:
     """Validate after an epoch; the weights that did best so far are kept in BEST, their metrics in `best`."""
-    metrics = evaluator.validate(model)
-    if metrics["acc1"] > best["acc1"]:
+    metrics, name = evaluator.validate(model), evaluator.task.metric
+    if metrics[name] > best[name]:
         before = dict(best)
-        best.update(acc1=metrics["acc1"], epoch=epoch.index)  # goes into the file
+        best.update({name: metrics[name], "epoch": epoch.index})  # goes into the file
         if not utils.broadcast(epoch.save(BEST)):
             best.update(before)
-    logger.info(
-        "validation: acc1 %.2f  acc5 %.2f  (best %.2f in epoch %d)",
-        metrics["acc1"],
-        metrics["acc5"],
-        best["acc1"],
-        best["epoch"],
-    )
+    found = "  ".join(f"{shown} {metrics[shown]:.2f}" for shown in evaluator.task.shown)
+    logger.info("validation: %s  (best %.2f in epoch %d)", found, best[name], best["epoch"])
     epoch.shown |= {f"val_{name}": value for name, value in metrics.items()}
 
 
@@ -218,7 +224,7 @@ def train(
         if not position.step and waited_enough(args, best, position.epoch - 1):
             run.stop_epoch = position.epoch  # it had stopped early
         for epoch in run.epochs():
-            train_one_epoch(stepper.model, criterion, epoch, augment, ema)
+            train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.while_training, ema)
             if is_validated(args, epoch) and epoch.secure():
                 share_buffers(model)
                 validate(evaluator, ema.module if ema else model, epoch, best)

@@ -48,15 +48,16 @@ def source_frames(name, first, count, size):
     return np.stack(frames)
 
 
-def write_mp4(path, frames, options=None):
-    """Encode uint8 [T, H, W, 3] with key frames 12 apart; `options` go to the mp4 muxer."""
+def write_mp4(path, frames, options=None, rate=25, codec="libx264"):
+    """Encode uint8 [T, H, W, 3] with key frames 12 apart, also as avi; `options` go to the muxer."""
+    rate = Fraction(rate)
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=25)
+        stream = container.add_stream(codec if codec in av.codecs_available else "mpeg4", rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.gop_size = "yuv420p", 12
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, 25)
+            frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

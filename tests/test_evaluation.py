@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from datasets import VideoList
-from metrics import VideoScore, accuracy, average_views, gather_scores, in_top_k, judge
+from metrics import VideoScore, accuracy, combine_views, gather_scores, in_top_k, judge
 
 
 def make_list(folder, labels, names=None):
@@ -96,7 +96,7 @@ def test_unreadable_videos_are_wrong():
 def test_views_are_averaged():
     views = np.random.default_rng(0).random((3, 4, 6)).astype(np.float32)
     scores = [VideoScore(i, v[: 4 - i]) for i, v in enumerate(views)] + [VideoScore(3, np.empty(0, np.float32), "bad")]
-    mean = average_views(scores, 6)
+    mean = combine_views(scores, 6)
     assert mean.dtype == np.float64 and np.isnan(mean[3]).all()
     for i in range(3):
         np.testing.assert_allclose(mean[i], sum(views[i][v].astype(float) for v in range(4 - i)) / (4 - i))

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from metrics import ONE_LABEL
 from modeling_finetune import Size, VisionTransformer
 from modeling_probe import AttentiveProbe, LinearProbe, MeanTokens, ProbedEncoder, ProbeLoss, nearest_neighbours
 from optim_factory import Stepper, build_optimizer
@@ -45,7 +46,7 @@ def train_side_by_side(model, lr, weight_decay):
     model.train()
     for step, (clips, labels) in enumerate(make_batches()):
         stepper.schedule(step)
-        loss = ProbeLoss()(model(clips), labels)
+        loss = ProbeLoss(ONE_LABEL.losses)(model(clips), labels)
         stepper.backward(loss)
         stepper.step(loss.detach())
 
@@ -126,7 +127,7 @@ def test_the_attentive_probe_by_hand():
 def test_the_loss_is_the_sum_of_the_probes_own():
     logits, labels = torch.randn(6, 3, 5), torch.randint(5, (6,))
     expected = sum(F.cross_entropy(logits[:, p], labels) for p in range(3))
-    torch.testing.assert_close(ProbeLoss()(logits, labels), expected)
+    torch.testing.assert_close(ProbeLoss(ONE_LABEL.losses)(logits, labels), expected)
 
 
 def test_logits_are_in_the_order_of_the_settings():
