@@ -12,19 +12,9 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from datasets import (
-    Clip,
-    Key,
-    Sample,
-    VideoDataset,
-    VideoError,
-    VideoList,
-    check_class,
-    read_frames,
-    read_or_replace,
-    sample_rng,
-)
+from datasets import Key, Sample, VideoDataset, VideoList, check_class, read_or_replace, sample_rng
 from utils import RunError
+from video_transforms import Clip, VideoError, read_frames
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
 ACTION = re.compile(r"(\d+):(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")  # class, from and to which second

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# The SEVERE benchmark: fine-tune and test a pretrained ViT-B in each of the eight cells, and print the table.
+#
+#   SSV2=/data/ssv2 UCF101=/data/ucf101 MODEL_PATH=checkpoint-149.pth GPUS=4 bash scripts/severe/run_all.sh
+#
+# Runs the cells that there is a folder for, one after the other. A cell without its folder is left out, one that fails
+# does not keep the others from running; the end says so. Started again, it leaves finished cells alone and goes on with
+# the others. The table is also written to OUTPUT_DIR/severe.csv, and drawn in OUTPUT_DIR/severe.png.
+# The variables of the cells' scripts (GPUS, BATCH_SIZE, ...) come from the environment; options that follow go to all
+# programs: bash scripts/severe/run_all.sh --seed 1
+set -euo pipefail
+
+# Folders with train.csv, val.csv, test.csv: SEVERE.md has the command for each.
+: "${SSV2:=/path/to/ssv2}"
+: "${GYM99:=/path/to/gym99}"         # for two cells
+: "${FX_S1:=/path/to/fx_s1}"
+: "${UB_S1:=/path/to/ub_s1}"
+: "${UCF101:=/path/to/ucf101}"       # fold 1
+: "${CHARADES:=/path/to/charades}"
+: "${UCF_RC:=/path/to/ucfrep}"       # annotations: train/*.mat, val/*.mat
+: "${UCF_RC_VIDEOS:=/path/to/UCF-101}" # the videos of UCF101, <class>/<name>.avi
+: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${OUTPUT_DIR:=output/severe}"     # a folder for each cell, and the table
+: "${CELLS:=ssv2 gym99 ucf101_1k gym99_1k fx_s1 ub_s1 ucf_rc charades}"
+: "${CLASS_OPTIONS:=}"               # more options of run_class_finetuning.py alone
+: "${COUNT_OPTIONS:=}"               # more options of run_repetition_counting.py alone
+declare -A FOLDERS=([ssv2]=SSV2 [gym99]=GYM99 [ucf101_1k]=UCF101 [gym99_1k]=GYM99 [fx_s1]=FX_S1 [ub_s1]=UB_S1
+  [ucf_rc]="UCF_RC UCF_RC_VIDEOS" [charades]=CHARADES)
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if ! command -v torchrun >/dev/null; then
+  PATH=$HERE/../../.venv/bin:$PATH # as common.sh
+fi
+die() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+[[ -e $MODEL_PATH || $MODEL_PATH == hf://* ]] ||
+  die "MODEL_PATH=$MODEL_PATH: no such file (edit the top of $0, or set MODEL_PATH)"
+for cell in $CELLS; do
+  [[ -n ${FOLDERS[$cell]:-} ]] || die "CELLS: no cell $cell; there are ${!FOLDERS[*]}"
+done
+
+# run_cell CELL [options]: its script, unless it is done; tells in `note` why there is no result.
+run_cell() {
+  local cell=$1 folder=$OUTPUT_DIR/$1 name code=0 options
+  shift
+  note=
+  if grep -qsE '"test_(acc1|map|mae)"' "$folder/log.txt"; then
+    echo "$cell: done, in $folder"
+    return
+  fi
+  for name in ${FOLDERS[$cell]}; do
+    [[ -d ${!name} ]] || note="left out, $name=${!name}: no such folder"
+  done
+  if [[ -n $note ]]; then
+    echo "$cell: $note"
+    return
+  fi
+  name=${FOLDERS[$cell]%% *}
+  options=$CLASS_OPTIONS
+  [[ $cell != ucf_rc ]] || options=$COUNT_OPTIONS
+  mkdir -p "$folder"
+  echo "$cell: ${!name}, output in $folder"
+  # shellcheck disable=SC2086 # several options
+  DATA_PATH=${!name} DATA_ROOT=$UCF_RC_VIDEOS OUTPUT_DIR=$folder MODEL_PATH=$MODEL_PATH \
+    bash "$HERE/$cell.sh" $options "$@" 2>&1 | tee "$folder/output.txt" || code=${PIPESTATUS[0]}
+  if ((code == 85)); then # utils.EXIT_REQUEUE
+    echo "$cell: told to stop; the same command goes on"
+    exit "$code"
+  fi
+  if ((code != 0)); then
+    note="failed, $(grep -m1 -o 'error: .*' "$folder/output.txt" || echo "code $code, see $folder/output.txt")"
+    echo "$cell: $note"
+  fi
+}
+
+notes=() runs=() failed=0
+for cell in $CELLS; do
+  run_cell "$cell" "$@"
+  runs+=("$cell=$OUTPUT_DIR/$cell")
+  if [[ -n $note ]]; then
+    notes+=("$cell: $note")
+  fi
+  if [[ $note == failed* ]]; then
+    failed=1
+  fi
+done
+mkdir -p "$OUTPUT_DIR"
+echo
+python "$HERE/results.py" "${runs[@]}" --csv "$OUTPUT_DIR/severe.csv" --picture "$OUTPUT_DIR/severe.png"
+if ((${#notes[@]})); then
+  printf '\nwithout a result:\n'
+  printf '  %s\n' "${notes[@]}"
+fi
+exit $failed
