@@ -100,6 +100,10 @@ class VideoList:
         """The label as a line has it."""
         return str(self.labels[index])
 
+    def shows(self, index: int, label: int) -> bool:
+        """Whether a video is of a class."""
+        return bool(self.labels[index] == label)
+
     def clip_label(self, index: int, clip: Clip) -> Any:
         """The label of a part of a video."""
         return self.labels[index]

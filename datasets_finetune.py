@@ -45,11 +45,14 @@ class DataSet:
     ending: str = ".csv"
     train_videos: int = 0
 
-    def read_list(self, folder: str, name: str, num_classes: int, data_root: str = "") -> VideoList:
+    def read_list(self, folder: str, name: str, num_classes: int | None, data_root: str = "") -> VideoList:
         """The list of a folder that is called `name`, such as ``val.csv``; see VideoList."""
         if any(Path(folder).glob(f"*{self.ending}")):
             name = name.removesuffix(".csv") + self.ending
-        return (ActionList if self.multi_label else VideoList)(str(Path(folder, name)), num_classes, data_root)
+        if self.multi_label:
+            assert self.num_classes
+            return ActionList(str(Path(folder, name)), num_classes or self.num_classes, data_root)
+        return VideoList(str(Path(folder, name)), num_classes, data_root)
 
 
 DATA_SETS = {
@@ -109,6 +112,9 @@ class ActionList(VideoList):
 
     def label_text(self, index: int) -> str:
         return ",".join(f"{label:.0f}:{start}-{end}" for label, start, end in self.actions[index]) or "-"
+
+    def shows(self, index: int, label: int) -> bool:
+        return bool(self.labels[index, label] > 0)
 
     def clip_label(self, index: int, clip: Clip) -> np.ndarray:
         """The classes seen between the first and the last frame of a clip, 0 or 1, float32 ``[C]``.

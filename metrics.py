@@ -164,6 +164,11 @@ class SeveralLabels(Task):
 ONE_LABEL = Task()
 
 
+def task_of(multi_label: bool, combine: str = "mean") -> Task:
+    """What labels mean in a data set."""
+    return SeveralLabels(combine) if multi_label else Task(combine)
+
+
 def judge(
     scores: list[VideoScore],
     videos: VideoList,

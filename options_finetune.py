@@ -11,7 +11,7 @@ import options
 from checkpoints import check_kind
 from datasets import VideoList
 from datasets_finetune import DATA_SETS, read_class_names
-from metrics import SeveralLabels, Task
+from metrics import Task, task_of
 from modeling_finetune import MODELS, token_grid
 from options import Problems
 from video_transforms_finetune import TrainAugmentation
@@ -124,7 +124,7 @@ def is_probe(args: argparse.Namespace) -> bool:
 def task(args: argparse.Namespace) -> Task:
     """What the labels of the data set mean."""
     data_set = DATA_SETS[args.data_set]
-    return (SeveralLabels if data_set.multi_label else Task)(args.combine_views or data_set.combine)
+    return task_of(data_set.multi_label, args.combine_views or data_set.combine)
 
 
 def check_list(args: argparse.Namespace, name: str) -> None:

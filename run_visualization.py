@@ -25,6 +25,7 @@ import utils
 from checkpoints import load_strictly, model_weights, read_checkpoint
 from datasets import PretrainDataset, VideoList, sample_rng
 from datasets_finetune import DATA_SETS, ViewReader, read_class_names
+from metrics import Task, task_of
 from utils import RunError, logger, user_errors
 from video_transforms import VideoError, channel_stats, multi_scale_crop, normalize_clips, pretrain_indices, read_frames
 from video_transforms_finetune import long_side_crop, short_side_resize
@@ -154,12 +155,14 @@ def received_attention(attention: modeling_finetune.Attention, x: torch.Tensor) 
 
 
 @torch.inference_mode()
-def classify(model: modeling_finetune.VisionTransformer, clips: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def classify(
+    model: modeling_finetune.VisionTransformer, clips: torch.Tensor, task: Task
+) -> tuple[np.ndarray, np.ndarray]:
     """Class probabilities ``[C]`` of a clip ``[1, 3, T, H, W]``, and received_attention of the last block, ``[N]``."""
     last, inputs = cast(modeling_finetune.Block, model.blocks[-1]).attn, []
     hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
-        probabilities = model(clips).float().softmax(dim=1)[0]
+        probabilities = task.probabilities(model(clips).float())[0]
     finally:
         hook.remove()
     return probabilities.cpu().numpy(), received_attention(last, inputs[0])[0].float().cpu().numpy()
@@ -172,12 +175,13 @@ def classifier_drawer(
     if not hasattr(run, "data_set"):
         raise RunError(f"{checkpoint} does not say how it was fine-tuned: it holds no arguments of the run")
     path = Path(run.data_path, "test.csv") if os.path.isdir(run.data_path) else Path(run.data_path)
-    videos = VideoList(str(path), data_root=run.data_root)
+    data_set = DATA_SETS[run.data_set]
+    videos = data_set.read_list(str(path.parent), path.name, None, run.data_root)
     names = read_class_names(str(path.parent), num_classes) or [f"class {label}" for label in range(num_classes)]
     model = modeling_finetune.MODELS[run.model](num_classes=num_classes)
     load_strictly(model, checkpoint, "model_ema" if getattr(run, "model_ema", False) else "")
     model.eval().to(device)
-    view = ViewReader(DATA_SETS[run.data_set].sampling, 0, 1, run.input_size, run.num_frames, run.sampling_rate)
+    view = ViewReader(data_set.sampling, 0, 1, run.input_size, run.num_frames, run.sampling_rate)
     grid = modeling_finetune.token_grid(run.num_frames, run.input_size, run.input_size)
 
     def draw(index: int) -> Drawing:
@@ -189,9 +193,9 @@ def classifier_drawer(
 
         frames = short_side_resize(read_frames(videos.path(index), choose), run.input_size)
         clip = long_side_crop(frames, run.input_size, 0, 1)
-        probabilities, attention = classify(model, normalized(clip, device))
+        probabilities, attention = classify(model, normalized(clip, device), task_of(data_set.multi_label))
         best = np.argsort(-probabilities, kind="stable")[:5]
-        guesses = [Guess(names[c], float(probabilities[c]), c == videos.labels[index]) for c in best]
+        guesses = [Guess(names[c], float(probabilities[c]), videos.shows(index, c)) for c in best]
         return Drawing(attention_rows(clip, attention, grid), numbers[0], guesses)
 
     return videos, draw

@@ -32,6 +32,7 @@ PANELS = {
     "loss": (("train_loss", "-", ""),),
     "top-1 accuracy, %": (("val_acc1", "-", "validation"), ("test_acc1", "o", "test")),
     "top-5 accuracy, %": (("val_acc5", "-", "validation"), ("test_acc5", "o", "test")),
+    "mean average precision, %": (("val_map", "-", "validation"), ("test_map", "o", "test")),
     "spread of features over tokens (0: collapse)": (
         ("train_pred_std", "-", "student"),
         ("train_target_std", "--", "teacher"),
@@ -52,12 +53,12 @@ class InputError(Exception):
 
 
 class ClassResult(NamedTuple):
-    """A line of test_per_class.csv; top1 and top5 in percent."""
+    """A line of test_per_class.csv: accuracies in percent, or average precision where videos have several labels."""
 
     name: str
     videos: int
     top1: float
-    top5: float
+    top5: float | None
 
 
 # Reading --------------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def confusion_matrix(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Labels ``[n]`` and mean scores ``[n, C]`` of a test_predictions.npz."""
+    """Labels ``[n]``, or several ``[n, C]``, and scores ``[n, C]`` of a test_predictions.npz."""
     try:
         with np.load(path) as file:
             return file["label"], file["scores"]
@@ -113,16 +114,19 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: not the predictions of a test ({error})") from error
 
 
+def class_result(row: dict[str, str]) -> ClassResult:
+    """A row of the table; a class without a name gets its number."""
+    name, videos = row["name"] or f"class {row['class']}", int(row["videos"])
+    if "ap" in row:
+        return ClassResult(name, videos, float(row["ap"]), None)
+    return ClassResult(name, videos, float(row["top1"]), float(row["top5"]))
+
+
 def read_classes(path: Path) -> dict[int, ClassResult]:
-    """A test_per_class.csv by class number; a class without a name gets its number."""
+    """A test_per_class.csv by class number."""
     try:
         with open(path, newline="") as file:
-            return {
-                int(row["class"]): ClassResult(
-                    row["name"] or f"class {row['class']}", int(row["videos"]), float(row["top1"]), float(row["top5"])
-                )
-                for row in csv.DictReader(file)
-            }
+            return {int(row["class"]): class_result(row) for row in csv.DictReader(file)}
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a table of classes ({error})") from error
 
@@ -228,7 +232,9 @@ def draw_mix_ups(axes: Axes, matrix: np.ndarray, names: list[str]) -> None:
 
 
 def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
-    """Top-1 (bar) and top-5 (mark) accuracy by class, best first; of many classes the best and the worst."""
+    """Top-1 (bar) and top-5 (mark) accuracy by class, or average precision; of many classes the best and the worst."""
+    one_label = all(result.top5 is not None for result in classes.values())
+    metric, name = ("accuracy", "top-1") if one_label else ("average precision", "average precision")
     ranked = sorted(classes.values(), key=lambda result: -result.top1)
     half = SHOWN_CLASSES // 2
     if len(ranked) <= half:
@@ -244,15 +250,15 @@ def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
     for axes, (heading, part) in zip(figure.subplots(1, len(parts), squeeze=False).flat, parts.items()):
         places = range(len(part))
         bars = axes.barh(places, [result.top1 for result in part], color="#4c86c6")
-        (marks,) = axes.plot([result.top5 for result in part], places, "|", color="0.25", markersize=9, mew=2)
+        marks = axes.plot([result.top5 for result in part], places, "|", color="0.25", markersize=9, mew=2)[:one_label]
         line = axes.axvline(mean, color="0.5", linestyle=":")
         axes.set_yticks(places, [f"{shorten(result.name, 32)} ({result.videos})" for result in part], fontsize=8)
-        axes.set(xlim=(0, 101), ylim=(longest - 0.5, -0.5), xlabel="accuracy, %")
+        axes.set(xlim=(0, 101), ylim=(longest - 0.5, -0.5), xlabel=f"{metric}, %")
         axes.set_title(heading, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    labels = ("top-1", "top-5", f"mean top-1, {mean:.1f} %")
-    figure.legend((bars, marks, line), labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{title}: accuracy by class (number of videos)", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    labels = (name, *["top-5"] * one_label, f"mean {name}, {mean:.1f} %")
+    figure.legend((bars, *marks, line), labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{title}: {metric} by class (number of videos)", x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 
@@ -293,7 +299,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_all(files: list[Path], output: Path) -> None:
-    """Draw what the files hold; logs together in one picture.
+    """Print what was written: pictures of what the files hold, of logs together in one.
 
     Raises:
         InputError: a file of another kind.
@@ -302,6 +308,9 @@ def draw_all(files: list[Path], output: Path) -> None:
     for file in files:
         if file.suffix == ".npz":
             labels, scores = read_predictions(file)
+            if labels.ndim == 2:
+                print(f"{file}: several labels a video, so no class is taken for another: no picture of that")
+                continue
             table = read_classes(file.with_name(PER_CLASS)) if file.with_name(PER_CLASS).is_file() else {}
             classes = [table[c].name if c in table else f"class {c}" for c in range(scores.shape[1])]
             matrix = confusion_matrix(labels, scores)
