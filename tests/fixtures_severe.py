@@ -34,7 +34,7 @@ class Videos:
     """Writes short videos, each another part of a real one."""
 
     def __init__(self):
-        self.frames = [source_frames(*part, (48, 36)) for part in (("bikes", 0, 200), ("carphone_pristine", 0, 90))]
+        self.frames = [source_frames(*part, (64, 48)) for part in (("bikes", 0, 200), ("carphone_pristine", 0, 90))]
         self.written = 0
 
     def write(self, path, seconds=0.8):
