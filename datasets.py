@@ -7,6 +7,7 @@ Labelled data sets are in datasets_finetune.py.
 """
 
 import copy
+import glob
 import json
 import os
 import re
@@ -25,9 +26,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from masking_generator import MaskGenerator
-from object_overlay import ObjectOverlay
+from object_overlay import IMAGE_SUFFIXES, ObjectOverlay
 from utils import RunError, logger
-from video_transforms import VideoError, multi_scale_crop, pretrain_indices, read_frames
+from video_transforms import Background, Clip, VideoError
 
 MAX_BAD_IN_A_ROW = 20
 SPEED_PROGRAM = str(Path(__file__).with_name("video_speed.py"))
@@ -76,6 +77,14 @@ class VideoList:
             raise ValueError(f"{path}: the list is empty")
         self.source, self._paths, self.labels, self._lines = path, np.array(paths), np.array(labels), np.array(lines)
 
+    @classmethod
+    def of(cls, source: str, paths: list[str]) -> "VideoList":
+        """A list that stands in no file; messages call it `source`."""
+        videos = cls.__new__(cls)
+        videos.source, videos._paths = source, np.array([os.fsencode(path) for path in paths])
+        videos.labels, videos._lines = np.full(len(paths), -1), np.arange(len(paths))
+        return videos
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -107,6 +116,19 @@ class VideoList:
     def write(self, path: str) -> None:
         """Write it as a list file."""
         Path(path).write_text("".join(f"{self.path(i)} {self.labels[i]}\n" for i in range(len(self))))
+
+
+def find_images(folder: str) -> VideoList:
+    """The images in a folder and all below it, as a list.
+
+    Raises:
+        ValueError: none, or no such folder.
+    """
+    found = glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True) if folder else []
+    paths = sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))
+    if not paths:
+        raise ValueError(f"--data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
+    return VideoList.of(folder, paths)
 
 
 class SpeedCheck:
@@ -200,19 +222,19 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def read_or_replace(
-    rng: np.random.Generator, videos: VideoList, index: int, choose: Callable[[int], np.ndarray]
-) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
-    """Frames of a video for training; one that cannot be read is replaced by another, drawn from `rng`.
+    rng: np.random.Generator, videos: VideoList, index: int, read: Callable[[str], Clip]
+) -> tuple[Clip, int, list[tuple[str, str]]]:
+    """What `read` finds at a video's path; one that cannot be read is replaced by another, drawn from `rng`.
 
     Returns:
-        frames uint8 ``[T, H, W, 3]``, the index they come from, and the bad (path, reason) pairs on the way.
+        the frames, the index they come from, and the bad (path, reason) pairs on the way.
     Raises:
         RunError: MAX_BAD_IN_A_ROW in a row.
     """
     bad: list[tuple[str, str]] = []
     while len(bad) < MAX_BAD_IN_A_ROW:
         try:
-            return read_frames(videos.path(index), choose), index, bad
+            return read(videos.path(index)), index, bad
         except VideoError as error:
             bad.append((videos.path(index), str(error)))
             index = int(rng.integers(len(videos)))
@@ -233,10 +255,10 @@ class VideoDataset(Dataset):
 
 
 class PretrainDataset(VideoDataset):
-    """Clips with masks: decode, crop, overlay, mask.
+    """Clips with masks: background, crop, overlay, mask.
 
     Args:
-        size: (width, height) of the clips, pixels.
+        videos: what `background` reads.
         overlay: pastes objects (stage 1); None leaves clips as they are.
         num_views: independent crops, overlays and masks of each decoded window (--num_sample).
     """
@@ -244,22 +266,20 @@ class PretrainDataset(VideoDataset):
     def __init__(
         self,
         videos: VideoList,
+        background: Background,
         masks: MaskGenerator,
         overlay: ObjectOverlay | None,
-        size: tuple[int, int],
-        num_frames: int = 16,
-        stride: int = 4,
         num_views: int = 1,
         seed: int = 0,
     ):
-        self.videos, self.masks, self.overlay, self.size = videos, masks, overlay, size
-        self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
+        self.videos, self.background, self.masks, self.overlay = videos, background, masks, overlay
+        self.num_views, self.seed = num_views, seed
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)
-        choose = lambda total: pretrain_indices(rng, total, self.num_frames, self.stride)
-        frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
-        views = [self.view(rng, frames) for _ in range(self.num_views)]
+        read = lambda path: self.background.read(rng, path)
+        found, index, bad = read_or_replace(rng, self.videos, key[1], read)
+        views = [self.view(rng, found.frames) for _ in range(self.num_views)]
         num_bad_videos = len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
@@ -273,7 +293,7 @@ class PretrainDataset(VideoDataset):
 
     def view(self, rng: np.random.Generator, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One training clip uint8 ``[T, H, W, 3]`` and its mask bool ``[N]`` from decoded frames."""
-        clip = multi_scale_crop(rng, frames, self.size)
+        clip = self.background.crop(rng, frames)
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
         except RuntimeError as error:  # no usable object; not to be taken for a failed worker

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from datasets import Key, Sample, VideoDataset, VideoList, read_or_replace, sample_rng
-from video_transforms import VideoError, read_frames
+from video_transforms import VideoError, read_clip, read_frames
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
 # Data sets ------------------------------------------------------------------------------------------------------
@@ -154,8 +154,8 @@ class FinetuneDataset(VideoDataset):
                 return segment_indices(rng, total, self.num_frames)
             return dense_indices(rng, total, self.num_frames, self.stride)
 
-        frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
-        clips = np.stack([self.augment(rng, frames) for _ in range(self.num_views)])
+        found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: read_clip(path, choose))
+        clips = np.stack([self.augment(rng, found.frames) for _ in range(self.num_views)])
         return {
             "clips": clips,
             "extra": np.full(self.num_views, self.videos.labels[index]),

@@ -1,4 +1,4 @@
-"""A clip before objects come: frames decoded from a file, pretraining's crop of them, the normalisation of batches.
+"""A clip before objects come: frames decoded or made, pretraining's crop of them, the normalisation of batches.
 
 Clips are uint8 ``[T, H, W, 3]`` until they are on the device; the same crop holds for every frame of a clip.
 """
@@ -6,6 +6,7 @@ Clips are uint8 ``[T, H, W, 3]`` until they are on the device; the same crop hol
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
@@ -16,6 +17,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPE
 from torch.utils.dlpack import from_dlpack
 from torchvision.transforms.v2 import functional as TF
 
+from object_overlay import IMAGE_ERRORS, read_image
+
+BACKGROUNDS = ("video", "black", "noise", "image", "frame")
+IMAGE_SHARE = 8 / 7  # short side that larger images are shrunk to, of the clip's: 256 pixels of 224
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale crop)
@@ -114,6 +119,77 @@ def multi_scale_crop(rng: np.random.Generator, frames: np.ndarray, size: tuple[i
     x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], size)
     crop = frames[:, y : y + h, x : x + w]
     return crop.copy() if (w, h) == size else resize(crop, size[1], size[0])
+
+
+# Backgrounds: what objects move over ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Background:
+    """What objects move over: windows of videos, or what takes their place.
+
+    Args:
+        size: (width, height) of the clips, pixels.
+        stride: of video, frames from one to the next.
+        kind: one of BACKGROUNDS: a window of a video, black, uniform noise, an image, one frame of a video.
+        pan: how far an image or frame moves in the course of a clip, a share of its short side.
+    """
+
+    size: tuple[int, int]
+    num_frames: int
+    stride: int = 1
+    kind: str = "video"
+    pan: float = 0.0
+
+    def read(self, rng: np.random.Generator, path: str) -> Clip:
+        """T frames of any size; of black and noise nothing is read.
+
+        Raises:
+            VideoError: unreadable.
+        """
+        if self.kind == "video":
+            return read_clip(path, lambda total: pretrain_indices(rng, total, self.num_frames, self.stride))
+        if self.kind == "frame":  # the middle one, in every epoch
+            found = read_clip(path, lambda total: np.full(self.num_frames, total // 2))
+            return found._replace(frames=glide(rng, found.frames[0], self.num_frames, self.pan))
+        side = round(max(self.size) * IMAGE_SHARE)
+        picture = read_picture(path, side) if self.kind == "image" else np.zeros((16, 16, 3), np.uint8)
+        return Clip(glide(rng, picture, self.num_frames, self.pan), np.arange(self.num_frames), 0.0)
+
+    def crop(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        """A clip of those frames, uint8 ``[T, H, W, 3]``, that may be written to."""
+        if self.kind != "noise":
+            return multi_scale_crop(rng, frames, self.size)
+        noise = rng.integers(0, 256, (1, *self.size[::-1], 3), np.uint8)  # not resized: that would smooth it
+        return np.repeat(noise, len(frames), axis=0)
+
+
+def read_picture(path: str, side: int) -> np.ndarray:
+    """An image, uint8 ``[H, W, 3]``, shrunk if its short side has more than `side` pixels.
+
+    Raises:
+        VideoError: unreadable.
+    """
+    try:
+        picture = np.ascontiguousarray(read_image(path)[..., :3])
+    except IMAGE_ERRORS as error:
+        raise VideoError((str(error) or type(error).__name__).splitlines()[0].replace(path, "it")) from error
+    shrink = min(1, side / min(picture.shape[:2]))
+    height, width = (round(length * shrink) for length in picture.shape[:2])
+    return picture if shrink == 1 else resize(picture[None], height, width)[0]
+
+
+def glide(rng: np.random.Generator, picture: np.ndarray, num_frames: int, share: float) -> np.ndarray:
+    """A window that moves over a picture, evenly and in a random direction, by `share` of its short side in all.
+
+    Returns:
+        uint8 ``[T, h, w, 3]``, as large as there is room for in ``[H, W, 3]``: all of it if `share` is 0.
+    """
+    angle = rng.uniform(0, 2 * np.pi)
+    reach = share * min(picture.shape[:2]) * np.array([np.sin(angle), np.cos(angle)])  # down, right
+    height, width = np.array(picture.shape[:2]) - np.ceil(abs(reach)).astype(int)
+    moved = np.rint(np.linspace(0, 1, num_frames)[:, None] * reach - np.minimum(reach, 0)).astype(int)
+    return np.stack([picture[y : y + height, x : x + width] for y, x in moved])
 
 
 # Normalisation --------------------------------------------------------------------------------------------------

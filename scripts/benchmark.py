@@ -46,7 +46,7 @@ from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
 from training import epoch_batches
 from utils import run_main
-from video_transforms import channel_stats, multi_scale_crop, normalize_clips, pretrain_indices, read_frames
+from video_transforms import Background, channel_stats, normalize_clips, pretrain_indices, read_frames
 from video_transforms_finetune import long_side_crop, short_side_resize
 
 Numbers = dict[str, float]
@@ -113,7 +113,8 @@ def build_data(args: argparse.Namespace, folder: Path, num_views: int = 1) -> Pr
     overlay = ObjectOverlay(size, ObjectLibrary(objects, find_objects(objects, args.objects_list)))
     masks = MaskGenerator("tubelet", token_grid(args.num_frames, *size), 0.8)
     videos = VideoList(args.data_path or demo_videos(folder), data_root=args.data_root)
-    return PretrainDataset(videos, masks, overlay, size, args.num_frames, args.sampling_rate, num_views)
+    background = Background(size, args.num_frames, args.sampling_rate)
+    return PretrainDataset(videos, background, masks, overlay, num_views)
 
 
 def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
@@ -135,7 +136,7 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
         wanted = np.unique(choose(len(reader)))
         times["decode floor"], _ = timed(lambda: decord.VideoReader(path, num_threads=1).get_batch(wanted))
         times["decode"], frames = timed(lambda: read_frames(path, choose))
-        times["crop"], clip = timed(lambda: multi_scale_crop(rng, frames, data.size))
+        times["crop"], clip = timed(lambda: data.background.crop(rng, frames))
         times["overlay"], boxes = timed(lambda: data.overlay(rng, clip))
         times["mask"], _ = timed(lambda: data.masks(rng, boxes))
         times["whole"], sample = timed(lambda: data[(round_number, index)])
