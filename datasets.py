@@ -1,4 +1,4 @@
-"""From a line of a list to a batch of clips with masks: lists, decoding, the pretraining dataset, order, loader.
+"""From a line of a list to a batch of clips with masks: lists, the pretraining dataset, order, loader.
 
 Lists have a line ``path label`` for each video. Samples are drawn by the key (epoch, index), which together with
 the run's seed seeds the one Generator that goes to frame sampling, crop, overlay and mask: a clip is the same
@@ -19,27 +19,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
-
 import cv2
-import decord
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.dlpack import from_dlpack
 
 from masking_generator import MaskGenerator
 from object_overlay import ObjectOverlay
 from utils import RunError, logger
-from video_transforms import multi_scale_crop
+from video_transforms import VideoError, multi_scale_crop, pretrain_indices, read_frames
 
 MAX_BAD_IN_A_ROW = 20
 SPEED_PROGRAM = str(Path(__file__).with_name("video_speed.py"))
-DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 Key = tuple[int, int]  # epoch, index
-
-
-class VideoError(Exception):
-    """A video that cannot be used; the message is the reason, without the path."""
 
 
 # Lists ----------------------------------------------------------------------------------------------------------
@@ -159,40 +151,6 @@ class SpeedCheck:
             )
 
 
-# Decoding: the only place that knows decord ---------------------------------------------------------------------
-
-
-def read_frames(path: str, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Decode the frames that `choose` picks, given the number there are.
-
-    Args:
-        choose: number of frames → indices ``[T]``, in order; repeated ones are decoded once.
-    Returns:
-        RGB uint8 ``[T, H, W, 3]``.
-    Raises:
-        VideoError: missing, unreadable, or without frames.
-    """
-    if not os.path.isfile(path):
-        raise VideoError("no such file")
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-        if len(reader) == 0:
-            raise VideoError("no frames")
-        wanted, back = np.unique(choose(len(reader)), return_inverse=True)
-        frames = from_dlpack(reader.get_batch(wanted).to_dlpack()).numpy()  # no copy, unlike asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError, TypeError, UnicodeEncodeError) as error:
-        raise VideoError(decoder_reason(error, path)) from error
-    return frames if len(back) == len(wanted) else frames[back]
-
-
-def decoder_reason(error: Exception, path: str) -> str:
-    """A decoder's error in one line that is the same every time: without clock times, places in its source, path."""
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    for code, meaning in DECORD_CODES.items():
-        line = meaning if f"({code} vs. 0)" in line else line
-    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: ", "", line).replace(path, "it").strip()[:200]
-
-
 # Samples --------------------------------------------------------------------------------------------------------
 
 
@@ -263,13 +221,6 @@ def read_or_replace(
 
 
 # Pretraining ----------------------------------------------------------------------------------------------------
-
-
-def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stride: int) -> np.ndarray:
-    """`num_frames` frames `stride` apart from a random start; a shorter video repeats its last reachable frame."""
-    start = rng.integers(0, max(total - num_frames * stride, 0) + 1)
-    last = (total - 1 - start) // stride
-    return start + stride * np.minimum(np.arange(num_frames), last)
 
 
 class VideoDataset(Dataset):

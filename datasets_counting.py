@@ -8,10 +8,10 @@ from typing import Any, TypedDict
 import numpy as np
 from scipy.io import loadmat
 
-from datasets import Key, VideoDataset, VideoError, VideoList, read_frames, sample_rng
+from datasets import Key, VideoDataset, VideoList, sample_rng
 from modeling_counting import MIN_CYCLES
 from utils import RunError
-from video_transforms import resize
+from video_transforms import VideoError, read_frames, resize
 
 SPARE_FRAMES = 5  # decoders disagree on the last few frames of a file
 

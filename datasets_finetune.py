@@ -11,7 +11,8 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from datasets import Key, Sample, VideoDataset, VideoError, VideoList, read_frames, read_or_replace, sample_rng
+from datasets import Key, Sample, VideoDataset, VideoList, read_or_replace, sample_rng
+from video_transforms import VideoError, read_frames
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
 # Data sets ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-from datasets import VideoError, VideoList, init_worker
+from datasets import VideoList, init_worker
 from datasets_finetune import EvalDataset, EvalSample, ViewReader
 from metrics import VideoScore, gather_scores, judge
 from modeling_finetune import VisionTransformer
@@ -23,7 +23,7 @@ from modeling_probe import MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
 from utils import RunError, RunLog, SharedError, logger, progress, rank, warn_once, world_size
-from video_transforms import channel_stats, normalize_clips
+from video_transforms import VideoError, channel_stats, normalize_clips
 
 SOFTMAX = partial(torch.softmax, dim=-1)
 

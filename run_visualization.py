@@ -23,10 +23,10 @@ import modeling_pretrain
 import run_smile_pretraining as pretraining
 import utils
 from checkpoints import load_strictly, model_weights, read_checkpoint
-from datasets import PretrainDataset, VideoError, VideoList, pretrain_indices, read_frames, sample_rng
+from datasets import PretrainDataset, VideoList, sample_rng
 from datasets_finetune import DATA_SETS, ViewReader, read_class_names
 from utils import RunError, logger, user_errors
-from video_transforms import channel_stats, multi_scale_crop, normalize_clips
+from video_transforms import VideoError, channel_stats, multi_scale_crop, normalize_clips, pretrain_indices, read_frames
 from video_transforms_finetune import long_side_crop, short_side_resize
 from visualization import Guess, Row, attention_rows, movie, picture, pretraining_rows, write_movie
 

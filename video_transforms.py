@@ -1,27 +1,85 @@
-"""Pretraining's crop of whole clips, uint8 ``[T, H, W, 3]`` in and out, and the normalisation of batches of them.
+"""A clip before objects come: frames decoded from a file, pretraining's crop of them, the normalisation of batches.
 
-The same crop holds for every frame of a clip. Which frames a clip has is decided in datasets.py.
+Clips are uint8 ``[T, H, W, 3]`` until they are on the device; the same crop holds for every frame of a clip.
 """
 
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
+
 import cv2
+import decord
 import numpy as np
-import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torch.utils.dlpack import from_dlpack
 from torchvision.transforms.v2 import functional as TF
 
+DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale crop)
 
 
-def channel_stats(norm: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std of `norm`, one of NORMS, for RGB in [0, 1], each ``[3, 1, 1, 1]``."""
-    mean, std = NORMS[norm]
-    return torch.tensor(mean, device=device).view(3, 1, 1, 1), torch.tensor(std, device=device).view(3, 1, 1, 1)
+# Decoding: the only place that knows decord ---------------------------------------------------------------------
 
 
-def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 ``[B, 3, T, H, W]`` → float of the same shape, (x / 255 - mean) / std; mean and std ``[3, 1, 1, 1]``."""
-    return (clips.float() / 255 - mean) / std
+class VideoError(Exception):
+    """A video that cannot be used; the message is the reason, without the path."""
+
+
+class Clip(NamedTuple):
+    """Frames of a video, and which ones."""
+
+    frames: np.ndarray  # RGB uint8 [T, H, W, 3]
+    indices: np.ndarray  # int [T]
+    rate: float  # frames a second of the whole video, on average
+
+
+def read_frames(path: str, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """The frames of read_clip alone, ``[T, H, W, 3]``."""
+    return read_clip(path, choose).frames
+
+
+def read_clip(path: str, choose: Callable[[int], np.ndarray]) -> Clip:
+    """Decode the frames that `choose` picks, given the number there are.
+
+    Args:
+        choose: number of frames → indices ``[T]``, in order; repeated ones are decoded once.
+    Raises:
+        VideoError: missing, unreadable, or without frames.
+    """
+    if not os.path.isfile(path):
+        raise VideoError("no such file")
+    try:
+        reader = decord.VideoReader(path, num_threads=1)
+        if len(reader) == 0:
+            raise VideoError("no frames")
+        indices = choose(len(reader))
+        wanted, back = np.unique(indices, return_inverse=True)
+        frames = from_dlpack(reader.get_batch(wanted).to_dlpack()).numpy()  # no copy, unlike asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError, TypeError, UnicodeEncodeError) as error:
+        raise VideoError(decoder_reason(error, path)) from error
+    return Clip(frames if len(back) == len(wanted) else frames[back], indices, reader.get_avg_fps())
+
+
+def decoder_reason(error: Exception, path: str) -> str:
+    """A decoder's error in one line that is the same every time: without clock times, places in its source, path."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    for code, meaning in DECORD_CODES.items():
+        line = meaning if f"({code} vs. 0)" in line else line
+    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: ", "", line).replace(path, "it").strip()[:200]
+
+
+# Pretraining's clips --------------------------------------------------------------------------------------------
+
+
+def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stride: int) -> np.ndarray:
+    """`num_frames` frames `stride` apart from a random start; a shorter video repeats its last reachable frame."""
+    start = rng.integers(0, max(total - num_frames * stride, 0) + 1)
+    last = (total - 1 - start) // stride
+    return start + stride * np.minimum(np.arange(num_frames), last)
 
 
 def resize(frames: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -68,3 +126,17 @@ def multi_scale_crop(
     """Crop a random multi_scale_box and resize it to `size` (width, height), into `out` or a new array."""
     x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], size)
     return resize(frames[:, y : y + h, x : x + w], size[1], size[0], out)
+
+
+# Normalisation --------------------------------------------------------------------------------------------------
+
+
+def channel_stats(norm: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of `norm`, one of NORMS, for RGB in [0, 1], each ``[3, 1, 1, 1]``."""
+    mean, std = NORMS[norm]
+    return torch.tensor(mean, device=device).view(3, 1, 1, 1), torch.tensor(std, device=device).view(3, 1, 1, 1)
+
+
+def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[B, 3, T, H, W]`` → float of the same shape, (x / 255 - mean) / std; mean and std ``[3, 1, 1, 1]``."""
+    return (clips.float() / 255 - mean) / std

@@ -39,16 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
 import naive
 from video_writing import Settings, write_resized
 
-from datasets import (
-    ChunkSampler,
-    PretrainDataset,
-    VideoList,
-    build_loader,
-    collate,
-    pretrain_indices,
-    read_frames,
-    sample_rng,
-)
+from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader, collate, sample_rng
 from datasets_finetune import ViewReader
 from engine_for_pretraining import masked_loss, with_second_masks
 from masking_generator import MaskGenerator
@@ -59,7 +50,7 @@ from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
 from training import epoch_batches
 from utils import run_main
-from video_transforms import channel_stats, multi_scale_crop, normalize_clips
+from video_transforms import channel_stats, multi_scale_crop, normalize_clips, pretrain_indices, read_frames
 from video_transforms_finetune import long_side_crop, short_side_resize
 
 Numbers = dict[str, float]

@@ -9,9 +9,10 @@ import torch
 from fixtures_datasets import FRAMES, GRID, SIDE, load_epoch, make_dataset
 from fixtures_video import decode_all, write_list
 
-from datasets import ChunkSampler, VideoError, VideoList, build_loader, pretrain_indices, read_frames, sample_rng
+from datasets import ChunkSampler, VideoList, build_loader, sample_rng
 from masking_generator import num_masked
 from training import epoch_batches
+from video_transforms import VideoError, pretrain_indices, read_frames
 
 pytest_plugins = "fixtures_datasets"
 

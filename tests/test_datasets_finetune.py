@@ -13,8 +13,8 @@ from fixtures_video import decode_all, source_frames, write_list, write_mp4
 from PIL import Image
 from torchvision.transforms.functional import resize
 
-import datasets
-from datasets import ChunkSampler, VideoError, VideoList, build_loader
+import video_transforms
+from datasets import ChunkSampler, VideoList, build_loader
 from datasets_finetune import (
     DATA_SETS,
     EvalDataset,
@@ -26,6 +26,7 @@ from datasets_finetune import (
 )
 from datasets_finetune import test_view_indices as view_indices
 from training import epoch_batches
+from video_transforms import VideoError
 from video_transforms_finetune import TrainAugmentation
 
 pytest_plugins = "fixtures_video"
@@ -232,7 +233,7 @@ def test_a_video_is_opened_and_decoded_once_for_all_its_views(clips, long_clip, 
             decoded.append(list(indices))
             return super().get_batch(indices)
 
-    monkeypatch.setattr(datasets.decord, "VideoReader", CountingReader)
+    monkeypatch.setattr(video_transforms.decord, "VideoReader", CountingReader)
     videos = VideoList(write_list(tmp_path / "test.csv", [long_clip, clips["bikes.mp4"], clips["short.mp4"]], 0))
     for reader in (ViewReader("dense", 7, 3, 32, 16, 4), ViewReader("segments", 2, 3, 32, 16, 2)):
         dataset = EvalDataset(videos, reader)

@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "mini")
 import make_world
 from make_world import COUNTS, FRAMES, MOTIONS, SIDE, SIZES, SPLITS, TASKS, motion_track
 
-from datasets import VideoList, read_frames
+from datasets import VideoList
 from object_overlay import find_objects
+from video_transforms import read_frames
 
 OPTIONS = ["--pretrain_clips", "4", "--train_clips", "20", "--val_clips", "4", "--test_clips", "4"]
 

@@ -20,9 +20,10 @@ import resize_videos
 from data_tools import Unusable, read_list
 from video_writing import Settings, verify
 
-from datasets import VideoError, VideoList, read_frames
+from datasets import VideoList
 from utils import RunError
 from video_speed import slow_reasons
+from video_transforms import VideoError, read_frames
 
 pytest_plugins = "fixtures_data_tools"
 EVERY = lambda total: np.arange(total)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "options": {"optim_factory", "utils"},
     "datasets": {"masking_generator", "object_overlay", "video_transforms", "utils"},
     "video_transforms_finetune": {"video_transforms"},
-    "datasets_finetune": {"datasets", "video_transforms_finetune"},
+    "datasets_finetune": {"datasets", "video_transforms", "video_transforms_finetune"},
     "training": {"checkpoints", "datasets", "optim_factory", "options", "utils"},
     "engine_for_pretraining": {"modeling_pretrain", "training", "video_transforms"},
     "engine_for_finetuning": {"datasets", "training", "video_transforms"},

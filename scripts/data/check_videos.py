@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from data_tools import Line, RunError, in_processes, read_list, write_list, write_table
 
-from datasets import VideoError, read_frames
 from utils import run_main
 from video_speed import slow_reasons
+from video_transforms import VideoError, read_frames
 
 CHUNK = 32  # frames in memory at a time
 REMEDY = "make it fast with scripts/data/resize_videos.py"

@@ -23,9 +23,9 @@ from data_tools import RunError
 from tqdm import tqdm
 from video_writing import Settings, pixels, psnr_of, read_timing, resized_frames, write_resized
 
-from datasets import pretrain_indices, read_frames
 from datasets_finetune import segment_indices
 from utils import run_main
+from video_transforms import pretrain_indices, read_frames
 
 NUM_FRAMES, STRIDE = 16, 4
 

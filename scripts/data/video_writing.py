@@ -15,8 +15,8 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Interpolation
 from data_tools import Unusable
 
-from datasets import VideoError, read_frames
 from video_speed import slow_reasons
+from video_transforms import VideoError, read_frames
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 TICK = Fraction(1, 90000)  # seconds; fine enough for any source's stamps

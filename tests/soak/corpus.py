@@ -272,7 +272,7 @@ sys.path.insert(0, {root!r})
 import numpy as np
 
 def read_video(path):
-    from datasets import VideoError, pretrain_indices, read_frames
+    from video_transforms import VideoError, pretrain_indices, read_frames
     try:
         frames = read_frames(path, lambda total: pretrain_indices(np.random.default_rng(0), total, 8, 2))
     except VideoError as error:
@@ -308,7 +308,7 @@ for line in sys.stdin:
 
 
 class Reader:
-    """Reads videos by datasets.read_frames, or objects by object_overlay.read_object, in a process of its own.
+    """Reads videos by video_transforms.read_frames, or objects by object_overlay.read_object, in a process of its own.
 
     Args:
         kind: video or object.
