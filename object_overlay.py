@@ -273,7 +273,7 @@ def paste(
         if opacity is not None:
             drawn = cv2.convertScaleAbs(drawn, alpha=float(opacity[t]))
         below = frames[t, top:bottom, left:right]
-        through = cv2.cvtColor(cv2.bitwise_not(drawn[..., 3]), cv2.COLOR_GRAY2RGB)
+        through = cv2.cvtColor(cv2.bitwise_not(cv2.extractChannel(drawn, 3)), cv2.COLOR_GRAY2RGB)
         cv2.add(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), cv2.multiply(below, through, scale=1 / 255), dst=below)
 
 

@@ -13,9 +13,9 @@ import torch  # isort: skip - before decord, whose C++ library would else take t
 import cv2
 import decord
 import numpy as np
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch.utils.dlpack import from_dlpack
-from torchvision.transforms.v2 import functional as TF
 
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
@@ -93,8 +93,9 @@ def resize(frames: np.ndarray, height: int, width: int, out: np.ndarray | None =
         if grows:  # nothing to smooth, which makes both the same and OpenCV's the faster one
             cv2.resize(frame, (width, height), dst=resized, interpolation=cv2.INTER_LINEAR)
         else:
-            image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
-            resized[:] = TF.resize(image, [height, width], antialias=True).permute(1, 2, 0).numpy()
+            image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+            image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+            resized[:] = image[0].permute(1, 2, 0).numpy()
     return out
 
 
