@@ -259,26 +259,27 @@ class PretrainDataset(VideoDataset):
         rng = sample_rng(self.seed, *key)
         choose = lambda total: pretrain_indices(rng, total, self.num_frames, self.stride)
         frames, index, bad = read_or_replace(rng, self.videos, key[1], choose)
-        views = [self.view(rng, frames) for _ in range(self.num_views)]
+        clips = np.empty((self.num_views, self.num_frames, *self.size[::-1], 3), np.uint8)
+        masks = np.stack([self.view(rng, frames, clip) for clip in clips])
         num_bad_videos = len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
         return {
-            "clips": np.stack([clip for clip, _ in views]),
-            "extra": np.stack([mask for _, mask in views]),
+            "clips": clips,
+            "extra": masks,
             "path": self.videos.path(index),
             "bad": bad,
             "num_bad_videos": num_bad_videos,
         }
 
-    def view(self, rng: np.random.Generator, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One training clip uint8 ``[T, H, W, 3]`` and its mask bool ``[N]`` from decoded frames."""
-        clip = multi_scale_crop(rng, frames, self.size)
+    def view(self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray) -> np.ndarray:
+        """Make a training clip of decoded frames, written to uint8 ``[T, H, W, 3]``. Returns its mask, bool ``[N]``."""
+        multi_scale_crop(rng, frames, self.size, clip)
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
         except RuntimeError as error:  # no usable object; not to be taken for a failed worker
             raise RunError(str(error)) from error
-        return clip, self.masks(rng, boxes)
+        return self.masks(rng, boxes)
 
 
 # Order and loader -----------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
 
+import cv2
 import decord
 import numpy as np
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch.utils.dlpack import from_dlpack
-from torchvision.transforms.v2 import functional as TF
 
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
@@ -81,10 +82,21 @@ def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stri
     return start + stride * np.minimum(np.arange(num_frames), last)
 
 
-def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, antialiased when shrinking, uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``."""
-    images = TF.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), [height, width], antialias=True)
-    return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+def resize(frames: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Bilinear, antialiased when shrinking, uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``, which may be given.
+
+    Frame by frame, so that one and its intermediate result stay in the processor's cache.
+    """
+    out = np.empty((len(frames), height, width, 3), np.uint8) if out is None else out
+    grows = height >= frames.shape[1] and width >= frames.shape[2]
+    for frame, resized in zip(frames, out):
+        if grows:  # nothing to smooth, which makes both the same and OpenCV's the faster one
+            cv2.resize(frame, (width, height), dst=resized, interpolation=cv2.INTER_LINEAR)
+        else:
+            image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+            image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+            resized[:] = image[0].permute(1, 2, 0).numpy()
+    return out
 
 
 def multi_scale_box(
@@ -109,11 +121,12 @@ def multi_scale_box(
     return i * ((frame[0] - w) // 4), j * ((frame[1] - h) // 4), w, h
 
 
-def multi_scale_crop(rng: np.random.Generator, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crop a random multi_scale_box and resize it to `size` (width, height). Always a copy of `frames`."""
+def multi_scale_crop(
+    rng: np.random.Generator, frames: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None
+) -> np.ndarray:
+    """Crop a random multi_scale_box and resize it to `size` (width, height), into `out` or a new array."""
     x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], size)
-    crop = frames[:, y : y + h, x : x + w]
-    return crop.copy() if (w, h) == size else resize(crop, size[1], size[0])
+    return resize(frames[:, y : y + h, x : x + w], size[1], size[0], out)
 
 
 # Normalisation --------------------------------------------------------------------------------------------------
