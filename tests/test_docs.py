@@ -6,6 +6,7 @@ import ast
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "data"), str(ROOT 
 pytest_plugins = ("fixtures_pretraining", "fixtures_finetuning")
 
 DOCS = sorted([*ROOT.glob("*.md"), ROOT / "annotation_files" / "README.md"])
-COMMANDS = (
+STUBBED = (
     "python",
     "python3",
     "torchrun",
@@ -60,7 +61,7 @@ def blocks(path, language="bash"):
 def stubs(tmp_path_factory):
     """A folder of programs that note how they were called."""
     folder = tmp_path_factory.mktemp("stubs")
-    for name in COMMANDS:
+    for name in STUBBED:
         (folder / name).write_text('#!/bin/bash\nprintf \'%s\\0\' "$(basename "$0")" "$@" \'\n\' >> "$STUB_LOG"\n')
         (folder / name).chmod(0o755)
     return folder
@@ -69,7 +70,9 @@ def stubs(tmp_path_factory):
 def commands(path, stubs, folder):
     """What the bash blocks of a document call, as lists of words; all must end well."""
     for entry in ROOT.iterdir():
-        (folder / entry.name).symlink_to(entry)
+        if entry.name != "annotation_files":
+            (folder / entry.name).symlink_to(entry)
+    shutil.copytree(ROOT / "annotation_files", folder / "annotation_files")  # a document writes a list there
     log = folder / "commands"
     log.write_text("")
     env = {"PATH": f"{stubs}:/usr/bin:/bin", "STUB_LOG": str(log), "HOME": str(folder)}
