@@ -279,26 +279,27 @@ class PretrainDataset(VideoDataset):
         rng = sample_rng(self.seed, *key)
         read = lambda path: self.background.read(rng, path)
         found, index, bad = read_or_replace(rng, self.videos, key[1], read)
-        views = [self.view(rng, found.frames) for _ in range(self.num_views)]
+        clips = np.empty((self.num_views, *self.background.shape), np.uint8)
+        masks = np.stack([self.view(rng, found.frames, clip) for clip in clips])
         num_bad_videos = len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
         return {
-            "clips": np.stack([clip for clip, _ in views]),
-            "extra": np.stack([mask for _, mask in views]),
+            "clips": clips,
+            "extra": masks,
             "path": self.videos.path(index),
             "bad": bad,
             "num_bad_videos": num_bad_videos,
         }
 
-    def view(self, rng: np.random.Generator, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One training clip uint8 ``[T, H, W, 3]`` and its mask bool ``[N]`` from decoded frames."""
-        clip = self.background.crop(rng, frames)
+    def view(self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray) -> np.ndarray:
+        """Make a training clip of decoded frames, written to uint8 ``[T, H, W, 3]``. Returns its mask, bool ``[N]``."""
+        self.background.crop(rng, frames, clip)
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
         except RuntimeError as error:  # no usable object; not to be taken for a failed worker
             raise RunError(str(error)) from error
-        return clip, self.masks(rng, boxes)
+        return self.masks(rng, boxes)
 
 
 # Order and loader -----------------------------------------------------------------------------------------------

@@ -150,7 +150,13 @@ class ObjectLibrary:
 
 def pick(rng: np.random.Generator, options: Sequence, probabilities: tuple[float, ...]) -> Any:
     """One of `options`; what Generator.choice does, without its 20 microseconds of set-up."""
-    return options[bisect(list(accumulate(probabilities))[:-1], rng.random())]
+    return options[bisect(_bounds(probabilities), rng.random())]
+
+
+@lru_cache
+def _bounds(probabilities: tuple[float, ...]) -> list[float]:
+    """Where in [0, 1) one option ends and the next begins."""
+    return list(accumulate(probabilities))[:-1]
 
 
 def key_frames(rng: np.random.Generator, num_frames: int) -> list[int]:
@@ -206,9 +212,10 @@ def gaussian_path(
     """
     limits = np.asarray(frame)
     low = 1 + size / 2
-    points = rng.uniform(low, np.maximum(low, limits - 1 - size / 2), (PATH_POINTS, 2))
-    smooth = _gaussian_smoother(PATH_POINTS, PATH_SIGMA) @ points
-    smooth = (smooth - smooth.min(axis=0)) / np.ptp(smooth, axis=0).clip(1e-6)
+    room = np.maximum(0, limits - 1 - size / 2 - low)
+    smooth = _gaussian_smoother(PATH_POINTS, PATH_SIGMA) @ (low + room * rng.random((PATH_POINTS, 2)))
+    smooth -= smooth.min(axis=0)
+    smooth /= np.maximum(smooth.max(axis=0), 1e-6)
     least, most = (int(side * unit) for side in PATH_EXTENT)
     extent = min(int(rng.integers(least, max(most, least + 1))), min(frame) - 1)
     path = smooth * extent + rng.integers(0, limits - extent)
@@ -274,7 +281,7 @@ def paste(
         if opacity is not None:
             drawn = cv2.convertScaleAbs(drawn, alpha=float(opacity[t]))
         below = frames[t, top:bottom, left:right]
-        through = cv2.cvtColor(cv2.bitwise_not(drawn[..., 3]), cv2.COLOR_GRAY2RGB)
+        through = cv2.cvtColor(cv2.bitwise_not(cv2.extractChannel(drawn, 3)), cv2.COLOR_GRAY2RGB)
         cv2.add(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), cv2.multiply(below, through, scale=1 / 255), dst=below)
 
 
@@ -378,12 +385,12 @@ class ObjectOverlay:
 def fit_sprite(sprite: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Bring a sprite near the size of its largest box (w, h), so that a frame needs one bilinear warp and no more.
 
-    Less than twice the box will do. A smaller one is enlarged, as the warp would smear its edge beyond the box.
+    Less than twice the box will do. A smaller side is enlarged, as the warp would smear its edge beyond the box.
     """
     w, h = (int(side) for side in size)
-    while sprite.shape[1] >= 2 * w and sprite.shape[0] >= 2 * h:  # halving is many times faster than other factors
-        sprite = cv2.resize(sprite, (sprite.shape[1] // 2, sprite.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    if w <= sprite.shape[1] < 2 * w and h <= sprite.shape[0] < 2 * h:
+    while (wide := sprite.shape[1] >= 2 * w) | (tall := sprite.shape[0] >= 2 * h):
+        halved = (sprite.shape[1] >> wide, sprite.shape[0] >> tall)  # many times faster than other factors
+        sprite = cv2.resize(sprite, halved, interpolation=cv2.INTER_AREA)
+    if w <= sprite.shape[1] and h <= sprite.shape[0]:
         return sprite
-    shrinks = w * h < sprite.shape[0] * sprite.shape[1]
-    return cv2.resize(sprite, (w, h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(sprite, (max(w, sprite.shape[1]), max(h, sprite.shape[0])), interpolation=cv2.INTER_LINEAR)

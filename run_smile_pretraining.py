@@ -78,30 +78,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--target_type", choices=TARGET_TYPES, default="clip", help="what is reconstructed")
-    teacher.add_argument(
-        "--distillation_teacher",
-        choices=("clip_b", *DINO_MODELS),
-        default="clip_b",
-        help="clip_b for target clip (see --clip_model), dino_s or dino_b for dino_v1",
-    )
+    teachers = ("clip_b", *DINO_MODELS)
+    teacher.add_argument("--distillation_teacher", choices=teachers, default="clip_b", help="dino_*: of dino_v1")
     teacher.add_argument("--clip_model", default="ViT-B-16", help="open_clip model")
     teacher.add_argument("--clip_weights", default="openai", help="open_clip tag, local file, or `random` for tests")
     teacher.add_argument("--dino_weights", default="timm", help="`timm` to fetch them, local file, or `random`")
-    teacher.add_argument(
-        "--teacher_model", default="vit_small_patch14_reg4_dinov2.lvd142m", help="timm model, of target timm"
-    )
-    teacher.add_argument(
-        "--teacher_weights",
-        default="timm",
-        help="`timm` to fetch the model's own, hf-hub:OWNER/NAME, local file, or `random`",
-    )
+    dinov2 = "vit_small_patch14_reg4_dinov2.lvd142m"
+    teacher.add_argument("--teacher_model", default=dinov2, help="timm model, of target timm")
+    weights = "`timm` to fetch the model's own, hf-hub:OWNER/NAME, local file, or `random`"
+    teacher.add_argument("--teacher_weights", default="timm", help=weights)
     teacher.add_argument("--teacher_stage", type=int, default=-1, help="which of its intermediate features; -1: last")
-    teacher.add_argument(
-        "--teacher_norm",
-        choices=TEACHER_NORMS,
-        default="imagenet",
-        help="normalisation of its frames; the released models used ImageNet's; own: the model's",
-    )
+    norm = "normalisation of its frames; the released models used ImageNet's; own: the model's"
+    teacher.add_argument("--teacher_norm", choices=TEACHER_NORMS, default="imagenet", help=norm)
     teacher.add_argument("--teacher_size", type=int, default=0, help="side of its frames, pixels; 0: the model's own")
 
     optim = options.add_optimizer_arguments(parser)
@@ -193,15 +181,8 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
             names = find_objects(args.objects_path, args.objects_list)
             library = ObjectLibrary(args.objects_path, names, max_side=round(320 * args.input_size / 224))
         overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois, args.speed)
-    masks = MaskGenerator(
-        args.mask_type,
-        token_grid(args.num_frames, *size),
-        args.mask_ratio,
-        args.sub_mask_type,
-        args.traj_unmask_ratio,
-        (PATCH_SIZE, PATCH_SIZE),
-        TUBELET_SIZE,
-    )
+    grid, ratio, patch = token_grid(args.num_frames, *size), args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE)
+    masks = MaskGenerator(args.mask_type, grid, args.mask_ratio, args.sub_mask_type, ratio, patch, TUBELET_SIZE)
     background = Background(size, args.num_frames, args.sampling_rate, args.background, args.pan)
     return PretrainDataset(read_videos(args), background, masks, overlay, args.num_sample, args.seed)
 
@@ -217,16 +198,10 @@ def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.M
     }[args.target_type]
     if weights == "random":
         logger.warning("THE TEACHER HAS RANDOM WEIGHTS: good for trying things out, useless for results")
-    return build_teacher(
-        args.target_type,
-        model,
-        weights,
-        args.teacher_norm,
-        token_grid(args.num_frames, args.input_size, args.input_size)[1:],
-        args.teacher_size or None,
-        args.teacher_stage,
-        DTYPES[options.pick_precision(args.precision, device)],
-    ).to(device)
+    grid = token_grid(args.num_frames, args.input_size, args.input_size)[1:]
+    fed = (args.teacher_norm, grid, args.teacher_size or None, args.teacher_stage)
+    dtype = DTYPES[options.pick_precision(args.precision, device)]
+    return build_teacher(args.target_type, model, weights, *fed, dtype).to(device)
 
 
 def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, total_batch: int) -> None:
@@ -260,14 +235,8 @@ def main(args: argparse.Namespace) -> int:
         dataset = build_dataset(args)
         watched = args.background in ("video", "frame") and utils.rank() == 0
         speed = SpeedCheck(dataset.videos, args.input_size) if watched else None
-        sampler = ChunkSampler(
-            len(dataset),
-            args.batch_size // clips_per_video(args),
-            args.update_freq,
-            utils.rank(),
-            utils.world_size(),
-            args.seed,
-        )
+        chunk = args.batch_size // clips_per_video(args)
+        sampler = ChunkSampler(len(dataset), chunk, args.update_freq, utils.rank(), utils.world_size(), args.seed)
         teacher = choose_teacher(args, device)
         student = MODELS[args.model](
             decoder_depth=args.decoder_depth,

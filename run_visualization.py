@@ -96,7 +96,8 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
     """
     rng = sample_rng(dataset.seed, 0, index)
     found = dataset.background.read(rng, dataset.videos.path(index))
-    clip = dataset.background.crop(rng, found.frames)
+    clip = np.empty(dataset.background.shape, np.uint8)
+    dataset.background.crop(rng, found.frames, clip)
     natural = clip.copy()
     try:
         boxes = dataset.overlay(rng, clip) if dataset.overlay else None

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
 
+import cv2
 import decord
 import numpy as np
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch.utils.dlpack import from_dlpack
-from torchvision.transforms.v2 import functional as TF
 
 from object_overlay import IMAGE_ERRORS, read_image
 
@@ -86,10 +87,21 @@ def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stri
     return start + stride * np.minimum(np.arange(num_frames), last)
 
 
-def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, antialiased when shrinking, uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``."""
-    images = TF.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), [height, width], antialias=True)
-    return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+def resize(frames: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Bilinear, antialiased when shrinking, uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``, which may be given.
+
+    Frame by frame, so that one and its intermediate result stay in the processor's cache.
+    """
+    out = np.empty((len(frames), height, width, 3), np.uint8) if out is None else out
+    grows = height >= frames.shape[1] and width >= frames.shape[2]
+    for frame, resized in zip(frames, out):
+        if grows:  # nothing to smooth, which makes both the same and OpenCV's the faster one
+            cv2.resize(frame, (width, height), dst=resized, interpolation=cv2.INTER_LINEAR)
+        else:
+            image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+            image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+            resized[:] = image[0].permute(1, 2, 0).numpy()
+    return out
 
 
 def multi_scale_box(
@@ -114,11 +126,12 @@ def multi_scale_box(
     return i * ((frame[0] - w) // 4), j * ((frame[1] - h) // 4), w, h
 
 
-def multi_scale_crop(rng: np.random.Generator, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crop a random multi_scale_box and resize it to `size` (width, height). Always a copy of `frames`."""
+def multi_scale_crop(
+    rng: np.random.Generator, frames: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None
+) -> np.ndarray:
+    """Crop a random multi_scale_box and resize it to `size` (width, height), into `out` or a new array."""
     x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], size)
-    crop = frames[:, y : y + h, x : x + w]
-    return crop.copy() if (w, h) == size else resize(crop, size[1], size[0])
+    return resize(frames[:, y : y + h, x : x + w], size[1], size[0], out)
 
 
 # Backgrounds: what objects move over ------------------------------------------------------------------------------
@@ -156,12 +169,17 @@ class Background:
         picture = read_picture(path, side) if self.kind == "image" else np.zeros((16, 16, 3), np.uint8)
         return Clip(glide(rng, picture, self.num_frames, self.pan), np.arange(self.num_frames), 0.0)
 
-    def crop(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        """A clip of those frames, uint8 ``[T, H, W, 3]``, that may be written to."""
-        if self.kind != "noise":
-            return multi_scale_crop(rng, frames, self.size)
-        noise = rng.integers(0, 256, (1, *self.size[::-1], 3), np.uint8)  # not resized: that would smooth it
-        return np.repeat(noise, len(frames), axis=0)
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a clip: T, H, W, 3."""
+        return self.num_frames, *self.size[::-1], 3
+
+    def crop(self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray) -> None:
+        """Write a clip of those frames to `clip`, uint8 ``[T, H, W, 3]``."""
+        if self.kind == "noise":
+            clip[:] = rng.integers(0, 256, clip.shape[1:], np.uint8)  # not resized: that would smooth it
+        else:
+            multi_scale_crop(rng, frames, self.size, clip)
 
 
 def read_picture(path: str, side: int) -> np.ndarray:

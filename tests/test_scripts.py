@@ -78,7 +78,7 @@ def launcher_option(command, name):
 )
 def test_script_parses_and_stops_at_errors(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
-    if script.name not in ("common.sh", "setup_env.sh"):  # these are sourced
+    if script.name not in ("common.sh", "probe.sh", "setup_env.sh"):  # these are sourced
         assert "set -euo pipefail" in script.read_text()
 
 
@@ -254,7 +254,7 @@ def test_slurm_directives_ask_for_a_warning_and_a_requeue():
 # Fine-tuning and tests ------------------------------------------------------------------------------------------
 
 FINETUNE, TEST = (sorted((SCRIPTS / folder).glob("*.sh")) for folder in ("finetune", "test"))
-SETS = {"k400": "Kinetics-400", "ssv2": "SSV2", "ucf101": "UCF101", "hmdb51": "HMDB51", "gym99": "Gym99"}
+SETS = {"k400": "Kinetics-400", "ssv2": "SSV2", "ucf101": "UCF101", "hmdb51": "HMDB51"}
 BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
 # lr, layer decay, drop path, head dropout, epochs, total batch; of Kinetics and SSv2 as in the released recipes
 NUMBERS = {
@@ -283,7 +283,7 @@ def test_all_fine_tuning_scripts_are_there():
     models = ["hmdb51_vit_b", "k400_vit_b", "k400_vit_s", "ssv2_vit_b", "ssv2_vit_s", "ucf101_vit_b"]
     assert [path.stem for path in FINETUNE] == [
         *(f"finetune_{name}" for name in models),
-        *(f"linear_probe_{name}_vit_b" for name in ("gym99", "hmdb51", "k400", "ssv2", "ucf101")),
+        *(f"linear_probe_{name}_vit_b" for name in ("hmdb51", "k400", "ssv2", "ucf101")),
     ]
     assert [path.stem for path in TEST] == [f"test_{name}" for name in models]
 
@@ -314,7 +314,7 @@ PROBES = [path for path in FINETUNE if path.stem.startswith("linear_probe")]
 
 @pytest.mark.parametrize("script", PROBES, ids=lambda path: path.stem)
 def test_linear_probe_by_sigmas_recipe(run, tmp_path, script):
-    """AdamW at 1e-3 for 256 videos, 24 x 8 x 2 of them a step, 30 epochs, 2 augmentations; all else as in fine-tuning."""
+    """AdamW at 1e-3 for 256 videos, 24 x 8 x 2 of them a step, 30 epochs, 2 augmentations; the rest as fine-tuning."""
     args, command = finetune_args(run, tmp_path, script, RECIPE="sigma")
     assert args.linear_probe and args.linear_probe_recipe == "sigma" and not args.encoder
     gpus = int(launcher_option(command, "--nproc_per_node"))
