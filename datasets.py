@@ -7,6 +7,7 @@ Labelled data sets are in datasets_finetune.py.
 """
 
 import copy
+import glob
 import json
 import os
 import re
@@ -25,9 +26,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from masking_generator import MaskGenerator
-from object_overlay import ObjectOverlay
+from object_overlay import IMAGE_SUFFIXES, ObjectOverlay
 from utils import RunError, logger
-from video_transforms import Clip, VideoError, multi_scale_crop, pretrain_indices, read_clip
+from video_transforms import Background, Clip, VideoError
 
 MAX_BAD_IN_A_ROW = 20
 SPEED_PROGRAM = str(Path(__file__).with_name("video_speed.py"))
@@ -108,6 +109,14 @@ class VideoList:
         """The label of a part of a video."""
         return self.labels[index]
 
+    @classmethod
+    def of(cls, source: str, paths: list[str]) -> "VideoList":
+        """A list that stands in no file; messages call it `source`."""
+        videos = cls.__new__(cls)
+        videos.source, videos._paths = source, np.array([os.fsencode(path) for path in paths])
+        videos.labels, videos._lines = np.full(len(paths), -1), np.arange(len(paths))
+        return videos
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -143,6 +152,19 @@ class VideoList:
     def write(self, path: str) -> None:
         """Write it as a list file."""
         Path(path).write_text("".join(f"{self.path(i)} {self.label_text(i)}\n" for i in range(len(self))))
+
+
+def find_images(folder: str) -> VideoList:
+    """The images in a folder and all below it, as a list.
+
+    Raises:
+        ValueError: none, or no such folder.
+    """
+    found = glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True) if folder else []
+    paths = sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))
+    if not paths:
+        raise ValueError(f"--data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
+    return VideoList.of(folder, paths)
 
 
 class SpeedCheck:
@@ -236,9 +258,9 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def read_or_replace(
-    rng: np.random.Generator, videos: VideoList, index: int, choose: Callable[[int], np.ndarray]
+    rng: np.random.Generator, videos: VideoList, index: int, read: Callable[[str], Clip]
 ) -> tuple[Clip, int, list[tuple[str, str]]]:
-    """Frames of a video for training; one that cannot be read is replaced by another, drawn from `rng`.
+    """What `read` finds at a video's path; one that cannot be read is replaced by another, drawn from `rng`.
 
     Returns:
         the frames, the index they come from, and the bad (path, reason) pairs on the way.
@@ -248,7 +270,7 @@ def read_or_replace(
     bad: list[tuple[str, str]] = []
     while len(bad) < MAX_BAD_IN_A_ROW:
         try:
-            return read_clip(videos.path(index), choose), index, bad
+            return read(videos.path(index)), index, bad
         except VideoError as error:
             bad.append((videos.path(index), str(error)))
             index = int(rng.integers(len(videos)))
@@ -269,10 +291,10 @@ class VideoDataset(Dataset):
 
 
 class PretrainDataset(VideoDataset):
-    """Clips with masks: decode, crop, overlay, mask.
+    """Clips with masks: background, crop, overlay, mask.
 
     Args:
-        size: (width, height) of the clips, pixels.
+        videos: what `background` reads.
         overlay: pastes objects (stage 1); None leaves clips as they are.
         num_views: independent crops, overlays and masks of each decoded window (--num_sample).
     """
@@ -280,41 +302,40 @@ class PretrainDataset(VideoDataset):
     def __init__(
         self,
         videos: VideoList,
+        background: Background,
         masks: MaskGenerator,
         overlay: ObjectOverlay | None,
-        size: tuple[int, int],
-        num_frames: int = 16,
-        stride: int = 4,
         num_views: int = 1,
         seed: int = 0,
     ):
-        self.videos, self.masks, self.overlay, self.size = videos, masks, overlay, size
-        self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
+        self.videos, self.background, self.masks, self.overlay = videos, background, masks, overlay
+        self.num_views, self.seed = num_views, seed
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)
-        choose = lambda total: pretrain_indices(rng, total, self.num_frames, self.stride)
-        clip, index, bad = read_or_replace(rng, self.videos, key[1], choose)
-        views = [self.view(rng, clip.frames) for _ in range(self.num_views)]
+        read = lambda path: self.background.read(rng, path)
+        found, index, bad = read_or_replace(rng, self.videos, key[1], read)
+        clips = np.empty((self.num_views, *self.background.shape), np.uint8)
+        masks = np.stack([self.view(rng, found.frames, clip) for clip in clips])
         num_bad_videos = len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
         return {
-            "clips": np.stack([view for view, _ in views]),
-            "extra": np.stack([mask for _, mask in views]),
+            "clips": clips,
+            "extra": masks,
             "path": self.videos.path(index),
             "bad": bad,
             "num_bad_videos": num_bad_videos,
         }
 
-    def view(self, rng: np.random.Generator, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One training clip uint8 ``[T, H, W, 3]`` and its mask bool ``[N]`` from decoded frames."""
-        clip = multi_scale_crop(rng, frames, self.size)
+    def view(self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray) -> np.ndarray:
+        """Make a training clip of decoded frames, written to uint8 ``[T, H, W, 3]``. Returns its mask, bool ``[N]``."""
+        self.background.crop(rng, frames, clip)
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
         except RuntimeError as error:  # no usable object; not to be taken for a failed worker
             raise RunError(str(error)) from error
-        return clip, self.masks(rng, boxes)
+        return self.masks(rng, boxes)
 
 
 # Order and loader -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 from datasets import Key, Sample, VideoDataset, VideoList, check_class, read_or_replace, sample_rng
 from utils import RunError
-from video_transforms import Clip, VideoError, read_frames
+from video_transforms import Clip, VideoError, read_clip, read_frames
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
 ACTION = re.compile(r"(\d+):(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")  # class, from and to which second
@@ -267,11 +267,11 @@ class FinetuneDataset(VideoDataset):
                 return segment_indices(rng, total, self.num_frames)
             return dense_indices(rng, total, self.num_frames, self.stride)
 
-        clip, index, bad = read_or_replace(rng, self.videos, key[1], choose)
-        clips = np.stack([self.augment(rng, clip.frames) for _ in range(self.num_views)])
+        found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: read_clip(path, choose))
+        clips = np.stack([self.augment(rng, found.frames) for _ in range(self.num_views)])
         return {
             "clips": clips,
-            "extra": np.stack([self.videos.clip_label(index, clip)] * self.num_views),
+            "extra": np.stack([self.videos.clip_label(index, found)] * self.num_views),
             "erase": rng.integers(2**32, size=self.num_views),
             "path": self.videos.path(index),
             "bad": bad,

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 from datasets import VideoList, init_worker
 from datasets_finetune import EvalDataset, EvalSample, ViewReader
 from metrics import ONE_LABEL, Task, VideoScore, combine_views, gather_scores, judge
-from modeling_finetune import VisionTransformer
-from modeling_probe import MeanTokens, ProbedEncoder, nearest_neighbours
+from modeling_probe import Encoder, MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
 from utils import RunError, RunLog, SharedError, logger, progress, rank, warn_once, world_size
@@ -139,7 +138,7 @@ class Evaluator:
             scores = [score.of_probe(model.best_probe) for score in scores]
         return self.report(scores, videos)
 
-    def knn(self, encoder: VisionTransformer, k: int, train: VideoList) -> int:
+    def knn(self, encoder: Encoder, k: int, train: VideoList) -> int:
         """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report.
 
         Raises:

@@ -6,6 +6,7 @@ What the weights show (number of classes, width of the target, depth of the deco
 """
 
 import collections.abc
+import functools
 
 import torch
 
@@ -16,7 +17,7 @@ import modeling_pretrain
 dependencies = ["einops", "huggingface_hub", "numpy", "safetensors", "tensorboardX", "timm", "torch"]
 
 
-def _entry_point(build: collections.abc.Callable[..., torch.nn.Module]) -> collections.abc.Callable:
+def _entry_point(name: str, build: functools.partial) -> collections.abc.Callable:
     """What torch.hub calls for a model."""
 
     def entry_point(checkpoint: str = "", **kwargs) -> torch.nn.Module:
@@ -24,8 +25,8 @@ def _entry_point(build: collections.abc.Callable[..., torch.nn.Module]) -> colle
             return build(**kwargs)
         path = checkpoints.local_path(checkpoint)
         weights = checkpoints.model_weights(checkpoints.read_checkpoint(path), path)
-        if build.__name__ in modeling_pretrain.MODELS:
-            depth = len({name.split(".")[2] for name in weights if name.startswith("decoder.blocks.")})
+        if name in modeling_pretrain.MODELS:
+            depth = len({key.split(".")[2] for key in weights if key.startswith("decoder.blocks.")})
             if depth and "decoder.head.bias" in weights:
                 kwargs = {"decoder_depth": depth, "decoder_num_classes": len(weights["decoder.head.bias"])} | kwargs
             model = build(**kwargs)
@@ -37,8 +38,8 @@ def _entry_point(build: collections.abc.Callable[..., torch.nn.Module]) -> colle
         checkpoints.load_encoder(model, path, need_head=0 < classes == wanted)
         return model
 
-    entry_point.__name__ = build.__name__
-    entry_point.__doc__ = f"""{build.__doc__}
+    entry_point.__name__ = name
+    entry_point.__doc__ = f"""{name}: {build.func.__name__} of modeling_finetune.py or modeling_pretrain.py.
 
     Args:
         checkpoint: file (.pth, .safetensors) or hf://owner/repo/file; empty: new weights. A classifier takes pretrained
@@ -50,5 +51,5 @@ def _entry_point(build: collections.abc.Callable[..., torch.nn.Module]) -> colle
     return entry_point
 
 
-for _build in (*modeling_finetune.MODELS.values(), *modeling_pretrain.MODELS.values()):
-    globals()[_build.__name__] = _entry_point(_build)
+for _name, _build in (modeling_finetune.MODELS | modeling_pretrain.MODELS).items():
+    globals()[_name] = _entry_point(_name, _build)

@@ -214,29 +214,9 @@ class VisionTransformer(nn.Module):
         return self.head(self.fc_dropout(self.forward_features(x)))
 
 
-def vit_tiny_patch16_224(**kwargs) -> VisionTransformer:
-    """4 layers, 192 wide: for trying things out."""
-    return VisionTransformer(SIZES["tiny"], **kwargs)
-
-
-def vit_small_patch16_224(**kwargs) -> VisionTransformer:
-    """ViT-S."""
-    return VisionTransformer(SIZES["small"], **kwargs)
-
-
-def vit_base_patch16_224(**kwargs) -> VisionTransformer:
-    """ViT-B."""
-    return VisionTransformer(SIZES["base"], **kwargs)
-
-
-def vit_large_patch16_224(**kwargs) -> VisionTransformer:
-    """ViT-L."""
-    return VisionTransformer(SIZES["large"], **kwargs)
-
-
-def vit_huge_patch16_224(**kwargs) -> VisionTransformer:
-    """ViT-H."""
-    return VisionTransformer(SIZES["huge"], **kwargs)
-
-
+vit_tiny_patch16_224 = partial(VisionTransformer, SIZES["tiny"])
+vit_small_patch16_224 = partial(VisionTransformer, SIZES["small"])
+vit_base_patch16_224 = partial(VisionTransformer, SIZES["base"])
+vit_large_patch16_224 = partial(VisionTransformer, SIZES["large"])
+vit_huge_patch16_224 = partial(VisionTransformer, SIZES["huge"])
 MODELS = {f"vit_{name}_patch16_224": globals()[f"vit_{name}_patch16_224"] for name in SIZES}

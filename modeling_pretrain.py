@@ -5,6 +5,8 @@ predict a feature for every hidden token. The loss and its targets live in engin
 modeling_teacher.py. Masks are bool ``[B, N]``, True = hidden (see masking_generator.py).
 """
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 
@@ -121,29 +123,9 @@ class PretrainVisionTransformer(nn.Module):
         return self.decoder(x, hidden.shape[1])
 
 
-def pretrain_videomae_tiny_patch16_224(**kwargs) -> PretrainVisionTransformer:
-    """4 layers, 192 wide: for trying things out."""
-    return PretrainVisionTransformer(SIZES["tiny"], **kwargs)
-
-
-def pretrain_videomae_small_patch16_224(**kwargs) -> PretrainVisionTransformer:
-    """ViT-S."""
-    return PretrainVisionTransformer(SIZES["small"], **kwargs)
-
-
-def pretrain_videomae_base_patch16_224(**kwargs) -> PretrainVisionTransformer:
-    """ViT-B."""
-    return PretrainVisionTransformer(SIZES["base"], **kwargs)
-
-
-def pretrain_videomae_large_patch16_224(**kwargs) -> PretrainVisionTransformer:
-    """ViT-L."""
-    return PretrainVisionTransformer(SIZES["large"], **kwargs)
-
-
-def pretrain_videomae_huge_patch16_224(**kwargs) -> PretrainVisionTransformer:
-    """ViT-H."""
-    return PretrainVisionTransformer(SIZES["huge"], **kwargs)
-
-
+pretrain_videomae_tiny_patch16_224 = partial(PretrainVisionTransformer, SIZES["tiny"])
+pretrain_videomae_small_patch16_224 = partial(PretrainVisionTransformer, SIZES["small"])
+pretrain_videomae_base_patch16_224 = partial(PretrainVisionTransformer, SIZES["base"])
+pretrain_videomae_large_patch16_224 = partial(PretrainVisionTransformer, SIZES["large"])
+pretrain_videomae_huge_patch16_224 = partial(PretrainVisionTransformer, SIZES["huge"])
 MODELS = {f"pretrain_videomae_{name}_patch16_224": globals()[f"pretrain_videomae_{name}_patch16_224"] for name in SIZES}

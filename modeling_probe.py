@@ -11,6 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from modeling_finetune import LayerNorm, Mlp, VisionTransformer
+from modeling_image import FrameEncoder
+
+Encoder = VisionTransformer | FrameEncoder  # clips [B, 3, T, H, W] → tokens [B, N, D] by forward_tokens, D is embed_dim
 
 
 class LinearProbe(nn.Module):
@@ -63,12 +66,7 @@ class ProbedEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder: VisionTransformer,
-        num_heads: int,
-        kind: str,
-        num_classes: int,
-        settings: list[tuple[float, float]],
+        self, encoder: Encoder, num_heads: int, kind: str, num_classes: int, settings: list[tuple[float, float]]
     ):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
@@ -113,7 +111,7 @@ class ProbedEncoder(nn.Module):
 class MeanTokens(nn.Module):
     """Features for nearest neighbours: ``[B, 3, T, H, W]`` → mean of the encoder's tokens, ``[B, D]``."""
 
-    def __init__(self, encoder: VisionTransformer):
+    def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder = encoder
 

@@ -69,13 +69,43 @@ class PixelTarget(nn.Module):
         return rearrange(normalize_features(cubes.flatten(0, 1)), "(b n) p c -> b n (p c)", b=len(clips))
 
 
-class FrameTeacher(nn.Module):
-    """A frozen image encoder on the first frame of each tubelet; it computes in the precision of its weights.
+class FrameTower(nn.Module):
+    """A frozen image encoder and the frames it is fed with.
 
     Args:
         tower: open_clip's or timm's image encoder.
         image_size: (height, width) it is fed with, pixels; frames of another size are resized.
         norm: statistics it is fed with; clips come in ImageNet-normalised, as the released models took them.
+    """
+
+    def __init__(self, tower: nn.Module, image_size: tuple[int, int], norm: Norm):
+        super().__init__()
+        # Convolutions are up to twice as fast in channels_last; for the rest it makes no difference.
+        self.tower: Any = tower.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.image_size = image_size
+        (mean, std), (to_mean, to_std) = channel_stats("imagenet"), (torch.tensor(v).view(3, 1, 1, 1) for v in norm)
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
+        self.register_buffer("scale", (std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
+        self.register_buffer("shift", ((mean - to_mean) / to_std)[..., 0], persistent=False)
+
+    def train(self, mode: bool = True) -> "FrameTower":
+        """It stays in eval mode."""
+        return super().train(False)
+
+    def frames(self, clips: torch.Tensor) -> torch.Tensor:
+        """ImageNet-normalised ``[B, 3, T, H, W]`` → what the encoder is fed with, ``[B·T, 3, h, w]``, fp32."""
+        frames = rearrange(clips, "b c t h w -> (b t) c h w").float() * self.scale + self.shift
+        if frames.shape[-2:] == self.image_size:
+            return frames
+        return F.interpolate(frames, size=self.image_size, mode="bilinear", antialias=True)
+
+
+class FrameTeacher(FrameTower):
+    """A frozen image encoder on the first frame of each tubelet; it computes in the precision of its weights.
+
+    Args:
+        tower, image_size, norm: see FrameTower.
         grid: (h, w) of the student; features on another grid are resized bilinearly.
         tubelet_size: frames a token covers.
         stage: which of timm's intermediate features, counted like a list index; -1 is the last.
@@ -90,25 +120,13 @@ class FrameTeacher(nn.Module):
         tubelet_size: int = 2,
         stage: int = -1,
     ):
-        super().__init__()
-        tower = getattr(tower, "trunk", tower)  # open_clip wraps timm's towers
-        # Convolutions are up to twice as fast in channels_last; for the rest it makes no difference.
-        self.tower: Any = tower.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.image_size, self.grid, self.tubelet_size, self.stage = image_size, grid, tubelet_size, stage
-        (mean, std), (to_mean, to_std) = channel_stats("imagenet"), (torch.tensor(v).view(3, 1, 1, 1) for v in norm)
-        self.scale: torch.Tensor
-        self.shift: torch.Tensor
-        self.register_buffer("scale", (std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
-        self.register_buffer("shift", ((mean - to_mean) / to_std)[..., 0], persistent=False)
+        super().__init__(getattr(tower, "trunk", tower), image_size, norm)  # open_clip wraps timm's towers
+        self.grid, self.tubelet_size, self.stage = grid, tubelet_size, stage
         with torch.inference_mode():
             maps = self.feature_maps(torch.zeros(1, 3, *image_size))
         if maps.ndim != 4 or maps.shape[2] * maps.shape[3] < 2:  # equal tokens would be normalised to nothing
             raise ValueError(f"features {list(maps.shape[1:])} of frames of {image_size} pixels are no map")
         self.out_dim = maps.shape[1]
-
-    def train(self, mode: bool = True) -> "FrameTeacher":
-        """A frozen teacher stays in eval mode."""
-        return super().train(False)
 
     def compile(self, **options) -> None:
         """Compile the network, inside of inference mode, which torch.compile cannot trace."""
@@ -135,10 +153,7 @@ class FrameTeacher(nn.Module):
 
     def tokens(self, clips: torch.Tensor) -> torch.Tensor:
         """The features themselves, ``[B, 3, T, H, W]`` → ``[B, t·h·w, D]``, time first, fp32."""
-        frames = rearrange(clips[:, :, :: self.tubelet_size], "b c t h w -> (b t) c h w")
-        frames = frames.float() * self.scale + self.shift
-        if frames.shape[-2:] != self.image_size:
-            frames = F.interpolate(frames, size=self.image_size, mode="bilinear", antialias=True)
+        frames = self.frames(clips[:, :, :: self.tubelet_size])
         dtype = next(self.tower.parameters()).dtype
         with torch.autocast(frames.device.type, enabled=False):  # it would cast frozen weights again in every step
             maps = self.feature_maps(frames.to(dtype, memory_format=torch.channels_last)).float()
@@ -147,7 +162,7 @@ class FrameTeacher(nn.Module):
         return rearrange(maps, "(b t) d h w -> b (t h w) d", b=len(clips))
 
 
-def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
+def read_clip_weights(path: str, flag: str = "--clip") -> tuple[dict[str, torch.Tensor], bool]:
     """Image-tower weights from a local file, with bare keys (``conv1.weight``, ``transformer.resblocks…``).
 
     Takes OpenAI's JIT archive, a state dict of the whole model (``visual.`` keys, also under ``state_dict`` and
@@ -161,7 +176,7 @@ def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     try:
         state, archive = _read_tensors(path)
     except Exception as error:  # pickle, zip, safetensors and TorchScript each fail in their own ways
-        raise ValueError(f"--clip_weights {path}: not a weight file ({_first_line(error)})") from error
+        raise ValueError(f"{flag}_weights {path}: not a weight file ({_first_line(error)})") from error
     state = {key.removeprefix("module."): value for key, value in state.items()}
     whole_model = any(key.startswith("visual.") for key in state)
     # OpenAI's archives carry these three beside the weights; a bare tower is the form of SMILE's release.
@@ -172,7 +187,7 @@ def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
         if key.startswith("visual.") or not whole_model
     }
     if not any(key in tower for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
-        raise ValueError(f"--clip_weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
+        raise ValueError(f"{flag}_weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
     return tower, openai
 
 
@@ -196,7 +211,7 @@ def _is_torchscript(path: str) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _load_tower(model: Any, state: dict[str, torch.Tensor], path: str) -> None:
+def _load_tower(model: Any, state: dict[str, torch.Tensor], path: str, flag: str, spare: tuple[str, ...]) -> None:
     """Put image-tower weights into a whole open_clip model, its positions interpolated to the model's grid."""
     state = {f"visual.{key}": value for key, value in state.items()}
     try:
@@ -204,43 +219,44 @@ def _load_tower(model: Any, state: dict[str, torch.Tensor], path: str) -> None:
         state = {key.removeprefix("visual."): value for key, value in state.items()}
         missing, unexpected = model.visual.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"--clip_weights {path}: of another model ({str(error).splitlines()[-1].strip()})") from error
-    missing = [key for key in missing if key != "proj"]  # the projection is not used, and SMILE's file lacks it
+        raise ValueError(f"{flag}_weights {path}: of another model ({str(error).splitlines()[-1].strip()})") from error
+    missing = [key for key in missing if key not in spare]
     if missing or unexpected:
-        raise ValueError(f"--clip_weights {path}: of another model (missing {missing[:2]}, unknown {unexpected[:2]})")
+        raise ValueError(f"{flag}_weights {path}: of another model (missing {missing[:2]}, unknown {unexpected[:2]})")
 
 
-def find_clip_weights(model: str, weights: str) -> str | None:
+def find_clip_weights(model: str, weights: str, flag: str = "--clip") -> str | None:
     """The open_clip tag that `weights` names, or None: then it is a local file, or ``random``.
 
     Raises:
         ValueError: unknown model, or neither a tag nor a file.
     """
     if model not in open_clip.list_models():
-        raise ValueError(f"--clip_model {model}: not among open_clip's models, e.g. ViT-B-16, ViT-L-14")
+        raise ValueError(f"{flag}_model {model}: not among open_clip's models, e.g. ViT-B-16, ViT-L-14")
     if weights in open_clip.list_pretrained_tags_by_model(model):
         return weights
     if weights != "random" and not Path(weights).is_file():
-        raise ValueError(f"--clip_weights {weights}: no such file, and no open_clip tag of this model")
+        raise ValueError(f"{flag}_weights {weights}: no such file, and no open_clip tag of this model")
     return None
 
 
-def build_clip(
-    model: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None
-) -> FrameTeacher:
-    """CLIP's image tower.
+def load_clip(
+    model: str, weights: str, image_size: int | None = None, flag: str = "--clip", spare: tuple[str, ...] = ("proj",)
+) -> Any:
+    """A CLIP model of open_clip.
 
     Args:
         model: an open_clip model name, ``ViT-B-16`` in the paper.
         weights: an open_clip tag (``openai``), a local file (see read_clip_weights), or ``random``.
-        norm: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
         image_size: feed another size than the model's own; positions are interpolated.
+        flag: how the options that named model and weights begin, for messages.
+        spare: what a file may lack; a teacher has no use for the projection, and SMILE's file is without it.
     Raises:
         ValueError: unknown model, weights that cannot be had, or weights of another model.
     """
-    state, tag, quick_gelu = None, find_clip_weights(model, weights), weights == "openai"
+    state, tag, quick_gelu = None, find_clip_weights(model, weights, flag), weights == "openai"
     if not tag and weights != "random":
-        state, quick_gelu = read_clip_weights(weights)
+        state, quick_gelu = read_clip_weights(weights, flag)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # `random` is the same teacher in every process and after a resume
         try:
@@ -249,13 +265,28 @@ def build_clip(
             )
         except Exception as error:  # whatever the network gives
             raise ValueError(
-                f"--clip_weights {weights}: open_clip could not fetch it ({_first_line(error)}); "
+                f"{flag}_weights {weights}: open_clip could not fetch it ({_first_line(error)}); "
                 "download it elsewhere and give the file's path"
             ) from error
+    if state is not None:
+        _load_tower(clip, state, weights, flag, spare)
+    return clip
+
+
+def build_clip(
+    model: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None
+) -> FrameTeacher:
+    """CLIP's image tower.
+
+    Args:
+        norm: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
+        others: see load_clip.
+    Raises:
+        ValueError: as load_clip, or a tower that is no vision transformer.
+    """
+    clip = load_clip(model, weights, image_size)
     if not (hasattr(clip.visual, "trunk") or hasattr(clip.visual, "transformer")):
         raise ValueError(f"--clip_model {model}: its image tower is no vision transformer")
-    if state is not None:
-        _load_tower(clip, state, weights)
     stats = open_clip.get_model_preprocess_cfg(clip)
     return FrameTeacher(
         clip.visual, to_2tuple(clip.visual.image_size), _pick_norm(norm, stats["mean"], stats["std"]), grid
@@ -274,26 +305,16 @@ def check_timm_weights(model: str, weights: str, flag: str = "--teacher") -> Non
         raise ValueError(f"{flag}_weights {weights}: no such file, and not timm, random or hf-hub:OWNER/NAME")
 
 
-def build_timm(
-    model: str,
-    weights: str,
-    norm: str,
-    grid: tuple[int, int],
-    image_size: int | None = None,
-    stage: int = -1,
-    flag: str = "--teacher",
-) -> FrameTeacher:
-    """Any timm backbone that has a spatial map: transformers and convolutional networks.
+def load_timm(model: str, weights: str, image_size: int | None = None, flag: str = "--teacher") -> Any:
+    """A backbone of timm, without classifier.
 
     Args:
         model: timm's name, with or without the tag of its weights, ``vit_small_patch14_reg4_dinov2.lvd142m``.
         weights: ``timm`` (fetched), ``hf-hub:OWNER/NAME`` (fetched), a local file, or ``random``.
-        norm: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
         image_size: feed another size than the model's own; positions are interpolated.
-        stage: which of its intermediate features, -1 for the last.
         flag: how the options that named model and weights begin, for messages.
     Raises:
-        ValueError: unknown model, weights that cannot be had or read, no such stage, no spatial map.
+        ValueError: unknown model, or weights that cannot be had or read.
     """
     check_timm_weights(model, weights, flag)
     config: Any = timm.get_pretrained_cfg(model)
@@ -312,6 +333,28 @@ def build_timm(
                 "download the weights elsewhere and give the file's path"
             ) from error
     vars(tower)["pretrained_cfg"].pop("state_dict", None)  # a second copy
+    return tower
+
+
+def build_timm(
+    model: str,
+    weights: str,
+    norm: str,
+    grid: tuple[int, int],
+    image_size: int | None = None,
+    stage: int = -1,
+    flag: str = "--teacher",
+) -> FrameTeacher:
+    """Any timm backbone that has a spatial map: transformers and convolutional networks.
+
+    Args:
+        norm: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
+        stage: which of its intermediate features, -1 for the last.
+        others: see load_timm.
+    Raises:
+        ValueError: as load_timm; no such stage, or no spatial map.
+    """
+    tower = load_timm(model, weights, image_size, flag)
     own = timm.data.resolve_model_data_config(tower)
     sides = to_2tuple(image_size or own["input_size"][-2:])
     try:

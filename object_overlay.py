@@ -62,14 +62,11 @@ def find_objects(root: str, objects_list: str | None = None) -> list[str]:
     return sorted(found)
 
 
-def read_object(path: str, max_side: int) -> np.ndarray:
-    """Open an image as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``, shrunk to at most `max_side`.
-
-    An image without alpha is opaque. Premultiplied colour keeps what lies under transparent pixels from
-    bleeding into the edges when the object is resized.
+def read_image(path: str) -> np.ndarray:
+    """Open an image as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``; one without alpha is opaque.
 
     Raises:
-        ValueError or another of IMAGE_ERRORS: unreadable, or fully transparent.
+        one of IMAGE_ERRORS: unreadable, or too large.
     """
     with Image.open(path) as file:
         image: Image.Image = file
@@ -77,7 +74,18 @@ def read_object(path: str, max_side: int) -> np.ndarray:
             raise ValueError(f"{image.width} x {image.height} pixels: too large")
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        pixels = np.array(image.convert("RGBA").convert("RGBa"))
+        return np.array(image.convert("RGBA").convert("RGBa"))
+
+
+def read_object(path: str, max_side: int) -> np.ndarray:
+    """Open an object as read_image does, shrunk to at most `max_side`.
+
+    Premultiplied colour keeps what lies under transparent pixels from bleeding into the edges when it is resized.
+
+    Raises:
+        ValueError or another of IMAGE_ERRORS: unreadable, or fully transparent.
+    """
+    pixels = read_image(path)
     if not pixels[..., 3].any():
         raise ValueError("fully transparent")
     shrink = max_side / max(pixels.shape[:2])
@@ -142,7 +150,13 @@ class ObjectLibrary:
 
 def pick(rng: np.random.Generator, options: Sequence, probabilities: tuple[float, ...]) -> Any:
     """One of `options`; what Generator.choice does, without its 20 microseconds of set-up."""
-    return options[bisect(list(accumulate(probabilities))[:-1], rng.random())]
+    return options[bisect(_bounds(probabilities), rng.random())]
+
+
+@lru_cache
+def _bounds(probabilities: tuple[float, ...]) -> list[float]:
+    """Where in [0, 1) one option ends and the next begins."""
+    return list(accumulate(probabilities))[:-1]
 
 
 def key_frames(rng: np.random.Generator, num_frames: int) -> list[int]:
@@ -192,16 +206,17 @@ def gaussian_path(
     Args:
         size: (w, h) of the object's first box, pixels.
         frame: (W, H), pixels.
-        unit: frame pixels a reference pixel, so that the extent keeps its share of the frame.
+        unit: frame pixels for each pixel that an object would move in a frame of 224.
     Returns:
         box centres, whole pixels as float, ``[T, 2]``.
     """
     limits = np.asarray(frame)
     low = 1 + size / 2
-    points = rng.uniform(low, np.maximum(low, limits - 1 - size / 2), (PATH_POINTS, 2))
-    smooth = _gaussian_smoother(PATH_POINTS, PATH_SIGMA) @ points
-    smooth = (smooth - smooth.min(axis=0)) / np.ptp(smooth, axis=0).clip(1e-6)
-    least, most = (max(1, int(side * unit)) for side in PATH_EXTENT)
+    room = np.maximum(0, limits - 1 - size / 2 - low)
+    smooth = _gaussian_smoother(PATH_POINTS, PATH_SIGMA) @ (low + room * rng.random((PATH_POINTS, 2)))
+    smooth -= smooth.min(axis=0)
+    smooth /= np.maximum(smooth.max(axis=0), 1e-6)
+    least, most = (int(side * unit) for side in PATH_EXTENT)
     extent = min(int(rng.integers(least, max(most, least + 1))), min(frame) - 1)
     path = smooth * extent + rng.integers(0, limits - extent)
     every = np.arange(num_frames) * (PATH_POINTS - 1) // max(1, num_frames - 1)
@@ -266,7 +281,7 @@ def paste(
         if opacity is not None:
             drawn = cv2.convertScaleAbs(drawn, alpha=float(opacity[t]))
         below = frames[t, top:bottom, left:right]
-        through = cv2.cvtColor(cv2.bitwise_not(drawn[..., 3]), cv2.COLOR_GRAY2RGB)
+        through = cv2.cvtColor(cv2.bitwise_not(cv2.extractChannel(drawn, 3)), cv2.COLOR_GRAY2RGB)
         cv2.add(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), cv2.multiply(below, through, scale=1 / 255), dst=below)
 
 
@@ -298,6 +313,7 @@ class ObjectOverlay:
         motion: ``gaussian`` (SMILE) or ``linear``.
         scales: box sides at 224 px.
         num_rois: objects a clip, K.
+        speed: factor on how far objects move and how much they turn and grow; 0: they stand still.
     Raises:
         ValueError: unknown motion.
     """
@@ -309,11 +325,13 @@ class ObjectOverlay:
         motion: str = "gaussian",
         scales: tuple[int, ...] = SCALES,
         num_rois: int = 2,
+        speed: float = 1.0,
     ):
         if motion not in MOTION_TYPES:
             raise ValueError(f"unknown motion_type {motion!r}, choose from {MOTION_TYPES}")
         self.path = gaussian_path if motion == "gaussian" else linear_path
-        self.frame, self.library, self.scales, self.num_rois = frame, library, scales, num_rois
+        self.frame, self.library, self.scales = frame, library, scales
+        self.num_rois, self.speed = num_rois, speed
         self.unit = min(frame) / REFERENCE_SIZE
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
@@ -350,12 +368,14 @@ class ObjectOverlay:
         size = size.clip(1, np.array(self.frame) - 1)
 
         def grow(value: np.ndarray, frames: int) -> np.ndarray:
-            return value * np.exp(rng.uniform(-SIZE_RATE * frames, SIZE_RATE * frames, 2))
+            reach = SIZE_RATE * self.speed * frames
+            return value * np.exp(rng.uniform(-reach, reach, 2))
 
         def turn(value: np.ndarray, frames: int) -> np.ndarray:
-            return value + rng.uniform(-ANGLE_RATE * frames, ANGLE_RATE * frames)
+            reach = ANGLE_RATE * self.speed * frames
+            return value + rng.uniform(-reach, reach)
 
-        centres = self.path(rng, num_frames, size, self.frame, self.unit)
+        centres = self.path(rng, num_frames, size, self.frame, self.unit * self.speed)
         sizes = key_frame_curve(rng, num_frames, size, grow)
         angles = key_frame_curve(rng, num_frames, np.zeros(1), turn)[:, 0]
         low, high = np.rint(centres - sizes / 2), np.rint(centres + sizes / 2)
@@ -365,12 +385,12 @@ class ObjectOverlay:
 def fit_sprite(sprite: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Bring a sprite near the size of its largest box (w, h), so that a frame needs one bilinear warp and no more.
 
-    Less than twice the box will do. A smaller one is enlarged, as the warp would smear its edge beyond the box.
+    Less than twice the box will do. A smaller side is enlarged, as the warp would smear its edge beyond the box.
     """
     w, h = (int(side) for side in size)
-    while sprite.shape[1] >= 2 * w and sprite.shape[0] >= 2 * h:  # halving is many times faster than other factors
-        sprite = cv2.resize(sprite, (sprite.shape[1] // 2, sprite.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    if w <= sprite.shape[1] < 2 * w and h <= sprite.shape[0] < 2 * h:
+    while (wide := sprite.shape[1] >= 2 * w) | (tall := sprite.shape[0] >= 2 * h):
+        halved = (sprite.shape[1] >> wide, sprite.shape[0] >> tall)  # many times faster than other factors
+        sprite = cv2.resize(sprite, halved, interpolation=cv2.INTER_AREA)
+    if w <= sprite.shape[1] and h <= sprite.shape[0]:
         return sprite
-    shrinks = w * h < sprite.shape[0] * sprite.shape[1]
-    return cv2.resize(sprite, (w, h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(sprite, (max(w, sprite.shape[1]), max(h, sprite.shape[0])), interpolation=cv2.INTER_LINEAR)

@@ -13,6 +13,7 @@ from datasets import VideoList
 from datasets_finetune import DATA_SETS, read_class_names
 from metrics import Task, task_of
 from modeling_finetune import MODELS, token_grid
+from modeling_image import find_encoder
 from options import Problems
 from video_transforms_finetune import TrainAugmentation
 
@@ -77,9 +78,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     frozen = parser.add_argument_group("frozen evaluation")
     frozen.add_argument("--linear_probe", action="store_true", help="train linear classifiers on the frozen encoder")
+    recipes = "ours: many at once after a BatchNorm; sigma: SIGMA's, one after fc_norm, augmented as in fine-tuning"
+    frozen.add_argument("--linear_probe_recipe", choices=("ours", "sigma"), default="ours", help=recipes)
     frozen.add_argument("--attentive_probe", action="store_true", help="the same, pooling with learned attention")
     frozen.add_argument("--probe_lrs", type=float, nargs="+", default=[1e-2, 3e-3, 1e-3], help="rates tried together")
     frozen.add_argument("--probe_wds", type=float, nargs="+", default=[0.0, 0.05], help="weight decays tried together")
+    image = "probe an image model of open_clip or timm instead, on the mean of its frames' features"
+    frozen.add_argument("--encoder", "--encoder_model", default="", metavar="NAME", help=image)
+    weights = "of --encoder: an open_clip tag, `timm`, hf-hub:OWNER/NAME, local file, or `random`; '': openai or timm"
+    frozen.add_argument("--encoder_weights", default="", help=weights)
     frozen.add_argument("--knn", type=int, default=0, metavar="K", help="test K nearest neighbours, without training")
 
     test = parser.add_argument_group("validation and test")
@@ -98,7 +105,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
     stages = "what processes share out: 0 nothing, 1 optimizer state, 2 gradients too"
     deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
-    return options.parse(parser, argv)
+    args = options.parse(parser, argv)
+    if args.linear_probe_recipe == "sigma":  # what it has other than fine-tuning
+        parser.set_defaults(epochs=30, num_sample=2, warmup_lr=1e-6)
+        args = options.parse(parser, argv)
+    return args
 
 
 def read_list(args: argparse.Namespace, name: str) -> VideoList:
@@ -116,9 +127,14 @@ def class_names(args: argparse.Namespace) -> list[str] | None:
     return read_class_names(args.data_path, num_classes(args)) if args.data_path else None
 
 
+def is_sigma(args: argparse.Namespace) -> bool:
+    """Whether only the classifier of the video model learns, in a training that is otherwise fine-tuning."""
+    return args.linear_probe and args.linear_probe_recipe == "sigma"
+
+
 def is_probe(args: argparse.Namespace) -> bool:
-    """Whether probes are trained on a frozen encoder."""
-    return args.linear_probe or args.attentive_probe
+    """Whether probes are trained side by side on a frozen encoder."""
+    return (args.linear_probe or args.attentive_probe) and not is_sigma(args)
 
 
 def task(args: argparse.Namespace) -> Task:
@@ -155,7 +171,9 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.when(0 < side < args.input_size, f"--short_side_size {side}: smaller than --input_size")
     problems.numbers(1, "batch_size", "num_sample", "val_freq")
 
-    if os.path.isfile(args.finetune):
+    if args.encoder:
+        problems.attempt(find_encoder, args.encoder, args.encoder_weights)
+    elif os.path.isfile(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
     problems.attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
@@ -189,8 +207,19 @@ def find_problems(args: argparse.Namespace) -> Problems:
         args.knn > 0 and (evaluates or probe),
         "--knn is a test of its own: give it without --eval, --predict and probes",
     )
+    frozen = probe or is_sigma(args) or args.knn > 0
+    weights = args.finetune or args.encoder or args.eval
+    problems.when(frozen and not weights, "a frozen encoder needs weights: give --finetune, or --encoder")
     problems.when(
-        (probe or args.knn > 0) and not (args.finetune or args.eval), "a frozen encoder needs weights: give --finetune"
+        args.linear_probe_recipe == "sigma" and not is_sigma(args), "--linear_probe_recipe sigma: add --linear_probe"
+    )
+    problems.when(
+        bool(args.encoder) and not (probe or args.knn > 0),
+        f"--encoder {args.encoder}: add --linear_probe (with our recipe), --attentive_probe or --knn",
+    )
+    problems.when(
+        bool(args.encoder and args.finetune) and not evaluates,
+        "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: leave one",
     )
     if probe:
         problems.when(

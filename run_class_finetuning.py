@@ -22,11 +22,22 @@ from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, 
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, train_one_epoch
 from evaluation import Evaluator
-from modeling_finetune import MODELS, SIZES, VisionTransformer
-from modeling_probe import ProbedEncoder, ProbeLoss
+from modeling_finetune import MODELS, SIZES
+from modeling_image import build_encoder
+from modeling_probe import Encoder, ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, distribute, parameter_groups, share_buffers
 from options import Settings
-from options_finetune import class_names, find_problems, get_args, is_probe, mixes, num_classes, read_list, task
+from options_finetune import (
+    class_names,
+    find_problems,
+    get_args,
+    is_probe,
+    is_sigma,
+    mixes,
+    num_classes,
+    read_list,
+    task,
+)
 from training import Epoch, Run
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
@@ -34,28 +45,31 @@ from video_transforms_finetune import TrainAugmentation
 BEST = "checkpoint-best.pth"
 
 
-def build_model(args: argparse.Namespace) -> VisionTransformer | ProbedEncoder:
-    """Classifier, or frozen encoder with probes; new weights."""
+def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
+    """Classifier, or frozen encoder with probes; new weights, but of an image model."""
     probing = is_probe(args)
-    model = MODELS[args.model](
-        num_classes=0 if probing or args.knn else num_classes(args),
-        drop_rate=args.drop,
-        attn_drop_rate=args.attn_drop_rate,
-        drop_path_rate=args.drop_path,
-        fc_drop_rate=args.fc_drop_rate,
-        init_scale=args.init_scale,
-        use_checkpoint=args.use_checkpoint,
-    )
+    encoder: Encoder
+    if args.encoder:
+        encoder = build_encoder(args.encoder, args.encoder_weights)
+        heads = encoder.num_heads
+    else:
+        encoder = MODELS[args.model](
+            num_classes=0 if probing or args.knn else num_classes(args),
+            drop_rate=args.drop,
+            attn_drop_rate=args.attn_drop_rate,
+            drop_path_rate=args.drop_path,
+            fc_drop_rate=args.fc_drop_rate,
+            init_scale=args.init_scale,
+            use_checkpoint=args.use_checkpoint,
+        )
+        heads = next(size.num_heads for name, size in SIZES.items() if f"_{name}_" in args.model)
+    if is_sigma(args):
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     if not probing:
-        return model
-    heads = next(size.num_heads for name, size in SIZES.items() if f"_{name}_" in args.model)
-    return ProbedEncoder(
-        model,
-        heads,
-        "linear" if args.linear_probe else "attentive",
-        num_classes(args),
-        list(product(args.probe_lrs, args.probe_wds)),
-    )
+        return encoder
+    kind, settings = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
+    return ProbedEncoder(encoder, heads, kind, num_classes(args), settings)
 
 
 def train_videos(args: argparse.Namespace) -> VideoList:
@@ -193,7 +207,9 @@ def train(
             if isinstance(model, ProbedEncoder)
             else parameter_groups(model, args.weight_decay, args.layer_decay)
         )
-        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+        # SIGMA's rate goes by videos, ours by clips.
+        rate_batch = total_batch // args.num_sample if is_sigma(args) else total_batch
+        stepper = options.build_stepper(args, model, groups, device, rate_batch, sampler.steps_per_epoch)
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
             batch_size = args.batch_size * args.num_sample
@@ -205,7 +221,7 @@ def train(
         total_batch,
         sampler.steps_per_epoch,
         args.epochs,
-        args.lr * total_batch / 256,
+        args.lr * rate_batch / 256,
         stepper.precision,
         device,
     )

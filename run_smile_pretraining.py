@@ -1,7 +1,8 @@
 """Pretrain SMILE: the command line, what is built from it, and the loop over epochs.
 
 Stage 1 pastes moving objects (``--add_tubelets --mask_type tubelet``); stage 2 starts from its weights
-(``--first_stage_path``) on natural clips with a tube mask. scripts/pretrain/ holds the recipes.
+(``--first_stage_path``) on natural clips with a tube mask. Other backgrounds than videos are ``--background``.
+scripts/pretrain/ holds the recipes.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 import options
 import utils
 from checkpoints import Position, check_kind, find_resume, load_strictly, local_path, lock_folder, restore
-from datasets import ChunkSampler, PretrainDataset, SpeedCheck, VideoList, build_loader
+from datasets import ChunkSampler, PretrainDataset, SpeedCheck, VideoList, build_loader, find_images
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
@@ -31,7 +32,7 @@ from optim_factory import DTYPES, Stepper, distribute, parameter_groups
 from options import Problems, Settings
 from training import Run
 from utils import logger
-from video_transforms import channel_stats
+from video_transforms import BACKGROUNDS, Background, channel_stats
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +40,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.make_parser("SMILE pretraining", __doc__)
 
     data = options.add_data_arguments(parser)
-    data.add_argument("--data_path", required=True, help="list file, `path label` a line (the label is not used)")
+    path = "list file, `path label` a line (the label is not used); of --background image a folder; else none"
+    data.add_argument("--data_path", default="", help=path)
+    kinds = "what objects move over: windows of videos, nothing, uniform noise, images, or one frame of each video"
+    data.add_argument("--background", choices=BACKGROUNDS, default="video", help=kinds)
+    data.add_argument("--epoch_size", type=int, default=0, help="clips an epoch, of --background black and noise")
+    pan = "share of its short side that an image or frame moves in the course of a clip"
+    data.add_argument("--pan", type=float, default=0.0, help=pan)
     data.add_argument("--num_sample", type=int, default=1, help="clips (crop, overlay, mask) from each decoded window")
 
     overlay = parser.add_argument_group("overlay (stage 1)")
@@ -50,6 +57,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     overlay.add_argument("--motion_type", choices=MOTION_TYPES, default="gaussian", help="how objects move")
     overlay.add_argument("--scales", type=int, nargs="+", default=list(SCALES), help="box sides, pixels of 224")
     overlay.add_argument("--num_rois", type=int, default=2, help="objects a clip")
+    speed = "factor on how far objects move, and how much they turn and grow; 0: they stand still"
+    overlay.add_argument("--speed", type=float, default=1.0, help=speed)
 
     mask = parser.add_argument_group("mask")
     mask.add_argument("--mask_type", choices=MASK_TYPES, default="tube", help="tubelet follows the pasted objects")
@@ -69,30 +78,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--target_type", choices=TARGET_TYPES, default="clip", help="what is reconstructed")
-    teacher.add_argument(
-        "--distillation_teacher",
-        choices=("clip_b", *DINO_MODELS),
-        default="clip_b",
-        help="clip_b for target clip (see --clip_model), dino_s or dino_b for dino_v1",
-    )
+    teachers = ("clip_b", *DINO_MODELS)
+    teacher.add_argument("--distillation_teacher", choices=teachers, default="clip_b", help="dino_*: of dino_v1")
     teacher.add_argument("--clip_model", default="ViT-B-16", help="open_clip model")
     teacher.add_argument("--clip_weights", default="openai", help="open_clip tag, local file, or `random` for tests")
     teacher.add_argument("--dino_weights", default="timm", help="`timm` to fetch them, local file, or `random`")
-    teacher.add_argument(
-        "--teacher_model", default="vit_small_patch14_reg4_dinov2.lvd142m", help="timm model, of target timm"
-    )
-    teacher.add_argument(
-        "--teacher_weights",
-        default="timm",
-        help="`timm` to fetch the model's own, hf-hub:OWNER/NAME, local file, or `random`",
-    )
+    dinov2 = "vit_small_patch14_reg4_dinov2.lvd142m"
+    teacher.add_argument("--teacher_model", default=dinov2, help="timm model, of target timm")
+    weights = "`timm` to fetch the model's own, hf-hub:OWNER/NAME, local file, or `random`"
+    teacher.add_argument("--teacher_weights", default="timm", help=weights)
     teacher.add_argument("--teacher_stage", type=int, default=-1, help="which of its intermediate features; -1: last")
-    teacher.add_argument(
-        "--teacher_norm",
-        choices=TEACHER_NORMS,
-        default="imagenet",
-        help="normalisation of its frames; the released models used ImageNet's; own: the model's",
-    )
+    norm = "normalisation of its frames; the released models used ImageNet's; own: the model's"
+    teacher.add_argument("--teacher_norm", choices=TEACHER_NORMS, default="imagenet", help=norm)
     teacher.add_argument("--teacher_size", type=int, default=0, help="side of its frames, pixels; 0: the model's own")
 
     optim = options.add_optimizer_arguments(parser)
@@ -126,7 +123,15 @@ def find_problems(args: argparse.Namespace) -> Problems:
         "--mask_type tubelet follows pasted objects: add --add_tubelets",
     )
 
-    problems.attempt(lambda: VideoList(args.data_path, None, args.data_root).check_files(args.max_bad_fraction))
+    kind, videos = args.background, problems.attempt(read_videos, args)
+    if kind not in ("black", "noise"):
+        problems.when(args.epoch_size != 0, f"--epoch_size: an epoch of --background {kind} is its list")
+        problems.attempt(videos.check_files, args.max_bad_fraction) if videos else None
+    problems.when(not 0 <= args.pan <= 0.5, f"--pan {args.pan}: must lie between 0 and 0.5")
+    problems.when(
+        args.pan > 0 and kind not in ("image", "frame"), f"--pan moves an image or frame, not --background {kind}"
+    )
+    problems.when(args.speed < 0, f"--speed {args.speed}: must not be negative")
     if args.add_tubelets and args.use_objects:
         problems.attempt(find_objects, args.objects_path, args.objects_list)
     problems.when(
@@ -153,6 +158,19 @@ def find_problems(args: argparse.Namespace) -> Problems:
     return problems
 
 
+def read_videos(args: argparse.Namespace) -> VideoList:
+    """What the clips of an epoch are made from: the videos of the list, images, or nothing so many times."""
+    if args.background in ("black", "noise"):
+        if args.epoch_size < 1:
+            raise ValueError(f"--background {args.background} needs --epoch_size, clips an epoch")
+        return VideoList.of(f"--background {args.background}", [args.background] * args.epoch_size)
+    if args.background == "image":
+        return find_images(args.data_path)
+    if not args.data_path:
+        raise ValueError(f"--background {args.background} needs --data_path, a list of videos")
+    return VideoList(args.data_path, data_root=args.data_root)
+
+
 def build_dataset(args: argparse.Namespace) -> PretrainDataset:
     """The training clips that the arguments describe."""
     size = (args.input_size, args.input_size)
@@ -162,20 +180,11 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
         if args.use_objects:
             names = find_objects(args.objects_path, args.objects_list)
             library = ObjectLibrary(args.objects_path, names, max_side=round(320 * args.input_size / 224))
-        overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois)
-    masks = MaskGenerator(
-        args.mask_type,
-        token_grid(args.num_frames, *size),
-        args.mask_ratio,
-        args.sub_mask_type,
-        args.traj_unmask_ratio,
-        (PATCH_SIZE, PATCH_SIZE),
-        TUBELET_SIZE,
-    )
-    videos = VideoList(args.data_path, data_root=args.data_root)
-    return PretrainDataset(
-        videos, masks, overlay, size, args.num_frames, args.sampling_rate, args.num_sample, args.seed
-    )
+        overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois, args.speed)
+    grid, ratio, patch = token_grid(args.num_frames, *size), args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE)
+    masks = MaskGenerator(args.mask_type, grid, args.mask_ratio, args.sub_mask_type, ratio, patch, TUBELET_SIZE)
+    background = Background(size, args.num_frames, args.sampling_rate, args.background, args.pan)
+    return PretrainDataset(read_videos(args), background, masks, overlay, args.num_sample, args.seed)
 
 
 def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
@@ -189,46 +198,24 @@ def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.M
     }[args.target_type]
     if weights == "random":
         logger.warning("THE TEACHER HAS RANDOM WEIGHTS: good for trying things out, useless for results")
-    return build_teacher(
-        args.target_type,
-        model,
-        weights,
-        args.teacher_norm,
-        token_grid(args.num_frames, args.input_size, args.input_size)[1:],
-        args.teacher_size or None,
-        args.teacher_stage,
-        DTYPES[options.pick_precision(args.precision, device)],
-    ).to(device)
+    grid = token_grid(args.num_frames, args.input_size, args.input_size)[1:]
+    fed = (args.teacher_norm, grid, args.teacher_size or None, args.teacher_stage)
+    dtype = DTYPES[options.pick_precision(args.precision, device)]
+    return build_teacher(args.target_type, model, weights, *fed, dtype).to(device)
 
 
 def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, total_batch: int) -> None:
     """Say what is about to run."""
-    views = clips_per_video(args)
-    stop = args.stop_epoch or args.epochs
+    views, stop = clips_per_video(args), args.stop_epoch or args.epochs
     peak, final = (rate * total_batch / 256 for rate in (args.lr, args.min_lr))
-    logger.info(
-        "%d process(es) x %d clips x %d accumulated = total batch %d, %s on %s",
-        utils.world_size(),
-        args.batch_size,
-        args.update_freq,
-        total_batch,
-        stepper.precision,
-        stepper.device,
-    )
-    logger.info(
-        "%d videos, %d clips of each: %d steps an epoch; lr %.3g falling to %.3g",
-        sampler.num_samples,
-        views,
-        sampler.steps_per_epoch,
-        peak,
-        final,
-    )
-    logger.info(
-        "epochs %d of a schedule of %d: %d in the paper's count, where every clip made of a video counts",
-        stop,
-        args.epochs,
-        stop * views,
-    )
+    batch = (utils.world_size(), args.batch_size, args.update_freq, total_batch, stepper.precision, stepper.device)
+    logger.info("%d process(es) x %d clips x %d accumulated = total batch %d, %s on %s", *batch)
+    epoch = (sampler.num_samples, args.background, views, sampler.steps_per_epoch, peak, final)
+    logger.info("%d x %s, %d clips of each: %d steps an epoch; lr %.3g falling to %.3g", *epoch)
+    count = "epochs %d of a schedule of %d: %d in the paper's count, where every clip made of a video counts"
+    logger.info(count, stop, args.epochs, stop * views)
+    if args.background == "black" and not args.add_tubelets:
+        logger.warning("--background black without --add_tubelets: there is nothing in the clips to be learned")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -246,15 +233,10 @@ def main(args: argparse.Namespace) -> int:
     utils.seed_everything(args.seed)
     with utils.user_errors():
         dataset = build_dataset(args)
-        speed = SpeedCheck(dataset.videos, args.input_size) if utils.rank() == 0 else None
-        sampler = ChunkSampler(
-            len(dataset),
-            args.batch_size // clips_per_video(args),
-            args.update_freq,
-            utils.rank(),
-            utils.world_size(),
-            args.seed,
-        )
+        watched = args.background in ("video", "frame") and utils.rank() == 0
+        speed = SpeedCheck(dataset.videos, args.input_size) if watched else None
+        chunk = args.batch_size // clips_per_video(args)
+        sampler = ChunkSampler(len(dataset), chunk, args.update_freq, utils.rank(), utils.world_size(), args.seed)
         teacher = choose_teacher(args, device)
         student = MODELS[args.model](
             decoder_depth=args.decoder_depth,

@@ -27,7 +27,7 @@ from datasets import PretrainDataset, VideoList, sample_rng
 from datasets_finetune import DATA_SETS, ViewReader, read_class_names
 from metrics import Task, task_of
 from utils import RunError, logger, user_errors
-from video_transforms import VideoError, channel_stats, multi_scale_crop, normalize_clips, pretrain_indices, read_frames
+from video_transforms import VideoError, channel_stats, normalize_clips, read_clip
 from video_transforms_finetune import long_side_crop, short_side_resize
 from visualization import Guess, Row, attention_rows, movie, picture, pretraining_rows, write_movie
 
@@ -75,7 +75,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.fps <= 0:
         parser.error(f"--fps {args.fps}: must be more than 0")
     named = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    args.defaults = vars(pretraining.get_args(words if "data_path" in named else ["--data_path", "", *words]))
+    args.defaults = vars(pretraining.get_args(words))
     args.given = {name: value for name, value in args.defaults.items() if name in named}
     return args
 
@@ -95,19 +95,16 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
     Raises:
         VideoError: unreadable. RunError: no usable object.
     """
-    rng, numbers = sample_rng(dataset.seed, 0, index), []
-
-    def choose(total: int) -> np.ndarray:
-        numbers.append(pretrain_indices(rng, total, dataset.num_frames, dataset.stride))
-        return numbers[0]
-
-    clip = multi_scale_crop(rng, read_frames(dataset.videos.path(index), choose), dataset.size)
+    rng = sample_rng(dataset.seed, 0, index)
+    found = dataset.background.read(rng, dataset.videos.path(index))
+    clip = np.empty(dataset.background.shape, np.uint8)
+    dataset.background.crop(rng, found.frames, clip)
     natural = clip.copy()
     try:
         boxes = dataset.overlay(rng, clip) if dataset.overlay else None
     except RuntimeError as error:  # no usable object
         raise RunError(str(error)) from error
-    return PretrainSample(natural, clip, boxes, dataset.masks(rng, boxes), numbers[0])
+    return PretrainSample(natural, clip, boxes, dataset.masks(rng, boxes), found.indices)
 
 
 def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.device) -> tuple[VideoList, Drawer]:
@@ -185,18 +182,13 @@ def classifier_drawer(
     grid = modeling_finetune.token_grid(run.num_frames, run.input_size, run.input_size)
 
     def draw(index: int) -> Drawing:
-        numbers: list[np.ndarray] = []
-
-        def choose(total: int) -> np.ndarray:
-            numbers.append(view.frame_indices(total)[0])
-            return numbers[0]
-
-        frames = short_side_resize(read_frames(videos.path(index), choose), run.input_size)
+        found = read_clip(videos.path(index), lambda total: view.frame_indices(total)[0])
+        frames = short_side_resize(found.frames, run.input_size)
         clip = long_side_crop(frames, run.input_size, 0, 1)
         probabilities, attention = classify(model, normalized(clip, device), task_of(data_set.multi_label))
         best = np.argsort(-probabilities, kind="stable")[:5]
         guesses = [Guess(names[c], float(probabilities[c]), videos.shows(index, c)) for c in best]
-        return Drawing(attention_rows(clip, attention, grid), numbers[0], guesses)
+        return Drawing(attention_rows(clip, attention, grid), found.indices, guesses)
 
     return videos, draw
 
@@ -223,9 +215,9 @@ def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> t
     checkpoint = read_checkpoint(path) if path else {}
     run = run_arguments(args, checkpoint)
     weights = model_weights(checkpoint, path) if path else {}
-    if not run.data_path:
+    if not run.data_path and run.background not in ("black", "noise"):
         raise RunError("give --data_path, a list of videos")
-    if not os.path.exists(run.data_path):
+    if run.data_path and not os.path.exists(run.data_path):
         source = "" if "data_path" in args.given else f" (from {path})"
         raise RunError(f"--data_path {run.data_path}{source}: no such file")
     with user_errors():

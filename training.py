@@ -95,15 +95,8 @@ class Epoch:
         self.run, self.index, self.started = run, run.position.epoch, time.time()
         self.shown: dict[str, Any] = {}
         self.is_last = self.index + 1 == run.stop_epoch
-        self.meter = StepMeter(
-            run.log,
-            run.stepper.device,
-            self.index,
-            run.stop_epoch,
-            run.steps_per_epoch,
-            run.settings.log_interval,
-            run.position.meter,
-        )
+        length, interval = (self.index, run.stop_epoch, run.steps_per_epoch), run.settings.log_interval
+        self.meter = StepMeter(run.log, run.stepper.device, *length, interval, run.position.meter)
         last = self.index * run.steps_per_epoch + max(0, run.position.step - 1)
         self.meter.constants |= run.stepper.schedule(last)  # for the log, if no step is left
 
@@ -227,17 +220,9 @@ class Run:
         if epoch.is_last:
             self.stop_epoch = epoch.index + 1
         bad, videos = utils.reduce_sum([self.bad.bad, self.bad.videos], self.stepper.device)
-        self.log.epoch(
-            {
-                "epoch": epoch.index,
-                **epoch.meter.averages(),
-                **epoch.meter.constants,
-                **epoch.shown,
-                "bad_clips": bad,
-                "steps": self.steps_per_epoch,
-                "seconds": time.time() - epoch.started,
-            }
-        )
+        numbers = epoch.meter.averages() | epoch.meter.constants | epoch.shown
+        length = {"bad_clips": bad, "steps": self.steps_per_epoch, "seconds": time.time() - epoch.started}
+        self.log.epoch({"epoch": epoch.index} | numbers | length)
         if (epoch.index + 1) % self.settings.save_ckpt_freq == 0 or epoch.is_last:
             if epoch.save(f"checkpoint-{epoch.index}.pth"):
                 self.writer.tidy()
@@ -254,11 +239,8 @@ class Run:
                 name: value.state_dict() if isinstance(value, torch.nn.Module) else value
                 for name, value in self.contents.items()
             }
-            return (
-                held
-                | self.stepper.state()
-                | {"epoch": epoch, "step": step, "meter": meter, "samples_per_step": self.sampler.samples_per_step}
-            )
+            place = {"epoch": epoch, "step": step, "meter": meter, "samples_per_step": self.sampler.samples_per_step}
+            return held | self.stepper.state() | place
 
         return self.writer.save(name, checkpoint)
 

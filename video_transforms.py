@@ -1,4 +1,4 @@
-"""A clip before objects come: frames decoded from a file, pretraining's crop of them, the normalisation of batches.
+"""A clip before objects come: frames decoded or made, pretraining's crop of them, the normalisation of batches.
 
 Clips are uint8 ``[T, H, W, 3]`` until they are on the device; the same crop holds for every frame of a clip.
 """
@@ -6,16 +6,22 @@ Clips are uint8 ``[T, H, W, 3]`` until they are on the device; the same crop hol
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
 
+import cv2
 import decord
 import numpy as np
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch.utils.dlpack import from_dlpack
-from torchvision.transforms.v2 import functional as TF
 
+from object_overlay import IMAGE_ERRORS, read_image
+
+BACKGROUNDS = ("video", "black", "noise", "image", "frame")
+IMAGE_SHARE = 8 / 7  # short side that larger images are shrunk to, of the clip's: 256 pixels of 224
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale crop)
@@ -81,10 +87,21 @@ def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stri
     return start + stride * np.minimum(np.arange(num_frames), last)
 
 
-def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, antialiased when shrinking, uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``."""
-    images = TF.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), [height, width], antialias=True)
-    return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+def resize(frames: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Bilinear, antialiased when shrinking, uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``, which may be given.
+
+    Frame by frame, so that one and its intermediate result stay in the processor's cache.
+    """
+    out = np.empty((len(frames), height, width, 3), np.uint8) if out is None else out
+    grows = height >= frames.shape[1] and width >= frames.shape[2]
+    for frame, resized in zip(frames, out):
+        if grows:  # nothing to smooth, which makes both the same and OpenCV's the faster one
+            cv2.resize(frame, (width, height), dst=resized, interpolation=cv2.INTER_LINEAR)
+        else:
+            image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+            image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+            resized[:] = image[0].permute(1, 2, 0).numpy()
+    return out
 
 
 def multi_scale_box(
@@ -109,11 +126,88 @@ def multi_scale_box(
     return i * ((frame[0] - w) // 4), j * ((frame[1] - h) // 4), w, h
 
 
-def multi_scale_crop(rng: np.random.Generator, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crop a random multi_scale_box and resize it to `size` (width, height). Always a copy of `frames`."""
+def multi_scale_crop(
+    rng: np.random.Generator, frames: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None
+) -> np.ndarray:
+    """Crop a random multi_scale_box and resize it to `size` (width, height), into `out` or a new array."""
     x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], size)
-    crop = frames[:, y : y + h, x : x + w]
-    return crop.copy() if (w, h) == size else resize(crop, size[1], size[0])
+    return resize(frames[:, y : y + h, x : x + w], size[1], size[0], out)
+
+
+# Backgrounds: what objects move over ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Background:
+    """What objects move over: windows of videos, or what takes their place.
+
+    Args:
+        size: (width, height) of the clips, pixels.
+        stride: of video, frames from one to the next.
+        kind: one of BACKGROUNDS: a window of a video, black, uniform noise, an image, one frame of a video.
+        pan: how far an image or frame moves in the course of a clip, a share of its short side.
+    """
+
+    size: tuple[int, int]
+    num_frames: int
+    stride: int = 1
+    kind: str = "video"
+    pan: float = 0.0
+
+    def read(self, rng: np.random.Generator, path: str) -> Clip:
+        """T frames of any size; of black and noise nothing is read.
+
+        Raises:
+            VideoError: unreadable.
+        """
+        if self.kind == "video":
+            return read_clip(path, lambda total: pretrain_indices(rng, total, self.num_frames, self.stride))
+        if self.kind == "frame":  # the middle one, in every epoch
+            found = read_clip(path, lambda total: np.full(self.num_frames, total // 2))
+            return found._replace(frames=glide(rng, found.frames[0], self.num_frames, self.pan))
+        side = round(max(self.size) * IMAGE_SHARE)
+        picture = read_picture(path, side) if self.kind == "image" else np.zeros((16, 16, 3), np.uint8)
+        return Clip(glide(rng, picture, self.num_frames, self.pan), np.arange(self.num_frames), 0.0)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a clip: T, H, W, 3."""
+        return self.num_frames, *self.size[::-1], 3
+
+    def crop(self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray) -> None:
+        """Write a clip of those frames to `clip`, uint8 ``[T, H, W, 3]``."""
+        if self.kind == "noise":
+            clip[:] = rng.integers(0, 256, clip.shape[1:], np.uint8)  # not resized: that would smooth it
+        else:
+            multi_scale_crop(rng, frames, self.size, clip)
+
+
+def read_picture(path: str, side: int) -> np.ndarray:
+    """An image, uint8 ``[H, W, 3]``, shrunk if its short side has more than `side` pixels.
+
+    Raises:
+        VideoError: unreadable.
+    """
+    try:
+        picture = np.ascontiguousarray(read_image(path)[..., :3])
+    except IMAGE_ERRORS as error:
+        raise VideoError((str(error) or type(error).__name__).splitlines()[0].replace(path, "it")) from error
+    shrink = min(1, side / min(picture.shape[:2]))
+    height, width = (round(length * shrink) for length in picture.shape[:2])
+    return picture if shrink == 1 else resize(picture[None], height, width)[0]
+
+
+def glide(rng: np.random.Generator, picture: np.ndarray, num_frames: int, share: float) -> np.ndarray:
+    """A window that moves over a picture, evenly and in a random direction, by `share` of its short side in all.
+
+    Returns:
+        uint8 ``[T, h, w, 3]``, as large as there is room for in ``[H, W, 3]``: all of it if `share` is 0.
+    """
+    angle = rng.uniform(0, 2 * np.pi)
+    reach = share * min(picture.shape[:2]) * np.array([np.sin(angle), np.cos(angle)])  # down, right
+    height, width = np.array(picture.shape[:2]) - np.ceil(abs(reach)).astype(int)
+    moved = np.rint(np.linspace(0, 1, num_frames)[:, None] * reach - np.minimum(reach, 0)).astype(int)
+    return np.stack([picture[y : y + height, x : x + width] for y, x in moved])
 
 
 # Normalisation --------------------------------------------------------------------------------------------------

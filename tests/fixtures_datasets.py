@@ -11,6 +11,7 @@ from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
 from masking_generator import MaskGenerator
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from training import epoch_batches
+from video_transforms import Background
 
 pytest_plugins = "fixtures_video"
 GRID, FRAMES, SIDE = (2, 4, 4), 4, 64
@@ -21,9 +22,8 @@ def make_dataset(list_path, objects=None, **options):
     overlay, mask = None, "tube"
     if objects:
         overlay, mask = ObjectOverlay((SIDE, SIDE), ObjectLibrary(str(objects), find_objects(str(objects)))), "tubelet"
-    return PretrainDataset(
-        VideoList(list_path), MaskGenerator(mask, GRID, 0.75), overlay, (SIDE, SIDE), FRAMES, 2, **options
-    )
+    background = Background((SIDE, SIDE), FRAMES, 2)
+    return PretrainDataset(VideoList(list_path), background, MaskGenerator(mask, GRID, 0.75), overlay, **options)
 
 
 @pytest.fixture

@@ -99,6 +99,13 @@ def test_benchmark_of_the_data_writes_its_numbers(tmp_path, monkeypatch):
     options = ["--rounds", "1", "--workers", "0", "--input_size", "64", "--json", str(tmp_path / "numbers.json")]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", *options])
     assert in_child(runpy.run_path, str(ROOT / "scripts" / "benchmark.py"), None, "__main__")[1] == "SystemExit: 0"
-    parts = json.loads((tmp_path / "numbers.json").read_text())["tables"]["milliseconds a clip"]
-    assert parts["megabytes a clip"] == pytest.approx((16 * 64 * 64 * 3 + 8 * 4 * 4) / 1e6)
-    assert all(parts[name] > 0 for name in ("open", "decode", "crop", "overlay", "mask", "whole"))
+    tables = json.loads((tmp_path / "numbers.json").read_text())["tables"]
+    for videos in ("as they are", "prepared"):
+        parts = tables[f"videos {videos}: CPU milliseconds a clip"]
+        assert parts["megabytes a clip"] == pytest.approx((16 * 64 * 64 * 3 + 8 * 4 * 4) / 1e6)
+        assert all(parts[name] > 0 for name in ("open", "decode", "crop", "overlay", "whole"))
+        processes = (parts["whole"] + parts["collate"]) / 1000 * 100  # each second of work is a process for a second
+        assert parts["loader processes for 100 videos a second"] == pytest.approx(processes)
+    originals, copies = (tables[f"videos {videos}: CPU milliseconds a clip"] for videos in ("as they are", "prepared"))
+    ratio = (copies["whole"] + copies["collate"]) / (originals["whole"] + originals["collate"])
+    assert tables["prepared / as they are"]["whole + collate"] == pytest.approx(ratio)

@@ -200,5 +200,6 @@ def test_the_overlay_does_not_leak_into_other_views(clips, objects_folder, tmp_p
     """An overlay writes in place: each view must have its own pixels, and the same crop without objects differs."""
     dataset = make_dataset(write_list(tmp_path / "list.csv", [clips["bikes.mp4"]]), objects_folder)
     frames = np.full((FRAMES, SIDE, SIDE, 3), 17, np.uint8)
-    clip, _ = dataset.view(np.random.default_rng(0), frames)
+    clip = np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8)
+    dataset.view(np.random.default_rng(0), frames, clip)
     assert (frames == 17).all() and (clip != 17).any()

@@ -19,7 +19,7 @@ from optim_factory import Stepper, build_optimizer, parameter_groups
 from options import Settings
 from training import Run, epoch_batches
 from utils import RunError
-from video_transforms import channel_stats, normalize_clips
+from video_transforms import Background, channel_stats, normalize_clips
 
 pytest_plugins = "fixtures_video"
 CPU = torch.device("cpu")
@@ -123,7 +123,8 @@ def dataset(clips, objects_folder, tmp_path_factory):
     """Clips of 4 frames, 32 px, with objects: 8 tokens each, 4 of them hidden."""
     path = write_list(tmp_path_factory.mktemp("list") / "list.csv", list(clips.values()) * 2)
     overlay = ObjectOverlay((32, 32), ObjectLibrary(str(objects_folder), find_objects(str(objects_folder))))
-    return PretrainDataset(VideoList(path), MaskGenerator("tubelet", (2, 2, 2), 0.5), overlay, (32, 32), 4, 2)
+    masks = MaskGenerator("tubelet", (2, 2, 2), 0.5)
+    return PretrainDataset(VideoList(path), Background((32, 32), 4, 2), masks, overlay)
 
 
 def batches_of(dataset, chunk, steps):

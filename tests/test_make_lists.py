@@ -1,8 +1,6 @@
 """Lists of each data set from small trees with its real names and oddities, against lists worked out by hand."""
 
-import importlib
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -420,16 +418,6 @@ def write(path, text):
 def test_what_is_wrong_is_named(make, data_set, files, message):
     with pytest.raises(RunError, match=message):
         make(data_set, files=files, videos=["a.avi"])
-
-
-def test_the_commands_of_the_docs_are_understood():
-    text = (Path(__file__).resolve().parents[1] / "DATASET.md").read_text()
-    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("python scripts/data/")]
-    for path, *argv in commands:
-        assert importlib.import_module(Path(path).stem).get_args(argv)
-    assert {Path(command[0]).stem for command in commands} >= {
-        "make_lists", "check_videos", "resize_videos", "prepare_objects", "measure_resizing",
-    }  # fmt: skip
 
 
 def test_the_annotations_are_not_overwritten(tmp_path, capsys):

@@ -395,3 +395,25 @@ def test_opacity():
         np.array([1.0, 0.8, 0.0]),
     )
     np.testing.assert_allclose(frames[:, 10, 10], [[200, 100, 50], [160, 80, 40], [0, 0, 0]], atol=1)
+
+
+@pytest.mark.parametrize("motion", ["gaussian", "linear"])
+def test_speed_is_a_factor_on_all_motion(motion):
+    """1 is the paper's; 0 leaves objects where they are; half of it halves what moves, turns and grows."""
+
+    def tracks(**options):
+        overlay = ObjectOverlay((224, 224), None, motion, (48,), **options)
+        found = [overlay.draw_track(np.random.default_rng(seed), 16) for seed in range(300)]
+        boxes, angles = (np.stack(part).astype(float) for part in zip(*found))
+        centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+        path = np.hypot(*np.moveaxis(np.diff(centre, axis=1), 2, 0)).sum(axis=1).mean()
+        growth = np.abs(np.log(size[:, -1] / size[:, 0])).mean()
+        return np.array([path, np.abs(angles[:, -1]).mean(), growth]), found
+
+    paper, boxes = tracks()
+    for (one, turned), (other, same) in zip(boxes, tracks(speed=1.0)[1]):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(turned, same)
+    still, _ = tracks(speed=0.0)
+    assert still[0] < 1 and still[1] == 0 and still[2] < 0.01
+    np.testing.assert_allclose(tracks(speed=0.5)[0] / paper, 0.5, atol=0.12)

@@ -13,9 +13,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from fixtures_finetuning import CUSTOM, EPOCHS, NAME, ROOT, TINY, TRAIN, log_of, test_metrics_of
+from fixtures_finetuning import CUSTOM, EPOCHS, NAME, PLAIN, ROOT, TINY, TRAIN, log_of, test_metrics_of
 
 from modeling_finetune import MODELS
+from options_finetune import get_args
 from utils import EXIT_REQUEUE
 
 pytest_plugins = "fixtures_finetuning"
@@ -381,3 +382,33 @@ def test_probes_learn_and_leave_the_encoder_alone(run, custom, trained, tmp_path
     again = run(*probe, "--eval", "--epochs", "10")  # from the folder's best
     metrics = test_metrics_of(log_of(tmp_path / "run"))
     assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1], again.all
+
+
+def test_sigmas_linear_probe(run, custom, trained, tmp_path):
+    """Head and fc_norm learn, everything else stays as it was; the rate goes by videos, whatever is made of each."""
+    recipe = ["--linear_probe", "--linear_probe_recipe", "sigma", "--output_dir", tmp_path / "run"]
+    options = [*custom, *TINY, *PLAIN, *recipe, "--batch_size", 3, "--lr", 25.6, "--warmup_epochs", 0]
+    found = run(*options, "--finetune", trained.best, "--epochs", 3)
+    assert found.code == 0, found.all
+    assert "total batch 6 clips, 2 steps an epoch, 3 epochs, lr 0.3," in found.out
+    kept, source = (read(path)["model"] for path in (tmp_path / "run" / "checkpoint-best.pth", trained.best))
+    assert kept.keys() == source.keys()
+    learned = {name for name in kept if not torch.equal(kept[name], source[name])}
+    assert learned == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+    again = run(*options, "--eval", "--epochs", 3)
+    metrics = test_metrics_of(log_of(tmp_path / "run"))
+    assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1], again.all
+
+
+def test_sigmas_recipe_is_fine_tuning_but_for_a_few_numbers():
+    sigma = vars(get_args(["--linear_probe", "--linear_probe_recipe", "sigma"]))
+    ours = vars(get_args(["--linear_probe"]))
+    assert {name: value for name, value in sigma.items() if value != ours[name]} == {
+        "linear_probe_recipe": "sigma",
+        "epochs": 30,
+        "num_sample": 2,
+        "warmup_lr": 1e-6,
+    }
+    assert (ours["lr"], ours["weight_decay"], ours["warmup_epochs"], ours["drop_path"]) == (1e-3, 0.05, 5, 0.1)
+    given = get_args(["--linear_probe", "--linear_probe_recipe=sigma", "--epochs", "7", "--num_sample", "1"])
+    assert (given.epochs, given.num_sample) == (7, 1)

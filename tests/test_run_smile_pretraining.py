@@ -303,6 +303,38 @@ def test_stage_2_trains(start, data_args, reference, tmp_path):
     assert largest_difference(weights_of(tmp_path / "checkpoint-0.pth"), last_weights(reference.folder)) > 1e-4
 
 
+# Without natural video ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["black", "noise"])
+def test_both_stages_without_a_video_go_on_exactly(start, objects_folder, tmp_path, kind):
+    """Of the data there are the object images alone. Stage 2 has no natural clips: its objects go on moving."""
+    objects = ["--add_tubelets", "--use_objects", "--objects_path", objects_folder]
+    command = [*TINY, *TRAIN, "--background", kind, "--epoch_size", 2 * STEPS, *objects]
+    stages = ["--mask_type", "tubelet"], ["--first_stage_path", tmp_path / "whole 1" / f"checkpoint-{EPOCHS - 1}.pth"]
+    for number, options in enumerate(stages, 1):
+        whole, parts = tmp_path / f"whole {number}", tmp_path / f"parts {number}"
+        result = start(*command, *options, "--output_dir", whole).end()
+        assert result.code == 0 and f"{2 * STEPS} x {kind}, 2 clips of each: {STEPS} steps" in result.out, result.err
+        assert not (whole / "bad_clips.txt").exists() or ".mp4" not in (whole / "bad_clips.txt").read_text()
+        result = stopped(
+            start, signal.SIGTERM, f"epoch 1 [2/{STEPS}]", parts, *command, *options, "--output_dir", parts
+        )
+        assert result.code == 85, result.err
+        again = start(*command, *options, "--output_dir", parts).end()
+        assert again.code == 0 and f"{LATEST} at epoch 1, step" in again.out
+        assert same_as(SimpleNamespace(folder=whole), parts)
+
+
+def test_a_dry_run_without_video(start, objects_folder, tmp_path):
+    objects = ["--add_tubelets", "--use_objects", "--objects_path", objects_folder, "--mask_type", "tubelet"]
+    command = [*TINY, *TRAIN, "--background", "noise", "--epoch_size", 8, *objects, "--dry_run"]
+    result = start(*command, "--output_dir", tmp_path / "run").end()
+    assert result.code == 0 and "dry run: one step went well" in result.out and list(tmp_path.iterdir()) == []
+    result = start(*TINY, *TRAIN, "--background", "black", "--epoch_size", 8, "--dry_run").end()
+    assert result.code == 0 and "without --add_tubelets: there is nothing in the clips to be learned" in result.out
+
+
 # Dry runs -------------------------------------------------------------------------------------------------------
 
 

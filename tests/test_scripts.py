@@ -17,6 +17,7 @@ from utils import EXIT_REQUEUE
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 RECIPES = sorted((SCRIPTS / "pretrain").glob("*.sh"))
+NATURAL = [path for path in RECIPES if not path.stem.startswith("no_video")]
 SBATCH = SCRIPTS / "slurm" / "recipe.sbatch"
 STUB = """#!/usr/bin/env bash
 printf '%s\\0' "$(basename "$0")" "$@" >> "$STUB_LOG"
@@ -77,17 +78,42 @@ def launcher_option(command, name):
 )
 def test_script_parses_and_stops_at_errors(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
-    if script.name not in ("common.sh", "setup_env.sh"):  # these are sourced
+    if script.name not in ("common.sh", "probe.sh", "setup_env.sh"):  # these are sourced
         assert "set -euo pipefail" in script.read_text()
 
 
 def test_all_recipes_are_there():
-    assert [path.stem for path in RECIPES] == [
-        f"{name}_{stage}_stage" for name in ("k400_vit_b", "k400_vit_s", "ssv2_vit_b") for stage in ("1st", "2nd")
-    ]
+    names = ("k400_vit_b", "k400_vit_s", "no_video_vit_s", "ssv2_vit_b")
+    assert [path.stem for path in RECIPES] == [f"{name}_{stage}_stage" for name in names for stage in ("1st", "2nd")]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", ["black", "noise", "image", "frame"])
+@pytest.mark.parametrize("stage", ["1st", "2nd"])
+def test_recipe_without_video(run, tmp_path, stage, kind):
+    """As that of ViT-S in all but data and target."""
+    script = SCRIPTS / "pretrain" / f"no_video_vit_s_{stage}_stage.sh"
+    result, commands = run(script, BACKGROUND=kind)
+    assert result.returncode == 0, result.stderr
+    args = program_args(commands[0])
+    _, (command,) = run(SCRIPTS / "pretrain" / f"k400_vit_s_{stage}_stage.sh")
+    blank = kind in ("black", "noise")
+    expected = vars(program_args(command)) | {
+        "background": kind,
+        "data_path": "" if blank else str(tmp_path / "my train.csv"),
+        "epoch_size": 77270 if blank else 0,
+        "target_type": "pixel",
+        "output_dir": f"output/{script.stem}",
+        "log_dir": f"output/{script.stem}",
+    }
+    if stage == "2nd":
+        expected |= {"add_tubelets": True, "use_objects": True, "objects_path": str(tmp_path / "objects")}
+    assert vars(args) == expected
+    if not blank:
+        result, commands = run(script, BACKGROUND=kind, DATA_PATH="/nowhere")
+        assert result.returncode == 1 and commands == [] and "DATA_PATH=/nowhere: no such" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", NATURAL, ids=lambda path: path.stem)
 def test_recipe(run, tmp_path, recipe):
     result, commands = run(recipe)
     assert result.returncode == 0, result.stderr
@@ -119,7 +145,7 @@ def test_recipe(run, tmp_path, recipe):
         assert args.first_stage_path == str(tmp_path / "stage1.pth")
 
 
-@pytest.mark.parametrize("size", ["k400_vit_b", "k400_vit_s", "ssv2_vit_b"])
+@pytest.mark.parametrize("size", ["k400_vit_b", "k400_vit_s", "no_video_vit_s", "ssv2_vit_b"])
 def test_second_stage_starts_where_the_first_one_ends(run, tmp_path, size):
     first = program_args(run(SCRIPTS / f"pretrain/{size}_1st_stage.sh")[1][0])
     result, _ = run(SCRIPTS / f"pretrain/{size}_2nd_stage.sh", FIRST_STAGE_CKPT="")  # back to the default, not there
@@ -257,8 +283,7 @@ def test_all_fine_tuning_scripts_are_there():
     models = ["hmdb51_vit_b", "k400_vit_b", "k400_vit_s", "ssv2_vit_b", "ssv2_vit_s", "ucf101_vit_b"]
     assert [path.stem for path in FINETUNE] == [
         *(f"finetune_{name}" for name in models),
-        "linear_probe_k400_vit_b",
-        "linear_probe_ssv2_vit_b",
+        *(f"linear_probe_{name}_vit_b" for name in ("hmdb51", "k400", "ssv2", "ucf101")),
     ]
     assert [path.stem for path in TEST] == [f"test_{name}" for name in models]
 
@@ -282,6 +307,48 @@ def test_fine_tuning_script(run, tmp_path, script):
         assert args.opt == "adamw" and (args.aa, args.reprob, args.remode) == ("rand-m7-n4-mstd0.5-inc1", 0.25, "pixel")
     elif args.linear_probe:
         assert gpus * args.batch_size * args.update_freq == 256 and len(args.probe_lrs) * len(args.probe_wds) == 10
+
+
+PROBES = [path for path in FINETUNE if path.stem.startswith("linear_probe")]
+
+
+@pytest.mark.parametrize("script", PROBES, ids=lambda path: path.stem)
+def test_linear_probe_by_sigmas_recipe(run, tmp_path, script):
+    """AdamW at 1e-3 for 256 videos, 24 x 8 x 2 of them a step, 30 epochs, 2 augmentations; the rest as fine-tuning."""
+    args, command = finetune_args(run, tmp_path, script, RECIPE="sigma")
+    assert args.linear_probe and args.linear_probe_recipe == "sigma" and not args.encoder
+    gpus = int(launcher_option(command, "--nproc_per_node"))
+    assert (gpus, args.batch_size, args.update_freq, args.num_sample) == (8, 24, 2, 2)
+    assert (args.opt, args.opt_betas, args.lr, args.min_lr, args.weight_decay) == (
+        "adamw",
+        [0.9, 0.999],
+        1e-3,
+        1e-6,
+        0.05,
+    )
+    assert (args.epochs, args.warmup_epochs, args.warmup_lr, args.drop_path) == (30, 5, 1e-6, 0.1)
+    assert (args.aa, args.reprob, args.mixup, args.cutmix, args.smoothing) == (
+        "rand-m7-n4-mstd0.5-inc1",
+        0.25,
+        0.8,
+        1,
+        0.1,
+    )
+    result, commands = run(script, RECIPE="mine", DATA_PATH=str(tmp_path), MODEL_PATH=str(tmp_path))
+    assert result.returncode == 1 and commands == [] and result.stderr == "error: RECIPE=mine: choose ours or sigma\n"
+
+
+@pytest.mark.parametrize("script", PROBES, ids=lambda path: path.stem)
+def test_linear_probe_of_an_image_model(run, tmp_path, script):
+    """The same options but the weights, and no checkpoint has to be there."""
+    video, command = finetune_args(run, tmp_path, script)
+    (tmp_path / "my data").mkdir(exist_ok=True)
+    names = {"ENCODER": "ViT-B-16", "ENCODER_WEIGHTS": "clip.pt", "MODEL_PATH": "/nowhere"}
+    result, commands = run(script, DATA_PATH=str(tmp_path / "my data"), **names)
+    assert result.returncode == 0, result.stderr
+    program = next(i for i, word in enumerate(command) if word.endswith("/run_class_finetuning.py"))
+    args = run_class_finetuning.get_args(commands[0][program + 1 :])
+    assert vars(args) == vars(video) | {"finetune": "", "encoder": "ViT-B-16", "encoder_weights": "clip.pt"}
 
 
 @pytest.mark.parametrize("script", FINETUNE, ids=lambda path: path.stem)

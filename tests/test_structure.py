@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "object_overlay": set(),
     "modeling_finetune": set(),
     "utils": set(),
-    "video_transforms": set(),
+    "video_transforms": {"object_overlay"},
     "modeling_teacher": {"video_transforms"},
     "modeling_pretrain": {"modeling_finetune"},
     "optim_factory": {"utils"},

@@ -16,15 +16,14 @@ demo_teacher() { # demo_teacher FILE: makes the file, and sets TEACHER
 OVERLAY=(--add_tubelets --use_objects --objects_path "$WORLD/objects")
 TRAJECTORY=(--mask_type tubelet --sub_mask_type tube+traj_mask)
 
-# pretrain FOLDER SEED EPOCHS [flags]: unless it is done. A step takes 2 videos, 4 clips of each, 2 masks of each clip:
-# with few tokens and little time many small steps learn more than few large ones.
+# pretrain FOLDER SEED EPOCHS [flags]: unless it is done. A step takes 4 videos, 4 clips of each, 2 masks of each clip.
 pretrain() {
   local folder=$1 seed=$2 epochs=$3
   shift 3
   [[ -f $folder/checkpoint-$((epochs - 1)).pth ]] && return
   python run_smile_pretraining.py --data_path "$WORLD/pretrain/train.csv" "${CLIPS[@]}" --sampling_rate 2 \
-    --model "pretrain_videomae_$MODEL" --decoder_depth 2 --multiple_sampling --num_sample 4 \
-    --batch_size 16 --lr 3.2e-2 --min_lr 3.2e-4 --warmup_steps 100 --epochs "$epochs" \
+    --model "pretrain_videomae_$MODEL" --decoder_depth 2 --mask_ratio 0.9 --multiple_sampling --num_sample 4 \
+    --batch_size 32 --lr 4.8e-3 --min_lr 4.8e-5 --warmup_steps 60 --epochs "$epochs" \
     --save_ckpt_freq "$epochs" --save_ckpt_minutes 0 --log_interval 100 --seed "$seed" --output_dir "$folder" "$@"
 }
 
@@ -35,7 +34,7 @@ evaluate() {
   grep -qs test_acc1 "$folder/log.txt" && return
   python run_class_finetuning.py --data_set custom-unmirrored --nb_classes "${CLASSES[$task]}" \
     --data_path "$WORLD/$task" "${CLIPS[@]}" --sampling_rate 1 --model "vit_$MODEL" --batch_size 16 --lr 1.6e-2 \
-    --warmup_epochs 1 --epochs "$epochs" --crop_area 0.7 --aa '' --mixup 0 --cutmix 0 --reprob 0 --probe_lrs 3e-2 1e-2 --probe_wds 0.05 \
+    --warmup_epochs 1 --epochs "$epochs" --init_scale 1 --drop_path 0 --crop_area 0.7 --aa '' --mixup 0 --cutmix 0 --reprob 0 --probe_lrs 3e-2 1e-2 --probe_wds 0.05 \
     --disable_eval_during_finetuning --test_num_segment 1 --test_num_crop 1 --save_ckpt_freq "$epochs" \
     --save_ckpt_minutes 0 --log_interval 25 --seed "$seed" --output_dir "$folder" "$@"
   rm -f "$folder"/checkpoint-*.pth # the scores are what counts here

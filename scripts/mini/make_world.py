@@ -12,9 +12,10 @@ pretraining, and only these appear in labelled clips. Written below OUT, the sam
     unseen/<category>/<name>.png                 objects of the labelled clips alone
     motion/, object/, count/                     labelled clips: videos/, train.csv, val.csv, test.csv, classes.txt
 
-motion asks how the object moves: no single frame tells. Position and size wrap round (who leaves on the right comes in
-on the left, who has grown to the largest starts again as the smallest), so that both are uniform in every frame of
-every class. object asks which of 20 objects it is, count how often it passes over the same stretch.
+In a labelled clip an object moves over a still picture. motion asks how: no single frame tells. Position and size wrap
+round (who leaves on the right comes in on the left, who has grown to the largest starts again as the smallest), so that
+both are uniform in every frame of every class. object asks which of 20 objects it is, count how often it passes over
+the same stretch.
 """
 
 import argparse
@@ -44,10 +45,10 @@ CATEGORIES = {  # Unicode ranges with few faces and no flags
     "things": ((0x1F380, 0x1F393), (0x1F3B0, 0x1F3C0), (0x1F526, 0x1F52E), (0x1F9F0, 0x1F9FF), (0x1FA90, 0x1FAA8)),
 }
 UNSEEN = 0.25  # part of each category that pretraining never sees
-SIDE, FRAMES, STRIDE = 64, 8, 2  # of labelled clips: pixels, frames, source frames from one to the next
+SIDE, FRAMES = 64, 8  # of labelled clips
 PRETRAIN_SIDE, PRETRAIN_FRAMES = 80, 24  # room for crops, and for windows of 8 frames with stride 2
 FPS = 25
-SIZES = (12.0, 34.0)  # pixels, geometric mean of an object's sides
+SIZES = (16.0, 36.0)  # pixels, geometric mean of an object's sides
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 COUNTS = ("once", "twice", "three times", "four times")
 NUM_OBJECT_CLASSES = 20
@@ -105,17 +106,17 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def cut_window(rng: np.random.Generator, video: np.ndarray, num_frames: int, stride: int, side: int) -> np.ndarray:
+def cut_window(rng: np.random.Generator, video: np.ndarray, num_frames: int, side: int) -> np.ndarray:
     """A random stretch of time and a random square of the frame, at least half the short side.
 
     Returns:
         uint8 ``[num_frames, side, side, 3]``.
     """
     total, height, width, _ = video.shape
-    start = rng.integers(0, total - (num_frames - 1) * stride)
+    start = rng.integers(0, total - num_frames + 1)
     cut = round(min(height, width) * rng.uniform(0.5, 1))
     y, x = rng.integers(0, height - cut + 1), rng.integers(0, width - cut + 1)
-    return resize(video[start : start + num_frames * stride : stride, y : y + cut, x : x + cut], side, side)
+    return resize(video[start : start + num_frames, y : y + cut, x : x + cut], side, side)
 
 
 # Objects --------------------------------------------------------------------------------------------------------
@@ -211,8 +212,8 @@ def part(videos: list[np.ndarray], number: int, split: str) -> np.ndarray:
 def labelled_clip(
     rng: np.random.Generator, task: str, label: int, background: np.ndarray, sprites: list[np.ndarray]
 ) -> np.ndarray:
-    """A clip of class `label` over a piece of `background`, uint8 ``[FRAMES, SIDE, SIDE, 3]``."""
-    frames = cut_window(rng, background, FRAMES, STRIDE, SIDE)
+    """A clip of class `label` over a frame of `background`, uint8 ``[FRAMES, SIDE, SIDE, 3]``."""
+    frames = np.repeat(cut_window(rng, background, 1, SIDE), FRAMES, axis=0)
     sprite = sprites[label if task == "object" else rng.integers(len(sprites))]
     if rng.random() < 0.5:
         sprite = np.ascontiguousarray(sprite[:, ::-1])
@@ -232,7 +233,7 @@ def write_pretraining(output: Path, videos: list[np.ndarray], num_clips: int, se
     (output / "pretrain").mkdir(exist_ok=True)
     for number, path in enumerate(paths):
         rng = np.random.default_rng((seed, 2, number))
-        write_video(path, cut_window(rng, part(videos, number, "train"), PRETRAIN_FRAMES, 1, PRETRAIN_SIDE))
+        write_video(path, cut_window(rng, part(videos, number, "train"), PRETRAIN_FRAMES, PRETRAIN_SIDE))
         yield
     black = output / "videos" / "black.mp4"
     write_video(black, np.zeros((PRETRAIN_FRAMES, PRETRAIN_SIDE, PRETRAIN_SIDE, 3), np.uint8))
@@ -272,7 +273,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="folder to write to")
     parser.add_argument("--pretrain_clips", type=int, default=800, help="clips for pretraining (default 800)")
-    parser.add_argument("--train_clips", type=int, default=800, help="of each task (default 800)")
+    parser.add_argument("--train_clips", type=int, default=1600, help="of each task (default 1600)")
     parser.add_argument("--val_clips", type=int, default=200, help="of each task (default 200)")
     parser.add_argument("--test_clips", type=int, default=400, help="of each task (default 400)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to write (default all)")

@@ -11,10 +11,11 @@ set -euo pipefail
 : "${OUT:=output/mini}"
 : "${SEEDS:=0 1 2}"
 : "${JOBS:=2}"
-: "${EPOCHS:=4}"          # of pretraining, 400 steps each; two-stages halves them
-: "${FINETUNE_EPOCHS:=8}" # of each column
+: "${EPOCHS:=4}"          # of pretraining, 200 steps each; two-stages halves them
+: "${FINETUNE_EPOCHS:=8}" # of each column that fine-tunes
+: "${PROBE_EPOCHS:=4}"    # of each column that probes
 : "${OMP_NUM_THREADS:=1}"
-export OUT SEEDS JOBS EPOCHS FINETUNE_EPOCHS OMP_NUM_THREADS
+export OUT SEEDS JOBS EPOCHS FINETUNE_EPOCHS PROBE_EPOCHS OMP_NUM_THREADS
 ALL_ROWS=(scratch stage1 pixel-tube teacher-tube two-stages pixel-overlay-tube teacher-overlay-tube black)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -56,7 +57,7 @@ run_row() {
     random_weights "$folder/random.pth" "$seed"
   fi
   for column in motion object; do
-    evaluate "$folder/$column-probe" "$column" "$seed" "$FINETUNE_EPOCHS" "${from[@]}" --attentive_probe
+    evaluate "$folder/$column-probe" "$column" "$seed" "$PROBE_EPOCHS" "${from[@]}" --attentive_probe
   done
   echo "$row, seed $seed: $((SECONDS - start)) s"
 }

@@ -1,0 +1,76 @@
+"""Image models as encoders of videos, for comparison: a video is the mean of its frames' features.
+
+Any model of open_clip or timm, whose own features of an image are taken: CLIP's embedding, timm's pooled features. To
+probes and nearest neighbours a frame is a token, ``[B, T, D]``.
+"""
+
+import open_clip
+import timm
+import torch
+from einops import rearrange
+from timm.layers import to_2tuple
+
+from modeling_teacher import FrameTower, check_timm_weights, find_clip_weights, load_clip, load_timm
+
+FLAG = "--encoder"
+LIBRARIES = ("open_clip", "timm")
+
+
+class FrameEncoder(FrameTower):
+    """A frozen image encoder on every frame.
+
+    Args:
+        tower, image_size, norm: see FrameTower; the tower gives features ``[B, D]``.
+    """
+
+    def __init__(self, tower, image_size, norm):
+        super().__init__(tower, image_size, norm)
+        with torch.inference_mode():
+            self.embed_dim = self.tower(torch.zeros(1, 3, *image_size)).shape[1]
+
+    @property
+    def num_heads(self) -> int:
+        """Of an attentive probe: 64 wide each, if that divides the features."""
+        return self.embed_dim // 64 if self.embed_dim % 64 == 0 else 1
+
+    def forward_tokens(self, clips: torch.Tensor) -> torch.Tensor:
+        """ImageNet-normalised ``[B, 3, T, H, W]`` → features of the frames, ``[B, T, D]``."""
+        frames = self.frames(clips).contiguous(memory_format=torch.channels_last)
+        return rearrange(self.tower(frames), "(b t) d -> b t d", b=len(clips))
+
+
+def find_encoder(name: str, weights: str) -> tuple[str, str, str]:
+    """The library, the name there, and the weights that ``--encoder`` and ``--encoder_weights`` mean.
+
+    Args:
+        name: a model's name, with ``open_clip/`` or ``timm/`` before it where both have one.
+        weights: see load_clip and load_timm; empty: OpenAI's, or those that timm has for it.
+    Raises:
+        ValueError: unknown, or ambiguous.
+    """
+    library, _, bare = name.rpartition("/")
+    has = {"open_clip": bare in open_clip.list_models(), "timm": timm.is_model(bare)}
+    found = [where for where in LIBRARIES if has[where] and library in ("", where)]
+    if len(found) != 1:
+        reason = "open_clip and timm both have one: put open_clip/ or timm/ before it" if found else "not a model of "
+        raise ValueError(f"{FLAG} {name}: {reason}" + ("" if found else library or "open_clip or timm"))
+    weights = weights or {"open_clip": "openai", "timm": "timm"}[found[0]]
+    check = find_clip_weights if found[0] == "open_clip" else check_timm_weights
+    check(bare, weights, FLAG)
+    return found[0], bare, weights
+
+
+def build_encoder(name: str, weights: str = "") -> FrameEncoder:
+    """The encoder that options name, fed as it was trained; see find_encoder.
+
+    Raises:
+        ValueError: as find_encoder; weights that cannot be had or do not fit.
+    """
+    library, name, weights = find_encoder(name, weights)
+    if library == "timm":
+        tower = load_timm(name, weights, flag=FLAG)
+        own = timm.data.resolve_model_data_config(tower)
+        return FrameEncoder(tower, to_2tuple(own["input_size"][-2:]), (own["mean"], own["std"]))
+    clip = load_clip(name, weights, flag=FLAG, spare=())
+    stats = open_clip.get_model_preprocess_cfg(clip)
+    return FrameEncoder(clip.visual, to_2tuple(clip.visual.image_size), (stats["mean"], stats["std"]))

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# ViT-S without natural video, stage 2: the same clips with a tube mask, starting from stage 1's weights.
+#
+# BACKGROUND is black, noise (uniform, one picture a clip), image (DATA_PATH is a folder of them) or frame (the middle
+# one of each video of the list DATA_PATH). The paper's table has ViT-S and pixels as target; it does not say epochs,
+# learning rate and the length of an epoch: these are k400_vit_s's, and Mini-Kinetics' number of clips.
+# Objects go on moving, as black and noise hold nothing else.
+# Ends with checkpoint-199.pth: epochs are numbered from 0. Started again, it goes on where it stopped.
+# Options of run_smile_pretraining.py may follow:
+# BACKGROUND=black bash scripts/pretrain/no_video_vit_s_2nd_stage.sh --dry_run
+set -euo pipefail
+
+: "${BACKGROUND:=noise}"                       # black, noise, image or frame
+: "${DATA_PATH:=}"                             # of image a folder, of frame a list; of black and noise nothing
+: "${EPOCH_SIZE:=77270}"                       # clips an epoch, of black and noise
+: "${OBJECTS_PATH:=/path/to/objects}"          # cut-outs: <category>/<name>.png (INSTALL.md)
+: "${OUTPUT_DIR:=output/no_video_vit_s_2nd_stage}" # checkpoints, log.txt, TensorBoard
+: "${FIRST_STAGE_CKPT:=output/no_video_vit_s_1st_stage/checkpoint-199.pth}" # where stage 1 ended
+: "${STOP_EPOCH:=200}"                         # passes over the list
+: "${GPUS:=8}"                                 # of each node
+: "${NODES:=1}"
+: "${NODE_RANK:=0}"                            # of this node, from 0
+: "${MASTER_ADDR:=127.0.0.1}"                  # of node 0
+: "${MASTER_PORT:=29500}"                      # a free one there
+: "${BATCH_SIZE:=32}"                          # clips a GPU and pass; gradients accumulate to 256
+: "${NUM_WORKERS:=10}"                         # loader processes a GPU
+
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+require_paths OBJECTS_PATH FIRST_STAGE_CKPT
+case $BACKGROUND in
+  image | frame)
+    require_paths DATA_PATH
+    SOURCE=(--data_path "$DATA_PATH")
+    ;;
+  *) SOURCE=(--epoch_size "$EPOCH_SIZE") ;;
+esac
+
+"${LAUNCH[@]}" "$ROOT/run_smile_pretraining.py" \
+  --background "$BACKGROUND" "${SOURCE[@]}" \
+  --first_stage_path "$FIRST_STAGE_CKPT" \
+  --add_tubelets --use_objects --objects_path "$OBJECTS_PATH" --motion_type gaussian \
+  --mask_type tube --mask_ratio 0.8 \
+  --multiple_sampling \
+  --target_type pixel \
+  --model pretrain_videomae_small_patch16_224 --decoder_depth 4 \
+  --num_frames 16 --num_workers "$NUM_WORKERS" \
+  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
+  --opt adamw --opt_betas 0.9 0.95 --lr 1.5e-4 --min_lr 1e-5 --weight_decay 0.05 \
+  --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 \
+  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
+  "$@"
