@@ -166,6 +166,7 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Name the videos of a dead loader worker: torch tells of it from a signal handler, wherever that strikes."""
+        self.log.close()
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may tell of the same worker once more
             raise loader_failure(error, self.sampler.issued, self.videos) from error

@@ -289,6 +289,11 @@ class RunLog:
         if self.writer:
             self.writer.flush()
 
+    def close(self) -> None:
+        """Write what is left, and end TensorBoard's thread, which an exit of the program may else trip over."""
+        if self.writer:
+            self.writer.close()
+
 
 class StepMeter:
     """Collects the numbers of each optimizer step on the device, and reads them once every `interval` steps.

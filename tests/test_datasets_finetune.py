@@ -410,8 +410,21 @@ def test_the_subset_is_fixed_by_the_seed(uneven, tmp_path):
     assert len(drawn) == 78 and min(drawn.values()) > 60 and max(drawn.values()) < 150
 
 
+def test_mini_kinetics_lists_may_have_their_released_names(tmp_path):
+    lists = {"train_mini_kinetics.csv": "a.mp4 199", "val_mini_kinetics.csv": "b.mp4 0", "train.csv": "c.mp4 5"}
+    for name, line in lists.items():
+        (tmp_path / name).write_text(line + "\n")
+    read = lambda data_set, name: content(DATA_SETS[data_set].read_list(str(tmp_path), name, 200))
+    assert read("Mini-Kinetics", "train.csv") == [("a.mp4", 199)] and read("Mini-Kinetics", "val.csv") == [("b.mp4", 0)]
+    assert read("Kinetics-400", "train.csv") == [("c.mp4", 5)]  # lists of all of Kinetics may lie beside them
+    for name in lists:
+        if name != "train.csv":
+            (tmp_path / name).unlink()
+    assert read("Mini-Kinetics", "train.csv") == [("c.mp4", 5)]
+
+
 def test_the_table_of_data_sets():
-    """the recipe; the test views of UCF101, HMDB51 and custom sets are VideoMAE's."""
+    """the recipe; the test views of UCF101, HMDB51 and custom sets are VideoMAE's, of Charades the benchmark's."""
     dense, segments = ("dense", True), ("segments", False)
     expected = {
         "Kinetics-400": (400, *dense, 7, 3, "train.csv"),
@@ -420,6 +433,14 @@ def test_the_table_of_data_sets():
         "SSV2-Mini": (174, *segments, 2, 3, "train_mini.csv"),
         "UCF101": (101, *dense, 5, 3, "train.csv"),
         "HMDB51": (51, *dense, 5, 3, "train.csv"),
+        "Gym99": (99, *dense, 5, 3, "train.csv"),
+        "Gym288": (288, *dense, 5, 3, "train.csv"),
+        "FX-S1": (11, *dense, 5, 3, "train.csv"),
+        "UB-S1": (15, *dense, 5, 3, "train.csv"),
+        "Diving48": (48, *dense, 5, 3, "train.csv"),
+        "NTU60": (60, *dense, 5, 3, "train.csv"),
+        "Charades": (157, *dense, 10, 3, "train.csv"),
+        "EPIC-verbs": (97, *dense, 5, 3, "train.csv"),
         "custom": (None, *dense, 5, 3, "train.csv"),
         "custom-unmirrored": (None, "dense", False, 5, 3, "train.csv"),
     }

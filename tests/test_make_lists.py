@@ -329,6 +329,15 @@ def test_charades_with_a_wrong_action_is_refused(make, actions):
         make("charades", files=charades_files([("YSKX3", actions)]), videos=["YSKX3.mp4"])
 
 
+def test_a_charades_row_cut_short_is_refused(make):
+    """It is not a video in which nothing is done."""
+    files = charades_files([("YSKX3", "c092 11.90 21.20"), ("AAAAA", "")])
+    name = "Charades_v1_train.csv"
+    files[name] = files[name].rpartition(",,")[0] + "\n"
+    with pytest.raises(RunError, match=rf"{name}, line 5: ends before the column 'actions'"):
+        make("charades", files=files, videos=["YSKX3.mp4", "AAAAA.mp4"])
+
+
 # One's own folder, and what is common to all --------------------------------------------------------------------
 
 

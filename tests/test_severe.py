@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from fixtures_finetuning import log_of
 from fixtures_pictures import check_texts
-from fixtures_severe import CELLS, SCRIPTS, VARIABLES
+from fixtures_severe import CELLS, SCRIPTS, VARIABLES, write_lines
+
+from options_finetune import get_args
+from run_class_finetuning import train_videos
 
 sys.path.insert(0, str(SCRIPTS))
 import results
@@ -67,6 +70,13 @@ def test_all_cells_run_to_the_table(severe, tmp_path, gpus):
     assert again.code == 0 and again.out.count(": done, in ") == 8 and again.table == found.table[-15:]
 
 
+def test_cells_are_tried_without_writing(severe, tmp_path):
+    found = severe("run_all.sh", *TINY, "--dry_run", **OPTIONS)
+    assert found.code == 0 and found.out.count("one step went well") == 8, found.out + found.err
+    assert {path.name for path in (tmp_path / "out").glob("*/*")} == {"output.txt"}
+    assert {row[2] for row in found.table[-13:] if row[0]} == {"–"}
+
+
 def test_it_goes_on_after_cells_that_cannot_be_run(severe, severe_data, tmp_path):
     """A list with a line without actions, an annotation that is something else, a wrong list, and no folder."""
     broken = {name: tmp_path / name for name in ("CHARADES", "UCF_RC", "FX_S1")}
@@ -98,6 +108,51 @@ def test_without_any_data_it_says_so(severe):
     assert found.code == 1 and found.err.startswith("error: MODEL_PATH=/no/model.pth: no such file")
     found = severe("run_all.sh", CELLS="ssv2 k400")
     assert found.code == 1 and found.err.startswith("error: CELLS: no cell k400; there are")
+
+
+# The videos of the low-shot cells -----------------------------------------------------------------------------------
+
+
+def draw_by_the_rule(labels, k):
+    """Indices that the benchmark draws, by its rule: k of a permutation for each class, one stream for all."""
+    stream, drawn = np.random.RandomState(99999), []
+    for label in sorted(set(labels)):
+        of_class = [index for index, other in enumerate(labels) if other == label]
+        drawn += [of_class[place] for place in stream.permutation(len(of_class))[:k]]
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "data_set, classes, smallest, videos, k, total",
+    [("UCF101", 101, 72, 9537, 10, 1010), ("Gym99", 99, 47, 20484, 11, 1089)],
+)
+def test_the_draw_is_the_benchmarks(tmp_path, caplog, data_set, classes, smallest, videos, k, total):
+    """On lists as long as the real ones, with classes at least as large as the smallest of the real ones."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), smallest)
+    labels = rng.permutation(np.append(labels, rng.integers(0, classes, videos - len(labels))))
+    lines = [f"v_{index:05}.avi {label}" for index, label in enumerate(labels)]
+    write_lines(tmp_path / "train.csv", lines)
+    given = ["--data_set", data_set, "--data_path", str(tmp_path), "--examples", "1000", "--seed", "7"]
+    args = get_args([*given, "--output_dir", str(tmp_path)])
+    drawn = train_videos(args)
+    expected = [lines[index] for index in draw_by_the_rule(labels.tolist(), k)]
+    assert (tmp_path / "train_subset.csv").read_text().splitlines() == expected and len(drawn) == total
+    assert (np.bincount(drawn.labels) == k).all() and "not its subset" not in caplog.text
+    write_lines(tmp_path / "train.csv", lines[1:])
+    train_videos(args)
+    assert f"train.csv has {videos - 1} videos, SEVERE draws from {videos}: not its subset" in caplog.text
+
+
+def test_a_missing_video_is_told_before_the_draw(severe, severe_data, tmp_path):
+    """Though --max_bad_fraction would have let it pass."""
+    folder = Path(shutil.copytree(severe_data["UCF101"], tmp_path / "UCF101"))
+    lines = (folder / "train.csv").read_text().splitlines()
+    (folder / "train.csv").write_text("\n".join([*lines[:4], "/no/v.avi 1", *lines[5:]]))
+    given = {"DATA_PATH": str(folder), "OUTPUT_DIR": str(tmp_path / "out")}
+    found = severe("ucf101_1k.sh", *TINY, "--max_bad_fraction", "1", **given)
+    said = f"{folder}/train.csv, line 5: no such file: /no/v.avi (1 of {len(lines)} are missing); what --examples draws"
+    assert found.code == 1 and said in found.err and not (tmp_path / "out" / "train_subset.csv").exists()
 
 
 # The table ------------------------------------------------------------------------------------------------------

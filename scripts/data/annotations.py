@@ -114,13 +114,20 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, st
     """Rows of a CSV file with a head, each with its place for errors; values without spaces around them.
 
     Raises:
-        RunError: a column is missing.
+        RunError: a column is missing, or a row ends before it.
     """
     rows = csv.DictReader(io.StringIO(read_text(path)), skipinitialspace=True)
     missing = [name for name in columns if name not in (rows.fieldnames or ())]
     if missing:
         raise RunError(f"{path}: no column {missing[0]!r} in its head ({','.join(rows.fieldnames or ())[:80]})")
-    return [(f"{path}, line {rows.line_num}", {name: (row[name] or "").strip() for name in columns}) for row in rows]
+    found = []
+    for row in rows:
+        where = f"{path}, line {rows.line_num}"
+        short = [name for name in columns if row[name] is None]
+        if short:
+            raise RunError(f"{where}: ends before the column {short[0]!r}")
+        found.append((where, {name: row[name].strip() for name in columns}))
+    return found
 
 
 def stem_of(name: str) -> str:
