@@ -18,9 +18,9 @@ from soak.test_checkpoints import refused, restored
 from checkpoints import read_checkpoint
 
 HANG = """
-import ctypes, datasets
-read = datasets.read_clip
-datasets.read_clip = lambda path, choose: (
+import ctypes, video_transforms
+read = video_transforms.read_clip
+video_transforms.read_clip = lambda path, choose: (
     ctypes.CDLL(None).sleep(1000) if path.endswith("7.mp4") else read(path, choose))
 """
 

@@ -18,7 +18,7 @@ from options_finetune import get_args
 from run_class_finetuning import train_videos
 
 sys.path.insert(0, str(SCRIPTS))
-import results
+import severe_table
 
 pytest_plugins = "fixtures_severe"
 MODEL = ["--model", "vit_tiny_patch16_224", "--input_size", "32", "--num_frames", "4"]
@@ -165,8 +165,8 @@ def write_log(folder, lines):
 
 
 def test_the_means_of_the_published_rows_are_those_printed_with_them():
-    means = [results.mean(dict(zip(CELLS, row))) for row in results.PAPER.values()]
-    assert tuple(results.CELLS) == CELLS
+    means = [severe_table.mean(dict(zip(CELLS, row))) for row in severe_table.PAPER.values()]
+    assert tuple(severe_table.CELLS) == CELLS
     np.testing.assert_allclose(means, PRINTED, atol=0.051)
 
 
@@ -178,7 +178,7 @@ def test_ours_beside_the_papers(tmp_path, capsys):
         f"ucf_rc={write_log(tmp_path / 'b', [{'test_mae': 0.1666, 'test_obo': 0.5}])}",
         f"ssv2={write_log(tmp_path / 'c', logs[:1])}",
     ]
-    results.main([*runs, "--csv", str(tmp_path / "severe.csv")])
+    severe_table.main([*runs, "--csv", str(tmp_path / "severe.csv")])
     out = capsys.readouterr().out
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line][2:]
     assert [row[:4] for row in table] == [
@@ -189,22 +189,22 @@ def test_ours_beside_the_papers(tmp_path, capsys):
     ]
     assert out.rstrip().splitlines()[-1].startswith("*: the SMILE paper's figures")
     rest = [f"{cell}={tmp_path / cell}" for cell in CELLS if cell not in ("gym99", "ucf_rc", "ssv2")]
-    results.main([*runs, *rest])
+    severe_table.main([*runs, *rest])
     assert "| mean |  | – | 57.6 | 52.1 |" in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        results.main(["fx-s1=x"])
+        severe_table.main(["fx-s1=x"])
     assert "fx-s1=x: not CELL=FOLDER" in capsys.readouterr().err
     (tmp_path / "log.txt").write_text("not a log\n")
     with pytest.raises(SystemExit, match="log.txt: not the log of a run"):
-        results.main([f"ssv2={tmp_path}"])
+        severe_table.main([f"ssv2={tmp_path}"])
 
 
-@pytest.mark.parametrize("ours", [{}, {"ssv2": 40.0, "ucf_rc": 0.9}, dict(zip(CELLS, results.PAPER["MME"]))])
+@pytest.mark.parametrize("ours", [{}, {"ssv2": 40.0, "ucf_rc": 0.9}, dict(zip(CELLS, severe_table.PAPER["MME"]))])
 def test_no_text_of_the_picture_covers_another(ours):
-    texts = check_texts(results.radar(ours))
+    texts = check_texts(severe_table.radar(ours))
     assert ("ours" in texts) == bool(ours) and sum(text.endswith("(the paper's)") for text in texts) == 4
     heads = {text.split("\n")[0]: text.split("\n")[1] for text in texts if "\n" in text}
     assert len(heads) == 8 and heads["SSv2"] == (
@@ -214,7 +214,7 @@ def test_no_text_of_the_picture_covers_another(ours):
 
 
 def test_a_point_is_where_its_figure_belongs():
-    axes = results.radar({"ssv2": 70.35}).axes[0]
+    axes = severe_table.radar({"ssv2": 70.35}).axes[0]
     line = next(line for line in axes.lines if line.get_label() == "ours")
     assert line.get_ydata() == pytest.approx([0.25 + 0.75 / 2])  # half way from 68.6 to 72.1
     smile = next(line for line in axes.lines if line.get_label().startswith("SMILE ("))

@@ -35,4 +35,4 @@ require_paths DATA_PATH MODEL_PATH
   --aa rand-m7-n4-mstd0.5-inc1 --reprob 0.25 --smoothing 0 --mixup 0 --cutmix 0 \
   --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
   "$@"
-python "$ROOT/scripts/severe/results.py" "charades=$OUTPUT_DIR"
+python "$ROOT/scripts/severe/severe_table.py" "charades=$OUTPUT_DIR"

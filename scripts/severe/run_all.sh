@@ -89,7 +89,7 @@ for cell in $CELLS; do
 done
 mkdir -p "$OUTPUT_DIR"
 echo
-python "$HERE/results.py" "${runs[@]}" --csv "$OUTPUT_DIR/severe.csv" --picture "$OUTPUT_DIR/severe.png"
+python "$HERE/severe_table.py" "${runs[@]}" --csv "$OUTPUT_DIR/severe.csv" --picture "$OUTPUT_DIR/severe.png"
 if ((${#notes[@]})); then
   printf '\nwithout a result:\n'
   printf '  %s\n' "${notes[@]}"

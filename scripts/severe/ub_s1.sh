@@ -34,4 +34,4 @@ require_paths DATA_PATH MODEL_PATH
   --aa rand-m7-n4-mstd0.5-inc1 --reprob 0.25 --smoothing 0.1 --mixup 0.8 --cutmix 1.0 \
   --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
   "$@"
-python "$ROOT/scripts/severe/results.py" "ub_s1=$OUTPUT_DIR"
+python "$ROOT/scripts/severe/severe_table.py" "ub_s1=$OUTPUT_DIR"

@@ -32,4 +32,4 @@ require_paths DATA_PATH DATA_ROOT MODEL_PATH
   --epochs 100 --save_ckpt_freq 20 \
   --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
   "$@"
-python "$ROOT/scripts/severe/results.py" "ucf_rc=$OUTPUT_DIR"
+python "$ROOT/scripts/severe/severe_table.py" "ucf_rc=$OUTPUT_DIR"

@@ -1,6 +1,6 @@
 """The table of the SEVERE benchmark: our results beside those of the paper.
 
-    python scripts/severe/results.py fx_s1=output/severe/fx_s1 ucf_rc=output/severe/ucf_rc [--csv FILE --picture FILE]
+    python scripts/severe/severe_table.py fx_s1=output/fx_s1 ucf_rc=output/ucf_rc [--csv FILE --picture FILE]
 
 Reads the last test in the ``log.txt`` of each folder, and prints a row for each cell that was named. A cell without a
 test is a dash. The mean of ours is there only where all eight cells are.
