@@ -116,11 +116,16 @@ def read_segment(annotation: Annotation, first: int, last: int, side: int) -> np
 
 
 def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -> np.ndarray:
-    """A random run of at least MIN_CYCLES whole cycles of at most `max_frames`, else the shortest: its boundaries."""
+    """A random run of at least MIN_CYCLES whole cycles of at most `max_frames`, else the shortest: its boundaries.
+
+    The number of cycles is drawn first, then where they begin. Were all runs equally likely, most would be short, and
+    the head would rarely meet the small shares of a segment that a cycle has where there are many.
+    """
     begin, end = np.triu_indices(len(bounds), k=MIN_CYCLES)
     length = bounds[end] - bounds[begin] + 1
-    fitting = np.flatnonzero(length <= max(max_frames, length.min()))
-    chosen = fitting[rng.integers(len(fitting))]
+    fits = length <= max(max_frames, length.min())
+    fits &= end - begin == rng.choice(np.unique((end - begin)[fits]))
+    chosen = rng.choice(np.flatnonzero(fits))
     return bounds[begin[chosen] : end[chosen] + 1]
 
 

@@ -94,6 +94,9 @@ def program_of(words):
 
 def parse(words):
     """Have a command understood by what it starts."""
+    if words[:3] == ["python", "-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests")), words
+        return None
     index, program = program_of(words)
     if index is None:
         if "-r" in words:
@@ -103,8 +106,6 @@ def parse(words):
             assert (ROOT / words[1]).is_file() and (ROOT / "scripts" / f"{words[2]}.sh").is_file(), words
         elif "-c" in words:
             compile(words[words.index("-c") + 1], "command", "exec")
-        elif words[:2] == ["python", "-m"] and words[2] == "pytest":
-            assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests")), words
         return None
     if program == "step_cpu_time.py":  # a document writes it
         return None

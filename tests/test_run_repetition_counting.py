@@ -256,6 +256,15 @@ def test_parts_of_a_video_have_whole_cycles():
     assert {tuple(draw_cycles(rng, bounds, 10)) for _ in range(50)} == {(20, 45, 60)}  # the shortest there is
 
 
+def test_every_number_of_cycles_is_as_likely():
+    rng, bounds = np.random.default_rng(0), np.arange(10) * 12
+    drawn = [draw_cycles(rng, bounds, 100) for _ in range(3500)]
+    numbers = np.bincount([len(run) - 1 for run in drawn], minlength=10)
+    assert (numbers[:2] == 0).all() and numbers[9] == 0  # 109 frames
+    np.testing.assert_allclose(numbers[2:9], 500, atol=100)  # 4.8 standard deviations
+    np.testing.assert_allclose(np.bincount([run[0] // 12 for run in drawn if len(run) == 3]), 62, atol=35)
+
+
 def test_a_segment_has_the_frames_that_the_annotation_names(repetitions):
     """Against another decoder; half of them mirrored."""
     videos = AnnotationList(str(repetitions.annotations / "train"), str(repetitions.videos))
