@@ -254,7 +254,7 @@ def test_slurm_directives_ask_for_a_warning_and_a_requeue():
 # Fine-tuning and tests ------------------------------------------------------------------------------------------
 
 FINETUNE, TEST = (sorted((SCRIPTS / folder).glob("*.sh")) for folder in ("finetune", "test"))
-SETS = {"k400": "Kinetics-400", "ssv2": "SSV2", "ucf101": "UCF101", "hmdb51": "HMDB51"}
+SETS = {"k400": "Kinetics-400", "ssv2": "SSV2", "ucf101": "UCF101", "hmdb51": "HMDB51", "gym99": "Gym99"}
 BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
 # lr, layer decay, drop path, head dropout, epochs, total batch; of Kinetics and SSv2 as in the released recipes
 NUMBERS = {
@@ -283,7 +283,7 @@ def test_all_fine_tuning_scripts_are_there():
     models = ["hmdb51_vit_b", "k400_vit_b", "k400_vit_s", "ssv2_vit_b", "ssv2_vit_s", "ucf101_vit_b"]
     assert [path.stem for path in FINETUNE] == [
         *(f"finetune_{name}" for name in models),
-        *(f"linear_probe_{name}_vit_b" for name in ("hmdb51", "k400", "ssv2", "ucf101")),
+        *(f"linear_probe_{name}_vit_b" for name in ("gym99", "hmdb51", "k400", "ssv2", "ucf101")),
     ]
     assert [path.stem for path in TEST] == [f"test_{name}" for name in models]
 
@@ -307,6 +307,31 @@ def test_fine_tuning_script(run, tmp_path, script):
         assert args.opt == "adamw" and (args.aa, args.reprob, args.remode) == ("rand-m7-n4-mstd0.5-inc1", 0.25, "pixel")
     elif args.linear_probe:
         assert gpus * args.batch_size * args.update_freq == 256 and len(args.probe_lrs) * len(args.probe_wds) == 10
+
+
+SEVERE = {  # data set, lr, layer decay, head dropout, epochs, total batch, frames apart
+    "ssv2": ("SSV2", 1e-3, 0.7, 0, 40, 32, 4),
+    "gym99": ("Gym99", 1e-3, 0.7, 0, 40, 32, 4),
+    "ucf101_1k": ("UCF101", 5e-4, 0.7, 0.5, 100, 64, 4),
+    "gym99_1k": ("Gym99", 1e-3, 0.7, 0, 100, 32, 4),
+    "fx_s1": ("FX-S1", 1e-3, 0.7, 0, 100, 32, 4),
+    "ub_s1": ("UB-S1", 1e-3, 0.7, 0, 100, 32, 4),
+    "charades": ("Charades", 1e-3, 0.75, 0.5, 50, 16, 16),
+}
+
+
+@pytest.mark.parametrize("cell", SEVERE)
+def test_severe_script(run, tmp_path, cell):
+    """What SEVERE.md says of the recipes; that the scripts run is in test_severe.py."""
+    args, command = finetune_args(run, tmp_path, SCRIPTS / "severe" / f"{cell}.sh")
+    gpus = int(launcher_option(command, "--nproc_per_node"))
+    total = gpus * args.batch_size * args.update_freq * args.num_sample
+    numbers = (args.lr, args.layer_decay, args.fc_drop_rate, args.epochs, total, args.sampling_rate)
+    assert (args.data_set, *numbers) == SEVERE[cell] and args.model == BASE
+    assert args.examples == (1000 if cell.endswith("_1k") else 0) and args.output_dir == f"output/severe/{cell}"
+    several = cell == "charades"
+    assert (args.mixup, args.cutmix, args.smoothing) == ((0, 0, 0) if several else (0.8, 1, 0.1))
+    assert not args.nb_classes and not args.test_num_segment and not args.test_num_crop and not args.combine_views
 
 
 PROBES = [path for path in FINETUNE if path.stem.startswith("linear_probe")]
