@@ -1,7 +1,7 @@
 """Pretraining teaches: after a short stage 1 in a small world, how an object moves can be learnt from few clips.
 
-The real programs, with the demo teacher. A machine that rounds otherwise gets other weights, so no accuracy is asserted,
-only differences far outside the spread over seeds.
+The real programs, with the demo teacher. A machine that rounds otherwise gets other weights, so no accuracy is
+asserted, only differences far outside the spread over seeds.
 """
 
 import json
@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts" / "mini"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "mini"))
 import make_world
 
+ROOT = Path(__file__).resolve().parents[1]
 DIRECTIONS = make_world.MOTIONS[:4]  # left, right, up, down
 SIZES = (26.0, 44.0)  # of objects, pixels of 64: larger than the default, so that little training is enough
 EPOCHS, WARMUP_STEPS = 4, 60  # of stage 1, 120 steps an epoch
