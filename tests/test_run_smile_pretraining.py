@@ -4,7 +4,6 @@ Most runs are processes of a fork server (fixtures_pretraining.py); some are sta
 """
 
 import io
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fixtures_finetuning import log_of
 from fixtures_pretraining import EPOCHS, NAME, ROOT, STEPS, TINY, TRAIN, last_weights, weights_of
 from tensorboardX.proto.event_pb2 import Event
 
@@ -27,10 +27,6 @@ from modeling_pretrain import MODELS
 
 pytest_plugins = "fixtures_pretraining"
 LONG = ["--epochs", "200", "--stop_epoch", "200", "--save_ckpt_freq", "200"]
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
 
 
 def largest_difference(one, other):
