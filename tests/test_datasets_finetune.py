@@ -1,5 +1,5 @@
 """The classification half of datasets.py: which frames, the views of tests against a separate decoding of each,
-labelled samples, few-shot lists, and the table of data sets.
+labelled samples, and files that are not there.
 """
 
 from collections import Counter
@@ -15,15 +15,7 @@ from torchvision.transforms.functional import resize
 
 import video_transforms
 from datasets import ChunkSampler, VideoList, build_loader
-from datasets_finetune import (
-    DATA_SETS,
-    EvalDataset,
-    FinetuneDataset,
-    ViewReader,
-    dense_indices,
-    few_shot,
-    segment_indices,
-)
+from datasets_finetune import EvalDataset, FinetuneDataset, ViewReader, dense_indices, segment_indices
 from datasets_finetune import test_view_indices as view_indices
 from training import epoch_batches
 from video_transforms import VideoError
@@ -365,86 +357,3 @@ def test_a_long_list_is_looked_through_evenly(clips, tmp_path):
             list_with_missing(clips, tmp_path, 3000, set(missing)).check_files(0.05)
     with pytest.raises(ValueError, match="line 2: .*200 of 200"):
         list_with_missing(clips, tmp_path, 3000, set(range(3000))).check_files(0.05)
-
-
-# Few-shot lists and data sets -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def uneven(tmp_path):
-    """Classes 0, 1 and 2 with 50, 20 and 8 videos, shuffled."""
-    labels = np.random.default_rng(0).permutation([0] * 50 + [1] * 20 + [2] * 8)
-    (tmp_path / "train.csv").write_text("".join(f"video {i}.mp4 {label}\n" for i, label in enumerate(labels)))
-    return VideoList(str(tmp_path / "train.csv"), 3)
-
-
-def content(videos):
-    return [(videos.path(i), int(videos.labels[i])) for i in range(len(videos))]
-
-
-def test_so_many_videos_of_each_class(uneven):
-    for number in (1, 5, 8):
-        part = content(few_shot(uneven, 0, per_class=number))
-        assert Counter(label for _, label in part) == {0: number, 1: number, 2: number}
-        assert part == [line for line in content(uneven) if line in part]  # the list's order, no video twice
-    with pytest.raises(ValueError, match="--samples_per_class 9: class 2 .*train.csv"):
-        few_shot(uneven, 0, per_class=9)
-
-
-def test_so_many_videos_in_all(uneven):
-    part = content(few_shot(uneven, 0, total=30))
-    assert len(set(part)) == 30 and part == [line for line in content(uneven) if line in part]
-    assert len(few_shot(uneven, 0, total=78)) == 78
-    with pytest.raises(ValueError, match="--num_train_videos 79: .*train.csv has 78"):
-        few_shot(uneven, 0, total=79)
-    both = Counter(label for _, label in content(few_shot(uneven, 0, per_class=6, total=10)))
-    assert sum(both.values()) == 10 and max(both.values()) <= 6
-
-
-def test_the_subset_is_fixed_by_the_seed(uneven, tmp_path):
-    one, again, other = (content(few_shot(uneven, seed, per_class=4)) for seed in (7, 7, 8))
-    assert one == again != other
-    few_shot(uneven, 7, per_class=4).write(str(tmp_path / "subset.csv"))
-    assert content(VideoList(str(tmp_path / "subset.csv"), 3)) == one
-    drawn = Counter(path for seed in range(400) for path, _ in content(few_shot(uneven, seed, total=20)))
-    assert len(drawn) == 78 and min(drawn.values()) > 60 and max(drawn.values()) < 150
-
-
-def test_mini_kinetics_lists_may_have_their_released_names(tmp_path):
-    lists = {"train_mini_kinetics.csv": "a.mp4 199", "val_mini_kinetics.csv": "b.mp4 0", "train.csv": "c.mp4 5"}
-    for name, line in lists.items():
-        (tmp_path / name).write_text(line + "\n")
-    read = lambda data_set, name: content(DATA_SETS[data_set].read_list(str(tmp_path), name, 200))
-    assert read("Mini-Kinetics", "train.csv") == [("a.mp4", 199)] and read("Mini-Kinetics", "val.csv") == [("b.mp4", 0)]
-    assert read("Kinetics-400", "train.csv") == [("c.mp4", 5)]  # lists of all of Kinetics may lie beside them
-    for name in lists:
-        if name != "train.csv":
-            (tmp_path / name).unlink()
-    assert read("Mini-Kinetics", "train.csv") == [("c.mp4", 5)]
-
-
-def test_the_table_of_data_sets():
-    """the recipe; the test views of UCF101, HMDB51 and custom sets are VideoMAE's, of Charades the benchmark's."""
-    dense, segments = ("dense", True), ("segments", False)
-    expected = {
-        "Kinetics-400": (400, *dense, 7, 3, "train.csv"),
-        "Mini-Kinetics": (200, *dense, 7, 3, "train.csv"),
-        "SSV2": (174, *segments, 2, 3, "train.csv"),
-        "SSV2-Mini": (174, *segments, 2, 3, "train_mini.csv"),
-        "UCF101": (101, *dense, 5, 3, "train.csv"),
-        "HMDB51": (51, *dense, 5, 3, "train.csv"),
-        "Gym99": (99, *dense, 5, 3, "train.csv"),
-        "Gym288": (288, *dense, 5, 3, "train.csv"),
-        "FX-S1": (11, *dense, 5, 3, "train.csv"),
-        "UB-S1": (15, *dense, 5, 3, "train.csv"),
-        "Diving48": (48, *dense, 5, 3, "train.csv"),
-        "NTU60": (60, *dense, 5, 3, "train.csv"),
-        "Charades": (157, *dense, 10, 3, "train.csv"),
-        "EPIC-verbs": (97, *dense, 5, 3, "train.csv"),
-        "custom": (None, *dense, 5, 3, "train.csv"),
-        "custom-unmirrored": (None, "dense", False, 5, 3, "train.csv"),
-    }
-    assert {
-        name: (s.num_classes, s.sampling, s.flip, s.test_segments, s.test_crops, s.train_list)
-        for name, s in DATA_SETS.items()
-    } == expected
