@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -188,9 +189,10 @@ def test_killed_it_goes_on(prepare, tmp_path):
         pixels = rng.integers(0, 256, (80, 80, 4), dtype=np.uint8)
         save(tmp_path / "in" / "noise" / f"{number:02d}.png", pixels)
     argv = ["cutouts", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "2"]
+    pictures = str(tmp_path / "out" / "**" / "noise" / "*.png")  # glob bears folders that a running program moves away
     for count in (1, 6, 12):
         run = start(prepare_objects.main, argv)
-        while run.is_alive() and len(list((tmp_path / "out").rglob("noise/*.png"))) < count:
+        while run.is_alive() and len(glob(pictures, recursive=True, include_hidden=True)) < count:
             time.sleep(0.001)
         run.kill()
         run.join()
