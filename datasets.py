@@ -16,22 +16,23 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from masking_generator import MaskGenerator
 from object_overlay import IMAGE_SUFFIXES, ObjectOverlay
 from utils import RunError, logger
-from video_transforms import Background, Clip, VideoError
+from video_reader import Clip, VideoError
+from video_transforms import Background
 
 MAX_BAD_IN_A_ROW = 20
-SPEED_PROGRAM = str(Path(__file__).with_name("video_speed.py"))
+CHECK_PROGRAM = str(Path(__file__).with_name("video_check.py"))
 Key = tuple[int, int]  # epoch, index
 
 
@@ -167,26 +168,27 @@ def find_images(folder: str) -> VideoList:
     return VideoList.of(folder, paths)
 
 
-class SpeedCheck:
-    """Looks at some videos of a list, evenly over it, while the program is being built, and warns of slow ones.
+class VideoCheck:
+    """Looks at some videos of a list, evenly over it, while networks are being built; warns of wrong and of slow ones.
 
-    The look happens in a process of its own (video_speed.py), as there are files on which the decoder hangs.
+    The look happens in a process of its own (video_check.py), as there are files on which the decoder hangs.
 
     Args:
         size: side of the clips, pixels.
-        count: videos to look at.
+        reader: of videos, one of READERS.
+        count: videos to look at, or as many as there is time for.
         seconds: time for all of them together.
     """
 
-    def __init__(self, videos: VideoList, size: int, count: int = 20, seconds: float = 10):
+    def __init__(self, videos: VideoList, size: int, reader: str = "pyav", count: int = 20, seconds: float = 15):
         looked = np.unique(np.linspace(0, len(videos) - 1, count).astype(int))
         self.source, self.paths = videos.source, [videos.path(index) for index in looked]
         self.seconds, self.end = seconds, time.monotonic() + seconds
-        command = [sys.executable, SPEED_PROGRAM, str(size), *self.paths]
+        command = [sys.executable, CHECK_PROGRAM, str(size), reader, *self.paths]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def tell(self) -> None:
-        """Warn of slow videos, once the process has come to its end or been given one."""
+        """Warn of what was found, once the process has come to its end or been given one."""
         try:
             answers, _ = self.process.communicate(timeout=max(0, self.end - time.monotonic()))
             lost = f"the process that read it ended with code {self.process.returncode}"
@@ -194,19 +196,19 @@ class SpeedCheck:
             self.process.kill()
             answers, _ = self.process.communicate()
             lost = f"{self.seconds:g} s were not enough to come to its end (slow storage, or the decoder hangs on it)"
-        reasons = [json.loads(line) for line in answers.splitlines()]
-        slow = [(path, "; ".join(why)) for path, why in zip(self.paths, reasons) if why]
-        if len(reasons) < len(self.paths):
-            slow.append((self.paths[len(reasons)], lost))
-        if slow:
-            logger.warning(
-                "%s: %d of %d videos looked at are slow to load, such as %s: %s. scripts/data/check_videos.py finds "
-                "all of them, scripts/data/resize_videos.py makes them fast (DATASET.md)",
-                self.source,
-                len(slow),
-                len(self.paths),
-                *slow[0],
-            )
+        whole = answers.endswith("end\n")
+        found = [json.loads(line) for line in answers.removesuffix("end\n").splitlines()]
+        wrong = [(path, what["wrong"]) for path, what in zip(self.paths, found) if what["wrong"]]
+        slow = [(path, "; ".join(what["slow"])) for path, what in zip(self.paths, found) if what["slow"]]
+        if not whole:
+            slow.append((self.paths[len(found)], lost))
+        for what, paths in (("give wrong frames", wrong), ("are slow to load", slow)):
+            if paths:
+                logger.warning(
+                    "%s: %d of %d videos looked at %s, such as %s: %s. scripts/data/check_videos.py finds all of them, "
+                    "scripts/data/resize_videos.py mends them (DATASET.md)",
+                    *(self.source, len(paths), len(found) + (not whole), what, *paths[0]),
+                )
 
 
 # Samples --------------------------------------------------------------------------------------------------------
@@ -278,9 +280,6 @@ def read_or_replace(
     raise RunError(f"{videos.source}: {len(bad)} videos in a row could not be read, the first: {first}")
 
 
-# Pretraining ----------------------------------------------------------------------------------------------------
-
-
 class VideoDataset(Dataset):
     """Samples of the videos of a list."""
 
@@ -288,6 +287,33 @@ class VideoDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.videos)
+
+
+class VideoStream(IterableDataset):
+    """Samples of some videos of a list, one video after the other; each worker of a loader has its share of the videos.
+
+    Args:
+        mine: lines of the list.
+    """
+
+    def __init__(self, videos: VideoList, mine: Sequence[int]):
+        self.videos, self.mine = videos, mine
+
+    def samples(self, index: int) -> Iterator[Any]:
+        """The samples of a video, dictionaries with `index` and, True in the last one, `last`."""
+        raise NotImplementedError
+
+    def shares(self, workers: int) -> list[Sequence[int]]:
+        """Which videos each worker reads."""
+        return [self.mine[worker::workers] for worker in range(workers)]
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        for index in self.shares(worker.num_workers)[worker.id] if worker else self.mine:
+            yield from self.samples(index)
+
+
+# Pretraining ----------------------------------------------------------------------------------------------------
 
 
 class PretrainDataset(VideoDataset):

@@ -1,17 +1,20 @@
 """Videos with annotated repetitions: UCFRep's .mat files, whole segments to count, parts of them to train on."""
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+import torch
 from scipy.io import loadmat
 
-from datasets import Key, VideoDataset, VideoList, sample_rng
+from datasets import Key, VideoDataset, VideoList, VideoStream, sample_rng
 from modeling_counting import MIN_CYCLES
 from utils import RunError
-from video_transforms import VideoError, read_frames, resize
+from video_reader import VideoError, read_clip
+from video_transforms import resize
 
 SPARE_FRAMES = 5  # decoders disagree on the last few frames of a file
 
@@ -90,17 +93,17 @@ class AnnotationList(VideoList):
         return self._annotations[self.path(index)]
 
 
-def pad_to_square(frames: np.ndarray, side: int) -> np.ndarray:
-    """Resize so that the long side is `side`, black around: uint8 ``[T, H, W, 3]`` → ``[T, side, side, 3]``."""
-    shrink = side / max(frames.shape[1:3])
-    height, width = (min(side, max(1, round(length * shrink))) for length in frames.shape[1:3])
-    square = np.zeros((len(frames), side, side, 3), np.uint8)
+def pad_to_square(frame: np.ndarray, side: int) -> np.ndarray:
+    """Resize so that the long side is `side`, black around: uint8 ``[H, W, 3]`` → ``[side, side, 3]``."""
+    shrink = side / max(frame.shape[:2])
+    height, width = (min(side, max(1, round(length * shrink))) for length in frame.shape[:2])
+    square = np.zeros((side, side, 3), np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
-    square[:, top : top + height, left : left + width] = resize(frames, height, width)
+    square[top : top + height, left : left + width] = resize(frame[None], height, width)[0]
     return square
 
 
-def read_segment(annotation: Annotation, first: int, last: int, side: int) -> np.ndarray:
+def read_segment(annotation: Annotation, first: int, last: int, side: int, reader: str) -> np.ndarray:
     """Frames `first` to `last` of a video, square, uint8 ``[F, side, side, 3]``.
 
     Raises:
@@ -112,7 +115,7 @@ def read_segment(annotation: Annotation, first: int, last: int, side: int) -> np
             raise VideoError(f"annotated up to frame {annotation.last + 1}, but it has {total}")
         return np.arange(first, last + 1).clip(max=total - 1)
 
-    return pad_to_square(read_frames(annotation.video, choose), side)
+    return read_clip(annotation.video, choose, reader, lambda frame: pad_to_square(frame, side)).frames
 
 
 def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -> np.ndarray:
@@ -134,8 +137,11 @@ class TrainSegments(VideoDataset):
 
     videos: AnnotationList
 
-    def __init__(self, videos: AnnotationList, per_video: int, max_frames: int, side: int, seed: int):
+    def __init__(
+        self, videos: AnnotationList, per_video: int, max_frames: int, side: int, seed: int, reader: str = "pyav"
+    ):
         self.videos, self.per_video, self.max_frames, self.side, self.seed = videos, per_video, max_frames, side, seed
+        self.reader = reader
 
     def __len__(self) -> int:
         return self.per_video * len(self.videos)
@@ -144,7 +150,7 @@ class TrainSegments(VideoDataset):
         rng, annotation = sample_rng(self.seed, *key), self.videos[key[1]]
         bounds = draw_cycles(rng, annotation.bounds, self.max_frames)
         try:
-            frames = read_segment(annotation, bounds[0], bounds[-1], self.side)
+            frames = read_segment(annotation, bounds[0], bounds[-1], self.side, self.reader)
         except VideoError as error:
             raise RunError(f"{annotation.video}: {error}") from error
         if rng.random() < 0.5:
@@ -173,17 +179,20 @@ def collate_segments(samples: list[dict[str, Any]]) -> SegmentBatch:
     }
 
 
-class WholeSegments(VideoDataset):
-    """The annotated parts of videos, to be counted: (number, uint8 ``[F, S, S, 3]``, why it could not be read)."""
+class WholeSegments(VideoStream):
+    """The annotated parts of videos, to be counted: `frames` uint8 ``[F, S, S, 3]``, `error` why there are none."""
 
     videos: AnnotationList
 
-    def __init__(self, videos: AnnotationList, side: int):
-        self.videos, self.side = videos, side
+    def __init__(self, videos: AnnotationList, mine: Sequence[int], side: int, reader: str = "pyav"):
+        super().__init__(videos, mine)
+        self.side, self.reader = side, reader
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray, str]:
+    def samples(self, index: int) -> Iterator[dict[str, Any]]:
         annotation = self.videos[index]
+        frames, error = np.empty(0, np.uint8), ""
         try:
-            return index, read_segment(annotation, annotation.first, annotation.last, self.side), ""
-        except VideoError as error:
-            return index, np.empty(0, np.uint8), f"{annotation.video}: {error}"
+            frames = read_segment(annotation, annotation.first, annotation.last, self.side, self.reader)
+        except VideoError as unreadable:
+            error = f"{annotation.video}: {unreadable}"
+        yield {"index": index, "frames": torch.from_numpy(frames), "error": error, "last": True}

@@ -5,16 +5,17 @@ to be remembered. Lists and decoding are in datasets.py.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 
-from datasets import Key, Sample, VideoDataset, VideoList, check_class, read_or_replace, sample_rng
+from datasets import Key, Sample, VideoDataset, VideoList, VideoStream, check_class, read_or_replace, sample_rng
 from utils import RunError
-from video_transforms import Clip, VideoError, read_clip, read_frames
+from video_reader import Clip, InexactError, VideoError, open_video, read_clip
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
 ACTION = re.compile(r"(\d+):(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")  # class, from and to which second
@@ -120,12 +121,12 @@ class ActionList(VideoList):
         """The classes seen between the first and the last frame of a clip, 0 or 1, float32 ``[C]``.
 
         Raises:
-            RunError: the video has no frame rate.
+            RunError: the video has neither time stamps nor a frame rate.
         """
-        if not clip.rate > 0:
-            remedy = "scripts/data/resize_videos.py writes one"
-            raise RunError(f"{self.path(index)} has no frame rate, which labels in seconds need; {remedy}")
-        return self.label_between(index, clip.indices[0] / clip.rate, clip.indices[-1] / clip.rate)
+        if not np.isfinite(clip.seconds).all():
+            remedy = "scripts/data/resize_videos.py writes them"
+            raise RunError(f"{self.path(index)} has no time stamps, which labels in seconds need; {remedy}")
+        return self.label_between(index, clip.seconds[0], clip.seconds[-1])
 
     def label_between(self, index: int, start: float, end: float) -> np.ndarray:
         """The classes seen at any moment from one second to another, 0 or 1, float32 ``[C]``."""
@@ -244,6 +245,7 @@ class FinetuneDataset(VideoDataset):
     Args:
         sampling: ``dense`` (frames `stride` apart) or ``segments``.
         num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
+        reader: of videos, one of READERS.
     """
 
     def __init__(
@@ -255,8 +257,9 @@ class FinetuneDataset(VideoDataset):
         stride: int = 4,
         num_views: int = 1,
         seed: int = 0,
+        reader: str = "pyav",
     ):
-        self.videos, self.augment, self.sampling = videos, augment, sampling
+        self.videos, self.augment, self.sampling, self.reader = videos, augment, sampling, reader
         self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
 
     def __getitem__(self, key: Key) -> Sample:
@@ -267,7 +270,7 @@ class FinetuneDataset(VideoDataset):
                 return segment_indices(rng, total, self.num_frames)
             return dense_indices(rng, total, self.num_frames, self.stride)
 
-        found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: read_clip(path, choose))
+        found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: read_clip(path, choose, self.reader))
         clips = np.stack([self.augment(rng, found.frames) for _ in range(self.num_views)])
         return {
             "clips": clips,
@@ -279,23 +282,32 @@ class FinetuneDataset(VideoDataset):
         }
 
 
-class EvalSample(TypedDict):
-    """A video of a validation or test list, with all its views."""
+class Span(NamedTuple):
+    """When a temporal view of a video is shown."""
 
-    index: int
-    views: torch.Tensor  # uint8 [V, 3, T, H, W]
-    error: str  # why it could not be read; then `views` is empty
+    start: float  # second of its first frame
+    end: float  # second of the frame that would follow its last one
+    rate: float  # frames a second of the whole video, on average; NaN of a single frame
+    frames: int  # of the whole video
+
+
+class View(NamedTuple):
+    """A temporal view of a video, with all its crops."""
+
+    clips: np.ndarray  # uint8 [crops, T, size, size, 3]
+    span: Span
 
 
 @dataclass(frozen=True)
 class ViewReader:
-    """Reads all views of a video, decoding it once; nothing is random.
+    """Reads the views of a video one after the other, decoding it once; nothing is random.
 
     Args:
         sampling: ``dense`` or ``segments``.
         segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
         size: side of the views, pixels.
         short_side: what the short side is resized to before cropping, at least `size`; 0: `size`.
+        reader: of videos, one of READERS.
     """
 
     sampling: str
@@ -305,42 +317,132 @@ class ViewReader:
     num_frames: int = 16
     stride: int = 4
     short_side: int = 0
+    reader: str = "pyav"
 
-    def frame_indices(self, total: int) -> np.ndarray:
-        """Frames of each temporal view, ``[segments, T]``."""
+    def frame_indices(self, seconds: np.ndarray) -> np.ndarray:
+        """Frames of each temporal view, ``[V, T]``, in a video whose frames are shown at `seconds` ``[total]``."""
+        total = len(seconds)
         if self.segments:
             return test_view_indices(total, self.num_frames, self.stride, self.segments, self.sampling)
         if self.sampling == "segments":
             return segment_indices(None, total, self.num_frames)[None]
         return dense_indices(None, total, self.num_frames, self.stride)[None]
 
-    def __call__(self, path: str) -> torch.Tensor:
-        """uint8 ``[segments * crops, 3, T, size, size]``, the crops of a segment side by side.
+    def squares(self, frame: np.ndarray) -> np.ndarray:
+        """The crops of a frame ``[H, W, 3]``, uint8 ``[crops, size, size, 3]``."""
+        small = short_side_resize(frame[None], self.short_side or self.size)
+        return np.concatenate([long_side_crop(small, self.size, crop, self.crops) for crop in range(self.crops)])
+
+    def views(self, path: str) -> Iterator[View]:
+        """The temporal views of a video, one after the other.
 
         Raises:
             VideoError: unreadable.
         """
-        views: list[np.ndarray] = []
-
-        def choose(total: int) -> np.ndarray:
-            views.append(self.frame_indices(total))
-            return np.unique(views[0])
-
-        frames = short_side_resize(read_frames(path, choose), self.short_side or self.size)
-        where = np.searchsorted(np.unique(views[0]), views[0])  # [segments, T]
-        squares = [long_side_crop(frames, self.size, crop, self.crops) for crop in range(self.crops)]
-        clips = np.stack([square[window] for window in where for square in squares])
-        return torch.from_numpy(clips).permute(0, 4, 1, 2, 3)
-
-
-class EvalDataset(VideoDataset):
-    """Videos to be judged, each with all its views."""
-
-    def __init__(self, videos: VideoList, read_views: ViewReader):
-        self.videos, self.read_views = videos, read_views
-
-    def __getitem__(self, index: int) -> EvalSample:
+        given = 0
         try:
-            return {"index": index, "views": self.read_views(self.videos.path(index)), "error": ""}
+            for view in self.views_of(path, in_order=False):
+                given += 1
+                yield view
+        except InexactError:
+            if given:
+                raise
+            yield from self.views_of(path, in_order=True)
+
+    def views_of(self, path: str, in_order: bool) -> Iterator[View]:
+        """See views. Frames are cropped as they are decoded, and kept as long as a view needs them."""
+        with open_video(path, self.reader, in_order) as video:
+            views = self.frame_indices(video.seconds)
+            last_view = {index: number for number, view in enumerate(views.tolist()) for index in view}
+            wanted = np.unique(views)
+            kept: dict[int, np.ndarray] = {}
+            done = 0
+            for index, frame in zip(wanted.tolist(), video.frames(wanted)):
+                kept[index] = self.squares(frame)
+                while done < len(views) and views[done].max() <= index:
+                    clips = np.stack([kept[needed] for needed in views[done].tolist()], axis=1)
+                    yield View(clips, self.span(video.seconds, views[done]))
+                    done += 1
+                    kept = {needed: squares for needed, squares in kept.items() if last_view[needed] >= done}
+
+    def span(self, seconds: np.ndarray, frames: np.ndarray) -> Span:
+        """When a view of these frames ``[T]`` is shown; a frame after the video's last counts by the average rate."""
+        total, after = len(seconds), int(frames[-1]) + self.stride
+        length = float(seconds[-1] - seconds[0])
+        rate = (total - 1) / length if length > 0 else float("nan")
+        beyond = (after - total + 1) / rate if after >= total and rate > 0 else 0.0
+        return Span(float(seconds[frames[0]]), float(seconds[min(after, total - 1)]) + beyond, rate, total)
+
+    def __call__(self, path: str) -> torch.Tensor:
+        """All views at once, uint8 ``[V * crops, 3, T, size, size]``, the crops of a temporal view side by side.
+
+        Raises:
+            VideoError: unreadable.
+        """
+        return as_views([clip for view in self.views(path) for clip in view.clips])
+
+
+@dataclass(frozen=True)
+class WindowReader(ViewReader):
+    """Reads a window of a video every `every` frames, or seconds, from its start to its end.
+
+    Windows are ``num_frames * stride`` frames long, and those that do not fit are left out; of a shorter video there is
+    one, which repeats the last frame.
+
+    Args:
+        every: distance of two windows.
+        in_seconds: whether it is in seconds: window k then begins with the frame shown at second k * `every`.
+    """
+
+    every: float = 16
+    in_seconds: bool = False
+
+    def frame_indices(self, seconds: np.ndarray) -> np.ndarray:
+        total = len(seconds)
+        starts = np.arange(max(total - self.num_frames * self.stride, 0) + 1)
+        if self.in_seconds:
+            moments = seconds[0] + self.every * np.arange(int((seconds[-1] - seconds[0]) / self.every) + 1)
+            shown = np.searchsorted(seconds, moments + 1e-6, side="right") - 1  # stamps are rounded
+            starts = shown[shown <= starts[-1]]
+        else:
+            starts = starts[:: int(self.every)]
+        return (starts[:, None] + self.stride * np.arange(self.num_frames)).clip(max=total - 1)
+
+
+def as_views(clips: list[np.ndarray]) -> torch.Tensor:
+    """Clips uint8 ``[T, H, W, 3]`` → ``[V, 3, T, H, W]``, colour innermost in memory."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
+
+
+class EvalSample(TypedDict):
+    """A part of the views of a video; its parts come in a row."""
+
+    index: int
+    views: torch.Tensor  # uint8 [V, 3, T, H, W]
+    spans: list[Span]  # of each view
+    error: str  # why the video could not be read; then there are no views
+    last: bool  # nothing of this video follows
+
+
+class EvalDataset(VideoStream):
+    """Videos to be judged, with all their views, `part` of them at a time."""
+
+    def __init__(self, videos: VideoList, mine: Sequence[int], read_views: ViewReader, part: int):
+        super().__init__(videos, mine)
+        self.read_views, self.part = read_views, part
+
+    def samples(self, index: int) -> Iterator[EvalSample]:
+        clips: list[np.ndarray] = []
+        spans: list[Span] = []
+        try:
+            for view in self.read_views.views(self.videos.path(index)):
+                clips += list(view.clips)
+                spans += [view.span] * len(view.clips)
+                while len(clips) > self.part:
+                    part = as_views(clips[: self.part])
+                    yield {"index": index, "views": part, "spans": spans[: self.part], "error": "", "last": False}
+                    del clips[: self.part], spans[: self.part]
+            yield {"index": index, "views": as_views(clips), "spans": spans, "error": "", "last": True}
         except VideoError as error:
-            return {"index": index, "views": torch.empty(0, dtype=torch.uint8), "error": str(error)}
+            empty = torch.empty(0, dtype=torch.uint8)
+            yield {"index": index, "views": empty, "spans": [], "error": str(error), "last": True}

@@ -3,45 +3,56 @@
 What the scores amount to, and the files of a test, are in metrics.py.
 """
 
-import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-from datasets import VideoList, init_worker
-from datasets_finetune import EvalDataset, EvalSample, ViewReader
+from datasets import VideoList, VideoStream, init_worker
+from datasets_finetune import EvalDataset, EvalSample, Span, ViewReader
 from metrics import ONE_LABEL, Task, VideoScore, combine_views, gather_scores, judge
 from modeling_probe import Encoder, MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
 from utils import RunError, RunLog, SharedError, logger, progress, rank, warn_once, world_size
-from video_transforms import VideoError, channel_stats, normalize_clips
+from video_transforms import channel_stats, normalize_clips
 
 
-def unbatched(loader: DataLoader, order: Sequence[int], videos: VideoList) -> Iterator:
+def stream_samples(stream: VideoStream, num_workers: int, timeout: float) -> Iterator[Any]:
     """The samples of a validation or test; a worker that hangs or dies stops the run with the videos it may have had.
 
     Args:
-        order: what the loader's sampler gives.
+        timeout: seconds to wait for a sample.
     Raises:
         RunError: it hung, died, or raised.
     """
-    samples, ahead = iter(loader), max(1, loader.num_workers * (loader.prefetch_factor or 1))
-    for place in itertools.count():
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=init_worker,
+        timeout=timeout if num_workers else 0,
+    )
+    samples, done = iter(loader), set[int]()
+    while True:
         try:
             sample = next(samples)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            flying = deque([index] for index in order[place : place + ahead])
-            raise loader_failure(error, flying, videos) from error
+            ahead = ([index for index in share if index not in done] for share in stream.shares(max(1, num_workers)))
+            raise loader_failure(
+                error, deque([share[:1] for share in ahead]), stream.videos, hung=num_workers
+            ) from error
         yield sample
+        if sample["last"]:
+            done.add(sample["index"])
 
 
 @dataclass
@@ -55,6 +66,7 @@ class Evaluator:
         output_dir: where the first process writes the scores of a test; empty: nowhere.
         classes: their names, if known.
         task: what labels mean.
+        batch_size: views in one forward pass.
     """
 
     device: torch.device
@@ -68,6 +80,7 @@ class Evaluator:
     output_dir: str = ""
     classes: list[str] | None = None
     task: Task = ONE_LABEL
+    batch_size: int = 16
 
     def __post_init__(self):
         self.norm = channel_stats("imagenet", self.device)
@@ -77,44 +90,43 @@ class Evaluator:
     ) -> Iterator[EvalSample]:
         """These lines of a list, or this process's share of it: over all processes every video comes once."""
         mine = range(rank(), len(videos), world_size()) if mine is None else mine
-        loader = DataLoader(
-            EvalDataset(videos, read_views),
-            batch_size=None,
-            sampler=mine,
-            num_workers=self.num_workers,
-            worker_init_fn=init_worker,
-            timeout=self.timeout if self.num_workers else 0,
-        )
-        return unbatched(loader, mine, videos)
+        stream = EvalDataset(videos, mine, read_views, self.batch_size)
+        return stream_samples(stream, self.num_workers, self.timeout)
+
+    def scores(self, model: nn.Module, samples: Iterable[EvalSample], title: str) -> list[VideoScore]:
+        """Class probabilities of each view of each video of this process."""
+        return list(self.each_score(model, samples, title, self.task.probabilities))
 
     @torch.inference_mode()
-    def scores(
+    def each_score(
         self,
         model: nn.Module,
         samples: Iterable[EvalSample],
         title: str,
-        batch_size: int = 16,
-        finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> list[VideoScore]:
-        """Class probabilities of each view of each video of this process.
+        finish: Callable[[torch.Tensor], torch.Tensor] = lambda outputs: outputs,
+    ) -> Iterator[VideoScore]:
+        """What the model says of each video, as soon as all of its views have been seen.
 
-        One video at a time, so that its scores do not depend on which other videos share its batch.
+        Views of different videos never share a batch, so that a video's scores depend on nothing else.
 
         Args:
-            batch_size: views a forward pass.
-            finish: what turns the model's output into scores; None: the task's probabilities.
+            finish: turns the model's output into scores.
         """
         model.eval()
-        finish = finish or self.task.probabilities
-        scores = []
-        for sample in progress(samples, title):
-            outputs = [torch.empty(0)]
-            for views in sample["views"].split(batch_size) if not sample["error"] else ():
-                clips = normalize_clips(views.to(self.device, non_blocking=True), *self.norm)
+        outputs: dict[int, list[torch.Tensor]] = {}
+        spans: dict[int, list[Span]] = {}
+        for sample in progress(samples, title, "views", lambda sample: len(sample["views"])):
+            index = sample["index"]
+            if not sample["error"]:
+                clips = normalize_clips(sample["views"].to(self.device, non_blocking=True), *self.norm)
                 with autocast(self.device, self.precision):
-                    outputs.append(finish(model(clips).float()).cpu())
-            scores.append(VideoScore(sample["index"], torch.cat(outputs[1:] or outputs).numpy(), sample["error"]))
-        return scores
+                    outputs.setdefault(index, []).append(finish(model(clips).float()).cpu())
+                spans.setdefault(index, []).extend(sample["spans"])
+            if sample["last"]:
+                views, times = outputs.pop(index, []), spans.pop(index, [])
+                if sample["error"]:
+                    views, times = [torch.empty(0)], []
+                yield VideoScore(index, torch.cat(views).numpy(), sample["error"], times)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Metrics of val.csv on centre clips; of probes, those of the best one, which the model then remembers."""
@@ -146,7 +158,7 @@ class Evaluator:
         """
 
         def features(videos: VideoList, title: str) -> list[VideoScore]:
-            return self.scores(MeanTokens(encoder), self.loader(videos, self.val_views), title, finish=lambda x: x)
+            return list(self.each_score(MeanTokens(encoder), self.loader(videos, self.val_views), title))
 
         test = self.read_list("test.csv")
         train_scores = gather_scores(features(train, "train features"), everywhere=True)
@@ -183,11 +195,9 @@ class Evaluator:
         Raises:
             RunError: it cannot be read.
         """
-        try:
-            views = self.test_views(path)
-        except VideoError as error:
-            raise RunError(f"--predict {path}: {error}") from error
-        score = self.scores(model, [{"index": 0, "views": views, "error": ""}], "predict")[0]
+        [score] = self.scores(model, self.loader(VideoList.of("--predict", [path]), self.test_views, [0]), "predict")
+        if score.error:
+            raise RunError(f"--predict {path}: {score.error}")
         score = score.of_probe(model.best_probe) if isinstance(model, ProbedEncoder) else score
         [combined] = combine_views([score], self.num_classes, self.task.combine)
         for label in np.argsort(-combined)[:5]:

@@ -5,6 +5,7 @@ differs where videos have several labels.
 """
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from datasets import VideoList
+from datasets_finetune import Span
 from utils import broadcast, cpu_group, rank, warn_once, world_size
 
 
@@ -22,12 +24,14 @@ from utils import broadcast, cpu_group, rank, warn_once, world_size
 class VideoScore:
     """What a model says of a video: its line in the list and class probabilities of its views.
 
-    `views` is ``[V, C]``, or ``[V, P, C]`` from P probes; without rows if the video could not be read.
+    `views` is ``[V, C]``, or ``[V, P, C]`` from P probes; without rows if the video could not be read. `spans`: when
+    each view is shown.
     """
 
     index: int
     views: np.ndarray
     error: str = ""
+    spans: Sequence[Span] = ()
 
     def of_probe(self, p: int) -> "VideoScore":
         """The scores that probe `p` gives."""

@@ -12,6 +12,7 @@ import torch
 
 from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule
 from utils import RunError, SharedError, warn_once
+from video_reader import READERS
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     data.add_argument("--num_frames", type=int, default=16, help="frames a clip")
     data.add_argument("--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next")
     data.add_argument("--input_size", type=int, default=224, help="clip side, pixels")
+    data.add_argument("--reader", choices=READERS, default="pyav", help="decoder of the videos; decord: as released")
     data.add_argument("--num_workers", type=int, default=10, help="loader processes a GPU")
     data.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches")
     data.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 import options
 import utils
 from checkpoints import Position, find_resume, load_encoder, load_strictly, local_path, lock_folder, restore
-from datasets import ChunkSampler, SpeedCheck, VideoList, build_loader
+from datasets import ChunkSampler, VideoCheck, VideoList, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, train_one_epoch
@@ -95,9 +95,8 @@ def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
     data_set, videos = DATA_SETS[args.data_set], train_videos(args)
     policy = "" if is_probe(args) else args.aa
     augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation, args.crop_area)
-    return FinetuneDataset(
-        videos, augment, data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed
-    )
+    clips = (data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed, args.reader)
+    return FinetuneDataset(videos, augment, *clips)
 
 
 def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
@@ -107,7 +106,7 @@ def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
     segments, crops = views if test else (0, 1)
     short_side = args.short_side_size if test else 0
     frames = (args.num_frames, args.sampling_rate)
-    return ViewReader(data_set.sampling, segments, crops, args.input_size, *frames, short_side)
+    return ViewReader(data_set.sampling, segments, crops, args.input_size, *frames, short_side, args.reader)
 
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
@@ -198,7 +197,7 @@ def train(
     total_batch = args.batch_size * args.num_sample * args.update_freq * utils.world_size()
     with utils.user_errors():
         dataset = build_train_set(args)
-        speed = SpeedCheck(dataset.videos, args.input_size) if utils.rank() == 0 else None
+        look = VideoCheck(dataset.videos, args.input_size, args.reader) if utils.rank() == 0 else None
         sampler = ChunkSampler(
             len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
         )
@@ -232,8 +231,8 @@ def train(
     pin_memory = args.pin_mem and device.type == "cuda"
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
     criterion, augment = build_loss(args, evaluator.norm)
-    if speed:
-        speed.tell()
+    if look:
+        look.tell()
 
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
     with Run(settings, position, loader, stepper, contents) as run:
@@ -283,7 +282,11 @@ def main(args: argparse.Namespace) -> int:
         model = build_model(args).to(device)
     encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
+        watched = args.eval and utils.rank() == 0
+        look = VideoCheck(read_list(args, "test.csv"), args.input_size, args.reader) if watched else None
         load_for_test(args, model)
+        if look:
+            look.tell()
         return evaluator.predict(model, args.predict) if args.predict else evaluator.test(model)
     if args.finetune:
         load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)

@@ -2,8 +2,14 @@
 
 Features are the encoder's tokens after its last block, as the probes see them: ``[V, D]`` for each video (their mean),
 ``[V, t, D]`` (their mean in each time step) or ``[V, N, D]`` (all of them), V views. So many lines of the list share a
-file ``features-00000.npy``, one row each, in the list's order; ``index.csv`` names file and row of every video. A video
-that cannot be read is a row of NaN. The same command, started again, computes the files that are missing.
+file ``features-00000.npy``, one row each, in the list's order; ``index.csv`` names file and row of every video, and the
+seconds that its views show. A video that cannot be read is a row of NaN.
+
+--stride N or --stride_seconds S is for temporal localisation: a window every N frames or S seconds, from the start to
+the end of each video, ``[n_windows, D]`` in a file of its own, ``<name>.npy``. ``index.csv`` then has a line for each
+window, and ``windows.json`` what localisation code asks for: frames a window, stride, rate and length of each video.
+
+The same command, started again, computes the files that are missing.
 """
 
 import argparse
@@ -11,8 +17,10 @@ import csv
 import hashlib
 import json
 import os
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,8 +28,8 @@ import torch.nn as nn
 
 import utils
 from checkpoints import check_kind, load_encoder, local_path, lock_folder
-from datasets import VideoList
-from datasets_finetune import ViewReader
+from datasets import VideoCheck, VideoList
+from datasets_finetune import Span, ViewReader, WindowReader
 from evaluation import Evaluator
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
@@ -31,8 +39,10 @@ from utils import RunError, SharedError, logger
 
 # What must not change between a run and another one that goes on with it.
 CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
-SETTINGS = ("data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", *CLIP)
-COLUMNS = ("video", "path", "label", "file", "row", "error")
+SETTINGS = (
+    "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
+)  # fmt: skip
+COLUMNS = ("video", "path", "label", "file", "row", "start", "end", "rate", "frames", "error")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +53,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--sampling", choices=("dense", "segments"), default="dense", help="segments: as SSv2 is trained")
     data.add_argument("--num_segment", type=int, default=1, help="views in time; 1: the centre")
     data.add_argument("--num_crop", type=int, default=1, help="views in space; 1: the centre")
+    data.add_argument("--stride", type=int, default=0, help="a window every so many frames of the whole video; 0: no")
+    data.add_argument("--stride_seconds", type=float, default=0.0, help="the same in seconds")
 
     model = parser.add_argument_group("model")
     names = ", ".join(MODELS)
@@ -62,6 +74,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     precisions = ("auto", *DTYPES)
     run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     return parser.parse_args(argv)
+
+
+def is_windows(args: argparse.Namespace) -> bool:
+    """Whether the features of each video are those of windows all over it."""
+    return bool(args.stride or args.stride_seconds)
 
 
 class Features(nn.Module):
@@ -90,6 +107,10 @@ def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     for name in ("num_segment", "num_crop", "shard_size", "batch_size", "sampling_rate"):
         if getattr(args, name) < 1:
             raise SharedError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.stride < 0 or args.stride_seconds < 0 or (args.stride and args.stride_seconds):
+        raise SharedError("--stride and --stride_seconds: give one of them, above 0")
+    if is_windows(args) and (args.num_segment, args.num_crop, args.sampling, args.format) != (1, 1, "dense", "npy"):
+        raise SharedError("--stride: windows are dense and central, in .npy files; leave out the options of views")
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     with utils.user_errors():
         token_grid(args.num_frames, args.input_size, args.input_size)
@@ -117,6 +138,27 @@ def check_settings(args: argparse.Namespace, precision: str) -> None:
         file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file that is whole or not there."""
+    draft = path.with_suffix(".tmp")
+    with open(draft, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def index_part(path: Path) -> Path:
+    """The part of the index that belongs to a file of features."""
+    return path.with_suffix(".csv")
+
+
+def write_part(path: Path, rows: list[list]) -> None:
+    """Write a part of the index."""
+    with open(index_part(path), "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
 def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: tuple[int, ...], dtype: str) -> None:
     """Write a shard, after its part of the index: a shard that is there is whole.
 
@@ -129,29 +171,94 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
     for row, score in zip(rows, scores):
         if not score.error:
             row[:] = score.views
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
-        for row, (score, video, label) in enumerate(zip(scores, paths, labels)):
-            csv.writer(file).writerow([score.index, video, label, path.name, row, score.error])
-    draft = path.with_suffix(".tmp")
-    with open(draft, "wb") as file:
-        if path.suffix == ".npz":
-            np.savez(file, features=rows, labels=labels, paths=paths)
-        else:
-            np.save(file, rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    lines = []
+    for row, (score, video, label) in enumerate(zip(scores, paths, labels)):
+        spans = score.spans or [Span(np.nan, np.nan, np.nan, 0)]
+        shown = (min(span.start for span in spans), max(span.end for span in spans), *spans[0][2:])
+        lines.append([score.index, video, label, path.name, row, *shown, score.error])
+    write_part(path, lines)
+    if path.suffix == ".npz":
+        write_whole(path, lambda file: np.savez(file, features=rows, labels=labels, paths=paths))
+    else:
+        write_whole(path, lambda file: np.save(file, rows))
 
 
-def write_index(folder: Path, shards: list[Path]) -> list[list[str]]:
-    """Join the parts of the index; returns the lines of videos that could not be read."""
-    lines: list[list[str]] = []
-    for shard in shards:
-        with open(shard.with_suffix(".csv"), newline="") as file:
+def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore, dtype: str) -> None:
+    """Write the windows of a video, after their part of the index; of one that cannot be read only that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = [score.index, videos.path(score.index), videos.labels[score.index]]
+    name = str(path.relative_to(folder))
+    rows = [[*known, name, row, *span, ""] for row, span in enumerate(score.spans)]
+    write_part(path, rows or [[*known, "", "", "", "", "", "", score.error]])
+    if not score.error:
+        write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
+
+
+def name_files(folder: Path, videos: VideoList) -> list[Path]:
+    """A file for the windows of each video: its name, or where two have the same their places below the folder of all.
+
+    Raises:
+        SharedError: a video stands twice in the list.
+    """
+    paths = [Path(os.path.abspath(videos.path(index))) for index in range(len(videos))]
+    names = [path.with_suffix(".npy").name for path in paths]
+    if len(set(names)) < len(names):
+        root = os.path.commonpath([path.parent for path in paths])
+        names = [f"{path.relative_to(root)}.npy" for path in paths]
+    if len(set(names)) < len(names):
+        raise SharedError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} stands there twice")
+    return [folder / name for name in names]
+
+
+def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
+    """Join the parts of the index, and describe the windows; returns the lines of videos that could not be read."""
+    folder, lines = Path(args.output_dir), list[list[str]]()
+    for path in files:
+        with open(index_part(path), newline="") as file:
             lines += csv.reader(file)
     with open(folder / "index.csv", "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *lines])
+    if is_windows(args):
+        windows = Counter(line[3] for line in lines if not line[-1])
+        known = {line[3]: {"rate": float(line[7]), "frames": int(line[8])} for line in lines if not line[-1]}
+        stride = {"stride_seconds": args.stride_seconds} if args.stride_seconds else {"stride": args.stride}
+        window = {"window": args.num_frames * args.sampling_rate, "sampling_rate": args.sampling_rate, **stride}
+        of_each = {name.removesuffix(".npy"): {"windows": windows[name], **values} for name, values in known.items()}
+        (folder / "windows.json").write_text(json.dumps({**window, "videos": of_each}, indent=1) + "\n")
     return [line for line in lines if line[-1]]
+
+
+def extract(args: argparse.Namespace, videos: VideoList, evaluator: Evaluator, model: Features) -> list[Path]:
+    """Compute and write the files that are missing, each process its share of them; all files."""
+    folder, size = Path(args.output_dir), args.shard_size
+    t, h, w = token_grid(args.num_frames, args.input_size, args.input_size)
+    tokens = {"mean": (), "time": (t,), "token": (t * h * w,)}[args.features]
+    shape = (args.num_segment * args.num_crop, *tokens, model.encoder.embed_dim)
+    if is_windows(args):
+        files = {file: [index] for index, file in enumerate(name_files(folder, videos))}
+    else:
+        starts = range(0, len(videos), size)
+        files = {
+            folder / f"features-{start // size:05d}.{args.format}": list(range(len(videos))[start:][:size])
+            for start in starts
+        }
+    missing = utils.broadcast([file for file in files if not file.is_file()])
+    logger.info("%d videos, %d of %d files to compute, features %s", len(videos), len(missing), len(files), shape[1:])
+
+    mine = missing[utils.rank() :: utils.world_size()]
+    file_of = {index: file for file in mine for index in files[file]}
+    ready: dict[Path, list[VideoScore]] = {}
+    samples = evaluator.loader(videos, evaluator.test_views, list(file_of))
+    for score in evaluator.each_score(model, samples, "features"):
+        file = file_of[score.index]
+        if is_windows(args):
+            write_windows(file, folder, videos, score, args.dtype)
+            continue
+        ready.setdefault(file, []).append(score)
+        if len(ready[file]) == len(files[file]):
+            scores = sorted(ready.pop(file), key=lambda score: score.index)
+            write_shard(file, videos, scores, shape, args.dtype)
+    return list(files)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -164,31 +271,23 @@ def main(args: argparse.Namespace) -> int:
     utils.barrier()
     check_settings(args, precision)
 
+    look = VideoCheck(videos, args.input_size, args.reader) if utils.rank() == 0 else None
     encoder = MODELS[args.model](num_classes=0)
     load_encoder(encoder, checkpoint)
     model = Features(encoder, args.features).to(device)
-    segments, crops = args.num_segment, args.num_crop
-    views = ViewReader(args.sampling, segments, crops, args.input_size, args.num_frames, args.sampling_rate)
-    evaluator = Evaluator(device, precision, 0, VideoList, views, views, args.num_workers, args.worker_timeout)
-
-    t, h, w = token_grid(args.num_frames, args.input_size, args.input_size)
-    shape = (segments * crops, *{"mean": (), "time": (t,), "token": (t * h * w,)}[args.features], encoder.embed_dim)
-    shards = {
-        folder / f"features-{start // args.shard_size:05d}.{args.format}": range(len(videos))[start:][: args.shard_size]
-        for start in range(0, len(videos), args.shard_size)
-    }
-    missing = utils.broadcast([shard for shard in shards if not shard.is_file()])
-    logger.info("%d videos, %d of %d files to compute, features %s", len(videos), len(missing), len(shards), shape)
-
-    mine = missing[utils.rank() :: utils.world_size()]
-    samples = evaluator.loader(videos, views, [index for shard in mine for index in shards[shard]])
-    for shard in mine:
-        some = islice(samples, len(shards[shard]))
-        scores = evaluator.scores(model, some, shard.name, args.batch_size, finish=lambda tokens: tokens)
-        write_shard(shard, videos, scores, shape, args.dtype)
+    frames = (args.num_frames, args.sampling_rate, 0, args.reader)
+    views = ViewReader(args.sampling, args.num_segment, args.num_crop, args.input_size, *frames)
+    if is_windows(args):
+        every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
+        views = WindowReader("dense", 0, 1, args.input_size, *frames, *every)
+    workers = {"num_workers": args.num_workers, "timeout": args.worker_timeout, "batch_size": args.batch_size}
+    evaluator = Evaluator(device, precision, 0, VideoList, views, views, **workers)
+    if look:
+        look.tell()
+    files = extract(args, videos, evaluator, model)
     utils.barrier()
     if utils.rank() == 0:
-        bad = write_index(folder, list(shards))
+        bad = write_index(args, files)
         logger.info("%s: %d videos, %d of them unreadable", folder / "index.csv", len(videos), len(bad))
         if len(bad) > args.max_bad_fraction * len(videos):
             raise RunError(

@@ -15,13 +15,12 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 import utils
 from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, lock_folder, restore
-from datasets import ChunkSampler, build_loader, init_worker
+from datasets import ChunkSampler, build_loader
 from datasets_counting import AnnotationList, SegmentBatch, TrainSegments, WholeSegments, collate_segments
-from evaluation import unbatched
+from evaluation import stream_samples
 from modeling_counting import (
     Prediction,
     RepetitionCounter,
@@ -46,6 +45,7 @@ from options import (
 )
 from training import Epoch, Run, Step
 from utils import RunError, logger
+from video_reader import READERS
 
 BEST = "checkpoint-best.pth"
 
@@ -62,6 +62,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--max_frames", type=int, default=300, help="longest training segment (or two cycles)")
     data.add_argument("--num_workers", type=int, default=4, help="loader processes a GPU")
     data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
+    data.add_argument("--reader", choices=READERS, default="pyav", help="decoder of the videos")
     parser.set_defaults(sampling_rate=1, max_bad_fraction=0.0)  # every frame counts, and so does every video
 
     model = parser.add_argument_group("model")
@@ -144,19 +145,12 @@ def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.
     model.eval()
     videos = read_split(args, "val")
     mine = range(utils.rank(), len(videos), utils.world_size())
-    loader = DataLoader(
-        WholeSegments(videos, args.input_size),
-        batch_size=None,
-        sampler=mine,
-        num_workers=args.num_workers,
-        worker_init_fn=init_worker,
-        timeout=args.worker_timeout if args.num_workers else 0,
-    )
     counts, count = [0.0] * len(videos), make_counter(args, model, device)
-    for index, frames, error in unbatched(loader, mine, videos):
-        if error:
-            raise RunError(error)
-        counts[index] = count(torch.as_tensor(frames))
+    stream = WholeSegments(videos, mine, args.input_size, args.reader)
+    for sample in stream_samples(stream, args.num_workers, args.worker_timeout):
+        if sample["error"]:
+            raise RunError(sample["error"])
+        counts[sample["index"]] = count(sample["frames"])
     return utils.reduce_sum(counts, device)
 
 
@@ -220,9 +214,8 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
     """Train, validating as it goes; returns the exit code."""
     total_batch = args.batch_size * args.update_freq * utils.world_size()
     with utils.user_errors():
-        dataset = TrainSegments(
-            read_split(args, "train"), args.segments_per_video, args.max_frames, args.input_size, args.seed
-        )
+        segments = (args.segments_per_video, args.max_frames, args.input_size, args.seed, args.reader)
+        dataset = TrainSegments(read_split(args, "train"), *segments)
         sampler = ChunkSampler(
             len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
         )

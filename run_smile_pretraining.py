@@ -13,7 +13,7 @@ import torch
 import options
 import utils
 from checkpoints import Position, check_kind, find_resume, load_strictly, local_path, lock_folder, restore
-from datasets import ChunkSampler, PretrainDataset, SpeedCheck, VideoList, build_loader, find_images
+from datasets import ChunkSampler, PretrainDataset, VideoCheck, VideoList, build_loader, find_images
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
@@ -183,7 +183,7 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
         overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois, args.speed)
     grid, ratio, patch = token_grid(args.num_frames, *size), args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE)
     masks = MaskGenerator(args.mask_type, grid, args.mask_ratio, args.sub_mask_type, ratio, patch, TUBELET_SIZE)
-    background = Background(size, args.num_frames, args.sampling_rate, args.background, args.pan)
+    background = Background(size, args.num_frames, args.sampling_rate, args.background, args.pan, args.reader)
     return PretrainDataset(read_videos(args), background, masks, overlay, args.num_sample, args.seed)
 
 
@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> int:
     with utils.user_errors():
         dataset = build_dataset(args)
         watched = args.background in ("video", "frame") and utils.rank() == 0
-        speed = SpeedCheck(dataset.videos, args.input_size) if watched else None
+        look = VideoCheck(dataset.videos, args.input_size, args.reader) if watched else None
         chunk = args.batch_size // clips_per_video(args)
         sampler = ChunkSampler(len(dataset), chunk, args.update_freq, utils.rank(), utils.world_size(), args.seed)
         teacher = choose_teacher(args, device)
@@ -265,8 +265,8 @@ def main(args: argparse.Namespace) -> int:
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
     norm = channel_stats("imagenet", device)
 
-    if speed:
-        speed.tell()
+    if look:
+        look.tell()
     with Run(settings, position, loader, stepper, {"model": student, "args": args}) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper.model, teacher, epoch, norm, args.multiple_sampling)

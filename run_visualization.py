@@ -27,16 +27,17 @@ from datasets import PretrainDataset, VideoList, sample_rng
 from datasets_finetune import DATA_SETS, ViewReader, read_class_names
 from metrics import Task, task_of
 from utils import RunError, logger, user_errors
-from video_transforms import VideoError, channel_stats, normalize_clips, read_clip
+from video_reader import Clip, VideoError, read_clip
+from video_transforms import channel_stats, normalize_clips
 from video_transforms_finetune import long_side_crop, short_side_resize
 from visualization import Guess, Row, attention_rows, movie, picture, pretraining_rows, write_movie
 
 
 class Drawing(NamedTuple):
-    """What is drawn of one clip; `frame_numbers` are those of its T frames in the video."""
+    """What is drawn of one clip; `captions` say which of the video's frames its T are, and when they are shown."""
 
     rows: list[Row]
-    frame_numbers: np.ndarray
+    captions: list[str]
     guesses: list[Guess]
 
 
@@ -50,7 +51,7 @@ class PretrainSample(NamedTuple):
     clip: np.ndarray
     boxes: np.ndarray | None
     mask: np.ndarray
-    frame_numbers: np.ndarray
+    captions: list[str]
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,6 +81,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def captions_of(clip: Clip) -> list[str]:
+    """Number of each frame of a clip, and the second at which it is shown, if it has one."""
+    return [
+        f"frame {index}" + (f", {second:.2f} s" if np.isfinite(second) else "")
+        for index, second in zip(clip.indices, clip.seconds)
+    ]
+
+
 def normalized(clip: np.ndarray, device: torch.device) -> torch.Tensor:
     """uint8 ``[T, H, W, 3]`` → what models take, float ``[1, 3, T, H, W]``."""
     norm = (value.to(device) for value in channel_stats("imagenet"))
@@ -104,7 +113,7 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
         boxes = dataset.overlay(rng, clip) if dataset.overlay else None
     except RuntimeError as error:  # no usable object
         raise RunError(str(error)) from error
-    return PretrainSample(natural, clip, boxes, dataset.masks(rng, boxes), found.indices)
+    return PretrainSample(natural, clip, boxes, dataset.masks(rng, boxes), captions_of(found))
 
 
 def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.device) -> tuple[VideoList, Drawer]:
@@ -127,7 +136,7 @@ def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.d
         if student:
             predictions = student(clips, torch.from_numpy(sample.mask)[None].to(device))[0].float().cpu().numpy()
         targets = teacher(clips)[0].cpu().numpy()
-        return Drawing(pretraining_rows(*sample[:4], targets, grid, predictions), sample.frame_numbers, [])
+        return Drawing(pretraining_rows(*sample[:4], targets, grid, predictions), sample.captions, [])
 
     return dataset.videos, draw
 
@@ -182,13 +191,13 @@ def classifier_drawer(
     grid = modeling_finetune.token_grid(run.num_frames, run.input_size, run.input_size)
 
     def draw(index: int) -> Drawing:
-        found = read_clip(videos.path(index), lambda total: view.frame_indices(total)[0])
+        found = read_clip(videos.path(index), lambda total: view.frame_indices(np.arange(total))[0], run.reader)
         frames = short_side_resize(found.frames, run.input_size)
         clip = long_side_crop(frames, run.input_size, 0, 1)
         probabilities, attention = classify(model, normalized(clip, device), task_of(data_set.multi_label))
         best = np.argsort(-probabilities, kind="stable")[:5]
         guesses = [Guess(names[c], float(probabilities[c]), videos.shows(index, c)) for c in best]
-        return Drawing(attention_rows(clip, attention, grid), found.indices, guesses)
+        return Drawing(attention_rows(clip, attention, grid), captions_of(found), guesses)
 
     return videos, draw
 

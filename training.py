@@ -315,10 +315,15 @@ def last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList) -> RunError:
-    """What to tell of a worker that hung or died: the videos of its batches."""
+def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList, hung: int = 1) -> RunError:
+    """What to tell of a worker that hung or died: the videos of its batches.
+
+    Args:
+        issued: videos of each batch that is on its way, the one that is waited for first.
+        hung: how many of these batches a worker that hangs may have.
+    """
     hangs = "timed out" in str(error)
-    flying = itertools.islice(issued, 1 if hangs else None)  # one that died need not be the one waited for
+    flying = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
     lost = ", ".join(videos.path(index) for indices in flying for index in indices)
     return RunError(
         f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -232,11 +232,18 @@ class ConsoleHandler(logging.StreamHandler):
             super().emit(record)
 
 
-def progress(items: Iterable[T], title: str) -> Iterator[T]:
-    """Pass items on beside a progress bar, which is gone afterwards; where there is no terminal, a line says it all."""
+def progress(items: Iterable[T], title: str, unit: str, count: Callable[[T], int]) -> Iterator[T]:
+    """Pass items on beside a progress bar, which is gone afterwards; where there is no terminal, a line says it all.
+
+    Args:
+        unit: what is counted; count: how many of it an item holds.
+    """
     if not sys.stderr.isatty():
         logger.info("%s begins", title)
-    yield from tqdm(items, title, disable=rank() > 0 or not sys.stderr.isatty(), leave=False)
+    with tqdm(desc=title, unit=f" {unit}", disable=rank() > 0 or not sys.stderr.isatty(), leave=False) as bar:
+        for item in items:
+            yield item
+            bar.update(count(item))
 
 
 def setup_logging() -> None:

@@ -1,80 +1,23 @@
-"""A clip before objects come: frames decoded or made, pretraining's crop of them, the normalisation of batches.
+"""A clip before objects come: frames read or made, pretraining's crop of them, the normalisation of batches.
 
 Clips are uint8 ``[T, H, W, 3]`` until they are on the device; the same crop holds for every frame of a clip.
 """
 
-import os
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch  # isort: skip - before decord, whose C++ library would else take the place of torch 2.5's
 
 import cv2
-import decord
 import numpy as np
+import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from torch.utils.dlpack import from_dlpack
 
 from object_overlay import IMAGE_ERRORS, read_image
+from video_reader import Clip, VideoError, read_clip
 
 BACKGROUNDS = ("video", "black", "noise", "image", "frame")
 IMAGE_SHARE = 8 / 7  # short side that larger images are shrunk to, of the clip's: 256 pixels of 224
-DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale crop)
-
-
-# Decoding: the only place that knows decord ---------------------------------------------------------------------
-
-
-class VideoError(Exception):
-    """A video that cannot be used; the message is the reason, without the path."""
-
-
-class Clip(NamedTuple):
-    """Frames of a video, and which ones."""
-
-    frames: np.ndarray  # RGB uint8 [T, H, W, 3]
-    indices: np.ndarray  # int [T]
-    rate: float  # frames a second of the whole video, on average
-
-
-def read_frames(path: str, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """The frames of read_clip alone, ``[T, H, W, 3]``."""
-    return read_clip(path, choose).frames
-
-
-def read_clip(path: str, choose: Callable[[int], np.ndarray]) -> Clip:
-    """Decode the frames that `choose` picks, given the number there are.
-
-    Args:
-        choose: number of frames → indices ``[T]``, in order; repeated ones are decoded once.
-    Raises:
-        VideoError: missing, unreadable, or without frames.
-    """
-    if not os.path.isfile(path):
-        raise VideoError("no such file")
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-        if len(reader) == 0:
-            raise VideoError("no frames")
-        indices = choose(len(reader))
-        wanted, back = np.unique(indices, return_inverse=True)
-        frames = from_dlpack(reader.get_batch(wanted).to_dlpack()).numpy()  # no copy, unlike asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError, TypeError, UnicodeEncodeError) as error:
-        raise VideoError(decoder_reason(error, path)) from error
-    return Clip(frames if len(back) == len(wanted) else frames[back], indices, reader.get_avg_fps())
-
-
-def decoder_reason(error: Exception, path: str) -> str:
-    """A decoder's error in one line that is the same every time: without clock times, places in its source, path."""
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    for code, meaning in DECORD_CODES.items():
-        line = meaning if f"({code} vs. 0)" in line else line
-    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: ", "", line).replace(path, "it").strip()[:200]
 
 
 # Pretraining's clips --------------------------------------------------------------------------------------------
@@ -146,6 +89,7 @@ class Background:
         stride: of video, frames from one to the next.
         kind: one of BACKGROUNDS: a window of a video, black, uniform noise, an image, one frame of a video.
         pan: how far an image or frame moves in the course of a clip, a share of its short side.
+        reader: of videos, one of READERS.
     """
 
     size: tuple[int, int]
@@ -153,6 +97,7 @@ class Background:
     stride: int = 1
     kind: str = "video"
     pan: float = 0.0
+    reader: str = "pyav"
 
     def read(self, rng: np.random.Generator, path: str) -> Clip:
         """T frames of any size; of black and noise nothing is read.
@@ -161,13 +106,15 @@ class Background:
             VideoError: unreadable.
         """
         if self.kind == "video":
-            return read_clip(path, lambda total: pretrain_indices(rng, total, self.num_frames, self.stride))
+            choose = lambda total: pretrain_indices(rng, total, self.num_frames, self.stride)
+            return read_clip(path, choose, self.reader)
         if self.kind == "frame":  # the middle one, in every epoch
-            found = read_clip(path, lambda total: np.full(self.num_frames, total // 2))
+            found = read_clip(path, lambda total: np.full(self.num_frames, total // 2), self.reader)
             return found._replace(frames=glide(rng, found.frames[0], self.num_frames, self.pan))
         side = round(max(self.size) * IMAGE_SHARE)
         picture = read_picture(path, side) if self.kind == "image" else np.zeros((16, 16, 3), np.uint8)
-        return Clip(glide(rng, picture, self.num_frames, self.pan), np.arange(self.num_frames), 0.0)
+        numbers = np.arange(self.num_frames)
+        return Clip(glide(rng, picture, self.num_frames, self.pan), numbers, np.full(len(numbers), np.nan))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -266,16 +266,13 @@ def add_guesses(sheet: Sheet, y: int, left: int, guesses: Sequence[Guess]) -> No
 
 
 def picture(
-    title: tuple[str, str],
-    rows: Sequence[Row],
-    frame_numbers: Sequence[int] | np.ndarray,
-    guesses: Sequence[Guess] = (),
+    title: tuple[str, str], rows: Sequence[Row], captions: Sequence[str], guesses: Sequence[Guess] = ()
 ) -> np.ndarray:
     """Rows below each other, a column for each of at most MAX_COLUMNS time steps.
 
     Args:
         title: a bold line and a small one.
-        frame_numbers: of the clip's T frames in the video, written above the columns.
+        captions: of the clip's T frames, written above the columns.
     Returns:
         RGB uint8 ``[height, width, 3]``.
     """
@@ -289,9 +286,9 @@ def picture(
     )
     sheet.title(title)
     for column, step in enumerate(chosen):
-        number = frame_numbers[step * len(frame_numbers) // steps]
+        caption = captions[step * len(captions) // steps]
         x = left + column * (side + GAP) + side / 2
-        sheet.text(x, top - GAP, f"frame {number}", ha="center", va="bottom", fontsize=8.5, color="0.35")
+        sheet.text(x, top - GAP, caption, ha="center", va="bottom", fontsize=8.5, color="0.35")
     for line, row in enumerate(rows):
         y = top + line * (side + GAP)
         sheet.text(left - 10, y + side / 2, row.title, ha="right", va="center", fontsize=9.5, linespacing=1.4)
@@ -308,10 +305,7 @@ def picture(
 
 
 def movie(
-    title: tuple[str, str],
-    rows: Sequence[Row],
-    frame_numbers: Sequence[int] | np.ndarray,
-    guesses: Sequence[Guess] = (),
+    title: tuple[str, str], rows: Sequence[Row], captions: Sequence[str], guesses: Sequence[Guess] = ()
 ) -> Iterator[np.ndarray]:
     """Rows as panels, up to three side by side, which run together.
 
@@ -335,7 +329,7 @@ def movie(
         if row.scale:
             sheet.colour_bar(x + side, y, side, row.scale)
     add_guesses(sheet, bottom, 170 + MARGIN, guesses)
-    page, panels, total = sheet.pixels(), [cells(row, side) for row in rows], len(frame_numbers)
+    page, panels, total = sheet.pixels(), [cells(row, side) for row in rows], len(captions)
     for frame in range(total):
         for panel, (x, y) in zip(panels, places):
             page[y : y + side, x : x + side] = panel[frame * len(panel) // total]

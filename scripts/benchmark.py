@@ -23,9 +23,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import av
 import cv2
-import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
 import naive
 from video_writing import Settings, write_resized
 
+import video_reader
 from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader, collate, sample_rng
 from datasets_finetune import ViewReader
 from engine_for_pretraining import masked_loss, with_second_masks
@@ -50,7 +52,8 @@ from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
 from training import epoch_batches
 from utils import run_main
-from video_transforms import Background, channel_stats, normalize_clips, pretrain_indices, read_frames
+from video_reader import open_video, read_clip, read_frames
+from video_transforms import Background, channel_stats, normalize_clips, pretrain_indices
 from video_transforms_finetune import long_side_crop, short_side_resize
 
 Numbers = dict[str, float]
@@ -119,24 +122,29 @@ def build_data(args: argparse.Namespace, videos: VideoList, objects: str, num_vi
     return PretrainDataset(videos, background, masks, overlay, num_views)
 
 
-def prepared(videos: VideoList, folder: Path) -> VideoList:
-    """Copies of videos as scripts/data/resize_videos.py makes them by default, and their list."""
+def prepared(videos: VideoList, folder: Path, settings: Settings) -> VideoList:
+    """Copies of videos as scripts/data/resize_videos.py makes them, and their list."""
     folder.mkdir()
     for index in range(len(videos)):
-        write_resized(videos.path(index), str(folder / f"{index}.mp4"), Settings())
+        write_resized(videos.path(index), str(folder / f"{index}.mp4"), settings)
     (folder / "list.csv").write_text("".join(f"{folder / str(index)}.mp4 0\n" for index in range(len(videos))))
     return VideoList(str(folder / "list.csv"))
 
 
 def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
-    """CPU milliseconds a clip of each part, and clips a second of the loader; of the videos and of prepared copies."""
+    """CPU milliseconds a clip of each part, and clips a second of the loader; of videos and two kinds of copies."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     objects = args.objects_path or demo_objects(folder)
     videos = VideoList(args.data_path or demo_videos(folder), data_root=args.data_root)
     videos = videos.subset(np.arange(min(len(videos), 8)))
     tables, means = {}, []
-    for name, kind in (("as they are", videos), ("prepared", prepared(videos, folder / "prepared"))):
+    kinds = {
+        "as they are": videos,
+        "prepared, frames as x264 has them": prepared(videos, folder / "before", Settings(preset="fast", b_frames=-1)),
+        "prepared": prepared(videos, folder / "prepared", Settings()),
+    }
+    for name, kind in kinds.items():
         data = build_data(args, kind, objects)
         parts = time_parts(args, data)
         means.append(parts["whole"] + parts["collate"])
@@ -145,9 +153,9 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
         tables[f"videos {name}: loader, clips a second"] = bench_loader(args, kind, objects)
     print(
         f"A GPU that takes 100 videos a second (clips, with --multiple_sampling half of them) needs about "
-        f"{means[0] / 10:.0f} loader processes on cores like this one, with prepared videos {means[1] / 10:.0f}."
+        f"{means[0] / 10:.0f} loader processes on cores like this one, with prepared videos {means[-1] / 10:.0f}."
     )
-    tables["prepared / as they are"] = {"whole + collate": means[1] / means[0]}
+    tables["prepared / as they are"] = {"whole + collate": means[-1] / means[0]}
     return tables
 
 
@@ -164,9 +172,10 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
             sample_rng(0, round_number, index), total, args.num_frames, args.sampling_rate
         )
         times = {}
-        times["open"], reader = cpu(lambda: decord.VideoReader(path, num_threads=1))
-        wanted = np.unique(choose(len(reader)))
-        times["decode floor"], _ = cpu(lambda: decord.VideoReader(path, num_threads=1).get_batch(wanted))
+        times["open"], _ = cpu(lambda: open_video(path).__enter__().close())
+        times["decode, decord"], _ = cpu(lambda: read_clip(path, choose, "decord"))
+        with patch.object(video_reader, "NEVER_SKIPS", av.codecs_available):
+            times["decode, PyAV, every frame"], _ = cpu(lambda: read_frames(path, choose))
         times["decode"], frames = cpu(lambda: read_frames(path, choose))
         times["crop"], _ = cpu(lambda: data.background.crop(rng, frames, clip))
         times["overlay"], boxes = cpu(lambda: data.overlay(rng, clip))
@@ -181,7 +190,8 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
     for (name, _), values in rows.items():
         medians.setdefault(name, []).append(float(np.median(values)))
     parts = {name: float(np.mean(values)) for name, values in medians.items()}
-    parts["(whole + collate) / decode floor"] = (parts["whole"] + parts["collate"]) / parts["decode floor"]
+    parts["decode / decode, decord"] = parts["decode"] / parts["decode, decord"]
+    parts["(whole + collate) / decode"] = (parts["whole"] + parts["collate"]) / parts["decode"]
     batch = collate([data[(0, 0)]])
     parts["megabytes a clip"] = sum(batch[name].nbytes for name in ("clips", "extra")) / 1e6
     return parts
@@ -340,7 +350,7 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
         views = []
         for segment, crop in itertools.product(range(7), range(3)):
             frames = short_side_resize(
-                read_frames(path, lambda total: reader.frame_indices(total)[segment]), args.input_size
+                read_frames(path, lambda total: reader.frame_indices(np.arange(total))[segment]), args.input_size
             )
             views.append(torch.from_numpy(long_side_crop(frames, args.input_size, crop, 3)).permute(3, 0, 1, 2))
         return torch.stack(views)

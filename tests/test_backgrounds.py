@@ -10,7 +10,8 @@ import run_smile_pretraining
 import run_visualization
 from datasets import find_images, sample_rng
 from utils import RunError
-from video_transforms import IMAGE_SHARE, Background, VideoError, glide, read_picture
+from video_reader import VideoError
+from video_transforms import IMAGE_SHARE, Background, glide, read_picture
 
 pytest_plugins = "fixtures_video"
 FRAMES, SIDE = 8, 64

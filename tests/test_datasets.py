@@ -12,7 +12,8 @@ from fixtures_video import decode_all, write_list
 from datasets import ChunkSampler, VideoList, build_loader, sample_rng
 from masking_generator import num_masked
 from training import epoch_batches
-from video_transforms import VideoError, pretrain_indices, read_frames
+from video_reader import VideoError, read_frames
+from video_transforms import pretrain_indices
 
 pytest_plugins = "fixtures_datasets"
 

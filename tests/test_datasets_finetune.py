@@ -5,7 +5,7 @@ labelled samples, and files that are not there.
 from collections import Counter
 from fractions import Fraction
 
-import decord
+import av
 import numpy as np
 import pytest
 import torch
@@ -13,12 +13,12 @@ from fixtures_video import decode_all, source_frames, write_list, write_mp4
 from PIL import Image
 from torchvision.transforms.functional import resize
 
-import video_transforms
+import video_reader
 from datasets import ChunkSampler, VideoList, build_loader
 from datasets_finetune import EvalDataset, FinetuneDataset, ViewReader, dense_indices, segment_indices
 from datasets_finetune import test_view_indices as view_indices
 from training import epoch_batches
-from video_transforms import VideoError
+from video_reader import VideoError
 from video_transforms_finetune import TrainAugmentation
 
 pytest_plugins = "fixtures_video"
@@ -155,7 +155,7 @@ def views_by_hand(path, frames_of_views, size, crops):
     views = []
     for wanted in frames_of_views:
         for crop in range(crops):
-            frames = decord.VideoReader(str(path)).get_batch(wanted).asnumpy()
+            frames = decode_all(path)[wanted]
             views.append(square(frames, size, crop, crops))
     return np.stack(views).transpose(0, 4, 1, 2, 3)
 
@@ -212,34 +212,30 @@ def test_views_equal_pyav_and_pil(long_clip):
 
 
 def test_a_video_is_opened_and_decoded_once_for_all_its_views(clips, long_clip, tmp_path, monkeypatch):
-    opened, decoded = [], []
-
-    class CountingReader(decord.VideoReader):
-        """The real one, counted."""
-
-        def __init__(self, path, *args, **kwargs):
-            opened.append(path)
-            super().__init__(path, *args, **kwargs)
-
-        def get_batch(self, indices):
-            decoded.append(list(indices))
-            return super().get_batch(indices)
-
-    monkeypatch.setattr(video_transforms.decord, "VideoReader", CountingReader)
+    opened, converted = [], []
+    open_file, to_rgb = av.open, video_reader.to_rgb
+    monkeypatch.setattr(av, "open", lambda path, **options: opened.append(path) or open_file(path, **options))
+    monkeypatch.setattr(video_reader, "to_rgb", lambda frame: converted.append(frame.pts) or to_rgb(frame))
     videos = VideoList(write_list(tmp_path / "test.csv", [long_clip, clips["bikes.mp4"], clips["short.mp4"]], 0))
     for reader in (ViewReader("dense", 7, 3, 32, 16, 4), ViewReader("segments", 2, 3, 32, 16, 2)):
-        dataset = EvalDataset(videos, reader)
+        dataset = EvalDataset(videos, range(3), reader, 16)
         for index in range(3):
-            opened.clear(), decoded.clear()
-            assert dataset[index]["views"].shape[0] == reader.segments * 3
-            assert opened == [videos.path(index)] and len(decoded) == 1
-            assert len(set(decoded[0])) == len(decoded[0])  # repeated frames are decoded once
+            opened.clear(), converted.clear()
+            parts = list(dataset.samples(index))
+            assert [part["last"] for part in parts] == [False] * (len(parts) - 1) + [True]
+            assert max(len(part["views"]) for part in parts) <= 16
+            views = torch.cat([part["views"] for part in parts])
+            assert len(views) == reader.segments * 3 and torch.equal(views, reader(videos.path(index)))
+            assert opened == [videos.path(index)] * 2  # once for the parts, once for the comparison
+            half = converted[: len(converted) // 2]
+            assert len(set(half)) == len(half) and half * 2 == converted  # repeated frames are converted once
 
 
 def test_an_unreadable_video_is_an_error_not_another_video(clips, broken, tmp_path):
     names = [clips["bikes.mp4"], broken["text"], broken["missing"], broken["sound only"]]
-    dataset = EvalDataset(VideoList(write_list(tmp_path / "test.csv", names, 0)), ViewReader("dense", 2, 3, 32, 8, 2))
-    samples = [dataset[index] for index in range(4)]
+    videos = VideoList(write_list(tmp_path / "test.csv", names, 0))
+    dataset = EvalDataset(videos, range(4), ViewReader("dense", 2, 3, 32, 8, 2), 16)
+    samples = list(dataset)
     assert [sample["index"] for sample in samples] == [0, 1, 2, 3]
     assert samples[0]["error"] == "" and len(samples[0]["views"]) == 6
     assert all(sample["error"] and len(sample["views"]) == 0 for sample in samples[1:])

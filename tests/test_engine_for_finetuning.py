@@ -14,7 +14,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
 from datasets import VideoList
-from datasets_finetune import EvalDataset, ViewReader
+from datasets_finetune import ViewReader
 from engine_for_finetuning import erase, mix
 from evaluation import Evaluator
 from modeling_finetune import MODELS, Size, VisionTransformer
@@ -161,14 +161,15 @@ def model():
 def test_scores_are_softmax_of_normalised_views_in_eval_mode(evaluator, model):
     videos = evaluator.read_list("test.csv")
     for batch_size in (16, 4, 1):
-        scores = evaluator.scores(model, evaluator.loader(videos, evaluator.test_views), "test", batch_size)
+        evaluator.batch_size = batch_size  # views of a video that come and are judged together
+        scores = evaluator.scores(model, evaluator.loader(videos, evaluator.test_views), "test")
         assert [score.index for score in scores] == list(range(6))
         assert [bool(score.error) for score in scores] == [False] * 3 + [True] + [False] * 2
         for score in scores:
             if score.error:
                 assert len(score.views) == 0
                 continue
-            views = EvalDataset(videos, evaluator.test_views)[score.index]["views"].float() / 255
+            views = evaluator.test_views(videos.path(score.index)).float() / 255
             mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
             with torch.no_grad():
                 logits = model.eval()((views - mean.view(3, 1, 1, 1)) / std.view(3, 1, 1, 1))
@@ -194,7 +195,7 @@ def test_predict_names_the_classes_from_the_likeliest_on(evaluator, model, clips
     path = str(clips["bikes.mp4"])
     assert evaluator.predict(model, path) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    sample = {"index": 0, "views": evaluator.test_views(path), "error": ""}
+    sample = {"index": 0, "views": evaluator.test_views(path), "spans": [], "error": "", "last": True}
     mean = evaluator.scores(model, [sample], "")[0].views.mean(axis=0)
     assert [row[1] for row in rows] == ["abcd"[c] for c in np.argsort(-mean)] and len(rows) == 4
     assert [float(row[0]) for row in rows] == pytest.approx(sorted(mean, reverse=True), abs=1e-4)

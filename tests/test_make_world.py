@@ -15,7 +15,7 @@ from make_world import COUNTS, FRAMES, MOTIONS, SIDE, SIZES, SPLITS, TASKS, moti
 
 from datasets import VideoList
 from object_overlay import find_objects
-from video_transforms import read_frames
+from video_reader import read_frames
 
 OPTIONS = ["--pretrain_clips", "4", "--train_clips", "20", "--val_clips", "4", "--test_clips", "4"]
 

@@ -22,8 +22,8 @@ from video_writing import Settings, verify
 
 from datasets import VideoList
 from utils import RunError
-from video_speed import slow_reasons
-from video_transforms import VideoError, read_frames
+from video_check import slow_reasons
+from video_reader import VideoError, read_frames
 
 pytest_plugins = "fixtures_data_tools"
 EVERY = lambda total: np.arange(total)
@@ -342,12 +342,16 @@ def test_the_program_itself(clips, broken, tmp_path):
 def test_the_measurement_prints_a_row_for_each_choice(odd_videos, capsys):
     videos, _ = odd_videos
     measure_resizing.main(
-        ["--videos", str(videos["plain.mp4"]), "--short_side", "64", "--key_frames", "8", "1", "--rounds", "1"]
+        [
+            "--videos",
+            str(videos["plain.mp4"]),
+            *["--short_side", "64", "--key_frames", "8", "1", "--b_frames", "0", "--rounds", "1"],
+        ]
     )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert [row[:2] for row in rows[2:]] == [["as it is"] * 2, ["64", "8"], ["64", "1"]]
-    assert all(float(row[3]) > 0 for row in rows[2:]) and all(float(row[6]) > 30 for row in rows[3:])
-    assert float(rows[3][5]) < float(rows[4][5])  # key frames cost bytes
+    assert all(float(row[5]) > 0 for row in rows[2:]) and all(float(row[8]) > 30 for row in rows[3:])
+    assert float(rows[3][7]) < float(rows[4][7])  # key frames cost bytes
 
 
 def test_a_missing_source_is_named(resize, tmp_path):

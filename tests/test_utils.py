@@ -299,12 +299,12 @@ def talk(number):
 
     def main():
         utils.logger.info("before")
-        for item in utils.progress(range(40), "validation"):
+        for item in utils.progress(range(40), "validation", "items", lambda item: 1):
             time.sleep(0.01)
             if item % 15 == 14:
                 utils.logger.info("message of item %d", item)
         utils.logger.info("after")
-        for item in utils.progress(range(40), "test"):
+        for item in utils.progress(range(40), "test", "items", lambda item: 1):
             time.sleep(0.01)
             if item == 25:
                 raise RunError("a video is missing")
@@ -347,7 +347,7 @@ def test_progress_bars_make_way_for_messages_on_a_terminal():
     deadline = time.monotonic() + 30
     while not (text := b"".join(read).decode()).endswith("\0") and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert "validation:  " in text and "test:  " in text  # the bars were there
+    assert "validation: 0 items" in text and "test: 0 items" in text  # the bars were there
     assert without_time(screen_of(text.rstrip("\0"))) == TALK
 
 

@@ -1,11 +1,13 @@
-"""Which videos of a list can be read, and which of them slowly: opens each and decodes frames of it.
+"""Which videos of a list can be read, which of them wrongly, and which slowly.
 
     python scripts/data/check_videos.py lists/train.csv --output lists/train.good.csv
     python scripts/data/check_videos.py lists/train.csv --output lists/train.good.csv --full --workers 32
 
-Written beside --output (here ``lists/train.good``): the list of the readable videos, ``.bad.tsv`` with line, path and
-reason of the others, ``.slow.tsv`` with those that load slowly, why, and what to do. A video that hangs the decoder or
-kills its process is a bad one. The same command, started again, looks only at what it has not seen or what has changed
+Each video is decoded from its start to its end, and frames that the reader finds by their numbers, at random places
+(--full: all of them), are compared with that sequence. Written beside --output (here ``lists/train.good``): the list of
+the videos that are read right, ``.bad.tsv`` with line, path and reason of those that cannot be read, ``.wrong.tsv`` of
+those whose frames are others, ``.slow.tsv`` of those that load slowly. A video that hangs the decoder or kills its
+process is a bad one. The same command, started again, looks only at what it has not seen or what has changed
 (``.seen.jsonl``).
 """
 
@@ -14,17 +16,21 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from data_tools import Line, RunError, in_processes, read_list, write_list, write_table
 
 from utils import run_main
-from video_speed import slow_reasons
-from video_transforms import VideoError, read_frames
+from video_check import slow_reasons, wrong_frames
+from video_reader import READERS, VideoError
 
-CHUNK = 32  # frames in memory at a time
-REMEDY = "make it fast with scripts/data/resize_videos.py"
+PLACES = 16  # frames of each video that are compared
+REMEDIES = {
+    ".bad.tsv": "",
+    ".wrong.tsv": "scripts/data/resize_videos.py writes a file that every reader reads right",
+    ".slow.tsv": "make it fast with scripts/data/resize_videos.py",
+}
 
 
 class State(NamedTuple):
@@ -32,15 +38,17 @@ class State(NamedTuple):
 
     size: int
     changed: int
-    full: bool  # every frame was decoded
+    full: bool  # every frame was compared
     input_size: int
+    reader: str
 
 
 class Verdict(NamedTuple):
-    """Why a video cannot be read ("": it can), and why it loads slowly."""
+    """Why a video cannot be read ("": it can), which frames are wrong ("": none), and why it loads slowly."""
 
     bad: str
-    slow: list[str]
+    wrong: str = ""
+    slow: tuple[str, ...] = ()
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +57,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("list", help="list with lines `path label`")
     parser.add_argument("--output", required=True, help="the list of the readable videos, a .csv file to write")
     parser.add_argument("--data_root", default="", help="folder that relative paths in the list start from")
-    parser.add_argument("--full", action="store_true", help="decode every frame, not the first, middle and last alone")
+    parser.add_argument("--full", action="store_true", help=f"compare all frames of each video, not {PLACES} alone")
+    parser.add_argument("--reader", choices=READERS, default="pyav", help="the reader to be used (default pyav)")
     parser.add_argument("--input_size", type=int, default=224, help="side of the clips to be made (default 224 pixels)")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="processes (default: one for each core)")
@@ -62,30 +71,22 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def state_of(path: str, full: bool, input_size: int) -> State | None:
+def state_of(path: str, *settings: Any) -> State | None:
     """The state of a file, None if there is none."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return State(status.st_size, status.st_mtime_ns, full, input_size)
+    return State(status.st_size, status.st_mtime_ns, *settings)
 
 
-def look(path: str, full: bool, size: int) -> Verdict:
-    """Decode a video's first, middle and last frame, or all of them."""
-    lengths: list[int] = []
-
-    def ends(total: int) -> np.ndarray:
-        lengths.append(total)
-        return np.array([0, total // 2, total - 1])
-
+def look(path: str, full: bool, size: int, reader: str) -> Verdict:
+    """Compare frames of a video with FFmpeg's sequence, and look for what makes it slow."""
     try:
-        read_frames(path, ends)
-        for start in range(0, lengths[0], CHUNK) if full else ():
-            read_frames(path, lambda total, start=start: np.arange(start, min(start + CHUNK, total)))
+        wrong = wrong_frames(path, np.random.default_rng(0), reader, 0 if full else PLACES)
+        return Verdict("", wrong, tuple(slow_reasons(path, size)))
     except VideoError as error:
-        return Verdict(str(error), [])
-    return Verdict("", slow_reasons(path, size))
+        return Verdict(str(error))
 
 
 def read_seen(path: Path) -> dict[str, tuple[State, Verdict]]:
@@ -103,16 +104,16 @@ def read_seen(path: Path) -> dict[str, tuple[State, Verdict]]:
 def check(args: argparse.Namespace, paths: list[str], journal: Path) -> dict[str, Verdict]:
     """The verdict on each path, taken from the journal where that is up to date and added to it where not."""
     seen = read_seen(journal)
-    states = {path: state_of(path, args.full, args.input_size) for path in paths}
+    states = {path: state_of(path, args.full, args.input_size, args.reader) for path in paths}
     verdicts = {path: seen[path][1] for path in paths if path in seen and seen[path][0] == states[path]}
-    verdicts |= {path: Verdict("no such file", []) for path, state in states.items() if state is None}
+    verdicts |= {path: Verdict("no such file") for path, state in states.items() if state is None}
     todo = [path for path in states if path not in verdicts]
     journal.parent.mkdir(parents=True, exist_ok=True)
     with open(journal, "a") as file:
         file.write("\n" * bool(seen))  # the last line may have been cut off
-        work = partial(look, full=args.full, size=args.input_size)
+        work = partial(look, full=args.full, size=args.input_size, reader=args.reader)
         for path, verdict, lost in in_processes(work, todo, args.workers, args.timeout, "videos"):
-            verdicts[path] = verdict or Verdict(lost, [])
+            verdicts[path] = verdict or Verdict(lost)
             if verdict:  # a lost process may have been a matter of time or memory
                 file.write(json.dumps([path, states[path], verdict]) + "\n")
                 file.flush()
@@ -126,23 +127,23 @@ def main(argv: list[str] | None = None) -> int:
     paths = [os.path.join(args.data_root, line.name) for line in lines]
     verdicts = check(args, paths, output.with_suffix(".seen.jsonl"))
     good: list[Line] = []
-    bad, slow = [], []
+    tables: dict[str, list[tuple[str, ...]]] = {suffix: [] for suffix in REMEDIES}
     for number, (line, path) in enumerate(zip(lines, paths), 1):
         verdict = verdicts[path]
-        if verdict.bad:
-            bad.append((str(number), path, verdict.bad))
-            continue
-        good.append(line)
-        if verdict.slow:
-            slow.append((str(number), path, "; ".join(verdict.slow), REMEDY))
-    write_table(output.with_suffix(".bad.tsv"), ("video", "path", "reason"), bad)
-    write_table(output.with_suffix(".slow.tsv"), ("video", "path", "reason", "remedy"), slow)
-    print(f"{len(lines)} videos: {len(good)} good, of which {len(slow)} slow to load; {len(bad)} bad")
-    for rows, suffix in ((bad, ".bad.tsv"), (slow, ".slow.tsv")):
+        found = {".bad.tsv": verdict.bad, ".wrong.tsv": verdict.wrong, ".slow.tsv": "; ".join(verdict.slow)}
+        for suffix, reason in found.items():
+            if reason:
+                tables[suffix].append((str(number), path, reason, REMEDIES[suffix]))
+        if not verdict.bad and not verdict.wrong:
+            good.append(line)
+    bad, wrong, slow = (len(rows) for rows in tables.values())
+    print(f"{len(lines)} videos: {len(good)} good; {wrong} read wrongly; {bad} bad; {slow} slow to load")
+    for suffix, rows in tables.items():
+        write_table(output.with_suffix(suffix), ("video", "path", "reason", "remedy"), rows)
         if rows:
             print(f"{output.with_suffix(suffix)}: the first: {rows[0][1]}: {rows[0][2]}")
-    if slow:
-        print(f"to make them fast: python scripts/data/resize_videos.py {output} --output FOLDER")
+    if wrong or slow:
+        print(f"to mend them: python scripts/data/resize_videos.py {args.list} --output FOLDER")
     if not good:
         raise RunError(f"{args.list}: not one of its videos can be read; relative paths start from --data_root")
     write_list(output, good)

@@ -67,6 +67,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--crf", type=int, default=Settings.crf, help="x264's quality, 0 to 51, lower is better (default %(default)s)"
     )
+    parser.add_argument(
+        "--b_frames",
+        type=int,
+        default=Settings.b_frames,
+        help="frames between two others that need not be decoded; -1: as the preset has them (default %(default)s)",
+    )
     parser.add_argument("--preset", default=Settings.preset, help="x264's effort (default %(default)s)")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one for each core)"
@@ -75,6 +81,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.short_side < 16 or args.key_frames < 1 or not 0 <= args.crf <= 51 or args.workers < 1:
         parser.error("--short_side must be at least 16, --key_frames and --workers 1, --crf in [0, 51]")
+    if not -1 <= args.b_frames <= 16:
+        parser.error(f"--b_frames {args.b_frames}: must lie in [-1, 16]")
     names = Counter(Path(path).name for path in args.lists)
     if max(names.values()) > 1:
         parser.error(f"two lists are called {names.most_common(1)[0][0]}")
@@ -118,7 +126,7 @@ def resize_all(args: argparse.Namespace, root: str, targets: dict[str, Path]) ->
 
     With another `root` two originals could claim the same place, so it belongs to the folder's settings.
     """
-    settings = Settings(args.short_side, args.key_frames, args.crf, args.preset)
+    settings = Settings(args.short_side, args.key_frames, args.crf, args.preset, args.b_frames)
     failed, made = {}, []
     with output_folder(Path(args.output), asdict(settings) | {"root": root}) as unfinished:
         todo = [job for job in targets.items() if not is_made(job[1], job[0])]

@@ -6,7 +6,7 @@ that can be right, its frame rate gives them.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import av
@@ -15,14 +15,18 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Interpolation
 from data_tools import Unusable
 
-from video_speed import slow_reasons
-from video_transforms import VideoError, read_frames
+from video_check import ffmpeg_frames, slow_reasons
+from video_reader import VideoError, check_whole, read_frames
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 TICK = Fraction(1, 90000)  # seconds; fine enough for any source's stamps
 USUAL_RATE = Fraction(25)  # frames a second, for a source that does not say
 MIN_PSNR = 20.0  # dB; below it a picture is another one, not a bad one
 MIN_SIDE = 16
+
+
+class WrongTimes(Unusable):
+    """Time stamps of a source that cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Settings:
     Args:
         short_side: pixels; a smaller video keeps its size.
         key_frames: a key frame at least every so many frames.
+        b_frames: frames between two others that no frame refers to, and that a reader of every n-th frame leaves
+            out; -1: as the preset has them, some of them referred to.
         crf: x264's constant quality, 0 (lossless) to 51.
         preset: x264's effort.
     """
@@ -39,7 +45,8 @@ class Settings:
     short_side: int = 256
     key_frames: int = 24
     crf: int = 23
-    preset: str = "fast"
+    preset: str = "medium"
+    b_frames: int = 7
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,11 @@ def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 def read_timing(path: str) -> Timing:
     """The timing of a video, from its index and packets."""
-    with av.open(path) as container:
-        rate = container.streams.video[0].average_rate
-        stamps = [packet.pts for packet in container.demux(video=0) if packet.size]
+    with av.open(path, metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        rate = stream.average_rate
+        stamps = [packet.pts for packet in container.demux(stream) if packet.size]
+        check_whole(stream, len(stamps))
     trusted = None not in stamps and len(set(stamps)) == len(stamps)
     credible = bool(rate) and 1 <= rate <= 240
     return Timing(rate if credible else USUAL_RATE, trusted, not trusted and not credible)
@@ -93,26 +102,21 @@ def upright(frame: av.VideoFrame) -> int:
 
 def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
     """Frames shrunk to YUV 4:2:0, upright; the second at which each comes, the first at 0; and the seconds it lasts."""
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_count = 1
-        first = 0
-        for number, frame in enumerate(container.decode(stream)):
-            second, lasts = number / timing.rate, 1 / timing.rate
-            if timing.trusted:
-                if frame.pts is None:
-                    raise Unusable(f"frame {number} has no time stamp")
-                first = first if number else frame.pts
-                second = (frame.pts - first) * frame.time_base
-                lasts = frame.duration * frame.time_base or lasts
-            size, turns = even_size(frame.width, frame.height, short_side), upright(frame)
-            small = frame.reformat(
-                *size, "yuv420p", interpolation=Interpolation.BICUBIC, dst_color_range=ColorRange.MPEG
-            )
-            if turns:
-                turned = np.ascontiguousarray(np.rot90(pixels(small), turns))
-                small = av.VideoFrame.from_ndarray(turned, "rgb24").reformat(format="yuv420p")
-            yield small, second, lasts
+    first = 0
+    for number, frame in enumerate(ffmpeg_frames(path)):
+        second, lasts = number / timing.rate, 1 / timing.rate
+        if timing.trusted:
+            if frame.pts is None:
+                raise WrongTimes(f"frame {number} has no time stamp")
+            first = first if number else frame.pts
+            second = (frame.pts - first) * frame.time_base
+            lasts = frame.duration * frame.time_base or lasts
+        size, turns = even_size(frame.width, frame.height, short_side), upright(frame)
+        small = frame.reformat(*size, "yuv420p", interpolation=Interpolation.BICUBIC, dst_color_range=ColorRange.MPEG)
+        if turns:
+            turned = np.ascontiguousarray(np.rot90(pixels(small), turns))
+            small = av.VideoFrame.from_ndarray(turned, "rgb24").reformat(format="yuv420p")
+        yield small, second, lasts
 
 
 def pixels(frame: av.VideoFrame) -> np.ndarray:
@@ -137,8 +141,14 @@ def write_resized(source: str, target: str, settings: Settings) -> Written:
         raise Unusable("no such file")
     try:
         timing = read_timing(source)
-        kept, stamps, size = encode(source, target, settings, timing)
-    except (*AV_ERRORS, IndexError) as error:  # IndexError: no video stream
+        try:
+            kept, stamps, size = encode(source, target, settings, timing)
+        except WrongTimes:  # they cannot be right, so the frame rate gives them
+            timing = replace(timing, trusted=False)
+            kept, stamps, size = encode(source, target, settings, timing)
+    except VideoError as error:
+        raise Unusable(str(error)) from error
+    except (*AV_ERRORS, AttributeError) as error:  # AttributeError: no video stream
         raise Unusable(f"{getattr(error, 'strerror', None) or error}"[:200]) from error
     psnr = verify(target, kept, stamps, size, settings)
     return Written(len(stamps), float(stamps[-1] + 1 / timing.rate), psnr, timing.guessed)
@@ -169,7 +179,7 @@ def encode(
             if (frame.width, frame.height) != (stream.width, stream.height):
                 raise Unusable(f"the picture changes its size at frame {number}")
             if stamps and second - stamps[-1] < TICK:
-                raise Unusable(f"the time stamps go back at frame {number}")
+                raise WrongTimes(f"the time stamps go back at frame {number}")
             stamps.append(second)
             if number & (number - 1) == 0:
                 kept[number] = pixels(frame)
@@ -195,6 +205,8 @@ def configure(stream: av.VideoStream, frame: av.VideoFrame, settings: Settings) 
     context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
     context.thread_count = 1
     stream.options = {"crf": str(settings.crf), "preset": settings.preset, "tune": "fastdecode"}
+    if settings.b_frames >= 0:
+        stream.options |= {"x264-params": f"bframes={settings.b_frames}:b-adapt=0:b-pyramid=none"}
 
 
 def verify(
@@ -221,10 +233,10 @@ def verify(
         raise Unusable("the result has other time stamps than the source")
     if np.diff([*keys, len(packets)]).max() > settings.key_frames:
         raise Unusable("the result has fewer key frames than asked for")
-    if reasons := slow_reasons(path, 2**16):
-        raise Unusable(f"the result is slow to load: {reasons[0]}")
     try:
-        frames = read_frames(path, lambda total: np.array(sorted(kept)))
+        if reasons := slow_reasons(path, 2**16):
+            raise Unusable(f"the result is slow to load: {reasons[0]}")
+        frames = read_frames(path, lambda _: np.array(sorted(kept)))
     except VideoError as error:
         raise Unusable(f"the result cannot be read: {error}") from error
     if frames.shape[2:0:-1] != size:

@@ -272,7 +272,8 @@ sys.path.insert(0, {root!r})
 import numpy as np
 
 def read_video(path):
-    from video_transforms import VideoError, pretrain_indices, read_frames
+    from video_reader import VideoError, read_frames
+from video_transforms import pretrain_indices
     try:
         frames = read_frames(path, lambda total: pretrain_indices(np.random.default_rng(0), total, 8, 2))
     except VideoError as error:

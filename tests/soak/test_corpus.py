@@ -10,7 +10,7 @@ from fixtures_video import decode_all, source_frames
 
 from object_overlay import ObjectLibrary, find_objects
 from soak import corpus, corpus_objects
-from video_transforms import read_frames
+from video_reader import read_frames
 
 NOT_READ = {  # good videos that decord 0.6 cannot read; all are refused with a reason
     "av1.mp4",

@@ -1,0 +1,396 @@
+"""Frames of a video by their number: the only file that knows a video decoder.
+
+Frame i is the i-th picture that FFmpeg shows when it decodes the file from its start. For most files it is found
+without decoding the others: the time stamps of the packets give the order of the frames, decoding starts at the key
+frame before the wanted one, and frames that no other frame refers to are skipped. Where the time stamps cannot be
+trusted to give that order (`is_exact`), the file is decoded from its start and the frames are counted.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing
+from typing import NamedTuple, Protocol
+
+import av
+import numpy as np
+
+READERS = ("pyav", "decord")
+NEVER_SKIPS = ("libdav1d",)  # decoders that take skip_frame at the start alone
+MAX_REORDER = 16  # frames between decoding and display, the limit of H.264 and HEVC
+BROADCAST = ("mpegts", "mpeg")  # formats whose time stamps begin anywhere
+REPEAT_SIZE = 8  # bytes, at most, of an MPEG-4 packet that is not coded (repeats a picture, or stands for a packed one)
+DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, IndexError, MemoryError)
+DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
+
+
+class VideoError(Exception):
+    """A video that cannot be used; the message is the reason, without the path."""
+
+
+class InexactError(VideoError):
+    """The packets promise a frame that the decoder does not give."""
+
+
+class Clip(NamedTuple):
+    """Frames of a video, their numbers, and when they are shown."""
+
+    frames: np.ndarray  # RGB uint8 [T, H, W, 3]
+    indices: np.ndarray  # int [T]
+    seconds: np.ndarray  # float64 [T], from the start of the file
+
+
+class Video(Protocol):
+    """An open video: `seconds` ``[total]``, when each frame is shown, and its frames."""
+
+    seconds: np.ndarray
+
+    def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        """RGB uint8 ``[H, W, 3]`` of the frames with these numbers, which must rise.
+
+        Raises:
+            VideoError: one of them cannot be read.
+        """
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+Choose = Callable[[int], np.ndarray]  # number of frames → indices [T] of the wanted ones, in any order
+Change = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] → [h, w, 3]
+
+
+def read_clip(path: str, choose: Choose, reader: str = "pyav", change: Change = lambda frame: frame) -> Clip:
+    """Decode the frames that `choose` picks; one that is picked several times is decoded once.
+
+    Args:
+        choose: called with the number of frames; a second time where that turns out to be wrong.
+        reader: one of READERS.
+        change: applied to each frame as it is decoded, so that only its results are in memory together.
+    Raises:
+        VideoError: missing, unreadable, or without frames.
+    """
+    try:
+        with open_video(path, reader) as video:
+            return take_clip(video, choose, change)
+    except InexactError:
+        with open_video(path, reader, in_order=True) as video:
+            return take_clip(video, choose, change)
+
+
+def read_frames(path: str, choose: Choose, reader: str = "pyav") -> np.ndarray:
+    """The frames of read_clip alone, ``[T, H, W, 3]``."""
+    return read_clip(path, choose, reader).frames
+
+
+def take_clip(video: Video, choose: Choose, change: Change) -> Clip:
+    """The frames of an open video that `choose` picks. Raises VideoError."""
+    indices = choose(len(video.seconds))
+    wanted, back = np.unique(indices, return_inverse=True)
+    frames = np.empty(0, np.uint8)
+    for number, frame in enumerate(map(change, video.frames(wanted))):
+        if number == 0:
+            frames = np.empty((len(wanted), *frame.shape), np.uint8)
+        if frame.shape != frames.shape[1:]:
+            raise VideoError(f"the picture changes its size at frame {wanted[number]}")
+        frames[number] = frame
+    return Clip(frames if np.array_equal(wanted, indices) else frames[back], indices, video.seconds[indices])
+
+
+def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> AbstractContextManager[Video]:
+    """Open a video for reading frames, in a ``with`` block.
+
+    Args:
+        reader: one of READERS.
+        in_order: PyAV decodes and counts all frames, whatever the packets promise.
+    Raises:
+        VideoError: missing, unreadable, or without frames.
+    """
+    if os.path.isdir(path):
+        raise VideoError("is a folder; of a folder of frames, make a video first: ffmpeg -i FOLDER/%05d.jpg VIDEO.mp4")
+    if not os.path.isfile(path):
+        raise VideoError("no such file")
+    video: Video = DecordVideo(path) if reader == "decord" else PyAVVideo(path, in_order)
+    if len(video.seconds) == 0:
+        video.close()
+        raise VideoError("no frames")
+    return closing(video)
+
+
+# PyAV -----------------------------------------------------------------------------------------------------------
+
+
+class Packets(NamedTuple):
+    """What the packets of a video stream say, in decoding order; P of them."""
+
+    pts: np.ndarray  # float64 [P], presentation time in ticks of the stream, NaN if unknown
+    dts: np.ndarray  # float64 [P], likewise of decoding
+    key: np.ndarray  # bool [P], decoding can start there
+    shown: np.ndarray  # bool [P], False outside of an edit list
+    hidden: bool  # a packet may hold no picture to show, or several
+
+    @property
+    def order(self) -> np.ndarray:
+        """Places of the shown packets in presentation order, int ``[total]``."""
+        places = np.flatnonzero(self.shown)
+        return places[np.argsort(self.pts[places], kind="stable")]
+
+
+def holds_no_picture(codec: str, packet: av.Packet) -> bool:
+    """Whether a packet seems to hold no picture to show, by the first bits of its frame header."""
+    if packet.size == 0:
+        return True
+    if codec == "vp8":  # RFC 6386, 9.1: bit 4 is show_frame
+        return not bytes(memoryview(packet)[:1])[0] & 0x10
+    if codec == "vp9":  # bits: marker 2, profile 2, show_existing_frame, frame_type, show_frame; else a superframe
+        view = memoryview(packet)
+        return view[-1] & 0xE0 != 0xC0 and view[0] & 0x30 != 0x30 and not view[0] & 0x0A
+    return codec == "mpeg4" and packet.size <= REPEAT_SIZE
+
+
+def list_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
+    """Read the packets of a stream to the end of the file, without decoding any."""
+    codec, rows, hidden = stream.codec_context.name, [], False
+    odd = codec in ("vp8", "libvpx", "vp9", "libvpx-vp9", "mpeg4", "theora")
+    for packet in container.demux(stream):
+        if packet.dts is None and packet.pts is None and packet.size == 0:
+            continue  # the one that ends the stream
+        rows.append((packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
+        hidden |= packet.is_corrupt or packet.size == 0 or (odd and holds_no_picture(codec, packet))
+    check_whole(stream, len(rows))
+    pts, dts, key, shown = zip(*rows) if rows else ((), (), (), ())
+    return Packets(np.array(pts, float), np.array(dts, float), np.array(key, bool), np.array(shown, bool), hidden)
+
+
+def check_whole(stream: av.VideoStream, num_packets: int) -> None:
+    """Raise a VideoError if the index of a file, where it has one, promises more packets than there are."""
+    if len(stream.index_entries) > num_packets:
+        raise VideoError(f"the file is cut off: {num_packets} of {len(stream.index_entries)} frames are there")
+
+
+def is_exact(packets: Packets, has_b_frames: bool) -> bool:
+    """Whether the time stamps of the packets give the frames and their order as the decoder will.
+
+    They do not where one is missing, comes twice or falls, where the first frame is no key frame or others are shown
+    before it (a decoder drops those), or where a packet holds no picture.
+    """
+    pts, dts = packets.pts, packets.dts[np.isfinite(packets.dts)]
+    if packets.hidden or not len(pts) or np.isnan(pts).any() or len(np.unique(pts)) < len(pts):
+        return False
+    if not packets.key[0] or (pts < pts[0])[packets.shown].any() or (np.diff(dts) <= 0).any():
+        return False
+    depth = MAX_REORDER if has_b_frames else 1
+    return bool((pts[depth:] > np.maximum.accumulate(pts)[:-depth]).all())
+
+
+class PyAVVideo:
+    """A video by PyAV. See Video."""
+
+    def __init__(self, path: str, in_order: bool = False):
+        self.path, self.in_order = path, in_order
+        self.open()
+        try:
+            if not in_order:
+                self.packets = list_packets(self.container, self.stream)
+                delayed = bool(self.stream.codec_context.has_b_frames)
+                self.in_order = not is_exact(self.packets, delayed) or not self.order_is_shown(delayed)
+            if self.in_order:
+                self.seconds = self.count_frames()
+            else:
+                self.seconds = self.packets.pts[self.packets.order] * float(self.stream.time_base or 0) - self.start
+        except DECODER_ERRORS as error:
+            self.close()
+            raise VideoError(decoder_reason(error, path)) from error
+
+    def open(self) -> None:
+        """Open the file, at its start. Raises VideoError."""
+        try:
+            self.container = av.open(self.path, metadata_errors="replace")
+        except DECODER_ERRORS as error:
+            raise VideoError(decoder_reason(error, self.path)) from error
+        stream = self.container.streams.best("video")
+        if not isinstance(stream, av.VideoStream):
+            self.close()
+            raise VideoError("no video stream")
+        self.stream = stream
+        self.stream.codec_context.thread_count = 1
+        # Streams of broadcasting begin at any time; in other files time stamps count from the start.
+        any_start = self.container.format.name in BROADCAST
+        self.start = (self.container.start_time or 0) / av.time_base if any_start else 0.0
+
+    def close(self) -> None:
+        self.container.close()
+
+    def reopen(self) -> None:
+        """Go back to the start, with a new decoder."""
+        self.close()
+        self.open()
+
+    def decoded(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
+        """The frames of packets, in the order in which the decoder shows them; without packets that do not decode."""
+        for packet in packets:
+            try:
+                yield from packet.decode()
+            except av.error.InvalidDataError:
+                continue
+
+    def order_is_shown(self, delayed: bool) -> bool:
+        """Whether the decoder shows the first frames in the order of their time stamps.
+
+        Looked at only where the decoder delays frames although the stamps rise from packet to packet: some programs
+        write such stamps for frames that are out of order.
+        """
+        if not delayed or (np.diff(self.packets.pts) < 0).any():
+            return True
+        self.reopen()
+        first = (packet for packet, _ in zip(self.container.demux(self.stream), range(2 * MAX_REORDER)))
+        return bool((np.diff([frame.pts or 0 for frame in self.decoded(first)]) > 0).all())
+
+    def count_frames(self) -> np.ndarray:
+        """Decode everything; the second at which each frame is shown, ``[total]``."""
+        self.reopen()
+        times = [frame.time for frame in self.decoded(self.container.demux(self.stream))]
+        if None not in times and (np.diff(times) > 0).all():
+            return np.array(times, float) - self.start
+        rate = float(self.stream.average_rate or 0)
+        return np.arange(len(times)) / rate if rate else np.full(len(times), np.nan)
+
+    def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        """See Video."""
+        reason, done = "", 0
+        for skip in (True, False):
+            pictures = self.counted(wanted) if self.in_order else self.sought(wanted[done:], skip)
+            try:
+                for picture in pictures:
+                    yield to_rgb(picture)
+                    done += 1
+            except DECODER_ERRORS as error:
+                reason = decoder_reason(error, self.path)
+            except InexactError as error:
+                reason = str(error)
+            if done == len(wanted):
+                return
+            if self.in_order:
+                break
+        raise InexactError(reason or f"{len(wanted) - done} of {len(wanted)} frames do not decode")
+
+    def counted(self, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
+        """The wanted frames, by counting from the start."""
+        self.reopen()
+        ahead = iter(wanted)
+        next_one = next(ahead, None)
+        for number, frame in enumerate(self.decoded(self.container.demux(self.stream))):
+            if number == next_one:
+                yield frame
+                next_one = next(ahead, None)
+            if next_one is None:
+                return
+
+    def needed(self, places: np.ndarray) -> np.ndarray:
+        """Which packets have to be decoded for those at `places`, bool ``[P]``: from the key frames before them."""
+        pts = self.packets.pts
+        keys = np.flatnonzero(self.packets.key)
+        decode = np.zeros(len(pts) + 1, int)
+        key = np.searchsorted(keys, places, side="right") - 1
+        while (late := pts[keys[key]] > pts[places]).any():  # shown before its key frame: refers to frames before that
+            key = key - late
+        np.add.at(decode, keys[key], 1)
+        np.add.at(decode, places + 1, -1)
+        return np.cumsum(decode)[:-1] > 0
+
+    def packets_from(self, place: int) -> Iterator[tuple[int, av.Packet]]:
+        """The packets from a key frame on, with their places."""
+        where = {pts: number for number, pts in enumerate(self.packets.pts.tolist())}
+        self.container.seek(int(self.packets.pts[place]), stream=self.stream)
+        for again in (False, True):
+            if again:
+                self.reopen()  # the file cannot be sought in
+            found = False
+            for packet in self.container.demux(self.stream):
+                number = where.get(packet.pts) if packet.size else None
+                found |= number == place
+                if found and number is not None:
+                    yield number, packet
+                elif number is not None and number > place:
+                    break
+            if found:
+                return
+
+    def sought(self, wanted: np.ndarray, skip: bool) -> Iterator[av.VideoFrame]:
+        """The wanted frames: with `skip` decoding no more than these need, else everything from the start on."""
+        places = self.packets.order[wanted]
+        decode = self.needed(places) if skip else np.arange(len(self.packets.pts)) <= places.max()
+        skip &= self.stream.codec_context.name not in NEVER_SKIPS
+        full, ahead = set(places.tolist()), iter(self.packets.pts[places])
+        next_one = next(ahead, None)
+        last, running = int(np.flatnonzero(decode)[-1]), False
+
+        def wanted_of(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+            nonlocal next_one
+            for frame in frames:
+                if next_one is not None and frame.pts == next_one:
+                    yield frame
+                    next_one = next(ahead, None)
+                elif next_one is not None and (frame.pts is None or frame.pts > next_one):
+                    raise InexactError("frames come in another order than their time stamps")
+
+        for place, packet in self.packets_from(int(np.flatnonzero(decode)[0])):
+            context = self.stream.codec_context
+            if running and (not decode[place] or place > last):
+                yield from wanted_of(context.decode(None))
+                context.flush_buffers()
+            running = bool(decode[place]) and place <= last
+            if next_one is None or place > last:
+                return
+            if running:
+                context.skip_frame = "NONREF" if skip and place not in full else "DEFAULT"
+                yield from wanted_of(context.decode(packet))
+        if running:
+            yield from wanted_of(self.stream.codec_context.decode(None))
+
+
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """RGB uint8 ``[H, W, 3]`` of a frame; that of a turned telephone is turned upright."""
+    picture = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+
+
+def decoder_reason(error: Exception, path: str) -> str:
+    """A decoder's error in one line that is the same every time: without clock times, places in its source, path."""
+    line = getattr(error, "strerror", None) or next((line for line in str(error).splitlines() if line.strip()), "")
+    for code, meaning in DECORD_CODES.items():
+        line = meaning if f"({code} vs. 0)" in line else line
+    line = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: ", "", line).replace(path, "it").strip()
+    return line[:200] or type(error).__name__
+
+
+# decord ---------------------------------------------------------------------------------------------------------
+
+
+class DecordVideo:
+    """A video by decord, as the released code reads it. See Video."""
+
+    def __init__(self, path: str):
+        # Not at the top: its FFmpeg and C++ libraries must come after those of torch and PyAV.
+        import decord
+
+        self.path, self.errors = path, (decord.DECORDError, RuntimeError, IndexError, TypeError, UnicodeEncodeError)
+        try:
+            self.reader = decord.VideoReader(path, num_threads=1)
+            total = len(self.reader)
+            starts = self.reader.get_frame_timestamp(np.arange(total)) if total else np.empty((0, 2))
+            self.seconds = starts[:, 0].astype(float)
+        except self.errors as error:
+            raise VideoError(decoder_reason(error, path)) from error
+
+    def close(self) -> None:
+        del self.reader
+
+    def frames(self, wanted: np.ndarray, chunk: int = 64) -> Iterator[np.ndarray]:
+        """See Video; `chunk` frames are in memory at a time."""
+        for start in range(0, len(wanted), chunk):
+            try:
+                yield from self.reader.get_batch(wanted[start : start + chunk]).asnumpy()
+            except self.errors as error:
+                raise VideoError(decoder_reason(error, self.path)) from error
