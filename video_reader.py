@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import av
 import numpy as np
@@ -208,11 +208,17 @@ class PyAVVideo:
             self.container = av.open(self.path, metadata_errors="replace")
         except DECODER_ERRORS as error:
             raise VideoError(decoder_reason(error, self.path)) from error
-        stream = self.container.streams.best("video")
+        stream, problem = self.container.streams.best("video"), ""
         if not isinstance(stream, av.VideoStream):
+            problem = "no video stream"
+        elif stream.codec_context is None:
+            problem = "FFmpeg has no decoder for this format"
+        elif self.container.format.name.endswith("_pipe"):
+            problem = "an image, not a video"
+        if problem:
             self.close()
-            raise VideoError("no video stream")
-        self.stream = stream
+            raise VideoError(problem)
+        self.stream = cast(av.VideoStream, stream)
         self.stream.codec_context.thread_count = 1
         # Streams of broadcasting begin at any time; in other files time stamps count from the start.
         any_start = self.container.format.name in BROADCAST

@@ -20,8 +20,8 @@ from checkpoints import read_checkpoint
 HANG = """
 import ctypes, video_transforms
 read = video_transforms.read_clip
-video_transforms.read_clip = lambda path, choose: (
-    ctypes.CDLL(None).sleep(1000) if path.endswith("7.mp4") else read(path, choose))
+video_transforms.read_clip = lambda path, *rest: (
+    ctypes.CDLL(None).sleep(1000) if path.endswith("7.mp4") else read(path, *rest))
 """
 
 
@@ -51,6 +51,7 @@ def test_odd_and_broken_videos(tmp_path):
         "10bit.mp4": corpus.encode(frames, pix_fmt="yuv420p10le"),
         "444.mp4": corpus.encode(frames, pix_fmt="yuv444p"),
         "vp9.webm": corpus.encode(frames, "webm", "libvpx-vp9"),
+        "av1.mp4": corpus.encode(frames, codec="libsvtav1"),
         "mpeg4.avi": corpus.encode(frames, "avi", "mpeg4"),
         "ffv1.mkv": corpus.encode(frames, "matroska", "ffv1"),
         "one-frame.mp4": corpus.encode(frames[:1]),
@@ -63,7 +64,6 @@ def test_odd_and_broken_videos(tmp_path):
         "headless.mp4": whole[300:],
         "sound.mp4": corpus.encode_sound("mp4"),
         "cut index first.mp4": corpus.encode(frames, muxer={"movflags": "faststart"})[:-500],
-        "av1.mp4": corpus.encode(frames, codec="libsvtav1"),
     }
     with corpus.Reader("video") as reader:
         for name, content in (variants | broken).items():
@@ -111,7 +111,7 @@ def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
         )
     )
     (tmp_path / "list.csv").write_text(f"{tmp_path / 'claims.avi'} 0\n" + Path(list_file).read_text())
-    run = start(tmp_path / "list.csv", tmp_path / "run")
+    run = start(tmp_path / "list.csv", tmp_path / "run", "--reader", "decord")
     assert one_error(run, "the data loader failed", "claims.avi")
 
 

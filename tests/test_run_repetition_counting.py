@@ -23,6 +23,7 @@ from utils import EXIT_REQUEUE
 
 pytest_plugins = ("fixtures_counting", "fixtures_finetuning")
 NAME = "run_repetition_counting.py"
+NO_VIDEO = "Invalid data found when processing input"  # FFmpeg's words
 TINY = "--model vit_tiny_patch16_224 --input_size 32 --num_frames 4 --num_workers 0 --log_interval 1"
 STEPS = "--batch_size 4 --segments_per_video 2 --refine_steps 2 --opt adamw --epochs 2"
 TRAIN = [*TINY.split(), *STEPS.split()]

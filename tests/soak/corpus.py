@@ -273,7 +273,7 @@ import numpy as np
 
 def read_video(path):
     from video_reader import VideoError, read_frames
-from video_transforms import pretrain_indices
+    from video_transforms import pretrain_indices
     try:
         frames = read_frames(path, lambda total: pretrain_indices(np.random.default_rng(0), total, 8, 2))
     except VideoError as error:
@@ -309,7 +309,7 @@ for line in sys.stdin:
 
 
 class Reader:
-    """Reads videos by video_transforms.read_frames, or objects by object_overlay.read_object, in a process of its own.
+    """Reads videos by video_reader.read_frames, or objects by object_overlay.read_object, in a process of its own.
 
     Args:
         kind: video or object.

@@ -12,22 +12,8 @@ from object_overlay import ObjectLibrary, find_objects
 from soak import corpus, corpus_objects
 from video_reader import read_frames
 
-NOT_READ = {  # good videos that decord 0.6 cannot read; all are refused with a reason
-    "av1.mp4",
-    "av1.webm",  # it has no decoder for AV1
-    "plain.h264",
-    "pal.gif",  # no length in the file
-    "tiny.mp4",
-    "two.mp4",
-    "tall.mp4",
-    "one.mkv",
-    "png.avi",
-}  # narrower than 32 pixels, or padded lines
-NOT_THE_SAME = {
-    "rotated.mp4",  # PyAV leaves it as it is
-    "plain.ts",
-    "mpeg2.ts",
-}  # in a transport stream decord does not find its way: it repeats the last frame
+NOT_READ = set[str]()  # good videos that are refused with a reason
+NOT_THE_SAME = {"rotated.mp4"}  # PyAV alone leaves it as it is
 
 
 @pytest.fixture(scope="module")
