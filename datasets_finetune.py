@@ -366,12 +366,11 @@ class ViewReader:
                     kept = {needed: squares for needed, squares in kept.items() if last_view[needed] >= done}
 
     def span(self, seconds: np.ndarray, frames: np.ndarray) -> Span:
-        """When a view of these frames ``[T]`` is shown; a frame after the video's last counts by the average rate."""
-        total, after = len(seconds), int(frames[-1]) + self.stride
-        length = float(seconds[-1] - seconds[0])
+        """When a view of these frames ``[T]`` is shown: up to the frame `stride` after its last one, or to the end."""
+        total, after, length = len(seconds), int(frames[-1]) + self.stride, float(seconds[-1] - seconds[0])
         rate = (total - 1) / length if length > 0 else float("nan")
-        beyond = (after - total + 1) / rate if after >= total and rate > 0 else 0.0
-        return Span(float(seconds[frames[0]]), float(seconds[min(after, total - 1)]) + beyond, rate, total)
+        end = float(seconds[after]) if after < total else float(seconds[-1]) + (1 / rate if rate > 0 else 0.0)
+        return Span(float(seconds[frames[0]]), end, rate, total)
 
     def __call__(self, path: str) -> torch.Tensor:
         """All views at once, uint8 ``[V * crops, 3, T, size, size]``, the crops of a temporal view side by side.

@@ -42,6 +42,7 @@ CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", 
 SETTINGS = (
     "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
 )  # fmt: skip
+PART, WINDOWS_PART = ".csv", ".windows.csv"  # suffixes of the part of the index that belongs to a file of features
 COLUMNS = ("video", "path", "label", "file", "row", "start", "end", "rate", "frames", "error")
 
 
@@ -131,7 +132,7 @@ def check_settings(args: argparse.Namespace, precision: str) -> None:
     if file.is_file():
         known = json.loads(file.read_text())
         for name, value in settings.items():
-            if known.get(name) != value:
+            if known.get(name, value) != value:  # what an earlier version did not write down cannot differ
                 raise SharedError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
     utils.barrier()  # all have looked
     if utils.rank() == 0:
@@ -148,14 +149,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     os.replace(draft, path)
 
 
-def index_part(path: Path) -> Path:
-    """The part of the index that belongs to a file of features."""
-    return path.with_suffix(".csv")
-
-
 def write_part(path: Path, rows: list[list]) -> None:
     """Write a part of the index."""
-    with open(index_part(path), "w", newline="") as file:
+    with open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
@@ -176,7 +172,7 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
         spans = score.spans or [Span(np.nan, np.nan, np.nan, 0)]
         shown = (min(span.start for span in spans), max(span.end for span in spans), *spans[0][2:])
         lines.append([score.index, video, label, path.name, row, *shown, score.error])
-    write_part(path, lines)
+    write_part(path.with_suffix(PART), lines)
     if path.suffix == ".npz":
         write_whole(path, lambda file: np.savez(file, features=rows, labels=labels, paths=paths))
     else:
@@ -189,7 +185,7 @@ def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore
     known = [score.index, videos.path(score.index), videos.labels[score.index]]
     name = str(path.relative_to(folder))
     rows = [[*known, name, row, *span, ""] for row, span in enumerate(score.spans)]
-    write_part(path, rows or [[*known, "", "", "", "", "", "", score.error]])
+    write_part(path.with_suffix(WINDOWS_PART), rows or [[*known, "", "", "", "", "", "", score.error]])
     if not score.error:
         write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
 
@@ -214,8 +210,10 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     """Join the parts of the index, and describe the windows; returns the lines of videos that could not be read."""
     folder, lines = Path(args.output_dir), list[list[str]]()
     for path in files:
-        with open(index_part(path), newline="") as file:
+        with open(path.with_suffix(WINDOWS_PART if is_windows(args) else PART), newline="") as file:
             lines += csv.reader(file)
+    unknown = [""] * (len(COLUMNS) - 6)  # parts that an earlier version of this program wrote have no seconds
+    lines = [line if len(line) == len(COLUMNS) else [*line[:5], *unknown, line[5]] for line in lines]
     with open(folder / "index.csv", "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *lines])
     if is_windows(args):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fixtures_video import write_list
 
-from datasets_finetune import ViewReader
+from datasets_finetune import ViewReader, WindowReader
 from modeling_finetune import MODELS
 from video_transforms import channel_stats, normalize_clips
 
@@ -153,12 +153,69 @@ def test_too_many_unreadable_videos(extract, tmp_path):
     assert len(index_of(tmp_path / "out")) == 7  # and yet nothing is lost
 
 
+def test_windows_all_over_each_video(extract, encoder, videos, tmp_path):
+    """Every 5 frames or 0.2 seconds, which is the same at 25 frames a second; one and two processes; a video twice."""
+    for name, options in (("frames", ["--stride", 5]), ("seconds", ["--stride_seconds", 0.2])):
+        done = extract(tmp_path / name, *options, "--batch_size", 3, processes=1 + (name == "seconds"))
+        assert done.code == 0, done.all
+        index, about = index_of(tmp_path / name), json.loads((tmp_path / name / "windows.json").read_text())
+        assert about["window"] == 8 and list(about.values())[2] == options[1]
+        for path in videos[1]:
+            rows = [entry for entry in index if entry["path"] == str(path)]
+            if rows[0]["error"]:
+                assert path == videos[1][2] and not (tmp_path / name / f"{path.stem}.npy").exists()
+                continue
+            found, total = np.load(tmp_path / name / f"{path.stem}.npy"), int(rows[0]["frames"])
+            assert found.shape == (max(0, total - 8) // 5 + 1, 192) and len(rows) == len(found)
+            assert about["videos"][path.stem] == {"windows": len(found), "rate": pytest.approx(25), "frames": total}
+            for number, row in enumerate(rows):
+                assert (int(row["row"]), row["file"]) == (number, f"{path.stem}.npy")
+                assert float(row["start"]) == pytest.approx(number * 5 / 25)
+                assert float(row["end"]) == pytest.approx(min(number * 5 + 8, total) / 25)
+    reader = WindowReader("dense", 0, 1, 32, 4, 2, every=5)
+    expected = by_hand(encoder[1], videos[1][0], reader).mean(axis=(1, 2))
+    np.testing.assert_allclose(np.load(tmp_path / "frames" / "bikes.npy"), expected, atol=1e-4)
+    done = extract(tmp_path / "frames", "--stride", 5)
+    assert "1 of 7 files to compute" in done.out  # the unreadable one
+    done = extract(tmp_path / "frames", "--stride", 6)
+    assert done.code == 1 and "--stride was 5, now 6" in done.err
+
+
+def test_videos_of_the_same_name_keep_their_folders(extract, clips, tmp_path):
+    paths = [tmp_path / folder / "v.mp4" for folder in "ab"]
+    for path, source in zip(paths, (clips["bikes.mp4"], clips["short.mp4"])):
+        path.parent.mkdir()
+        path.write_bytes(source.read_bytes())
+    done = extract(tmp_path / "out", "--stride", 4, "--data_path", write_list(tmp_path / "l.csv", paths))
+    assert done.code == 0, done.all
+    lengths = [len(np.load(tmp_path / "out" / folder / "v.mp4.npy")) for folder in "ab"]
+    assert lengths == [9, 1]
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(extract, tmp_path):
+    """It has no seconds in its parts, and no strides in its settings."""
+    assert extract(tmp_path / "out", "--shard_size", 4).code == 0
+    part, settings = tmp_path / "out" / "features-00000.csv", tmp_path / "out" / "settings.json"
+    rows = [row[:5] + row[-1:] for row in csv.reader(part.read_text().splitlines())]
+    part.write_text("".join(",".join(row) + "\n" for row in rows))
+    known = {name: value for name, value in json.loads(settings.read_text()).items() if "stride" not in name}
+    settings.write_text(json.dumps(known))
+    done = extract(tmp_path / "out", "--shard_size", 4)
+    assert done.code == 0 and "0 of 2 files to compute" in done.out, done.all
+    index = index_of(tmp_path / "out")
+    assert [entry["start"] for entry in index[:4]] == [""] * 4 and float(index[4]["end"]) > float(
+        index[4]["start"]
+    ) >= 0
+
+
 def test_wrong_arguments_are_one_line(extract, tmp_path):
     for argv, message in (
         (["--checkpoint", tmp_path / "none.pth"], "none.pth: no such checkpoint file"),
         (["--checkpoint", ""], "--checkpoint is missing"),
         (["--data_path", tmp_path / "none.csv"], "none.csv: no such list file"),
         (["--shard_size", 0], "--shard_size 0: must be at least 1"),
+        (["--stride", 4, "--stride_seconds", 1], "--stride and --stride_seconds: give one of them"),
+        (["--stride", 4, "--num_crop", 3], "--stride: windows are dense and central"),
         (["--input_size", 40], "--input_size 40 is not divisible"),
         (["--model", "vit_small_patch16_224"], "check --model"),
         (["--checkpoint", "hf://nobody"], "hf://nobody: write hf://owner/repo"),

@@ -192,7 +192,7 @@ def test_windows_by_seconds_begin_with_the_frame_shown_then(every, first):
 def test_a_video_shorter_than_a_window_has_one(tmp_path):
     path = write(tmp_path / "v.mp4", Kind("", "mp4", "libx264"), 5)
     ((clips, span),) = WindowReader("dense", 0, 1, 32, 8, 2, every=4).views(path)
-    assert (clips[0, 3:] == clips[0, 3]).all() and span.end == pytest.approx(6 / 25)
+    assert (clips[0, 3:] == clips[0, 3]).all() and span.end == pytest.approx(5 / 25)
 
 
 @pytest.mark.parametrize(
