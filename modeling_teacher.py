@@ -69,6 +69,27 @@ class PixelTarget(nn.Module):
         return rearrange(normalize_features(cubes.flatten(0, 1)), "(b n) p c -> b n (p c)", b=len(clips))
 
 
+class FusedAttention(nn.Module):
+    """nn.MultiheadAttention, of the same weights, on scaled_dot_product_attention.
+
+    As fast in eager mode. Compiled or under autocast the original leaves its fast path, copies its weights for each
+    token, and can be six times as slow (BENCHMARKS.md).
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        super().__init__()
+        self.num_heads, self.out_proj = attention.num_heads, attention.out_proj
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+
+    def forward(self, x: torch.Tensor, *_: Any, attn_mask: torch.Tensor | None = None, **__: Any) -> tuple[Any, None]:
+        """Self-attention, ``[B, N, D]`` → the same, and no weights; called as the original is."""
+        B, N, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask)
+        return self.out_proj(x.transpose(1, 2).reshape(B, N, D)), None
+
+
 class FrameTower(nn.Module):
     """A frozen image encoder and the frames it is fed with.
 
@@ -287,10 +308,12 @@ def build_clip(
     clip = load_clip(model, weights, image_size)
     if not (hasattr(clip.visual, "trunk") or hasattr(clip.visual, "transformer")):
         raise ValueError(f"--clip_model {model}: its image tower is no vision transformer")
-    stats = open_clip.get_model_preprocess_cfg(clip)
-    return FrameTeacher(
-        clip.visual, to_2tuple(clip.visual.image_size), _pick_norm(norm, stats["mean"], stats["std"]), grid
-    )
+    for block in clip.visual.modules():
+        if isinstance(block, open_clip.transformer.ResidualAttentionBlock) and block.attn.batch_first:
+            block.attn = FusedAttention(block.attn)
+    own = open_clip.get_model_preprocess_cfg(clip)
+    stats = (NORMS | {"own": (own["mean"], own["std"])})[norm]
+    return FrameTeacher(clip.visual, to_2tuple(clip.visual.image_size), stats, grid)
 
 
 def check_timm_weights(model: str, weights: str, flag: str = "--teacher") -> None:
@@ -356,9 +379,9 @@ def build_timm(
     """
     tower = load_timm(model, weights, image_size, flag)
     own = timm.data.resolve_model_data_config(tower)
-    sides = to_2tuple(image_size or own["input_size"][-2:])
+    sides, stats = to_2tuple(image_size or own["input_size"][-2:]), (NORMS | {"own": (own["mean"], own["std"])})[norm]
     try:
-        return FrameTeacher(tower, sides, _pick_norm(norm, own["mean"], own["std"]), grid, stage=stage)
+        return FrameTeacher(tower, sides, stats, grid, stage=stage)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # what towers without a map do
         raise ValueError(f"{flag}_model {model}: gives no map of stage {stage} ({_first_line(error)})") from error
 
@@ -382,11 +405,6 @@ def rename_lite0(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "_conv_stem.weight" not in state:
         return state
     return timm.models.remap_state_dict(state, timm.create_model("tf_efficientnet_lite0"), allow_reshape=False)
-
-
-def _pick_norm(norm: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Norm:
-    """Statistics by name; `mean` and `std` are the model's own."""
-    return (mean, std) if norm == "own" else NORMS[norm]
 
 
 def _first_line(error: Exception) -> str:

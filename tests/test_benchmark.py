@@ -84,8 +84,10 @@ def test_compiled_networks_give_the_same_numbers(problem, tmp_path, monkeypatch)
     torch.testing.assert_close(teacher(clips), targets, rtol=0, atol=1e-4)  # normalised features amplify
 
 
-def test_bf16_step_is_within_a_hundredth(problem):
-    loss, gradients = run(problem, fast=True, precision=torch.bfloat16)
+@pytest.mark.parametrize("fast, precision", [(True, torch.bfloat16), (False, torch.float16)])
+def test_half_precision_is_within_a_hundredth(fast, precision, problem):
+    """As programs here train, and as the released code does."""
+    loss, gradients = run(problem, fast, precision)
     plain_loss, plain_gradients = run(problem, fast=False)
     assert abs(loss - plain_loss) / plain_loss < 1e-2
     whole, plain = (
@@ -95,11 +97,29 @@ def test_bf16_step_is_within_a_hundredth(problem):
     assert torch.cosine_similarity(whole, plain, dim=0) > 0.999
 
 
-def test_benchmark_of_the_data_writes_its_numbers(tmp_path, monkeypatch):
-    options = ["--rounds", "1", "--workers", "0", "--input_size", "64", "--json", str(tmp_path / "numbers.json")]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", *options])
-    assert in_child(runpy.run_path, str(ROOT / "scripts" / "benchmark.py"), None, "__main__")[1] == "SystemExit: 0"
-    tables = json.loads((tmp_path / "numbers.json").read_text())["tables"]
+@pytest.fixture
+def tables_of(tmp_path, monkeypatch):
+    """Runs the benchmark on a command line, and reads what it writes."""
+
+    def measure(*argv):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv, "--json", str(tmp_path / "numbers.json")])
+        assert in_child(runpy.run_path, str(ROOT / "scripts" / "benchmark.py"), None, "__main__")[1] == "SystemExit: 0"
+        return json.loads((tmp_path / "numbers.json").read_text())["tables"]
+
+    return measure
+
+
+def test_benchmark_of_a_step_compares_with_the_released_way(tables_of):
+    small = ["--model", "pretrain_videomae_tiny_patch16_224", "--num_frames", "2", "--batch_size", "2", "--steps", "1"]
+    tables = tables_of("step", *small, "--precision", "fp32", "--straightforward", "released", "--device", "cpu")
+    ours, released = tables["fp32"], tables["straightforward released"]
+    assert released["whole / straightforward"] == 1 and ours["teacher"] > 0
+    assert ours["whole / straightforward"] == pytest.approx(ours["whole"] / released["whole"])
+    assert ours["clips a second, both masks counted"] == pytest.approx(2000 / ours["whole"])
+
+
+def test_benchmark_of_the_data_writes_its_numbers(tables_of):
+    tables = tables_of("data", "--rounds", "1", "--workers", "0", "--input_size", "64")
     for videos in ("as they are", "prepared"):
         parts = tables[f"videos {videos}: CPU milliseconds a clip"]
         assert parts["megabytes a clip"] == pytest.approx((16 * 64 * 64 * 3 + 8 * 4 * 4) / 1e6)
