@@ -59,21 +59,15 @@ class PixelTarget(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """ImageNet-normalised ``[B, 3, T, H, W]`` → ``[B, N, out_dim]``, fp32."""
         pixels = clips.float() * self.std + self.mean  # [0, 1]
-        cubes = rearrange(
-            pixels,
-            "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c",
-            p0=self.tubelet_size,
-            p1=self.patch_size,
-            p2=self.patch_size,
-        )
+        sides = {"p0": self.tubelet_size, "p1": self.patch_size, "p2": self.patch_size}
+        cubes = rearrange(pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c", **sides)
         return rearrange(normalize_features(cubes.flatten(0, 1)), "(b n) p c -> b n (p c)", b=len(clips))
 
 
 class FusedAttention(nn.Module):
-    """nn.MultiheadAttention, of the same weights, on scaled_dot_product_attention.
+    """An nn.MultiheadAttention on scaled_dot_product_attention.
 
-    As fast in eager mode. Compiled or under autocast the original leaves its fast path, copies its weights for each
-    token, and can be six times as slow (BENCHMARKS.md).
+    The original is as fast until it is compiled: then it leaves its fast path, and copies its weights for each token.
     """
 
     def __init__(self, attention: nn.MultiheadAttention):
@@ -158,14 +152,12 @@ class FrameTeacher(FrameTower):
 
         No class token, no register, no projection to a joint space; later stages are not computed.
         """
+        wanted: dict[str, Any] = {"indices": [self.stage], "stop_early": True, "intermediates_only": True}
         if isinstance(self.tower, open_clip.transformer.VisionTransformer):
-            return self.tower.forward_intermediates(
-                frames, indices=[self.stage], normalize_intermediates=True, stop_early=True, intermediates_only=True
-            )["image_intermediates"][0]
+            found = self.tower.forward_intermediates(frames, normalize_intermediates=True, **wanted)
+            return found["image_intermediates"][0]
         norm = not isinstance(self.tower, timm.models.Hiera)  # has none, and refuses to be asked for it
-        return self.tower.forward_intermediates(
-            frames, indices=[self.stage], norm=norm, stop_early=True, intermediates_only=True
-        )[0]
+        return self.tower.forward_intermediates(frames, norm=norm, **wanted)[0]
 
     @torch.inference_mode()
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -202,14 +194,11 @@ def read_clip_weights(path: str, flag: str = "--clip") -> tuple[dict[str, torch.
     whole_model = any(key.startswith("visual.") for key in state)
     # OpenAI's archives carry these three beside the weights; a bare tower is the form of SMILE's release.
     openai = archive or not whole_model or "input_resolution" in state
-    tower = {
-        key.removeprefix("visual."): value
-        for key, value in state.items()
-        if key.startswith("visual.") or not whole_model
-    }
-    if not any(key in tower for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
+    if whole_model:
+        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    if not any(key in state for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
         raise ValueError(f"{flag}_weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
-    return tower, openai
+    return state, openai
 
 
 def _read_tensors(path: str) -> tuple[dict[str, torch.Tensor], bool]:
