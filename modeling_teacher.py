@@ -59,14 +59,29 @@ class PixelTarget(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """ImageNet-normalised ``[B, 3, T, H, W]`` → ``[B, N, out_dim]``, fp32."""
         pixels = clips.float() * self.std + self.mean  # [0, 1]
-        cubes = rearrange(
-            pixels,
-            "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c",
-            p0=self.tubelet_size,
-            p1=self.patch_size,
-            p2=self.patch_size,
-        )
+        sides = {"p0": self.tubelet_size, "p1": self.patch_size, "p2": self.patch_size}
+        cubes = rearrange(pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c", **sides)
         return rearrange(normalize_features(cubes.flatten(0, 1)), "(b n) p c -> b n (p c)", b=len(clips))
+
+
+class FusedAttention(nn.Module):
+    """An nn.MultiheadAttention on scaled_dot_product_attention.
+
+    The original is as fast until it is compiled: then it leaves its fast path, and copies its weights for each token.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        super().__init__()
+        self.num_heads, self.out_proj = attention.num_heads, attention.out_proj
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+
+    def forward(self, x: torch.Tensor, *_: Any, attn_mask: torch.Tensor | None = None, **__: Any) -> tuple[Any, None]:
+        """Self-attention, ``[B, N, D]`` → the same, and no weights; called as the original is."""
+        B, N, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask)
+        return self.out_proj(x.transpose(1, 2).reshape(B, N, D)), None
 
 
 class FrameTower(nn.Module):
@@ -137,14 +152,12 @@ class FrameTeacher(FrameTower):
 
         No class token, no register, no projection to a joint space; later stages are not computed.
         """
+        wanted: dict[str, Any] = {"indices": [self.stage], "stop_early": True, "intermediates_only": True}
         if isinstance(self.tower, open_clip.transformer.VisionTransformer):
-            return self.tower.forward_intermediates(
-                frames, indices=[self.stage], normalize_intermediates=True, stop_early=True, intermediates_only=True
-            )["image_intermediates"][0]
+            found = self.tower.forward_intermediates(frames, normalize_intermediates=True, **wanted)
+            return found["image_intermediates"][0]
         norm = not isinstance(self.tower, timm.models.Hiera)  # has none, and refuses to be asked for it
-        return self.tower.forward_intermediates(
-            frames, indices=[self.stage], norm=norm, stop_early=True, intermediates_only=True
-        )[0]
+        return self.tower.forward_intermediates(frames, norm=norm, **wanted)[0]
 
     @torch.inference_mode()
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -181,14 +194,11 @@ def read_clip_weights(path: str, flag: str = "--clip") -> tuple[dict[str, torch.
     whole_model = any(key.startswith("visual.") for key in state)
     # OpenAI's archives carry these three beside the weights; a bare tower is the form of SMILE's release.
     openai = archive or not whole_model or "input_resolution" in state
-    tower = {
-        key.removeprefix("visual."): value
-        for key, value in state.items()
-        if key.startswith("visual.") or not whole_model
-    }
-    if not any(key in tower for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
+    if whole_model:
+        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    if not any(key in state for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
         raise ValueError(f"{flag}_weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
-    return tower, openai
+    return state, openai
 
 
 def _read_tensors(path: str) -> tuple[dict[str, torch.Tensor], bool]:
@@ -287,10 +297,12 @@ def build_clip(
     clip = load_clip(model, weights, image_size)
     if not (hasattr(clip.visual, "trunk") or hasattr(clip.visual, "transformer")):
         raise ValueError(f"--clip_model {model}: its image tower is no vision transformer")
-    stats = open_clip.get_model_preprocess_cfg(clip)
-    return FrameTeacher(
-        clip.visual, to_2tuple(clip.visual.image_size), _pick_norm(norm, stats["mean"], stats["std"]), grid
-    )
+    for block in clip.visual.modules():
+        if isinstance(block, open_clip.transformer.ResidualAttentionBlock) and block.attn.batch_first:
+            block.attn = FusedAttention(block.attn)
+    own = open_clip.get_model_preprocess_cfg(clip)
+    stats = (NORMS | {"own": (own["mean"], own["std"])})[norm]
+    return FrameTeacher(clip.visual, to_2tuple(clip.visual.image_size), stats, grid)
 
 
 def check_timm_weights(model: str, weights: str, flag: str = "--teacher") -> None:
@@ -356,9 +368,9 @@ def build_timm(
     """
     tower = load_timm(model, weights, image_size, flag)
     own = timm.data.resolve_model_data_config(tower)
-    sides = to_2tuple(image_size or own["input_size"][-2:])
+    sides, stats = to_2tuple(image_size or own["input_size"][-2:]), (NORMS | {"own": (own["mean"], own["std"])})[norm]
     try:
-        return FrameTeacher(tower, sides, _pick_norm(norm, own["mean"], own["std"]), grid, stage=stage)
+        return FrameTeacher(tower, sides, stats, grid, stage=stage)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # what towers without a map do
         raise ValueError(f"{flag}_model {model}: gives no map of stage {stage} ({_first_line(error)})") from error
 
@@ -382,11 +394,6 @@ def rename_lite0(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "_conv_stem.weight" not in state:
         return state
     return timm.models.remap_state_dict(state, timm.create_model("tf_efficientnet_lite0"), allow_reshape=False)
-
-
-def _pick_norm(norm: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Norm:
-    """Statistics by name; `mean` and `std` are the model's own."""
-    return (mean, std) if norm == "own" else NORMS[norm]
 
 
 def _first_line(error: Exception) -> str:

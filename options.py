@@ -22,6 +22,7 @@ class Settings:
     output_dir: str
     log_dir: str
     log_interval: int
+    batch_size: int
     epochs: int
     stop_epoch: int
     save_ckpt_freq: int
@@ -34,10 +35,10 @@ class Settings:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Settings":
-        """Taken from parsed arguments; a dry run writes nowhere."""
+        """Taken from parsed arguments; a dry run writes nowhere, and logs every step."""
         values = {field.name: getattr(args, field.name) for field in fields(cls)}
         if args.dry_run:
-            values |= {"output_dir": "", "log_dir": ""}
+            values |= {"output_dir": "", "log_dir": "", "log_interval": 1}
         return cls(**values)
 
 
@@ -108,7 +109,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     precisions = ("auto", *DTYPES)
     run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    run.add_argument("--dry_run", action="store_true", help="check everything, run one step, write nothing")
+    run.add_argument("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
     return run
 
 

@@ -11,7 +11,6 @@ happen here, as the loop goes round; what comes after a `yield` would not happen
                 step.update()
 """
 
-import datetime
 import fcntl
 import itertools
 import resource
@@ -35,6 +34,8 @@ from datasets import Batch, ChunkSampler, VideoDataset, VideoList
 from optim_factory import Stepper
 from options import Settings
 from utils import RunError, StepMeter, logger
+
+DRY_STEPS, WARM_UP = 5, 2  # steps of a dry run, and how many of them are not timed: start-up and compilation
 
 
 class Step:
@@ -151,15 +152,14 @@ class Run:
         self.sampler, self.videos = loader.batch_sampler, loader.dataset.videos
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
-        self.writer = checkpoints.CheckpointWriter(
-            settings.output_dir, settings.save_ckpt_minutes, settings.save_ckpt_steps, settings.keep_ckpts
-        )
-        self.log = utils.RunLog(
-            settings.output_dir, settings.log_dir, position.epoch, position.epoch * self.steps_per_epoch + position.step
-        )
+        saving = (settings.save_ckpt_minutes, settings.save_ckpt_steps, settings.keep_ckpts)
+        self.writer = checkpoints.CheckpointWriter(settings.output_dir, *saving)
+        step = position.epoch * self.steps_per_epoch + position.step
+        self.log = utils.RunLog(settings.output_dir, settings.log_dir, position.epoch, step)
         self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
         self.control = Control()
         self.stopping, self.save_due = False, False
+        self.dry_times: list[float] = []  # seconds of the steps of a dry run
 
     def __enter__(self) -> "Run":
         return self
@@ -183,17 +183,14 @@ class Run:
             self.control.listen()
             yield epoch
             if self.settings.dry_run:
-                report_dry_run(epoch.meter, self.steps_per_epoch * (self.stop_epoch - epoch.index))
+                self.report_dry_run()
                 break
             if epoch.complete:
                 self.finish(epoch)
         self.control.close()
         if self.stopping:
-            logger.info(
-                "told to stop: saved at epoch %d, step %d; the same command goes on",
-                self.position.epoch,
-                self.position.step,
-            )
+            place = (self.position.epoch, self.position.step)
+            logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", *place)
 
     def batches(self, meter: StepMeter) -> Iterator[Batch]:
         """The micro-batches of the epoch in hand, from the position on."""
@@ -212,7 +209,21 @@ class Run:
         if self.stopping or (self.save_due and done < self.steps_per_epoch):
             epoch.meter.flush(done - 1)
             self.save(checkpoints.LATEST, epoch.index, done, epoch.meter.state())
-        return self.stopping or self.settings.dry_run
+        if self.settings.dry_run:
+            self.dry_times.append(epoch.meter.step_time)
+        return self.stopping or len(self.dry_times) == DRY_STEPS
+
+    def report_dry_run(self) -> None:
+        """Say what memory a dry run took, and how long the rest of the run takes at the speed of its last steps."""
+        count, timed = len(self.dry_times), self.dry_times[WARM_UP:] or self.dry_times[-1:]
+        steps = self.steps_per_epoch * (self.stop_epoch - self.position.epoch) - self.position.step + count
+        step, clips = float(np.median(timed)), self.settings.batch_size * self.stepper.update_freq * utils.world_size()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.stepper.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        logger.info("dry run: %d steps went well, nothing was written; peak memory %.1f GiB", count, peak)
+        text = "%.4g s a step (median of the last %d), %.1f clips a second: %d steps would take %.2f hours"
+        logger.info(text, step, len(timed), clips / step, steps, steps * step / 3600)
 
     def finish(self, epoch: Epoch) -> None:
         """Log and save an epoch, and go on to the next."""
@@ -292,19 +303,6 @@ class Control:
         work.wait()
         self._pending = None
         return bool(flags[0]), bool(flags[1])
-
-
-def report_dry_run(meter: StepMeter, steps: int) -> None:
-    """Say how long a run would take at the speed of the one step that was made, and the memory it took."""
-    meter.flush(0)
-    on_gpu = meter.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    logger.info(
-        "dry run: one step went well, nothing was written; peak memory %.1f GiB; %d steps at that speed are %s",
-        peak / 2**30,
-        steps,
-        datetime.timedelta(seconds=int(steps * meter.step_time)),
-    )
 
 
 # What goes wrong with data --------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--use_checkpoint", action="store_true", help="step: recompute activations")
     parser.add_argument("--compile", action="store_true", help="step: also with torch.compile")
-    parser.add_argument("--no_naive", action="store_true", help="step: leave out the straightforward implementation")
+    ways = "step: compare with scripts/naive.py in fp32, as the code released with the paper does it, or not at all"
+    parser.add_argument("--straightforward", default="fp32", choices=("fp32", "released", "none"), help=ways)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", default="", help="file to write the numbers to")
     return parser.parse_args(argv)
@@ -239,20 +240,23 @@ class Clock:
 def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     """Parts of a stage 1 step with multiple sampling, in each precision, beside the straightforward one.
 
+    The released code trains in fp16 with a loss scaler, its teacher in fp32; on a CPU its autocast does nothing.
     Each is timed in a process of its own, whose peak memory is then that of the step.
     """
     cases = {
         precision + " compiled" * compiled: (precision, compiled, False)
         for precision, compiled in itertools.product(args.precision, (False, True)[: 1 + args.compile])
     }
-    if not args.no_naive:
-        cases["straightforward fp32"] = ("fp32", False, True)
+    plain = "straightforward " + args.straightforward
+    if args.straightforward != "none":
+        half = args.straightforward == "released" and args.device.startswith("cuda")
+        cases[plain] = ("fp16" if half else "fp32", False, True)
     tables = {}
     for name, case in cases.items():
         with multiprocessing.get_context("spawn").Pool(1) as process:
             tables[name] = process.apply(time_step, (args, *case))
-    for table in tables.values() if not args.no_naive else ():
-        table["whole / straightforward"] = table["whole"] / tables["straightforward fp32"]["whole"]
+    for table in tables.values() if plain in tables else ():
+        table["whole / straightforward"] = table["whole"] / tables[plain]["whole"]
     return tables
 
 
@@ -307,7 +311,7 @@ def build_step(
     shape = (videos, 3, args.num_frames, args.input_size, args.input_size)
     clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     norm = channel_stats("imagenet", device)
-    dtype = DTYPES[precision]
+    dtype = DTYPES["fp32" if straightforward else precision]
     teacher = build_teacher("clip", "ViT-B-16", "random", "imagenet", grid[1:], dtype=dtype).to(device)
     student = MODELS[args.model](decoder_num_classes=teacher.out_dim, use_checkpoint=args.use_checkpoint).to(device)
     groups = parameter_groups(student, 0.05)
@@ -331,8 +335,10 @@ def build_step(
 
     def update() -> None:
         if straightforward:
-            optimizer.step()
+            stepper.scaler.step(optimizer)  # without a scale, in fp32, a step like any other
+            stepper.scaler.update()
             optimizer.zero_grad()
+            made["loss"].item()  # waits for the device, as a loop does that logs every step
         else:
             stepper.step(made["loss"].detach())
 

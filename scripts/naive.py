@@ -1,7 +1,7 @@
 """The straightforward pretraining step that scripts/benchmark.py compares with, and that tests take as a reference.
 
-Attention written out, a convolution for the embedding, boolean indexing, one forward pass a mask, everything in
-fp32. Same parameters, same numbers up to rounding.
+Attention written out, a convolution for the embedding, boolean indexing, one forward pass a mask. Same parameters,
+same numbers up to rounding.
 """
 
 import torch

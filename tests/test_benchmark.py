@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,18 @@ import pytest
 import timm
 import torch
 from fixtures_video import in_child
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import estimate_memory  # noqa: E402
 import naive  # noqa: E402
 
 from engine_for_pretraining import masked_loss, with_second_masks  # noqa: E402
 from masking_generator import tube_mask  # noqa: E402
-from modeling_finetune import Size  # noqa: E402
-from modeling_pretrain import PretrainVisionTransformer  # noqa: E402
+from modeling_finetune import SIZES, Size  # noqa: E402
+from modeling_pretrain import PretrainVisionTransformer, pretrain_videomae_tiny_patch16_224  # noqa: E402
 from modeling_teacher import FrameTeacher  # noqa: E402
 from video_transforms import NORMS  # noqa: E402
 
@@ -84,8 +87,10 @@ def test_compiled_networks_give_the_same_numbers(problem, tmp_path, monkeypatch)
     torch.testing.assert_close(teacher(clips), targets, rtol=0, atol=1e-4)  # normalised features amplify
 
 
-def test_bf16_step_is_within_a_hundredth(problem):
-    loss, gradients = run(problem, fast=True, precision=torch.bfloat16)
+@pytest.mark.parametrize("fast, precision", [(True, torch.bfloat16), (False, torch.float16)])
+def test_half_precision_is_within_a_hundredth(fast, precision, problem):
+    """As programs here train, and as the released code does."""
+    loss, gradients = run(problem, fast, precision)
     plain_loss, plain_gradients = run(problem, fast=False)
     assert abs(loss - plain_loss) / plain_loss < 1e-2
     whole, plain = (
@@ -95,11 +100,29 @@ def test_bf16_step_is_within_a_hundredth(problem):
     assert torch.cosine_similarity(whole, plain, dim=0) > 0.999
 
 
-def test_benchmark_of_the_data_writes_its_numbers(tmp_path, monkeypatch):
-    options = ["--rounds", "1", "--workers", "0", "--input_size", "64", "--json", str(tmp_path / "numbers.json")]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", *options])
-    assert in_child(runpy.run_path, str(ROOT / "scripts" / "benchmark.py"), None, "__main__")[1] == "SystemExit: 0"
-    tables = json.loads((tmp_path / "numbers.json").read_text())["tables"]
+@pytest.fixture
+def tables_of(tmp_path, monkeypatch):
+    """Runs the benchmark on a command line, and reads what it writes."""
+
+    def measure(*argv):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv, "--json", str(tmp_path / "numbers.json")])
+        assert in_child(runpy.run_path, str(ROOT / "scripts" / "benchmark.py"), None, "__main__")[1] == "SystemExit: 0"
+        return json.loads((tmp_path / "numbers.json").read_text())["tables"]
+
+    return measure
+
+
+def test_benchmark_of_a_step_compares_with_the_released_way(tables_of):
+    small = ["--model", "pretrain_videomae_tiny_patch16_224", "--num_frames", "2", "--batch_size", "2", "--steps", "1"]
+    tables = tables_of("step", *small, "--precision", "fp32", "--straightforward", "released", "--device", "cpu")
+    ours, released = tables["fp32"], tables["straightforward released"]
+    assert released["whole / straightforward"] == 1 and ours["teacher"] > 0
+    assert ours["whole / straightforward"] == pytest.approx(ours["whole"] / released["whole"])
+    assert ours["clips a second, both masks counted"] == pytest.approx(2000 / ours["whole"])
+
+
+def test_benchmark_of_the_data_writes_its_numbers(tables_of):
+    tables = tables_of("data", "--rounds", "1", "--workers", "0", "--input_size", "64")
     for videos in ("as they are", "prepared"):
         parts = tables[f"videos {videos}: CPU milliseconds a clip"]
         assert parts["megabytes a clip"] == pytest.approx((16 * 64 * 64 * 3 + 8 * 4 * 4) / 1e6)
@@ -109,3 +132,65 @@ def test_benchmark_of_the_data_writes_its_numbers(tmp_path, monkeypatch):
     originals, copies = (tables[f"videos {videos}: CPU milliseconds a clip"] for videos in ("as they are", "prepared"))
     ratio = (copies["whole"] + copies["collate"]) / (originals["whole"] + originals["collate"])
     assert tables["prepared / as they are"]["whole + collate"] == pytest.approx(ratio)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, beside those of a model, and the most there were."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return made
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_estimated_memory_of_a_step_is_what_its_tensors_take(use_checkpoint):
+    model = pretrain_videomae_tiny_patch16_224(decoder_num_classes=768, use_checkpoint=use_checkpoint)
+    rng, clip = np.random.default_rng(0), (16, 224, 224)
+    masks = with_second_masks(rng, torch.from_numpy(np.stack([tube_mask(rng, (8, 14, 14), 0.8) for _ in range(4)])))
+    with LiveBytes(model) as live:
+        clips, targets = torch.zeros(4, 3, *clip, dtype=torch.uint8), torch.randn(4, 1568, 768)
+        normalised = clips / 255
+        predictions = model(normalised, masks, 8 * 156)
+        loss, _ = masked_loss(predictions, targets, masks)
+        loss.backward()
+    estimate = estimate_memory.pretraining_bytes(SIZES["tiny"], False, use_checkpoint, clip, 0.8)
+    assert live.peak == pytest.approx(8 * estimate, rel=0.1)
+
+
+@pytest.mark.parametrize("batch, peak", [(64, 15.1), (128, 28.5)])
+def test_estimated_memory_is_within_a_tenth_of_the_measured_peak(batch, peak):
+    """Of ViT-B in bf16 on an H200: BENCHMARKS.md."""
+    fixed = estimate_memory.fixed_bytes("base", True, False)
+    each = estimate_memory.pretraining_bytes(SIZES["base"], True, False, (16, 224, 224), 0.8)
+    assert (fixed + batch * each) / 2**30 == pytest.approx(peak, rel=0.1)
+
+
+def test_table_of_memory(capsys, monkeypatch):
+    """Twice the batch where there is twice the room, and none where there is none."""
+    monkeypatch.setattr(sys, "argv", ["x", "--finetune", "--model", "large", "--gpu_memory", "4", "32", "64"])
+    estimate_memory.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [len(row) for row in rows] == [7] * 4 and [row[:2] for row in rows[2:]] == [
+        ["large", "off"],
+        ["large", "on"],
+    ]
+    fixed, each = (float(cell) for cell in rows[2][2:4])
+    assert int(rows[2][4]) == 0 and int(rows[2][5]) <= (0.9 * 32 - fixed) * 1024 / each < 2 * int(rows[2][5])

@@ -162,7 +162,7 @@ def test_pretraining_commands_run(trainings, start, clips, objects_folder, tmp_p
         assert number < 12, "more kinds of commands than a test should run"
     for options, run in runs:
         result = run.end()
-        assert result.code == 0 and "one step went well" in result.out, f"{options}\n{result.err}"
+        assert result.code == 0 and "steps went well" in result.out, f"{options}\n{result.err}"
 
 
 def test_fine_tuning_commands_run(trainings, run, clips, tmp_path):
@@ -173,7 +173,7 @@ def test_fine_tuning_commands_run(trainings, run, clips, tmp_path):
     assert len(trainings["run_class_finetuning.py"]) < 12, "more kinds of commands than a test should run"
     for options in trainings["run_class_finetuning.py"].values():
         result = run(*options, *small, "--batch_size", "2", "--dry_run")
-        assert result.code == 0 and "one step went well" in result.out, f"{options}\n{result.err}"
+        assert result.code == 0 and "steps went well" in result.out, f"{options}\n{result.err}"
 
 
 # Links and messages ---------------------------------------------------------------------------------------------

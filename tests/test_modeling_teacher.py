@@ -17,6 +17,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_teacher, normalize_features
 from video_transforms import NORMS
@@ -132,6 +133,16 @@ def test_clip_tokens_equal_open_clip(name, clip_model, clip_tokens, weight_file)
     tokens = teacher.tokens(random_clips(4))
     assert tokens.shape == (1, 2 * 196, 768) and teacher.out_dim == 768
     torch.testing.assert_close(tokens.view(2, 196, 768), clip_tokens[activation], atol=1e-4, rtol=1e-4)
+
+
+def test_clip_computes_every_product_in_the_open():
+    """Fused into one operation, as nn.MultiheadAttention does it, products are neither compiled nor counted."""
+    teacher = build_clip("ViT-S-16", "random", "imagenet", (2, 2), 32)
+    with FlopCounterMode(display=False) as counter:
+        teacher.tokens(random_clips(2, side=32))
+    patches = 4 * 3 * 16**2 * 384
+    blocks = 12 * 5 * 12 * 384**2  # layers, tokens, and 3 + 1 + 4 + 4 products of the width's square
+    assert counter.get_total_flops() == pytest.approx(2 * (patches + blocks), rel=0.01)  # attention: 0.002
 
 
 def test_released_tower_has_151_tensors(clip_model):

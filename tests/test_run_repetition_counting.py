@@ -135,7 +135,7 @@ def test_a_pretrained_encoder_is_taken(count, tmp_path):
 
 def test_a_dry_run_writes_nothing(count, tmp_path):
     found = count("--dry_run", "--output_dir", tmp_path / "run")
-    assert found.code == 0 and "dry run: one step went well" in found.out and "test:" not in found.out, found.all
+    assert found.code == 0 and "steps went well" in found.out and "test:" not in found.out, found.all
     assert not (tmp_path / "run").exists()
 
 

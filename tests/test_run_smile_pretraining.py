@@ -326,7 +326,7 @@ def test_a_dry_run_without_video(start, objects_folder, tmp_path):
     objects = ["--add_tubelets", "--use_objects", "--objects_path", objects_folder, "--mask_type", "tubelet"]
     command = [*TINY, *TRAIN, "--background", "noise", "--epoch_size", 8, *objects, "--dry_run"]
     result = start(*command, "--output_dir", tmp_path / "run").end()
-    assert result.code == 0 and "dry run: one step went well" in result.out and list(tmp_path.iterdir()) == []
+    assert result.code == 0 and "dry run: 4 steps went well" in result.out and list(tmp_path.iterdir()) == []
     result = start(*TINY, *TRAIN, "--background", "black", "--epoch_size", 8, "--dry_run").end()
     assert result.code == 0 and "without --add_tubelets: there is nothing in the clips to be learned" in result.out
 
@@ -338,25 +338,19 @@ def contents(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_a_dry_run_writes_nothing(start, data_args, reference, tmp_path):
-    result = start(
-        *TINY, *TRAIN, *data_args, "--dry_run", "--output_dir", tmp_path / "run", "--log_dir", tmp_path / "tb"
-    ).end()
-    assert result.code == 0 and "dry run: one step went well" in result.out and list(tmp_path.iterdir()) == []
-    assert result.out.count("loss ") == 1
+def test_a_dry_run_times_its_last_steps_and_writes_nothing(start, data_args, reference, tmp_path):
+    folders = ["--output_dir", tmp_path / "run", "--log_dir", tmp_path / "tb"]
+    long = ["--epochs", 60000, "--stop_epoch", 50000, "--log_interval", 3, "--update_freq", 2]
+    result = start(*TINY, *TRAIN, *data_args, *long, "--dry_run", *folders).end()
+    assert result.code == 0 and "dry run: 5 steps went well" in result.out and list(tmp_path.iterdir()) == []
+    times = [float(time) for time in re.findall(r"loss .* step_time ([\d.e-]+)", result.out)]
+    said = re.search(r"([\d.]+) s a step \(.* last 3\), ([\d.]+) clips .*: (\d+) steps .* ([\d.]+) hours", result.out)
+    step, speed, steps, hours = (float(number) for number in said.groups())
+    assert len(times) == 5 and step == pytest.approx(sorted(times[2:])[1])  # the first two start things up
+    assert speed == pytest.approx(4 * 2 / step, rel=1e-2) and steps == 50000 * STEPS
+    assert hours == pytest.approx(steps * step / 3600, rel=1e-2)
     before = contents(reference.folder)
-    result = start(
-        *TINY,
-        *TRAIN,
-        *data_args,
-        "--update_freq",
-        2,
-        "--dry_run",
-        "--stop_epoch",
-        3,
-        "--output_dir",
-        reference.folder,
-        "--log_dir",
-        reference.folder / "tb",
-    ).end()
-    assert result.code == 0 and "dry run" in result.out and contents(reference.folder) == before
+    folders = ["--output_dir", reference.folder, "--log_dir", reference.folder / "tb"]
+    options = ["--update_freq", 2, "--dry_run", "--stop_epoch", EPOCHS + 1, *folders]
+    result = start(*TINY, *TRAIN, *data_args, *options).end()
+    assert result.code == 0 and f": {STEPS} steps would take" in result.out and contents(reference.folder) == before

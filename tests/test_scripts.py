@@ -26,7 +26,7 @@ def test_script_parses_and_stops_at_errors(script):
 
 
 def test_all_recipes_are_there():
-    names = ("k400_vit_b", "k400_vit_s", "no_video_vit_s", "ssv2_vit_b")
+    names = ("k400_vit_b", "k400_vit_l", "k400_vit_s", "no_video_vit_s", "ssv2_vit_b")
     assert [path.stem for path in RECIPES] == [f"{name}_{stage}_stage" for name in names for stage in ("1st", "2nd")]
 
 
@@ -64,7 +64,7 @@ def test_recipe(run_script, tmp_path, recipe):
     args = program_args(command)
     data, _, size, stage, _ = recipe.stem.split("_")
     assert command[0] == "torchrun" and launcher_option(command, "--nproc_per_node") == "8"
-    assert args.model == f"pretrain_videomae_{ {'b': 'base', 's': 'small'}[size] }_patch16_224"
+    assert args.model == f"pretrain_videomae_{ {'b': 'base', 'l': 'large', 's': 'small'}[size] }_patch16_224"
     assert args.model.split("_")[2] in SIZES
     assert args.data_path == str(tmp_path / "my train.csv") and args.output_dir == f"output/{recipe.stem}"
     assert args.sampling_rate == {"k400": 4, "ssv2": 2}[data] and args.num_frames == 16
@@ -78,7 +78,7 @@ def test_recipe(run_script, tmp_path, recipe):
     )
     assert (args.epochs, args.warmup_epochs, args.mask_ratio, args.decoder_depth) == (801, 40, 0.8, 4)
     assert args.multiple_sampling and args.clip_grad is None
-    assert args.stop_epoch == (150 if recipe.stem.startswith("k400_vit_b") else 200)
+    assert args.stop_epoch == (150 if recipe.stem.startswith(("k400_vit_b", "k400_vit_l")) else 200)
     if stage == "1st":
         assert args.add_tubelets and args.use_objects and args.objects_path == str(tmp_path / "objects")
         assert (args.mask_type, args.sub_mask_type, args.traj_unmask_ratio) == ("tubelet", "tube+traj_mask", 0.1)
@@ -88,7 +88,7 @@ def test_recipe(run_script, tmp_path, recipe):
         assert args.first_stage_path == str(tmp_path / "stage1.pth")
 
 
-@pytest.mark.parametrize("size", ["k400_vit_b", "k400_vit_s", "no_video_vit_s", "ssv2_vit_b"])
+@pytest.mark.parametrize("size", ["k400_vit_b", "k400_vit_l", "k400_vit_s", "no_video_vit_s", "ssv2_vit_b"])
 def test_second_stage_starts_where_the_first_one_ends(run_script, tmp_path, size):
     first = program_args(run_script(SCRIPTS / f"pretrain/{size}_1st_stage.sh")[1][0])
     result, _ = run_script(

@@ -10,7 +10,7 @@ import run_class_finetuning
 pytest_plugins = "fixtures_scripts"
 FINETUNE, TEST = (sorted((SCRIPTS / folder).glob("*.sh")) for folder in ("finetune", "test"))
 SETS = {"k400": "Kinetics-400", "ssv2": "SSV2", "ucf101": "UCF101", "hmdb51": "HMDB51", "gym99": "Gym99"}
-BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
+BASE, LARGE, SMALL = (f"vit_{size}_patch16_224" for size in ("base", "large", "small"))
 # lr, layer decay, drop path, head dropout, epochs, total batch; of Kinetics and SSv2 as in the released recipes
 NUMBERS = {
     "k400": (1e-3, 0.75, 0.1, 0, 100, 16),
@@ -35,7 +35,7 @@ def finetune_args(run_script, tmp_path, script, *options, **variables):
 
 
 def test_all_fine_tuning_scripts_are_there():
-    models = ["hmdb51_vit_b", "k400_vit_b", "k400_vit_s", "ssv2_vit_b", "ssv2_vit_s", "ucf101_vit_b"]
+    models = ["hmdb51_vit_b", "k400_vit_b", "k400_vit_l", "k400_vit_s", "ssv2_vit_b", "ssv2_vit_s", "ucf101_vit_b"]
     assert [path.stem for path in FINETUNE] == [
         *(f"finetune_{name}" for name in models),
         *(f"linear_probe_{name}_vit_b" for name in ("gym99", "hmdb51", "k400", "ssv2", "ucf101")),
@@ -48,7 +48,7 @@ def test_fine_tuning_script(run_script, tmp_path, script):
     args, command = finetune_args(run_script, tmp_path, script)
     data, _, size = script.stem.split("_")[-3:]
     assert command[0] == "torchrun" and args.output_dir == f"output/{script.stem}"
-    assert args.data_set == SETS[data] and args.model == {"b": BASE, "s": SMALL}[size]
+    assert args.data_set == SETS[data] and args.model == {"b": BASE, "l": LARGE, "s": SMALL}[size]
     assert args.num_frames == 16 and args.input_size == 224 and (args.sampling_rate == 4 or data == "ssv2")
     assert not args.nb_classes and not args.test_num_segment and not args.test_num_crop  # those of the data set
     assert args.eval == (script in TEST) and args.linear_probe == script.stem.startswith("linear")

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# SMILE stage 1, ViT-L on Kinetics-400: moving objects, a mask that follows them, CLIP target.
+#
+# Untried. The learning rate and warm-up are those VideoMAE gives for ViT-L, which are ViT-B's; stages and decoder are
+# SMILE's of ViT-B, the "600 epochs" model. Memory by batch, with --use_checkpoint and without: PRETRAIN.md.
+# Ends with checkpoint-149.pth: epochs are numbered from 0. Started again, it goes on where it stopped.
+# Options of run_smile_pretraining.py may follow: bash scripts/pretrain/k400_vit_l_1st_stage.sh --dry_run
+set -euo pipefail
+
+: "${DATA_PATH:=/path/to/k400/train.csv}"      # a line `path label` for each video (annotation_files/README.md)
+: "${OBJECTS_PATH:=/path/to/objects}"          # cut-outs: <category>/<name>.png (INSTALL.md)
+: "${OUTPUT_DIR:=output/k400_vit_l_1st_stage}" # checkpoints, log.txt, TensorBoard
+: "${CLIP_WEIGHTS:=openai}"                    # fetched by open_clip; or a local file
+: "${STOP_EPOCH:=150}"                         # passes over the list
+: "${GPUS:=8}"                                 # of each node
+: "${NODES:=1}"
+: "${NODE_RANK:=0}"                            # of this node, from 0
+: "${MASTER_ADDR:=127.0.0.1}"                  # of node 0
+: "${MASTER_PORT:=29500}"                      # a free one there
+: "${BATCH_SIZE:=32}"                          # clips a GPU and pass; gradients accumulate to 256
+: "${NUM_WORKERS:=10}"                         # loader processes a GPU
+
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+require_paths DATA_PATH OBJECTS_PATH
+
+"${LAUNCH[@]}" "$ROOT/run_smile_pretraining.py" \
+  --data_path "$DATA_PATH" \
+  --add_tubelets --use_objects --objects_path "$OBJECTS_PATH" --motion_type gaussian \
+  --mask_type tubelet --sub_mask_type tube+traj_mask --traj_unmask_ratio 0.1 --mask_ratio 0.8 \
+  --multiple_sampling \
+  --target_type clip --distillation_teacher clip_b --clip_model ViT-B-16 --clip_weights "$CLIP_WEIGHTS" \
+  --model pretrain_videomae_large_patch16_224 --decoder_depth 4 \
+  --num_frames 16 --sampling_rate 4 --num_workers "$NUM_WORKERS" \
+  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
+  --opt adamw --opt_betas 0.9 0.95 --lr 1.5e-4 --min_lr 1e-5 --weight_decay 0.05 \
+  --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 \
+  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
+  "$@"
