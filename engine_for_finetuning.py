@@ -14,8 +14,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, unwrap_model
 
 from datasets import Batch
+from modeling_finetune import normalize_clips
 from training import Epoch
-from video_transforms import normalize_clips
 
 
 def erase(clips: torch.Tensor, seeds: torch.Tensor, eraser: RandomErasing) -> torch.Tensor:

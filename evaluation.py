@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 from datasets import VideoList, init_worker
 from datasets_finetune import EvalDataset, EvalSample, ViewReader
 from metrics import ONE_LABEL, Task, VideoScore, combine_views, gather_scores, judge
+from modeling_finetune import channel_stats, normalize_clips
 from modeling_probe import Encoder, MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
 from utils import RunError, RunLog, SharedError, logger, progress, rank, warn_once, world_size
-from video_transforms import VideoError, channel_stats, normalize_clips
+from video_transforms import VideoError
 
 
 def unbatched(loader: DataLoader, order: Sequence[int], videos: VideoList) -> Iterator:

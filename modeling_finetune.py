@@ -1,4 +1,4 @@
-"""The video vision transformer: tubelet embedding, blocks, sizes, and the classifier built of them.
+"""The video vision transformer: normalisation of its input, tubelet embedding, blocks, sizes, and the classifier.
 
 modeling_pretrain.py builds its encoder and decoder from the same parts. Parameter names are those of the
 released VideoMAE and SMILE checkpoints. Shapes: B clips, N = t·h·w tokens in the order time, row, column, D width.
@@ -11,10 +11,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
 
 PATCH_SIZE, TUBELET_SIZE = 16, 2
+NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,17 @@ def token_grid(
         if side % patch_size or side < patch_size:
             raise ValueError(f"--input_size {side} is not divisible by the patch size {patch_size}")
     return num_frames // tubelet_size, height // patch_size, width // patch_size
+
+
+def channel_stats(norm: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of `norm`, one of NORMS, for RGB in [0, 1], each ``[3, 1, 1, 1]``."""
+    mean, std = NORMS[norm]
+    return torch.tensor(mean, device=device).view(3, 1, 1, 1), torch.tensor(std, device=device).view(3, 1, 1, 1)
+
+
+def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[B, 3, T, H, W]`` → float of the same shape, (x / 255 - mean) / std; mean and std ``[3, 1, 1, 1]``."""
+    return (clips.float() / 255 - mean) / std
 
 
 @lru_cache

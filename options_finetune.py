@@ -8,7 +8,6 @@ import argparse
 import os
 
 import options
-from checkpoints import check_kind
 from datasets import VideoList
 from datasets_finetune import DATA_SETS, read_class_names
 from metrics import Task, task_of
@@ -16,6 +15,7 @@ from modeling_finetune import MODELS, token_grid
 from modeling_image import find_encoder
 from options import Problems
 from video_transforms_finetune import TrainAugmentation
+from weights import check_kind
 
 TEXT = """Fine-tune or probe a SMILE encoder for classification, and test it.
 
@@ -173,8 +173,8 @@ def find_problems(args: argparse.Namespace) -> Problems:
 
     if args.encoder:
         problems.attempt(find_encoder, args.encoder, args.encoder_weights)
-    elif os.path.isfile(args.finetune):
-        problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
+    elif os.path.exists(args.finetune):
+        problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE", args.model_key)
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
     problems.attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
     known = DATA_SETS[args.data_set].num_classes

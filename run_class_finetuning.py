@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 
 import options
 import utils
-from checkpoints import Position, find_resume, load_encoder, load_strictly, local_path, lock_folder, restore
+from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, SpeedCheck, VideoList, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
@@ -41,6 +41,7 @@ from options_finetune import (
 from training import Epoch, Run
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
+from weights import load_encoder, load_strictly, local_path
 
 BEST = "checkpoint-best.pth"
 
@@ -262,7 +263,7 @@ def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False)
     if not path:
         raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
     if isinstance(model, ProbedEncoder) or args.model_ema:
-        load_strictly(model, path, "model_ema" if args.model_ema else "")
+        load_strictly(model, path, key or ("model_ema" if args.model_ema else ""))
     else:
         load_encoder(model, path, need_head=True, key=key, prefix=prefix)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 import utils
-from checkpoints import check_kind, load_encoder, local_path, lock_folder
+from checkpoints import lock_folder
 from datasets import VideoList
 from datasets_finetune import ViewReader
 from evaluation import Evaluator
@@ -28,6 +28,7 @@ from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_gri
 from optim_factory import DTYPES
 from options import add_data_arguments, make_parser, pick_precision
 from utils import RunError, SharedError, logger
+from weights import check_kind, load_encoder, local_path
 
 # What must not change between a run and another one that goes on with it.
 CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, lock_folder, restore
+from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, build_loader, init_worker
 from datasets_counting import AnnotationList, SegmentBatch, TrainSegments, WholeSegments, collate_segments
 from evaluation import unbatched
@@ -46,6 +46,7 @@ from options import (
 )
 from training import Epoch, Run, Step
 from utils import RunError, logger
+from weights import check_kind, load_encoder, load_strictly
 
 BEST = "checkpoint-best.pth"
 
@@ -195,7 +196,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.files("finetune", "resume")
     problems.numbers(1, "segments_per_video", "max_frames", "batch_size", "refine_steps", "val_freq")
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
-    if os.path.isfile(args.finetune):
+    if os.path.exists(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     for name in ("val",) if args.eval else ("train", "val"):
         problems.attempt(read_split, args, name)

@@ -12,11 +12,11 @@ import torch
 
 import options
 import utils
-from checkpoints import Position, check_kind, find_resume, load_strictly, local_path, lock_folder, restore
+from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, PretrainDataset, SpeedCheck, VideoList, build_loader, find_images
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
-from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
+from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, channel_stats, token_grid
 from modeling_pretrain import MODELS
 from modeling_teacher import (
     DINO_MODELS,
@@ -32,7 +32,8 @@ from optim_factory import DTYPES, Stepper, distribute, parameter_groups
 from options import Problems, Settings
 from training import Run
 from utils import logger
-from video_transforms import BACKGROUNDS, Background, channel_stats
+from video_transforms import BACKGROUNDS, Background
+from weights import check_kind, load_strictly, local_path
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -22,14 +22,15 @@ import modeling_finetune
 import modeling_pretrain
 import run_smile_pretraining as pretraining
 import utils
-from checkpoints import load_strictly, model_weights, read_checkpoint
 from datasets import PretrainDataset, VideoList, sample_rng
 from datasets_finetune import DATA_SETS, ViewReader, read_class_names
 from metrics import Task, task_of
+from modeling_finetune import channel_stats, normalize_clips
 from utils import RunError, logger, user_errors
-from video_transforms import VideoError, channel_stats, normalize_clips, read_clip
+from video_transforms import VideoError, read_clip
 from video_transforms_finetune import long_side_crop, short_side_resize
 from visualization import Guess, Row, attention_rows, movie, picture, pretraining_rows, write_movie
+from weights import load_strictly, model_weights, read_checkpoint
 
 
 class Drawing(NamedTuple):

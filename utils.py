@@ -27,10 +27,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 EXIT_REQUEUE = 85  # the run was asked to stop and has saved itself: start it again (scripts/slurm)
 MAX_NON_FINITE = 10  # steps in a row
 
@@ -257,7 +256,11 @@ class RunLog:
 
     def __init__(self, output_dir: str, log_dir: str, start_epoch: int = 0, start_step: int = 0):
         self.file = Path(output_dir) / "log.txt" if output_dir and rank() == 0 else None
-        self.writer = SummaryWriter(log_dir, purge_step=start_step or None) if log_dir and rank() == 0 else None
+        self.writer: Any = None
+        if log_dir and rank() == 0:
+            from tensorboardX import SummaryWriter  # here, since most that import this file have no use for it
+
+            self.writer = SummaryWriter(log_dir, purge_step=start_step or None)
         if self.file and self.file.exists():
             lines = self.file.read_text().splitlines()
             kept = [line for line in lines if self._epoch_of(line) < start_epoch]

@@ -10,8 +10,7 @@ import torch
 from fixtures_video import write_list
 
 from datasets_finetune import ViewReader
-from modeling_finetune import MODELS
-from video_transforms import channel_stats, normalize_clips
+from modeling_finetune import MODELS, channel_stats, normalize_clips
 
 pytest_plugins = "fixtures_finetuning"
 MODEL = "vit_tiny_patch16_224"

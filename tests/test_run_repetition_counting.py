@@ -15,11 +15,12 @@ from fixtures_finetuning import log_of, program
 from fixtures_video import decode_all, source_frames
 from scipy.io import loadmat, savemat
 
-from checkpoints import LATEST, read_checkpoint
+from checkpoints import LATEST
 from datasets_counting import AnnotationList, TrainSegments, draw_cycles, pad_to_square, read_annotation, read_segment
 from modeling_counting import cycle_offsets
 from modeling_finetune import SIZES, vit_tiny_patch16_224
 from utils import EXIT_REQUEUE
+from weights import read_checkpoint
 
 pytest_plugins = ("fixtures_counting", "fixtures_finetuning")
 NAME = "run_repetition_counting.py"
