@@ -67,7 +67,6 @@ def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) 
     return (clips.float() / 255 - mean) / std
 
 
-@lru_cache
 def sinusoid_positions(
     num_tokens: int, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
@@ -75,6 +74,14 @@ def sinusoid_positions(
 
     One dimension over all tokens, not one per axis: kept for the released weights.
     """
+    positions = _positions(num_tokens, dim, device, dtype)
+    if type(positions) is not torch.Tensor:  # a stand-in without values, made under torch.export: not to be kept
+        _positions.cache_clear()
+    return positions
+
+
+@lru_cache
+def _positions(num_tokens: int, dim: int, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
     position = torch.arange(num_tokens, dtype=torch.float64, device=device)[:, None]
     channel = torch.arange(dim, device=device)
     power = 2 * (channel // 2).double() / dim
@@ -215,7 +222,7 @@ class VisionTransformer(nn.Module):
     def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, 3, T, H, W]`` → tokens after the last block, ``[B, N, D]``."""
         x = self.patch_embed(x)
-        x = x + sinusoid_positions(*x.shape[1:], x.device, x.dtype)
+        x = x + sinusoid_positions(x.shape[1], self.embed_dim, x.device, x.dtype)
         return run_blocks(self.blocks, x, self.use_checkpoint)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

@@ -147,22 +147,22 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     except RunError:
         raise
     except Exception as error:  # zip, pickle, torch and safetensors each fail in their own ways
-        raise RunError(f"{path}: not a readable checkpoint{_reason(error, path)}") from error
+        raise RunError(_unreadable(path, error)) from error
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise RunError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
 
 
-def _reason(error: Exception, path: Path) -> str:
-    """Why a file was not read, and what to do about it."""
+def _unreadable(path: Path, error: Exception) -> str:
+    """What to tell of a file that was not read, and what to do about it."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__)
     forbidden = re.search(r"(?:GLOBAL|class|type) ([\w.]+) (?:was not an allowed|whose module)", text)
     if not forbidden:
         said = text.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()[0].split(". In PyTorch")[0]
-        return f" ({said[:120]})"
+        return f"{path}: not a readable checkpoint ({said[:120]})"
     return (
-        f": it holds a {forbidden[1]}, which could run anything and so is not read. If you trust its maker, "
-        'take the weights out where their program is installed: python -c "import torch; '
+        f"{path}: not a readable checkpoint: it holds a {forbidden[1]}, which could run anything and so is "
+        'not read. If you trust its maker, take the weights out where their program is installed: python -c "import torch; '
         f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
         "torch.save({'model': c['model']}, 'weights.pth')\", with its own key in place of 'model' (print(c.keys()))"
     )
