@@ -21,7 +21,7 @@ from modeling_finetune import channel_stats, normalize_clips
 from modeling_probe import Encoder, MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
-from utils import RunError, RunLog, SharedError, logger, progress, rank, warn_once, world_size
+from utils import RunError, RunLog, logger, progress, rank, warn_once, world_size
 from video_transforms import VideoError
 
 
@@ -156,7 +156,7 @@ class Evaluator:
             if score.error:
                 warn_once(f"left out, {train.path(score.index)} could not be read: {score.error}")
         if not bank:
-            raise SharedError(f"{train.source}: none of its {len(train)} videos could be read")
+            raise RunError(f"{train.source}: none of its {len(train)} videos could be read")
         queries = features(test, "test features")
         known = torch.from_numpy(np.concatenate([score.views for score in bank]))
         labels = torch.from_numpy(train.labels[[score.index for score in bank]])

@@ -24,6 +24,12 @@ checkpoint on all views; --eval, --predict and --knn do no training.
 """
 
 
+BEST = "checkpoint-best.pth"
+# Options that say what the weights of a checkpoint belong to, beside the model's name.
+HOW_TRAINED = ("model_ema", "linear_probe", "linear_probe_recipe", "attentive_probe", "probe_lrs", "probe_wds",
+               "encoder", "encoder_weights")  # fmt: skip
+
+
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
     parser = options.make_parser("SMILE fine-tuning", TEXT)
@@ -230,6 +236,40 @@ def find_problems(args: argparse.Namespace) -> Problems:
             "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay",
         )
     return problems
+
+
+def checkpoint_to_test(args: argparse.Namespace) -> str:
+    """What --eval and --predict test: --finetune, else the best of output_dir, else none."""
+    best = os.path.join(args.output_dir, BEST)
+    return args.finetune or (best if args.output_dir and os.path.isfile(best) else "")
+
+
+def follow_checkpoint(args: argparse.Namespace) -> None:
+    """Tests, predictions and neighbours see videos as the model was trained, unless told otherwise; see options.follow.
+
+    Training may see them in another way, which is told.
+
+    Raises:
+        RunError: the checkpoint is unreadable.
+    """
+    evaluates = args.eval or args.predict
+    path = checkpoint_to_test(args) if evaluates else args.finetune
+    if not os.path.exists(path):  # find_problems tells
+        return
+    stored = options.trained_with(path)
+    data_set = DATA_SETS.get(stored.get("data_set", ""))
+    if not (evaluates or args.knn > 0):
+        by_stride = DATA_SETS[args.data_set].sampling == "dense" and (not data_set or data_set.sampling == "dense")
+        clip = [name for name in options.CLIP if by_stride or name != "sampling_rate"]
+        options.tell_differences(args, stored, path, clip)
+        return
+    names = ["model", *options.CLIP, *(HOW_TRAINED if evaluates else ())]
+    if data_set:
+        names.append("data_set")
+        if not DATA_SETS[args.data_set if "data_set" in args.given else stored["data_set"]].num_classes:
+            stored["nb_classes"] = stored["nb_classes"] or data_set.num_classes
+            names.append("nb_classes")
+    options.follow(args, stored, path, names)
 
 
 def needed_lists(args: argparse.Namespace) -> list[str]:

@@ -28,8 +28,11 @@ from modeling_probe import Encoder, ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, distribute, parameter_groups, share_buffers
 from options import Settings
 from options_finetune import (
+    BEST,
+    checkpoint_to_test,
     class_names,
     find_problems,
+    follow_checkpoint,
     get_args,
     is_probe,
     is_sigma,
@@ -41,9 +44,7 @@ from options_finetune import (
 from training import Epoch, Run
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
-from weights import load_encoder, load_strictly, local_path
-
-BEST = "checkpoint-best.pth"
+from weights import load_encoder, load_strictly, local_path, stored_options
 
 
 def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
@@ -160,6 +161,7 @@ def resume(
         return Position(args.start_epoch), {task(args).metric: -1.0, "epoch": -1}
     path, state = found
     position = restore(found, model, stepper, sampler.samples_per_step)
+    options.tell_differences(args, stored_options(state), str(path), options.OPTIMIZER)
     if "best" not in state:
         raise RunError(f"{path} is not of fine-tuning")
     if ema:
@@ -196,7 +198,7 @@ def train(
     args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module, evaluator: Evaluator
 ) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
-    total_batch = args.batch_size * args.num_sample * args.update_freq * utils.world_size()
+    total_batch = args.batch_size * args.update_freq * utils.world_size()  # videos, as VideoMAE scales rates
     with utils.user_errors():
         dataset = build_train_set(args)
         speed = SpeedCheck(dataset.videos, args.input_size) if utils.rank() == 0 else None
@@ -208,9 +210,7 @@ def train(
             if isinstance(model, ProbedEncoder)
             else parameter_groups(model, args.weight_decay, args.layer_decay)
         )
-        # SIGMA's rate goes by videos, ours by clips.
-        rate_batch = total_batch // args.num_sample if is_sigma(args) else total_batch
-        stepper = options.build_stepper(args, model, groups, device, rate_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
             batch_size = args.batch_size * args.num_sample
@@ -218,11 +218,12 @@ def train(
 
     position, best = resume(args, model, stepper, sampler, ema)
     logger.info(
-        "total batch %d clips, %d steps an epoch, %d epochs, lr %.3g, %s on %s",
+        "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
         total_batch,
+        args.num_sample,
         sampler.steps_per_epoch,
         args.epochs,
-        args.lr * rate_batch / 256,
+        args.lr * total_batch / 256,
         stepper.precision,
         device,
     )
@@ -244,6 +245,8 @@ def train(
             train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.while_training, ema)
             if is_validated(args, epoch) and epoch.secure():
                 share_buffers(model)
+                if ema:
+                    share_buffers(ema.module)
                 validate(evaluator, ema.module if ema else model, epoch, best)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
     stepper.close(settings.output_dir)
@@ -256,10 +259,9 @@ def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False)
     Raises:
         RunError: neither is there, or it holds no head for these classes.
     """
-    best = os.path.join(args.output_dir, BEST)
-    path, key, prefix = args.finetune, args.model_key, args.model_prefix
-    if own or not path:
-        path, key, prefix = (best if args.output_dir and os.path.isfile(best) else ""), "", ""
+    path, key, prefix = checkpoint_to_test(args), args.model_key, args.model_prefix
+    if own:
+        path, key, prefix = os.path.join(args.output_dir, BEST), "", ""
     if not path:
         raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
     if isinstance(model, ProbedEncoder) or args.model_ema:
@@ -275,6 +277,7 @@ def main(args: argparse.Namespace) -> int:
     if args.not_needed:
         logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+    follow_checkpoint(args)
     find_problems(args).tell()
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None

@@ -21,13 +21,13 @@ import torch.nn as nn
 import utils
 from checkpoints import lock_folder
 from datasets import VideoList
-from datasets_finetune import ViewReader
+from datasets_finetune import DATA_SETS, ViewReader
 from evaluation import Evaluator
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
 from optim_factory import DTYPES
-from options import add_data_arguments, make_parser, pick_precision
-from utils import RunError, SharedError, logger
+from options import add_data_arguments, follow, make_parser, parse_given, pick_precision, trained_with
+from utils import RunError, logger
 from weights import check_kind, load_encoder, local_path
 
 # What must not change between a run and another one that goes on with it.
@@ -62,7 +62,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
     precisions = ("auto", *DTYPES)
     run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
-    return parser.parse_args(argv)
+    return parse_given(parser, argv)
 
 
 class Features(nn.Module):
@@ -79,6 +79,15 @@ class Features(nn.Module):
         return tokens.mean(dim=1) if self.kind == "mean" else tokens
 
 
+def follow_checkpoint(args: argparse.Namespace, checkpoint: str) -> None:
+    """Videos are seen as the encoder was trained, unless told otherwise; see options.follow."""
+    if os.path.exists(checkpoint):
+        stored = trained_with(checkpoint)
+        if stored.get("data_set") in DATA_SETS:
+            stored["sampling"] = DATA_SETS[stored["data_set"]].sampling
+        follow(args, stored, checkpoint, ("model", *CLIP))
+
+
 def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     """The list, after a look at everything that can be wrong with the arguments.
 
@@ -87,10 +96,10 @@ def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     """
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
-            raise SharedError(f"--{name} is missing")
+            raise RunError(f"--{name} is missing")
     for name in ("num_segment", "num_crop", "shard_size", "batch_size", "sampling_rate"):
         if getattr(args, name) < 1:
-            raise SharedError(f"--{name} {getattr(args, name)}: must be at least 1")
+            raise RunError(f"--{name} {getattr(args, name)}: must be at least 1")
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     with utils.user_errors():
         token_grid(args.num_frames, args.input_size, args.input_size)
@@ -103,7 +112,7 @@ def check_settings(args: argparse.Namespace, precision: str) -> None:
     """Leave ``settings.json`` in the folder, or compare with the one that is there.
 
     Raises:
-        SharedError: the folder holds features of another list, model or kind.
+        RunError: the folder holds features of another list, model or kind.
     """
     settings = {name: getattr(args, name) for name in SETTINGS} | {"precision": precision}
     settings["data_path"] = hashlib.sha256(Path(args.data_path).read_bytes()).hexdigest()
@@ -112,7 +121,7 @@ def check_settings(args: argparse.Namespace, precision: str) -> None:
         known = json.loads(file.read_text())
         for name, value in settings.items():
             if known.get(name) != value:
-                raise SharedError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
+                raise RunError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
     utils.barrier()  # all have looked
     if utils.rank() == 0:
         file.write_text(json.dumps(settings, indent=1) + "\n")
@@ -160,6 +169,7 @@ def main(args: argparse.Namespace) -> int:
     device = utils.init_distributed(args.device, timeout_minutes=24 * 60)  # processes may finish far apart
     utils.setup_logging()
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
+    follow_checkpoint(args, checkpoint)
     videos, precision = check(args, checkpoint), pick_precision(args.precision, device)
     lock = lock_folder(args.output_dir) if utils.rank() == 0 else None
     utils.barrier()

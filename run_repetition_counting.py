@@ -36,17 +36,22 @@ from modeling_counting import (
 from modeling_finetune import MODELS, token_grid
 from optim_factory import Stepper, autocast, distribute, parameter_groups
 from options import (
+    OPTIMIZER,
     Problems,
     Settings,
     add_optimizer_arguments,
     add_run_arguments,
     build_stepper,
+    follow,
     make_parser,
+    parse_given,
     pick_precision,
+    tell_differences,
+    trained_with,
 )
 from training import Epoch, Run, Step
 from utils import RunError, logger
-from weights import check_kind, load_encoder, load_strictly
+from weights import check_kind, load_encoder, load_strictly, local_path, stored_options
 
 BEST = "checkpoint-best.pth"
 
@@ -83,7 +88,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--eval", action="store_true", help="only count val, with --finetune (or output_dir's best)")
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
     add_run_arguments(parser)
-    return parser.parse_args(argv)
+    return parse_given(parser, argv)
 
 
 # Training and counting ------------------------------------------------------------------------------------------
@@ -107,14 +112,14 @@ def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_step
             Walks(batch["segments"], [np.random.default_rng(seed) for seed in batch["seeds"]], refine_steps)
             for batch in cast(Iterator[SegmentBatch], step.micro_batches())
         ]
-        bad = torch.zeros((), device=stepper.device)
+        updates = []
         for _ in range(refine_steps):
             for micro_batch, walks in enumerate(parties):
                 with stepper.sync(micro_batch), stepper.autocast():
                     refine(step, stepper.model, walks, num_frames, stepper.device)
             step.update()
-            bad = torch.maximum(bad, step.values["bad"])
-        step.values["bad"] = bad  # any of them
+            updates.append(step.values)
+        step.values = {name: torch.stack([values[name] for values in updates]).mean() for name in step.values}
 
 
 def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> Callable:
@@ -234,6 +239,7 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
     found = find_resume(args.output_dir, args.resume, args.auto_resume)
     if found:
         position = restore(found, model, stepper, sampler.samples_per_step)
+        tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
         best = found[1].get("best", best)
     logger.info(
         "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",
@@ -256,13 +262,18 @@ def main(args: argparse.Namespace) -> int:
     """Check, build, train and test; returns the exit code."""
     device = utils.init_distributed(args.device)
     utils.setup_logging()
+    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+    best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
+    weights = (args.finetune or best) if args.eval else args.finetune
+    if os.path.exists(weights):
+        compare = follow if args.eval else tell_differences
+        compare(args, trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
     find_problems(args).tell()
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
     utils.seed_everything(args.seed)
     encoder = MODELS[args.model](num_classes=0, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
     model = RepetitionCounter(encoder, encoder.embed_dim).to(device)
-    best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
     code = 0
     if not args.eval:
         if args.finetune:
@@ -270,7 +281,7 @@ def main(args: argparse.Namespace) -> int:
         code = train(args, settings, device, model)
         utils.barrier()  # the first process may still be writing the best checkpoint
     if code == 0 and not args.dry_run:
-        weights = args.finetune if args.eval and args.finetune else best
+        weights = weights if args.eval else best
         if os.path.isfile(weights):
             load_strictly(model, weights)
         elif args.eval:

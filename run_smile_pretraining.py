@@ -33,7 +33,7 @@ from options import Problems, Settings
 from training import Run
 from utils import logger
 from video_transforms import BACKGROUNDS, Background
-from weights import check_kind, load_strictly, local_path
+from weights import check_kind, load_strictly, local_path, stored_options
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -254,6 +254,7 @@ def main(args: argparse.Namespace) -> int:
     found = find_resume(args.output_dir, args.resume, args.auto_resume)
     if found:
         position = restore(found, student, stepper, sampler.samples_per_step)
+        options.tell_differences(args, stored_options(found[1]), str(found[0]), options.OPTIMIZER)
         if args.first_stage_path:
             logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
     elif args.first_stage_path:

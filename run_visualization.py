@@ -75,9 +75,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args, words = parser.parse_known_args(argv)
     if args.fps <= 0:
         parser.error(f"--fps {args.fps}: must be more than 0")
-    named = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     args.defaults = vars(pretraining.get_args(words))
-    args.given = {name: value for name, value in args.defaults.items() if name in named}
+    args.given = {name: args.defaults[name] for name in args.defaults["given"]}
     return args
 
 

@@ -77,8 +77,9 @@ class Step:
         self.rows.append({"loss": loss.detach(), **shown})
 
     def update(self) -> None:
-        """Update the weights, unless loss or gradient is not finite; the log will say so."""
-        means = {name: torch.stack([row[name] for row in self.rows]).mean() for name in self.rows[0]}
+        """Update the weights, unless loss or gradient is not finite; the log will say so. `backward` may then go on."""
+        rows, self.rows = self.rows, []
+        means = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
         self.values = means | self.stepper.step(means["loss"])
 
 

@@ -33,16 +33,15 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "S
 EXIT_REQUEUE = 85  # the run was asked to stop and has saved itself: start it again (scripts/slurm)
 MAX_NON_FINITE = 10  # steps in a row
 
+PATIENCE = 5.0  # seconds that the first process waits for others that end with an error as well
+
 logger = logging.getLogger("smile")
+meeting_place: dist.Store | None = None  # of several processes; init_distributed sets it
 T = TypeVar("T")
 
 
 class RunError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
-
-
-class SharedError(RunError):
-    """A RunError that all processes find alike, so that the first one alone shows it."""
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SharedError(str(error)) from error
+        raise RunError(str(error)) from error
 
 
 def run_main(function: Any, *args: Any) -> None:
@@ -62,7 +61,7 @@ def run_main(function: Any, *args: Any) -> None:
     try:
         code = function(*args)
     except RunError as error:
-        if rank() == 0 or not isinstance(error, SharedError):
+        if first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
@@ -76,6 +75,21 @@ def run_main(function: Any, *args: Any) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(code or 0)
+
+
+def first_to_say(message: str) -> bool:
+    """Whether to show an error: of several processes that end with the same one, the first to come does."""
+    if meeting_place is None:
+        return True
+    try:
+        first = meeting_place.add(f"said: {message}", 1) == 1
+        ended, patience = meeting_place.add("ended", 1), time.monotonic() + PATIENCE
+        while rank() == 0 and ended < world_size() and time.monotonic() < patience:  # may hold what the others look at
+            time.sleep(0.05)
+            ended = meeting_place.add("ended", 0)
+    except RuntimeError:  # gone with the process that held it
+        return True
+    return first
 
 
 def leave_on_signal() -> None:
@@ -133,7 +147,8 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         timeout = datetime.timedelta(minutes=timeout_minutes)
         store, index, world = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
-        store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        global meeting_place
+        store = meeting_place = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=index, world_size=world, timeout=timeout)
         if not gpu:
             never_freed(dist.group.WORLD)

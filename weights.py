@@ -162,7 +162,8 @@ def _unreadable(path: Path, error: Exception) -> str:
         return f"{path}: not a readable checkpoint ({said[:120]})"
     return (
         f"{path}: not a readable checkpoint: it holds a {forbidden[1]}, which could run anything and so is "
-        'not read. If you trust its maker, take the weights out where their program is installed: python -c "import torch; '
+        "not read. If you trust its maker, take the weights out where their program is installed: "
+        'python -c "import torch; '
         f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
         "torch.save({'model': c['model']}, 'weights.pth')\", with its own key in place of 'model' (print(c.keys()))"
     )

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "optim_factory": {"utils"},
     "weights": {"utils"},
     "checkpoints": {"optim_factory", "utils", "weights"},
-    "options": {"optim_factory", "utils"},
+    "options": {"optim_factory", "utils", "weights"},
     "datasets": {"masking_generator", "object_overlay", "video_transforms", "utils"},
     "video_transforms_finetune": {"video_transforms"},
     "datasets_finetune": {"datasets", "utils", "video_transforms", "video_transforms_finetune"},

@@ -216,7 +216,8 @@ open(os.path.join({folder!r}, str(utils.rank())), "w").write(repr(seen))
 def fail():
     utils.barrier()
     if utils.rank() == 1:
-        raise utils.RunError("only process 1 saw it")
+        with utils.user_errors():
+            raise ValueError("only process 1 saw it")
     utils.barrier()
 
 utils.run_main(fail)
