@@ -164,23 +164,36 @@ class Position:
     meter: dict | None = None
 
 
-def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from: `resume` if named, else the furthest one in `folder` that loads.
+def _furthest_of(folder: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint of a folder that lies furthest of those that load."""
+    readable = (found for found in map(_read_or_warn, resume_candidates(folder)) if found)
+    chosen = next(readable, None)
+    if chosen and chosen[0].name == LATEST:  # outdated, if the run died before it was removed
+        rival = next(readable, None)
+        if rival and progress(rival[1], rival[0]) >= progress(chosen[1], chosen[0]):
+            return rival
+    return chosen
 
-    The first process chooses, all read. Files that do not load are named and skipped.
+
+def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from: the furthest of `resume` and of those in `folder` that load, if `auto_resume`.
+
+    A job that names `resume` is started again with the same command, when the folder has gone further. Of equally far
+    ones it is `resume`. The first process chooses, all read. Files that do not load are named and skipped.
+
+    Raises:
+        RunError: `resume` does not load.
     """
-    if resume:
-        return Path(resume), read_checkpoint(resume)
-    if not (auto_resume and folder):
-        return None
     chosen = None
     if rank() == 0:
-        readable = (found for found in map(_read_or_warn, resume_candidates(folder)) if found)
-        chosen = next(readable, None)
-        if chosen and chosen[0].name == LATEST:  # outdated, if the run died before it was removed
-            rival = next(readable, None)
-            if rival and progress(rival[1], rival[0]) >= progress(chosen[1], chosen[0]):
-                chosen = rival
+        named = (Path(resume), read_checkpoint(resume)) if resume else None
+        chosen = _furthest_of(folder) if auto_resume and folder else None
+        if named and (not chosen or progress(named[1], named[0]) >= progress(chosen[1], chosen[0])):
+            chosen = named
+        elif named and chosen:
+            logger.warning(
+                "%s has gone further than --resume %s: it wins; --no_auto_resume goes back", chosen[0], resume
+            )
     path = broadcast(chosen and chosen[0])
     if path is None:
         return None

@@ -4,6 +4,7 @@ The optimizers are timm's; precision, accumulation, clipping and the guard again
 `Stepper`, which both engines use.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -221,8 +222,9 @@ class Stepper:
             raise ValueError("its optimizer has other parameters")
         moved = {number: before[name] for number, name in enumerate(names)}  # as layers are grouped by --layer_decay
         own["state"] = {new: saved["state"][old] for new, old in moved.items() if old in saved["state"]}
+        counts = {key: value for key, value in saved["param_groups"][0].items() if key.endswith("step")}
         for group in own["param_groups"]:  # where some of timm's optimizers count their steps
-            group.update({key: value for key, value in saved["param_groups"][0].items() if key.endswith("step")})
+            group.update(copy.deepcopy(counts))
         self.optimizer.load_state_dict(own)
         for parameter, values in self.optimizer.state.items():  # which torch does not compare
             for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):

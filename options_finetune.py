@@ -67,6 +67,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     area = "smallest share of the frame's area that a random crop keeps"
     augment.add_argument("--crop_area", type=float, default=0.25, help=area)
     augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    weights = "of the loss; balanced: by the inverse of how many videos a class has, 1 on average over the videos"
+    augment.add_argument("--class_weights", choices=("none", "balanced"), default="none", help=weights)
     augment.add_argument("--mixup", type=float, default=0.8, help="alpha; 0: off")
     augment.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0: off")
     augment.add_argument("--cutmix_minmax", type=float, nargs=2, help="share of the side pasted, in place of alpha")
@@ -197,6 +199,10 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.when(
         DATA_SETS[args.data_set].multi_label and bool(args.samples_per_class or args.examples),
         f"--samples_per_class and --examples draw class by class, but {args.data_set} has several labels a video",
+    )
+    problems.when(
+        DATA_SETS[args.data_set].multi_label and args.class_weights != "none",
+        f"--class_weights {args.class_weights}: for one class a video, but {args.data_set} has several labels a video",
     )
     odd = args.batch_size * args.num_sample % 2 == 1
     problems.when(

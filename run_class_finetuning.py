@@ -5,10 +5,14 @@ scripts/finetune/ and scripts/test/ hold the recipes; the options are in options
 
 import argparse
 import os
+from functools import partial
 from itertools import product
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -20,7 +24,7 @@ from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, SpeedCheck, VideoList, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
-from engine_for_finetuning import BatchAugmentation, train_one_epoch
+from engine_for_finetuning import BatchAugmentation, WeightedCrossEntropy, balanced_weights, train_one_epoch
 from evaluation import Evaluator
 from modeling_finetune import MODELS, SIZES
 from modeling_image import build_encoder
@@ -130,22 +134,33 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
 
 
 def build_loss(
-    args: argparse.Namespace, norm: tuple[torch.Tensor, torch.Tensor]
+    args: argparse.Namespace, norm: tuple[torch.Tensor, torch.Tensor], labels: np.ndarray
 ) -> tuple[nn.Module, BatchAugmentation]:
-    """The loss, and what happens to batches on the device: of probes, normalisation alone."""
+    """The loss, and what happens to batches on the device: of probes, normalisation alone.
+
+    Args:
+        labels: of the training videos.
+    """
+    weights, smoothing = None, args.smoothing
+    if args.class_weights == "balanced":
+        weights = balanced_weights(labels, num_classes(args)).to(norm[0].device)
     if is_probe(args):
-        return ProbeLoss(task(args).losses), BatchAugmentation(norm)
+        losses = task(args).losses if weights is None else partial(F.cross_entropy, weight=weights, reduction="none")
+        return ProbeLoss(losses), BatchAugmentation(norm)
     eraser = None
     if args.reprob:
         eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=norm[0].device)
     if DATA_SETS[args.data_set].multi_label:
         return nn.BCEWithLogitsLoss(), BatchAugmentation(norm, eraser)
-    if not mixes(args):
-        return LabelSmoothingCrossEntropy(args.smoothing), BatchAugmentation(norm, eraser)
-    draws = (args.mixup_prob, args.mixup_switch_prob, args.mixup_mode)
-    labels = {"label_smoothing": args.smoothing, "num_classes": num_classes(args)}
-    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, *draws, **labels)
-    return SoftTargetCrossEntropy(), BatchAugmentation(norm, eraser, mixup)
+    mixup, loss = None, cast(nn.Module, LabelSmoothingCrossEntropy(smoothing))
+    if mixes(args):
+        draws = (args.mixup_prob, args.mixup_switch_prob, args.mixup_mode)
+        soft = {"label_smoothing": smoothing, "num_classes": num_classes(args)}
+        mixup, loss = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, *draws, **soft), SoftTargetCrossEntropy()
+        smoothing = 0.0  # Mixup's labels are smooth already
+    if weights is not None:
+        loss = WeightedCrossEntropy(weights, label_smoothing=smoothing)
+    return loss, BatchAugmentation(norm, eraser, mixup)
 
 
 def resume(
@@ -233,7 +248,7 @@ def train(
         stepper.model = distribute(model, device)
     pin_memory = args.pin_mem and device.type == "cuda"
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
-    criterion, augment = build_loss(args, evaluator.norm)
+    criterion, augment = build_loss(args, evaluator.norm, dataset.videos.labels)
     if speed:
         speed.tell()
 

@@ -22,6 +22,7 @@ from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, build_loader, init_worker
 from datasets_counting import AnnotationList, SegmentBatch, TrainSegments, WholeSegments, collate_segments
 from evaluation import unbatched
+from meters import RunLog
 from modeling_counting import (
     Prediction,
     RepetitionCounter,
@@ -176,7 +177,7 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
     counts = count_all(args, model, device)
     metrics = judge(args, counts)
     logger.info("test: mae %.4f  obo %.4f", metrics["mae"], metrics["obo"])
-    utils.RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
+    RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
     if args.output_dir and utils.rank() == 0:
         with open(Path(args.output_dir) / "test_counts.csv", "w", newline="") as file:
             table = csv.writer(file)

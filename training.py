@@ -32,9 +32,10 @@ import checkpoints
 import utils
 from checkpoints import Position
 from datasets import Batch, ChunkSampler, VideoDataset, VideoList
+from meters import RunLog, StepMeter
 from optim_factory import Stepper
 from options import Settings
-from utils import RunError, StepMeter, logger
+from utils import RunError, logger
 
 
 class Step:
@@ -155,7 +156,7 @@ class Run:
         self.writer = checkpoints.CheckpointWriter(
             settings.output_dir, settings.save_ckpt_minutes, settings.save_ckpt_steps, settings.keep_ckpts
         )
-        self.log = utils.RunLog(
+        self.log = RunLog(
             settings.output_dir, settings.log_dir, position.epoch, position.epoch * self.steps_per_epoch + position.step
         )
         self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)

@@ -160,10 +160,23 @@ def test_nothing_to_go_on_from(tmp_path):
     assert find_resume(str(tmp_path / "new"), "", True) is None
 
 
-def test_a_named_checkpoint_wins_and_must_be_readable(tmp_path):
-    save_epochs(tmp_path, 1, 2)
+@pytest.mark.parametrize(
+    "auto, epochs, epoch", [(True, (1, 2), 5), (True, (1, 6), 6), (True, (5,), 5), (False, (6,), 5)]
+)
+def test_the_furthest_of_a_named_checkpoint_and_the_folder_wins(tmp_path, caplog, auto, epochs, epoch):
+    """A job that names one is restarted with the same command; without auto-resume there is no other."""
+    (tmp_path / "other").mkdir()
+    save_epochs(tmp_path / "other", 5)
+    save_epochs(tmp_path, *epochs)
+    named = tmp_path / "other" / "checkpoint-5.pth"
+    path, state = find_resume(str(tmp_path), str(named), auto)
+    assert state["epoch"] == epoch and (path == named) == (epoch == 5)
+    assert (f"checkpoint-6.pth has gone further than --resume {named}" in caplog.text) == (epoch == 6)
+
+
+def test_a_named_checkpoint_must_be_readable(tmp_path):
+    save_epochs(tmp_path, 2)
     named = tmp_path / "checkpoint-1.pth"
-    assert find_resume(str(tmp_path), str(named), True)[1]["epoch"] == 1
     named.write_bytes(b"junk")
     with pytest.raises(RunError, match="checkpoint-1.pth"):
         find_resume(str(tmp_path), str(named), True)

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -180,6 +181,20 @@ def test_another_number_of_classes_means_a_new_head(files):
     path, model = files["finetuned"]
     loaded = load(CLASSIFIER, checkpoint=path, num_classes=9)
     assert loaded.head.bias.shape == (9,) and torch.equal(loaded.fc_norm.weight, model.fc_norm.weight)
+
+
+def test_it_knows_how_it_was_trained(files, tmp_path):
+    """The clips; and where weights were averaged, the average is what was tested."""
+    path, model = files["finetuned"]
+    args = Namespace(
+        num_frames=8, sampling_rate=1, input_size=64, data_set="SSV2", model_ema=True, max_bad_fraction=0.0
+    )
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save({"model": other, "model_ema": model.state_dict(), "args": args}, tmp_path / "x.pth")
+    loaded = load(CLASSIFIER, checkpoint=str(tmp_path / "x.pth"))
+    clip = {"num_frames": 8, "sampling_rate": 1, "input_size": 64, "data_set": "SSV2"}
+    assert loaded.trained_with == clip and load(CLASSIFIER, checkpoint=path).trained_with == {}
+    assert torch.equal(loaded.head.weight, model.head.weight)
 
 
 def test_weights_of_another_model_are_refused(files):

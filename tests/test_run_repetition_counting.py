@@ -82,11 +82,13 @@ def test_it_trains_validates_and_counts(trained, repetitions):
     assert np.mean([error <= 1 for error in errors]) == pytest.approx(log[2]["test_obo"])
 
 
-def test_eval_gives_the_same_counts_in_one_process_and_in_two(count, trained, tmp_path):
+def test_eval_gives_the_same_counts_in_one_process_and_in_two(run, repetitions, trained, tmp_path):
+    """With model, frames and size of the checkpoint."""
+    data = ["--data_path", repetitions.annotations, "--data_root", repetitions.videos, "--num_workers", 0]
     best = trained.folder / "checkpoint-best.pth"
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        found = count("--eval", "--finetune", best, "--output_dir", folder, processes=processes)
+        found = run(*data, "--eval", "--finetune", best, "--output_dir", folder, processes=processes, file=NAME)
         assert found.code == 0, found.all
         assert log_of(folder)[-1] == pytest.approx(log_of(trained.folder)[-1])
         for row, known in zip(table_of(folder), table_of(trained.folder), strict=True):

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "datasets": {"masking_generator", "object_overlay", "video_transforms", "utils"},
     "video_transforms_finetune": {"video_transforms"},
     "datasets_finetune": {"datasets", "utils", "video_transforms", "video_transforms_finetune"},
-    "training": {"checkpoints", "datasets", "optim_factory", "options", "utils"},
+    "meters": {"utils"},
+    "training": {"checkpoints", "datasets", "meters", "optim_factory", "options", "utils"},
     "engine_for_pretraining": {"modeling_finetune", "modeling_pretrain", "training"},
     "engine_for_finetuning": {"datasets", "modeling_finetune", "training"},
 }
@@ -95,7 +96,7 @@ def test_a_reader_of_pretraining_meets_few_files():
         name = ahead.pop()
         seen.add(name)
         ahead += GRAPH[name] - seen
-    assert len(seen) <= 15 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 4250
+    assert len(seen) <= 16 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 4300
 
 
 # Options --------------------------------------------------------------------------------------------------------
