@@ -15,9 +15,11 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from fixtures_finetuning import CUSTOM, EPOCHS, NAME, PLAIN, ROOT, TINY, TRAIN, log_of, test_metrics_of
+from fixtures_finetuning import CUSTOM, EPOCHS, NAME, PLAIN, ROOT, TINY, TRAIN, log_of, program, test_metrics_of
+from fixtures_video import free_port
 
 import run_smile_pretraining
+from evaluation import Evaluator
 from modeling_finetune import MODELS
 from options_finetune import follow_checkpoint, get_args
 from utils import EXIT_REQUEUE
@@ -202,6 +204,36 @@ def test_options_of_a_checkpoint_complete_a_command_line(tmp_path):
     assert (args.model, args.input_size, args.data_set) == ("vit_small_patch16_224", 112, "UCF101")
     foreign = {"num_frames": 8, "model": "vit_small_patch16_224", "data_set": "SSV2", "dist_url": "env://"}
     assert vars(completed(foreign, "--eval")) == vars(get_args(["--eval", "--finetune", str(tmp_path / "x.pth")]))
+
+
+def noting_buffers(argv, output, env):
+    """Be the program, which writes down the buffers that it validates with."""
+    validate = Evaluator.validate
+
+    def noting(evaluator, model):
+        torch.save(dict(model.named_buffers()), f"{output}.buffers")
+        return validate(evaluator, model)
+
+    Evaluator.validate = noting
+    program(argv, output, env)
+
+
+def test_processes_validate_an_average_with_the_same_buffers(server, custom, trained, tmp_path):
+    """A probe's batch norm has statistics of each process's own clips, and so has their average."""
+    probe = ["--linear_probe", "--model_ema", "--model_ema_decay", "0.5", "--epochs", "1", "--num_sample", "1"]
+    argv = [str(a) for a in [*custom, *TINY, *probe, "--batch_size", "2", "--finetune", trained.best]]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = [
+        server.Process(target=noting_buffers, args=(argv, tmp_path / str(rank), shared | {"RANK": str(rank)}))
+        for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0, 0], (tmp_path / "0.err").read_text()
+    one, two = (read(tmp_path / f"{rank}.buffers") for rank in range(2))
+    assert len(one) > 4 and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def test_it_stops_early_and_always_validates_the_last_epoch(run, custom, trained, tmp_path):
