@@ -81,7 +81,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._Argume
     optim.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
     optim.add_argument("--weight_decay", type=float, default=0.05, help="not on biases, norms and the mask token")
     optim.add_argument("--weight_decay_end", type=float, default=None, help="its last value (cosine); None: constant")
-    optim.add_argument("--lr", type=float, help="for a total batch of 256, scaled linearly")
+    optim.add_argument("--lr", type=float, help="for 256 a step (--batch_size, GPUs, passes), scaled linearly")
     optim.add_argument("--warmup_lr", type=float, default=0.0, help="rate of the first step, scaled likewise")
     optim.add_argument("--min_lr", type=float, help="rate of the last step, scaled likewise")
     optim.add_argument("--warmup_epochs", type=int, help="epochs of linear warm-up")

@@ -263,7 +263,7 @@ def test_few_shot_lists_are_drawn_by_the_seed_and_kept(run, custom, tmp_path):
     lists = []
     for seed, name in ((0, "a"), (0, "b")):
         found = run(*custom, *TRAIN, *few, "--seed", seed, "--output_dir", tmp_path / name)
-        assert found.code == 0 and "total batch 12 clips, 1 steps an epoch" in found.out, found.all
+        assert found.code == 0 and "total batch 3 videos (4 clips of each), 1 steps" in found.out, found.all
         lists.append((tmp_path / name / "train_subset.csv").read_text())
     assert lists[0] == lists[1] and sorted(line.split()[-1] for line in lists[0].splitlines()) == ["0", "1", "2"]
 
