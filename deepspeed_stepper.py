@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from optim_factory import DTYPES, Stepper
+from optim_factory import DTYPES, Stepper, spread_badness
 from utils import RunError, barrier, broadcast, rank, reduce_sum, world_size
 
 FOLDER = "deepspeed"  # of OUTPUT_DIR
@@ -59,6 +59,7 @@ class DeepSpeedStepper(Stepper):
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
+        loss = spread_badness(loss)
         if self.by_hand and self.precision == "fp16" and self.model.scale(loss) is loss:
             loss = loss * self.model.optimizer.loss_scale  # DeepSpeed 0.19.8 divides by it, but does not multiply
         self.model.backward(loss)
@@ -112,6 +113,9 @@ class DeepSpeedStepper(Stepper):
                 f"{path} is of {layout if tag else 'a run without DeepSpeed'}, this run has {self.layout}; "
                 "to go on with its weights alone, give it to --finetune with another --output_dir"
             )
+        options = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
@@ -126,6 +130,8 @@ class DeepSpeedStepper(Stepper):
         finally:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         self.model.optimizer.clip_grad = self.clip_grad or 0.0  # not that of the checkpoint
+        for group, own in zip(self.optimizer.param_groups, options):
+            group.update({key: value for key, value in own.items() if not key.endswith("step")})
 
     def close(self, folder: str) -> None:
         """After training: the model in fp32 as any other, and no shards without their .pth."""

@@ -7,15 +7,17 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, unwrap_model
 
 from datasets import Batch
+from modeling_finetune import normalize_clips
 from training import Epoch
-from video_transforms import normalize_clips
 
 
 def erase(clips: torch.Tensor, seeds: torch.Tensor, eraser: RandomErasing) -> torch.Tensor:
@@ -64,6 +66,30 @@ class BatchAugmentation:
             clips, targets = mix(clips, labels, self.mixup)
             return clips, labels, targets
         return clips, labels, labels
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:
+    """A loss weight for each class, ``[C]``: by the inverse of its number of videos, so that the mean over videos is 1.
+
+    Args:
+        labels: of the training videos, ``[n]``. A class that has none has weight 0.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.from_numpy(np.where(counts, weights, 0)).float()
+
+
+class WeightedCrossEntropy(nn.CrossEntropyLoss):
+    """Mean over clips of the weighted loss; torch's divides by the weights of the batch: one class alone has none.
+
+    Args:
+        weight: of the classes, ``[C]``.
+    """
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, C]``, labels ``[B]`` or soft ones ``[B, C]`` → scalar."""
+        smoothing = self.label_smoothing
+        return F.cross_entropy(logits, targets, self.weight, reduction="none", label_smoothing=smoothing).mean()
 
 
 def train_one_epoch(

@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from modeling_finetune import normalize_clips
 from modeling_pretrain import split_tokens, take_tokens
 from training import Epoch
-from video_transforms import normalize_clips
 
 
 def with_second_masks(rng: np.random.Generator, masks: torch.Tensor) -> torch.Tensor:

@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader
 
 from datasets import VideoList, VideoStream, init_worker
 from datasets_finetune import EvalDataset, EvalSample, Span, ViewReader
+from meters import RunLog
 from metrics import ONE_LABEL, Task, VideoScore, combine_views, gather_scores, judge
+from modeling_finetune import channel_stats, normalize_clips
 from modeling_probe import Encoder, MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
-from utils import RunError, RunLog, SharedError, logger, progress, rank, warn_once, world_size
-from video_transforms import channel_stats, normalize_clips
+from utils import RunError, logger, progress, rank, warn_once, world_size
 
 
 def stream_samples(stream: VideoStream, num_workers: int, timeout: float) -> Iterator[Any]:
@@ -167,20 +168,15 @@ class Evaluator:
             if score.error:
                 warn_once(f"left out, {train.path(score.index)} could not be read: {score.error}")
         if not bank:
-            raise SharedError(f"{train.source}: none of its {len(train)} videos could be read")
+            raise RunError(f"{train.source}: none of its {len(train)} videos could be read")
         queries = features(test, "test features")
         known = torch.from_numpy(np.concatenate([score.views for score in bank]))
         labels = torch.from_numpy(train.labels[[score.index for score in bank]])
-        votes = [
-            score
-            if score.error
-            else VideoScore(
-                score.index,
-                nearest_neighbours(known, labels, torch.from_numpy(score.views), k, self.num_classes).numpy(),
-            )
-            for score in queries
-        ]
-        return self.report(votes, test)
+        seen = [score for score in queries if not score.error]
+        asked = torch.cat([known[:0], *(torch.from_numpy(score.views) for score in seen)])
+        votes = nearest_neighbours(known, labels, asked, k, self.num_classes).numpy()
+        judged = [VideoScore(score.index, vote[None]) for score, vote in zip(seen, votes)]
+        return self.report([score for score in queries if score.error] + judged, test)
 
     def report(self, scores: list[VideoScore], videos: VideoList) -> int:
         """Metrics of a test list, from this process's scores, to console, log.txt and files. Returns the exit code."""

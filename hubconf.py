@@ -2,54 +2,100 @@
 
     model = torch.hub.load("/path/to/here", "vit_base_patch16_224", source="local", checkpoint="finetuned.pth")
 
-What the weights show (number of classes, width of the target, depth of the decoder) need not be said.
+What the weights show (number of classes, width of the target, depth of the decoder) need not be said. What else the
+model was trained with, the clips that it expects above all, is in ``model.trained_with``.
 """
 
 import collections.abc
 import functools
+import importlib.util
+import pathlib
+import sys
+import types
 
 import torch
 
-import checkpoints
-import modeling_finetune
-import modeling_pretrain
+dependencies = ["einops", "huggingface_hub", "numpy", "safetensors", "timm", "torch", "tqdm"]
 
-dependencies = ["einops", "huggingface_hub", "numpy", "safetensors", "tensorboardX", "timm", "torch"]
+# Files of this project that are needed, each after those that it imports.
+_FILES = ("utils", "weights", "modeling_finetune", "modeling_pretrain")
+_CLIP = ("num_frames", "sampling_rate", "input_size", "data_set")
+
+
+def _import_apart() -> list[types.ModuleType]:
+    """Import _FILES under names of their own, such as ``smile_utils``: the calling program may have a utils.py too.
+
+    What they import from elsewhere must not find files of this folder either: there is more than one datasets.py.
+    """
+    here, paths = pathlib.Path(__file__).resolve().parent, list(sys.path)
+    taken = {name: sys.modules.pop(name, None) for name in _FILES}
+    sys.path[:] = [path for path in paths if pathlib.Path(path).resolve() != here]
+    try:
+        for name in _FILES:
+            sys.modules[name] = _import_file(f"smile_{name}", str(here / f"{name}.py"))  # for those that import it
+        return [sys.modules[name] for name in _FILES]
+    finally:
+        sys.path[:] = paths
+        for name, module in taken.items():
+            sys.modules.pop(name, None)
+            if module:
+                sys.modules[name] = module
+
+
+def _import_file(name: str, file: str) -> types.ModuleType:
+    """Import a file as module `name`, unless it is there already."""
+    if name in sys.modules and sys.modules[name].__file__ == file:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+_, _weights, _modeling_finetune, _modeling_pretrain = _import_apart()
 
 
 def _entry_point(name: str, build: functools.partial) -> collections.abc.Callable:
     """What torch.hub calls for a model."""
 
-    def entry_point(checkpoint: str = "", **kwargs) -> torch.nn.Module:
-        if not checkpoint:
-            return build(**kwargs)
-        path = checkpoints.local_path(checkpoint)
-        weights = checkpoints.model_weights(checkpoints.read_checkpoint(path), path)
-        if name in modeling_pretrain.MODELS:
-            depth = len({key.split(".")[2] for key in weights if key.startswith("decoder.blocks.")})
-            if depth and "decoder.head.bias" in weights:
-                kwargs = {"decoder_depth": depth, "decoder_num_classes": len(weights["decoder.head.bias"])} | kwargs
+    def load(path: str, **kwargs) -> torch.nn.Module:
+        checkpoint = _weights.read_checkpoint(path)
+        found = _weights.model_weights(checkpoint, path)
+        if name in _modeling_pretrain.MODELS:
+            depth = len({key.split(".")[2] for key in found if key.startswith("decoder.blocks.")})
+            if depth and "decoder.head.bias" in found:
+                kwargs = {"decoder_depth": depth, "decoder_num_classes": len(found["decoder.head.bias"])} | kwargs
             model = build(**kwargs)
-            checkpoints.load_strictly(model, path)
-            return model
-        classes = len(weights.get("head.bias", ()))
-        wanted = kwargs.setdefault("num_classes", classes)
-        model = build(**kwargs)
-        checkpoints.load_encoder(model, path, need_head=0 < classes == wanted)
+            _weights.load_strictly(model, path)
+        else:
+            classes = len(found.get("head.bias", ()))
+            wanted = kwargs.setdefault("num_classes", classes)
+            model = build(**kwargs)
+            _weights.load_encoder(model, path, need_head=0 < classes == wanted)
+        stored = _weights.stored_options(checkpoint)
+        model.trained_with = {option: stored[option] for option in _CLIP if option in stored}
         return model
+
+    def entry_point(checkpoint: str = "", **kwargs) -> torch.nn.Module:
+        return load(_weights.local_path(checkpoint), **kwargs) if checkpoint else build(**kwargs)
 
     entry_point.__name__ = name
     entry_point.__doc__ = f"""{name}: {build.func.__name__} of modeling_finetune.py or modeling_pretrain.py.
 
     Args:
-        checkpoint: file (.pth, .safetensors) or hf://owner/repo/file; empty: new weights. A classifier takes pretrained
-            ones too; it then has no head, unless `num_classes` asks for a new one.
+        checkpoint: file (.pth, .safetensors), folder of transformers, or hf://owner/repo/file; empty: new weights. A
+            classifier takes pretrained ones too; it then has no head, unless `num_classes` asks for a new one.
         kwargs: those of the model's class.
+    Returns:
+        The model. Of a checkpoint of this project, its attribute `trained_with` holds num_frames, sampling_rate and
+        input_size of the clips in training, and the data_set, as run_class_finetuning.py names them.
     Raises:
-        utils.RunError: the checkpoint is unreadable or of another model.
+        RunError (of utils.py): the checkpoint is unreadable or of another model.
     """
     return entry_point
 
 
-for _name, _build in (modeling_finetune.MODELS | modeling_pretrain.MODELS).items():
+for _name, _build in (_modeling_finetune.MODELS | _modeling_pretrain.MODELS).items():
     globals()[_name] = _entry_point(_name, _build)

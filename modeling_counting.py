@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from video_transforms import channel_stats, normalize_clips
+from modeling_finetune import channel_stats, normalize_clips
 
 ANCHORS = torch.tensor([0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0])
 MIDDLE = 3  # the anchor that leaves a guess as it is

@@ -1,4 +1,4 @@
-"""The video vision transformer: tubelet embedding, blocks, sizes, and the classifier built of them.
+"""The video vision transformer: normalisation of its input, tubelet embedding, blocks, sizes, and the classifier.
 
 modeling_pretrain.py builds its encoder and decoder from the same parts. Parameter names are those of the
 released VideoMAE and SMILE checkpoints. Shapes: B clips, N = t·h·w tokens in the order time, row, column, D width.
@@ -11,10 +11,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
 
 PATCH_SIZE, TUBELET_SIZE = 16, 2
+NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,17 @@ def token_grid(
     return num_frames // tubelet_size, height // patch_size, width // patch_size
 
 
-@lru_cache
+def channel_stats(norm: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of `norm`, one of NORMS, for RGB in [0, 1], each ``[3, 1, 1, 1]``."""
+    mean, std = NORMS[norm]
+    return torch.tensor(mean, device=device).view(3, 1, 1, 1), torch.tensor(std, device=device).view(3, 1, 1, 1)
+
+
+def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[B, 3, T, H, W]`` → float of the same shape, (x / 255 - mean) / std; mean and std ``[3, 1, 1, 1]``."""
+    return (clips.float() / 255 - mean) / std
+
+
 def sinusoid_positions(
     num_tokens: int, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
@@ -62,6 +74,14 @@ def sinusoid_positions(
 
     One dimension over all tokens, not one per axis: kept for the released weights.
     """
+    positions = _positions(num_tokens, dim, device, dtype)
+    if type(positions) is not torch.Tensor:  # a stand-in without values, made under torch.export: not to be kept
+        _positions.cache_clear()
+    return positions
+
+
+@lru_cache
+def _positions(num_tokens: int, dim: int, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
     position = torch.arange(num_tokens, dtype=torch.float64, device=device)[:, None]
     channel = torch.arange(dim, device=device)
     power = 2 * (channel // 2).double() / dim
@@ -202,7 +222,7 @@ class VisionTransformer(nn.Module):
     def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, 3, T, H, W]`` → tokens after the last block, ``[B, N, D]``."""
         x = self.patch_embed(x)
-        x = x + sinusoid_positions(*x.shape[1:], x.device, x.dtype)
+        x = x + sinusoid_positions(x.shape[1], self.embed_dim, x.device, x.dtype)
         return run_blocks(self.blocks, x, self.use_checkpoint)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

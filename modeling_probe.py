@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from modeling_finetune import LayerNorm, Mlp, VisionTransformer
 from modeling_image import FrameEncoder
 
+QUERIES = 64  # at a time, of nearest_neighbours; with 240,000 neighbours their similarities take 60 MB
 Encoder = VisionTransformer | FrameEncoder  # clips [B, 3, T, H, W] → tokens [B, N, D] by forward_tokens, D is embed_dim
 
 
@@ -145,8 +146,11 @@ def nearest_neighbours(
     Returns:
         Class scores ``[m, num_classes]``: the share of the votes for it; of one label they sum to 1.
     """
-    similarity, nearest = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)
-    weights, votes = (similarity / temperature).exp(), torch.zeros(len(test), num_classes, dtype=similarity.dtype)
-    for weight, chosen in zip(weights.T, labels[nearest].transpose(0, 1)):  # [m], and [m] or [m, num_classes]
-        votes += weight[:, None] * (F.one_hot(chosen, num_classes) if labels.ndim == 1 else chosen)
-    return votes / weights.sum(dim=1, keepdim=True)
+    train, parts = F.normalize(train, dim=1), []
+    for queries in F.normalize(test, dim=1).split(QUERIES):
+        similarity, nearest = (queries @ train.T).topk(min(k, len(train)), dim=1)
+        weights, votes = (similarity / temperature).exp(), similarity.new_zeros(len(queries), num_classes)
+        for weight, chosen in zip(weights.T, labels[nearest].transpose(0, 1)):  # [m], and [m] or [m, num_classes]
+            votes += weight[:, None] * (F.one_hot(chosen, num_classes) if labels.ndim == 1 else chosen)
+        parts.append(votes / weights.sum(dim=1, keepdim=True))
+    return torch.cat(parts) if parts else train.new_empty(0, num_classes)

@@ -19,7 +19,7 @@ from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file
 from timm.layers import to_2tuple
 
-from video_transforms import NORMS, channel_stats
+from modeling_finetune import NORMS, channel_stats
 
 TARGET_TYPES = ("clip", "dino_v1", "timm", "pixel")
 DINO_MODELS = {"dino_s": "vit_small_patch16_224.dino", "dino_b": "vit_base_patch16_224.dino"}

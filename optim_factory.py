@@ -4,6 +4,7 @@ The optimizers are timm's; precision, accumulation, clipping and the guard again
 `Stepper`, which both engines use.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -116,11 +117,17 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def spread_badness(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss, whose gradient is not finite where it is not: the gradient of an infinite one can be finite."""
+    return loss * (1 + 0 * loss.detach())
+
+
 @dataclass
 class Stepper:
     """One optimizer step: precision, accumulation, clipping, schedules; never waits for the device if it can.
 
-    A step whose gradient is not finite changes nothing. Fused optimizers decide that on the device.
+    A step whose loss or gradient is not finite changes nothing, in no process: a bad loss makes its gradient bad, which
+    processes share. Fused optimizers decide that on the device.
 
     Args:
         model: what is called in the forward pass, DDP or not.
@@ -160,7 +167,7 @@ class Stepper:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's share of the gradient."""
-        self.scaler.scale(loss / self.update_freq).backward()
+        self.scaler.scale(spread_badness(loss) / self.update_freq).backward()
 
     def sync(self, micro_batch: int) -> AbstractContextManager:
         """Context of forward and backward: processes exchange gradients with the step's last micro-batch only."""
@@ -179,7 +186,7 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad or float("inf"))
-        finite = norm.isfinite() & loss.isfinite()
+        finite = norm.isfinite()
         bad = (~finite).float()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)  # skips by itself; an overflow only lowers the scale and is no error
@@ -196,13 +203,29 @@ class Stepper:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        optimizer = self.optimizer.state_dict() | {"names": self.parameter_names()}
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+
+    def parameter_names(self) -> list[str]:
+        """Names of the optimizer's parameters, in its order."""
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        return [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Put the `state` of the checkpoint at `path` back."""
-        if "deepspeed" in state["optimizer"]:
+        """Put the `state` of the checkpoint at `path` back; options of the optimizer stay those of this run."""
+        saved, own, names = state["optimizer"], self.optimizer.state_dict(), self.parameter_names()
+        if "deepspeed" in saved:
             raise ValueError("its optimizer state is DeepSpeed's: go on with --enable_deepspeed")
-        self.optimizer.load_state_dict(state["optimizer"])
+        sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (saved, own)]
+        before = {name: number for number, name in enumerate(saved.get("names", names))}
+        if before.keys() != set(names) or ("names" not in saved and sizes[0] != sizes[1]):
+            raise ValueError("its optimizer has other parameters")
+        moved = {number: before[name] for number, name in enumerate(names)}  # as layers are grouped by --layer_decay
+        own["state"] = {new: saved["state"][old] for new, old in moved.items() if old in saved["state"]}
+        counts = {key: value for key, value in saved["param_groups"][0].items() if key.endswith("step")}
+        for group in own["param_groups"]:  # where some of timm's optimizers count their steps
+            group.update(copy.deepcopy(counts))
+        self.optimizer.load_state_dict(own)
         for parameter, values in self.optimizer.state.items():  # which torch does not compare
             for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
                 if values.get(name) is not None and values[name].shape != parameter.shape:

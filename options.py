@@ -4,15 +4,16 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule
-from utils import RunError, SharedError, warn_once
+from utils import RunError, logger, warn_once
 from video_reader import READERS
+from weights import read_checkpoint, stored_options
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._Argume
     optim.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
     optim.add_argument("--weight_decay", type=float, default=0.05, help="not on biases, norms and the mask token")
     optim.add_argument("--weight_decay_end", type=float, default=None, help="its last value (cosine); None: constant")
-    optim.add_argument("--lr", type=float, help="for a total batch of 256, scaled linearly")
+    optim.add_argument("--lr", type=float, help="for 256 a step (--batch_size, GPUs, passes), scaled linearly")
     optim.add_argument("--warmup_lr", type=float, default=0.0, help="rate of the first step, scaled likewise")
     optim.add_argument("--min_lr", type=float, help="rate of the last step, scaled likewise")
     optim.add_argument("--warmup_epochs", type=int, help="epochs of linear warm-up")
@@ -154,12 +155,66 @@ def drop_unneeded(argv: list[str], known: set[str]) -> tuple[list[str], list[str
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse `argv` (or sys.argv); `not_needed` of the result names the options that were dropped."""
+    """Parse `argv` (or sys.argv) without unneeded options, which `not_needed` of the result names; see parse_given."""
     try:
         kept, dropped = drop_unneeded(sys.argv[1:] if argv is None else argv, set(parser._option_string_actions))
     except ValueError as error:
         parser.error(str(error))
-    return argparse.Namespace(**vars(parser.parse_args(kept)), not_needed=dropped)
+    return argparse.Namespace(**vars(parse_given(parser, kept)), not_needed=dropped)
+
+
+def parse_given(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse `argv` (or sys.argv); `given` of the result names the options that were typed, be it with their default."""
+    untouched = object()
+    typed = parser.parse_args(argv, argparse.Namespace(**{action.dest: untouched for action in parser._actions}))
+    given = [name for name, value in vars(typed).items() if value is not untouched]
+    return argparse.Namespace(**vars(parser.parse_args(argv)), given=given)
+
+
+# A checkpoint's own options ---------------------------------------------------------------------------------------
+
+CLIP = ("num_frames", "sampling_rate", "input_size")
+OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr", "min_lr",
+             "warmup_lr", "warmup_epochs", "warmup_steps", "epochs", "layer_decay")  # fmt: skip
+
+
+def trained_with(path: str) -> dict[str, Any]:
+    """The options of the run that wrote a checkpoint, `model` being that of its encoder; none if it is not of here.
+
+    Raises:
+        RunError: unreadable.
+    """
+    stored = dict(stored_options(read_checkpoint(path, whole=False)))
+    if "model" in stored:
+        stored["model"] = stored["model"].replace("pretrain_videomae_", "vit_")
+    return stored
+
+
+def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
+    """Complete a command line: options that were not given become those of `stored`; of others differences are told.
+
+    Args:
+        stored: options of the run that wrote the checkpoint `source`.
+        names: which options.
+    """
+    taken = {name: stored[name] for name in names if name in stored and name not in args.given}
+    new = [f"--{name} {value}" for name, value in taken.items() if getattr(args, name) != value]
+    vars(args).update(taken)
+    if new:
+        logger.info("as %s was trained: %s", source, ", ".join(new))
+    tell_differences(args, stored, source, names)
+
+
+def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
+    """Say in a line which options `names` are other ones than those of the run that wrote the checkpoint `source`."""
+    here = vars(args)
+    others = [name for name in names if name in stored and name in here and stored[name] != here[name]]
+    if others:
+        told = ", ".join(f"--{name} {stored[name]} (here {here[name]})" for name in others)
+        logger.warning("%s was trained with %s", source, told)
+
+
+# What is wrong, and what is built ---------------------------------------------------------------------------------
 
 
 class Problems:
@@ -207,9 +262,9 @@ class Problems:
             self.when(path and not os.access(path, os.R_OK), f"--{name} {path}: no such file, or not readable")
 
     def tell(self) -> None:
-        """Raise SharedError with all of them, if there are any."""
+        """Raise RunError with all of them, if there are any."""
         if self.found:
-            raise SharedError("\n       ".join(self.found))
+            raise RunError("\n       ".join(self.found))
 
 
 def has_bf16_instructions() -> bool:

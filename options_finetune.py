@@ -8,7 +8,6 @@ import argparse
 import os
 
 import options
-from checkpoints import check_kind
 from datasets import VideoList
 from datasets_finetune import DATA_SETS, read_class_names
 from metrics import Task, task_of
@@ -16,12 +15,19 @@ from modeling_finetune import MODELS, token_grid
 from modeling_image import find_encoder
 from options import Problems
 from video_transforms_finetune import TrainAugmentation
+from weights import check_kind
 
 TEXT = """Fine-tune or probe a SMILE encoder for classification, and test it.
 
 scripts/finetune/ and scripts/test/ hold the recipes. Without further flags it fine-tunes, then tests the best
 checkpoint on all views; --eval, --predict and --knn do no training.
 """
+
+
+BEST = "checkpoint-best.pth"
+# Options that say what the weights of a checkpoint belong to, beside the model's name.
+HOW_TRAINED = ("model_ema", "linear_probe", "linear_probe_recipe", "attentive_probe", "probe_lrs", "probe_wds",
+               "encoder", "encoder_weights")  # fmt: skip
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,6 +67,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     area = "smallest share of the frame's area that a random crop keeps"
     augment.add_argument("--crop_area", type=float, default=0.25, help=area)
     augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    weights = "of the loss; balanced: by the inverse of how many videos a class has, 1 on average over the videos"
+    augment.add_argument("--class_weights", choices=("none", "balanced"), default="none", help=weights)
     augment.add_argument("--mixup", type=float, default=0.8, help="alpha; 0: off")
     augment.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0: off")
     augment.add_argument("--cutmix_minmax", type=float, nargs=2, help="share of the side pasted, in place of alpha")
@@ -173,8 +181,8 @@ def find_problems(args: argparse.Namespace) -> Problems:
 
     if args.encoder:
         problems.attempt(find_encoder, args.encoder, args.encoder_weights)
-    elif os.path.isfile(args.finetune):
-        problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
+    elif os.path.exists(args.finetune):
+        problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE", args.model_key)
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
     problems.attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
     known = DATA_SETS[args.data_set].num_classes
@@ -191,6 +199,10 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.when(
         DATA_SETS[args.data_set].multi_label and bool(args.samples_per_class or args.examples),
         f"--samples_per_class and --examples draw class by class, but {args.data_set} has several labels a video",
+    )
+    problems.when(
+        DATA_SETS[args.data_set].multi_label and args.class_weights != "none",
+        f"--class_weights {args.class_weights}: for one class a video, but {args.data_set} has several labels a video",
     )
     odd = args.batch_size * args.num_sample % 2 == 1
     problems.when(
@@ -230,6 +242,40 @@ def find_problems(args: argparse.Namespace) -> Problems:
             "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay",
         )
     return problems
+
+
+def checkpoint_to_test(args: argparse.Namespace) -> str:
+    """What --eval and --predict test: --finetune, else the best of output_dir, else none."""
+    best = os.path.join(args.output_dir, BEST)
+    return args.finetune or (best if args.output_dir and os.path.isfile(best) else "")
+
+
+def follow_checkpoint(args: argparse.Namespace) -> None:
+    """Tests, predictions and neighbours see videos as the model was trained, unless told otherwise; see options.follow.
+
+    Training may see them in another way, which is told.
+
+    Raises:
+        RunError: the checkpoint is unreadable.
+    """
+    evaluates = args.eval or args.predict
+    path = checkpoint_to_test(args) if evaluates else args.finetune
+    if not os.path.exists(path):  # find_problems tells
+        return
+    stored = options.trained_with(path)
+    data_set = DATA_SETS.get(stored.get("data_set", ""))
+    if not (evaluates or args.knn > 0):
+        by_stride = DATA_SETS[args.data_set].sampling == "dense" and (not data_set or data_set.sampling == "dense")
+        clip = [name for name in options.CLIP if by_stride or name != "sampling_rate"]
+        options.tell_differences(args, stored, path, clip)
+        return
+    names = ["model", *options.CLIP, *(HOW_TRAINED if evaluates else ())]
+    if data_set:
+        names.append("data_set")
+        if not DATA_SETS[args.data_set if "data_set" in args.given else stored["data_set"]].num_classes:
+            stored["nb_classes"] = stored["nb_classes"] or data_set.num_classes
+            names.append("nb_classes")
+    options.follow(args, stored, path, names)
 
 
 def needed_lists(args: argparse.Namespace) -> list[str]:

@@ -5,10 +5,14 @@ scripts/finetune/ and scripts/test/ hold the recipes; the options are in options
 
 import argparse
 import os
+from functools import partial
 from itertools import product
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -16,11 +20,11 @@ from timm.utils import ModelEmaV3
 
 import options
 import utils
-from checkpoints import Position, find_resume, load_encoder, load_strictly, local_path, lock_folder, restore
+from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, VideoCheck, VideoList, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
-from engine_for_finetuning import BatchAugmentation, train_one_epoch
+from engine_for_finetuning import BatchAugmentation, WeightedCrossEntropy, balanced_weights, train_one_epoch
 from evaluation import Evaluator
 from modeling_finetune import MODELS, SIZES
 from modeling_image import build_encoder
@@ -28,8 +32,11 @@ from modeling_probe import Encoder, ProbedEncoder, ProbeLoss
 from optim_factory import Stepper, distribute, parameter_groups, share_buffers
 from options import Settings
 from options_finetune import (
+    BEST,
+    checkpoint_to_test,
     class_names,
     find_problems,
+    follow_checkpoint,
     get_args,
     is_probe,
     is_sigma,
@@ -41,8 +48,7 @@ from options_finetune import (
 from training import Epoch, Run
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
-
-BEST = "checkpoint-best.pth"
+from weights import load_encoder, load_strictly, local_path, stored_options
 
 
 def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
@@ -127,22 +133,33 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
 
 
 def build_loss(
-    args: argparse.Namespace, norm: tuple[torch.Tensor, torch.Tensor]
+    args: argparse.Namespace, norm: tuple[torch.Tensor, torch.Tensor], labels: np.ndarray
 ) -> tuple[nn.Module, BatchAugmentation]:
-    """The loss, and what happens to batches on the device: of probes, normalisation alone."""
+    """The loss, and what happens to batches on the device: of probes, normalisation alone.
+
+    Args:
+        labels: of the training videos.
+    """
+    weights, smoothing = None, args.smoothing
+    if args.class_weights == "balanced":
+        weights = balanced_weights(labels, num_classes(args)).to(norm[0].device)
     if is_probe(args):
-        return ProbeLoss(task(args).losses), BatchAugmentation(norm)
+        losses = task(args).losses if weights is None else partial(F.cross_entropy, weight=weights, reduction="none")
+        return ProbeLoss(losses), BatchAugmentation(norm)
     eraser = None
     if args.reprob:
         eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=norm[0].device)
     if DATA_SETS[args.data_set].multi_label:
         return nn.BCEWithLogitsLoss(), BatchAugmentation(norm, eraser)
-    if not mixes(args):
-        return LabelSmoothingCrossEntropy(args.smoothing), BatchAugmentation(norm, eraser)
-    draws = (args.mixup_prob, args.mixup_switch_prob, args.mixup_mode)
-    labels = {"label_smoothing": args.smoothing, "num_classes": num_classes(args)}
-    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, *draws, **labels)
-    return SoftTargetCrossEntropy(), BatchAugmentation(norm, eraser, mixup)
+    mixup, loss = None, cast(nn.Module, LabelSmoothingCrossEntropy(smoothing))
+    if mixes(args):
+        draws = (args.mixup_prob, args.mixup_switch_prob, args.mixup_mode)
+        soft = {"label_smoothing": smoothing, "num_classes": num_classes(args)}
+        mixup, loss = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, *draws, **soft), SoftTargetCrossEntropy()
+        smoothing = 0.0  # Mixup's labels are smooth already
+    if weights is not None:
+        loss = WeightedCrossEntropy(weights, label_smoothing=smoothing)
+    return loss, BatchAugmentation(norm, eraser, mixup)
 
 
 def resume(
@@ -158,6 +175,7 @@ def resume(
         return Position(args.start_epoch), {task(args).metric: -1.0, "epoch": -1}
     path, state = found
     position = restore(found, model, stepper, sampler.samples_per_step)
+    options.tell_differences(args, stored_options(state), str(path), options.OPTIMIZER)
     if "best" not in state:
         raise RunError(f"{path} is not of fine-tuning")
     if ema:
@@ -194,7 +212,7 @@ def train(
     args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module, evaluator: Evaluator
 ) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
-    total_batch = args.batch_size * args.num_sample * args.update_freq * utils.world_size()
+    total_batch = args.batch_size * args.update_freq * utils.world_size()  # videos, as VideoMAE scales rates
     with utils.user_errors():
         dataset = build_train_set(args)
         look = VideoCheck(dataset.videos, args.input_size, args.reader) if utils.rank() == 0 else None
@@ -206,9 +224,7 @@ def train(
             if isinstance(model, ProbedEncoder)
             else parameter_groups(model, args.weight_decay, args.layer_decay)
         )
-        # SIGMA's rate goes by videos, ours by clips.
-        rate_batch = total_batch // args.num_sample if is_sigma(args) else total_batch
-        stepper = options.build_stepper(args, model, groups, device, rate_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
             batch_size = args.batch_size * args.num_sample
@@ -216,11 +232,12 @@ def train(
 
     position, best = resume(args, model, stepper, sampler, ema)
     logger.info(
-        "total batch %d clips, %d steps an epoch, %d epochs, lr %.3g, %s on %s",
+        "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
         total_batch,
+        args.num_sample,
         sampler.steps_per_epoch,
         args.epochs,
-        args.lr * rate_batch / 256,
+        args.lr * total_batch / 256,
         stepper.precision,
         device,
     )
@@ -230,7 +247,7 @@ def train(
         stepper.model = distribute(model, device)
     pin_memory = args.pin_mem and device.type == "cuda"
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
-    criterion, augment = build_loss(args, evaluator.norm)
+    criterion, augment = build_loss(args, evaluator.norm, dataset.videos.labels)
     if look:
         look.tell()
 
@@ -242,6 +259,8 @@ def train(
             train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.while_training, ema)
             if is_validated(args, epoch) and epoch.secure():
                 share_buffers(model)
+                if ema:
+                    share_buffers(ema.module)
                 validate(evaluator, ema.module if ema else model, epoch, best)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
     stepper.close(settings.output_dir)
@@ -254,14 +273,13 @@ def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False)
     Raises:
         RunError: neither is there, or it holds no head for these classes.
     """
-    best = os.path.join(args.output_dir, BEST)
-    path, key, prefix = args.finetune, args.model_key, args.model_prefix
-    if own or not path:
-        path, key, prefix = (best if args.output_dir and os.path.isfile(best) else ""), "", ""
+    path, key, prefix = checkpoint_to_test(args), args.model_key, args.model_prefix
+    if own:
+        path, key, prefix = os.path.join(args.output_dir, BEST), "", ""
     if not path:
         raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
     if isinstance(model, ProbedEncoder) or args.model_ema:
-        load_strictly(model, path, "model_ema" if args.model_ema else "")
+        load_strictly(model, path, key or ("model_ema" if args.model_ema else ""))
     else:
         load_encoder(model, path, need_head=True, key=key, prefix=prefix)
 
@@ -273,6 +291,7 @@ def main(args: argparse.Namespace) -> int:
     if args.not_needed:
         logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+    follow_checkpoint(args)
     find_problems(args).tell()
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None

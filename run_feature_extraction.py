@@ -27,15 +27,16 @@ import torch
 import torch.nn as nn
 
 import utils
-from checkpoints import check_kind, load_encoder, local_path, lock_folder
+from checkpoints import lock_folder
 from datasets import VideoCheck, VideoList
-from datasets_finetune import Span, ViewReader, WindowReader
+from datasets_finetune import DATA_SETS, Span, ViewReader, WindowReader
 from evaluation import Evaluator
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
 from optim_factory import DTYPES
-from options import add_data_arguments, make_parser, pick_precision
-from utils import RunError, SharedError, logger
+from options import add_data_arguments, follow, make_parser, parse_given, pick_precision, trained_with
+from utils import RunError, logger
+from weights import check_kind, load_encoder, local_path
 
 # What must not change between a run and another one that goes on with it.
 CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
@@ -74,7 +75,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
     precisions = ("auto", *DTYPES)
     run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
-    return parser.parse_args(argv)
+    return parse_given(parser, argv)
 
 
 def is_windows(args: argparse.Namespace) -> bool:
@@ -96,6 +97,15 @@ class Features(nn.Module):
         return tokens.mean(dim=1) if self.kind == "mean" else tokens
 
 
+def follow_checkpoint(args: argparse.Namespace, checkpoint: str) -> None:
+    """Videos are seen as the encoder was trained, unless told otherwise; see options.follow."""
+    if os.path.exists(checkpoint):
+        stored = trained_with(checkpoint)
+        if stored.get("data_set") in DATA_SETS:
+            stored["sampling"] = DATA_SETS[stored["data_set"]].sampling
+        follow(args, stored, checkpoint, ("model", *CLIP))
+
+
 def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     """The list, after a look at everything that can be wrong with the arguments.
 
@@ -104,14 +114,14 @@ def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     """
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
-            raise SharedError(f"--{name} is missing")
+            raise RunError(f"--{name} is missing")
     for name in ("num_segment", "num_crop", "shard_size", "batch_size", "sampling_rate"):
         if getattr(args, name) < 1:
-            raise SharedError(f"--{name} {getattr(args, name)}: must be at least 1")
+            raise RunError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.stride < 0 or args.stride_seconds < 0 or (args.stride and args.stride_seconds):
-        raise SharedError("--stride and --stride_seconds: give one of them, above 0")
+        raise RunError("--stride and --stride_seconds: give one of them, above 0")
     if is_windows(args) and (args.num_segment, args.num_crop, args.sampling, args.format) != (1, 1, "dense", "npy"):
-        raise SharedError("--stride: windows are dense and central, in .npy files; leave out the options of views")
+        raise RunError("--stride: windows are dense and central, in .npy files; leave out the options of views")
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     with utils.user_errors():
         token_grid(args.num_frames, args.input_size, args.input_size)
@@ -124,7 +134,7 @@ def check_settings(args: argparse.Namespace, precision: str) -> None:
     """Leave ``settings.json`` in the folder, or compare with the one that is there.
 
     Raises:
-        SharedError: the folder holds features of another list, model or kind.
+        RunError: the folder holds features of another list, model or kind.
     """
     settings = {name: getattr(args, name) for name in SETTINGS} | {"precision": precision}
     settings["data_path"] = hashlib.sha256(Path(args.data_path).read_bytes()).hexdigest()
@@ -133,7 +143,7 @@ def check_settings(args: argparse.Namespace, precision: str) -> None:
         known = json.loads(file.read_text())
         for name, value in settings.items():
             if known.get(name, value) != value:  # what an earlier version did not write down cannot differ
-                raise SharedError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
+                raise RunError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
     utils.barrier()  # all have looked
     if utils.rank() == 0:
         file.write_text(json.dumps(settings, indent=1) + "\n")
@@ -194,7 +204,7 @@ def name_files(folder: Path, videos: VideoList) -> list[Path]:
     """A file for the windows of each video: its name, or where two have the same their places below the folder of all.
 
     Raises:
-        SharedError: a video stands twice in the list.
+        RunError: a video stands twice in the list.
     """
     paths = [Path(os.path.abspath(videos.path(index))) for index in range(len(videos))]
     names = [path.with_suffix(".npy").name for path in paths]
@@ -202,7 +212,7 @@ def name_files(folder: Path, videos: VideoList) -> list[Path]:
         root = os.path.commonpath([path.parent for path in paths])
         names = [f"{path.relative_to(root)}.npy" for path in paths]
     if len(set(names)) < len(names):
-        raise SharedError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} stands there twice")
+        raise RunError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} stands there twice")
     return [folder / name for name in names]
 
 
@@ -264,6 +274,7 @@ def main(args: argparse.Namespace) -> int:
     device = utils.init_distributed(args.device, timeout_minutes=24 * 60)  # processes may finish far apart
     utils.setup_logging()
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
+    follow_checkpoint(args, checkpoint)
     videos, precision = check(args, checkpoint), pick_precision(args.precision, device)
     lock = lock_folder(args.output_dir) if utils.rank() == 0 else None
     utils.barrier()

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 import utils
-from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, lock_folder, restore
+from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, build_loader
 from datasets_counting import AnnotationList, SegmentBatch, TrainSegments, WholeSegments, collate_segments
 from evaluation import stream_samples
+from meters import RunLog
 from modeling_counting import (
     Prediction,
     RepetitionCounter,
@@ -35,17 +36,23 @@ from modeling_counting import (
 from modeling_finetune import MODELS, token_grid
 from optim_factory import Stepper, autocast, distribute, parameter_groups
 from options import (
+    OPTIMIZER,
     Problems,
     Settings,
     add_optimizer_arguments,
     add_run_arguments,
     build_stepper,
+    follow,
     make_parser,
+    parse_given,
     pick_precision,
+    tell_differences,
+    trained_with,
 )
 from training import Epoch, Run, Step
 from utils import RunError, logger
 from video_reader import READERS
+from weights import check_kind, load_encoder, load_strictly, local_path, stored_options
 
 BEST = "checkpoint-best.pth"
 
@@ -83,7 +90,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--eval", action="store_true", help="only count val, with --finetune (or output_dir's best)")
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
     add_run_arguments(parser)
-    return parser.parse_args(argv)
+    return parse_given(parser, argv)
 
 
 # Training and counting ------------------------------------------------------------------------------------------
@@ -107,14 +114,14 @@ def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_step
             Walks(batch["segments"], [np.random.default_rng(seed) for seed in batch["seeds"]], refine_steps)
             for batch in cast(Iterator[SegmentBatch], step.micro_batches())
         ]
-        bad = torch.zeros((), device=stepper.device)
+        updates = []
         for _ in range(refine_steps):
             for micro_batch, walks in enumerate(parties):
                 with stepper.sync(micro_batch), stepper.autocast():
                     refine(step, stepper.model, walks, num_frames, stepper.device)
             step.update()
-            bad = torch.maximum(bad, step.values["bad"])
-        step.values["bad"] = bad  # any of them
+            updates.append(step.values)
+        step.values = {name: torch.stack([values[name] for values in updates]).mean() for name in step.values}
 
 
 def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> Callable:
@@ -164,7 +171,7 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
     counts = count_all(args, model, device)
     metrics = judge(args, counts)
     logger.info("test: mae %.4f  obo %.4f", metrics["mae"], metrics["obo"])
-    utils.RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
+    RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
     if args.output_dir and utils.rank() == 0:
         with open(Path(args.output_dir) / "test_counts.csv", "w", newline="") as file:
             table = csv.writer(file)
@@ -189,7 +196,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.files("finetune", "resume")
     problems.numbers(1, "segments_per_video", "max_frames", "batch_size", "refine_steps", "val_freq")
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
-    if os.path.isfile(args.finetune):
+    if os.path.exists(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     for name in ("val",) if args.eval else ("train", "val"):
         problems.attempt(read_split, args, name)
@@ -226,6 +233,7 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
     found = find_resume(args.output_dir, args.resume, args.auto_resume)
     if found:
         position = restore(found, model, stepper, sampler.samples_per_step)
+        tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
         best = found[1].get("best", best)
     logger.info(
         "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",
@@ -248,13 +256,18 @@ def main(args: argparse.Namespace) -> int:
     """Check, build, train and test; returns the exit code."""
     device = utils.init_distributed(args.device)
     utils.setup_logging()
+    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+    best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
+    weights = (args.finetune or best) if args.eval else args.finetune
+    if os.path.exists(weights):
+        compare = follow if args.eval else tell_differences
+        compare(args, trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
     find_problems(args).tell()
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
     utils.seed_everything(args.seed)
     encoder = MODELS[args.model](num_classes=0, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
     model = RepetitionCounter(encoder, encoder.embed_dim).to(device)
-    best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
     code = 0
     if not args.eval:
         if args.finetune:
@@ -262,7 +275,7 @@ def main(args: argparse.Namespace) -> int:
         code = train(args, settings, device, model)
         utils.barrier()  # the first process may still be writing the best checkpoint
     if code == 0 and not args.dry_run:
-        weights = args.finetune if args.eval and args.finetune else best
+        weights = weights if args.eval else best
         if os.path.isfile(weights):
             load_strictly(model, weights)
         elif args.eval:

@@ -12,11 +12,11 @@ import torch
 
 import options
 import utils
-from checkpoints import Position, check_kind, find_resume, load_strictly, local_path, lock_folder, restore
+from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, PretrainDataset, VideoCheck, VideoList, build_loader, find_images
 from engine_for_pretraining import train_one_epoch
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
-from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, token_grid
+from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, channel_stats, token_grid
 from modeling_pretrain import MODELS
 from modeling_teacher import (
     DINO_MODELS,
@@ -32,7 +32,8 @@ from optim_factory import DTYPES, Stepper, distribute, parameter_groups
 from options import Problems, Settings
 from training import Run
 from utils import logger
-from video_transforms import BACKGROUNDS, Background, channel_stats
+from video_transforms import BACKGROUNDS, Background
+from weights import check_kind, load_strictly, local_path, stored_options
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -253,6 +254,7 @@ def main(args: argparse.Namespace) -> int:
     found = find_resume(args.output_dir, args.resume, args.auto_resume)
     if found:
         position = restore(found, student, stepper, sampler.samples_per_step)
+        options.tell_differences(args, stored_options(found[1]), str(found[0]), options.OPTIMIZER)
         if args.first_stage_path:
             logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
     elif args.first_stage_path:

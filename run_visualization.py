@@ -22,15 +22,15 @@ import modeling_finetune
 import modeling_pretrain
 import run_smile_pretraining as pretraining
 import utils
-from checkpoints import load_strictly, model_weights, read_checkpoint
 from datasets import PretrainDataset, VideoList, sample_rng
 from datasets_finetune import DATA_SETS, ViewReader, read_class_names
 from metrics import Task, task_of
+from modeling_finetune import channel_stats, normalize_clips
 from utils import RunError, logger, user_errors
 from video_reader import Clip, VideoError, read_clip
-from video_transforms import channel_stats, normalize_clips
 from video_transforms_finetune import long_side_crop, short_side_resize
 from visualization import Guess, Row, attention_rows, movie, picture, pretraining_rows, write_movie
+from weights import load_strictly, model_weights, read_checkpoint
 
 
 class Drawing(NamedTuple):
@@ -75,9 +75,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args, words = parser.parse_known_args(argv)
     if args.fps <= 0:
         parser.error(f"--fps {args.fps}: must be more than 0")
-    named = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     args.defaults = vars(pretraining.get_args(words))
-    args.given = {name: value for name, value in args.defaults.items() if name in named}
+    args.given = {name: args.defaults[name] for name in args.defaults["given"]}
     return args
 
 

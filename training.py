@@ -31,9 +31,10 @@ import checkpoints
 import utils
 from checkpoints import Position
 from datasets import Batch, ChunkSampler, VideoDataset, VideoList
+from meters import RunLog, StepMeter
 from optim_factory import Stepper
 from options import Settings
-from utils import RunError, StepMeter, logger
+from utils import RunError, logger
 
 DRY_STEPS, WARM_UP = 5, 2  # steps of a dry run, and how many of them are not timed: start-up and compilation
 
@@ -78,8 +79,9 @@ class Step:
         self.rows.append({"loss": loss.detach(), **shown})
 
     def update(self) -> None:
-        """Update the weights, unless loss or gradient is not finite; the log will say so."""
-        means = {name: torch.stack([row[name] for row in self.rows]).mean() for name in self.rows[0]}
+        """Update the weights, unless loss or gradient is not finite; the log will say so. `backward` may then go on."""
+        rows, self.rows = self.rows, []
+        means = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
         self.values = means | self.stepper.step(means["loss"])
 
 
@@ -155,7 +157,7 @@ class Run:
         saving = (settings.save_ckpt_minutes, settings.save_ckpt_steps, settings.keep_ckpts)
         self.writer = checkpoints.CheckpointWriter(settings.output_dir, *saving)
         step = position.epoch * self.steps_per_epoch + position.step
-        self.log = utils.RunLog(settings.output_dir, settings.log_dir, position.epoch, step)
+        self.log = RunLog(settings.output_dir, settings.log_dir, position.epoch, step)
         self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
         self.control = Control()
         self.stopping, self.save_due = False, False

@@ -1,4 +1,4 @@
-"""A clip before objects come: frames read or made, pretraining's crop of them, the normalisation of batches.
+"""A clip before objects come: frames read or made, and pretraining's crop of them.
 
 Clips are uint8 ``[T, H, W, 3]`` until they are on the device; the same crop holds for every frame of a clip.
 """
@@ -9,14 +9,12 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from object_overlay import IMAGE_ERRORS, read_image
 from video_reader import Clip, VideoError, read_clip
 
 BACKGROUNDS = ("video", "black", "noise", "image", "frame")
 IMAGE_SHARE = 8 / 7  # short side that larger images are shrunk to, of the clip's: 256 pixels of 224
-NORMS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
 CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale crop)
 
 
@@ -155,17 +153,3 @@ def glide(rng: np.random.Generator, picture: np.ndarray, num_frames: int, share:
     height, width = np.array(picture.shape[:2]) - np.ceil(abs(reach)).astype(int)
     moved = np.rint(np.linspace(0, 1, num_frames)[:, None] * reach - np.minimum(reach, 0)).astype(int)
     return np.stack([picture[y : y + height, x : x + width] for y, x in moved])
-
-
-# Normalisation --------------------------------------------------------------------------------------------------
-
-
-def channel_stats(norm: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std of `norm`, one of NORMS, for RGB in [0, 1], each ``[3, 1, 1, 1]``."""
-    mean, std = NORMS[norm]
-    return torch.tensor(mean, device=device).view(3, 1, 1, 1), torch.tensor(std, device=device).view(3, 1, 1, 1)
-
-
-def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 ``[B, 3, T, H, W]`` → float of the same shape, (x / 255 - mean) / std; mean and std ``[3, 1, 1, 1]``."""
-    return (clips.float() / 255 - mean) / std

@@ -45,7 +45,7 @@ from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader, col
 from datasets_finetune import ViewReader
 from engine_for_pretraining import masked_loss, with_second_masks
 from masking_generator import MaskGenerator
-from modeling_finetune import token_grid
+from modeling_finetune import channel_stats, normalize_clips, token_grid
 from modeling_pretrain import MODELS
 from modeling_teacher import build_teacher
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
@@ -53,7 +53,7 @@ from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
 from training import epoch_batches
 from utils import run_main
 from video_reader import open_video, read_clip, read_frames
-from video_transforms import Background, channel_stats, normalize_clips, pretrain_indices
+from video_transforms import Background, pretrain_indices
 from video_transforms_finetune import long_side_crop, short_side_resize
 
 Numbers = dict[str, float]

@@ -34,37 +34,20 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import local_path, model_weights, read_checkpoint, write_atomically
+from checkpoints import write_atomically
 from modeling_finetune import PATCH_SIZE, SIZES, TUBELET_SIZE, Size, VisionTransformer, token_grid
 from modeling_pretrain import Encoder, PretrainVisionTransformer, split_tokens
 from utils import RunError, logger, run_main, setup_logging, user_errors
+from weights import THEIR_MODULES, THEIR_PARTS, Weights, from_transformers, local_path, model_weights, read_checkpoint
 
-Weights = dict[str, torch.Tensor]
 FILES = (".pth", ".pt", ".safetensors")
 DECODER = "smile_decoder.safetensors"  # beside a VideoMAEModel, under our names
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 KINDS = {kind.__name__: kind for kind in (VideoMAEForVideoClassification, VideoMAEForPreTraining, VideoMAEModel)}
 PIXELS = 3 * TUBELET_SIZE * PATCH_SIZE**2
-PATCHES, LAYERS = "videomae.embeddings.patch_embeddings.projection", "videomae.encoder.layer"
 # Our names and theirs: of modules, and of the parts of a block.
-MODULES = {
-    "patch_embed.proj": PATCHES,
-    "encoder.patch_embed.proj": PATCHES,
-    "blocks": LAYERS,
-    "encoder.blocks": LAYERS,
-    "encoder.norm": "videomae.layernorm",
-    "decoder.blocks": "decoder.decoder_layers",
-    "head": "classifier",
-}
-PARTS = {
-    "norm1": "layernorm_before",
-    "attn": "attention.attention",
-    "attn.qkv": "attention.attention.{}",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
+MODULES = {ours: theirs for theirs, ours in THEIR_MODULES.items()}
+PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}
 
 
 # Names ----------------------------------------------------------------------------------------------------------
@@ -72,13 +55,16 @@ PARTS = {
 
 def their_names(name: str) -> list[str]:
     """Under which names one of our tensors stands in their files: one, or three that share out its first axis."""
+    name = name.removeprefix("encoder.")
     block = re.fullmatch(r"(.+)\.(\d+)\.(.+)\.(\w+)", name)
+    module, dot, leaf = name.rpartition(".")
+    theirs = f"{MODULES.get(module, module)}{dot}{leaf}"
     if block:
         stack, number, part, leaf = block.groups()
-        theirs = f"{MODULES[stack]}.{number}.{PARTS[part]}.{leaf}"
-        return [theirs.format(part) for part in ("query", "key", "value")] if part == "attn.qkv" else [theirs]
-    module, dot, leaf = name.rpartition(".")
-    return [MODULES.get(module, module) + dot + leaf]
+        theirs = f"{MODULES[stack]}.{number}.{PARTS.get(part, 'attention.attention.{}')}.{leaf}"
+    inside = "videomae." * theirs.startswith(("embeddings.", "encoder.", "layernorm."))
+    names = ("query", "key", "value") if "{}" in theirs else ("",)
+    return [inside + theirs.format(name) for name in names]
 
 
 def to_theirs(weights: Weights) -> Weights:
@@ -88,18 +74,6 @@ def to_theirs(weights: Weights) -> Weights:
         for ours, value in weights.items()
         for name, part in zip(their_names(ours), value.chunk(len(their_names(ours))))
     }
-
-
-def to_ours(theirs: Weights, names: list[str]) -> Weights:
-    """Their tensors under our `names`.
-
-    Raises:
-        RunError: some are not there.
-    """
-    missing = [part for name in names for part in their_names(name) if part not in theirs]
-    if missing:
-        raise RunError(f"the Hugging Face model lacks {missing[0]} (and {len(missing) - 1} more)")
-    return {name: torch.cat([theirs[part] for part in their_names(name)]) for name in names}
 
 
 # Our side -------------------------------------------------------------------------------------------------------
@@ -197,7 +171,11 @@ def read_theirs(model: PreTrainedModel, folder: Path) -> Weights:
             ours = new_model(size, decoder_depth=config.decoder_num_hidden_layers, out_dim=PIXELS)
         else:
             ours = new_model(size)
-    weights = to_ours(theirs, list(ours.state_dict()))
+    found = from_transformers(theirs)
+    missing = [name for name in ours.state_dict() if name not in found]
+    if missing:
+        raise RunError(f"the Hugging Face model lacks {missing[0]} (and {len(missing) - 1} more)")
+    weights = {name: found[name] for name in ours.state_dict()}
     if isinstance(model, VideoMAEModel) and (folder / DECODER).is_file():
         weights |= load_file(folder / DECODER)
     return weights

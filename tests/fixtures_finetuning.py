@@ -40,7 +40,7 @@ TRAIN = [
     "--num_sample",
     "4",
     "--lr",
-    "0.02",
+    "0.08",
     "--layer_decay",
     "1",
     "--init_scale",

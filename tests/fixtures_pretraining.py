@@ -16,7 +16,7 @@ import pytest
 import torch
 from fixtures_video import ROOT, fork_server, write_list
 
-from checkpoints import read_checkpoint
+from weights import read_checkpoint
 
 pytest_plugins = "fixtures_video"
 NAME = "run_smile_pretraining.py"

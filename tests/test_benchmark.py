@@ -22,10 +22,9 @@ import naive  # noqa: E402
 
 from engine_for_pretraining import masked_loss, with_second_masks  # noqa: E402
 from masking_generator import tube_mask  # noqa: E402
-from modeling_finetune import SIZES, Size  # noqa: E402
+from modeling_finetune import NORMS, SIZES, Size  # noqa: E402
 from modeling_pretrain import PretrainVisionTransformer, pretrain_videomae_tiny_patch16_224  # noqa: E402
 from modeling_teacher import FrameTeacher  # noqa: E402
-from video_transforms import NORMS  # noqa: E402
 
 GRID = (4, 4, 6)  # 8 frames of 64 x 96 pixels
 

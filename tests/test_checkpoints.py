@@ -1,185 +1,26 @@
 """Saving and loading: whole files at every moment, nothing in a file is run, the furthest readable one is found."""
 
-import argparse
 import multiprocessing
-import os
-import pickle
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fixtures_video import in_child
-from safetensors.torch import save_file
+from test_weights import flip_a_bit, tiny
 
 import checkpoints
-from checkpoints import (
-    LATEST,
-    CheckpointWriter,
-    find_resume,
-    load_strictly,
-    lock_folder,
-    model_weights,
-    numbered_checkpoints,
-    read_checkpoint,
-    write_atomically,
-)
+from checkpoints import LATEST, CheckpointWriter, find_resume, lock_folder, numbered_checkpoints, write_atomically
 from utils import RunError
-
-
-def tiny(width=4):
-    return torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.LayerNorm(width))
+from weights import read_checkpoint
 
 
 def save_epochs(folder, *epochs):
     for epoch in epochs:
         torch.save({"model": tiny().state_dict(), "epoch": epoch, "step": 0}, folder / f"checkpoint-{epoch}.pth")
-
-
-# Reading --------------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    model = tiny()
-    args = argparse.Namespace(lr=1e-3, opt_betas=[0.9, 0.95], first_stage_path="", clip_grad=None)
-    content = {"model": model.state_dict(), "epoch": 7, "args": args, "meter": {"sums": {"loss": 0.1}}}
-    write_atomically(content, tmp_path / "x.pth")
-    back = read_checkpoint(tmp_path / "x.pth")
-    assert back["args"] == args and back["epoch"] == 7 and back["meter"] == content["meter"]
-    assert all(torch.equal(back["model"][name], value) for name, value in model.state_dict().items())
-    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]  # no draft is left
-
-
-def test_safetensors_and_the_old_format_are_read(tmp_path):
-    weights = tiny().state_dict()
-    save_file(weights, tmp_path / "a.safetensors")
-    torch.save({"model": weights}, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
-    for name in ("a.safetensors", "b.pth"):
-        back = model_weights(read_checkpoint(tmp_path / name))
-        assert all(torch.equal(back[key], value) for key, value in weights.items())
-
-
-class Evil:
-    """Unpickling this makes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_file_that_would_run_something_is_refused(tmp_path):
-    content = {"model": tiny().state_dict(), "args": Evil(tmp_path / "made")}
-    torch.save(content, tmp_path / "zip.pth")
-    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Evil(tmp_path / "made"), protocol=2))
-    for name in ("zip.pth", "old.pth", "bare.pth"):
-        with pytest.raises(RunError, match=f"{name}: not a readable checkpoint") as error:
-            read_checkpoint(tmp_path / name)
-        assert "\n" not in str(error.value) and not (tmp_path / "made").exists()
-    pickle.loads((tmp_path / "bare.pth").read_bytes())
-    assert (tmp_path / "made").exists()  # it would have
-
-
-def test_only_a_namespace_is_allowed_beside_plain_values(tmp_path):
-    torch.save({"model": {}, "args": argparse.Namespace(a=1)}, tmp_path / "good.pth")
-    torch.save({"model": {}, "args": Path("x")}, tmp_path / "path.pth")
-    torch.save({"model": {}, "args": argparse.Namespace(a=argparse.Action("x", "y"))}, tmp_path / "action.pth")
-    assert read_checkpoint(tmp_path / "good.pth")["args"].a == 1
-    for name in ("path.pth", "action.pth"):
-        with pytest.raises(RunError, match=name):
-            read_checkpoint(tmp_path / name)
-
-
-def flip_a_bit(path, tensor):
-    """Change one bit inside the stored values of a tensor."""
-    content = bytearray(path.read_bytes())
-    place = content.find(tensor.numpy().tobytes())
-    assert place > 0
-    content[place + 2] ^= 1
-    path.write_bytes(content)
-
-
-def test_a_flipped_bit_is_noticed(tmp_path):
-    model = tiny(64)
-    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
-    flip_a_bit(tmp_path / "x.pth", model[0].weight.detach())
-    assert "model" in torch.load(tmp_path / "x.pth", weights_only=True)  # torch does not see it
-    with pytest.raises(RunError, match="x.pth: damaged"):
-        read_checkpoint(tmp_path / "x.pth")
-
-
-def test_other_files_are_refused_in_one_line(tmp_path):
-    whole = tmp_path / "whole.pth"
-    torch.save({"model": tiny(64).state_dict()}, whole)
-    bad = {
-        "cut.pth": whole.read_bytes()[:-900],
-        "empty.pth": b"",
-        "text.pth": b"hello\nworld\n" * 30,
-        "x.safetensors": b"\xff" * 40,
-        "zeros.pth": bytes(3000),
-    }
-    for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-    torch.save([1, 2], tmp_path / "list.pth")
-    torch.save({}, tmp_path / "nothing.pth")
-    for name in (*bad, "list.pth", "nothing.pth", "missing.pth", "."):
-        with pytest.raises(RunError) as error:
-            read_checkpoint(tmp_path / name)
-        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["model", "module", "state_dict", None])
-def test_weights_are_found_under_any_key(key):
-    weights = {f"module.{name}": value for name, value in tiny().state_dict().items()}
-    found = model_weights({key: weights, "epoch": 3} if key else weights)
-    assert set(found) == set(tiny().state_dict())
-
-
-def test_a_checkpoint_without_weights():
-    with pytest.raises(RunError, match="here.pth: no weights"):
-        model_weights({"epoch": 3, "args": {}}, "here.pth")
-
-
-# Loading strictly -----------------------------------------------------------------------------------------------
-
-
-def test_load_strictly_loads_all(tmp_path, caplog):
-    model, other = tiny(), tiny()
-    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
-    with caplog.at_level("INFO", "smile"):
-        load_strictly(other, tmp_path / "x.pth")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
-    assert f"loaded 4 tensors from {tmp_path / 'x.pth'}" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            lambda w: w.update({"0.weight": torch.zeros(5, 3)}),
-            r"0.weight is \[5, 3\] there, \[4, 3\] here \(and 0 more\)",
-        ),
-        (lambda w: w.pop("1.bias"), r"1.bias is missing there \(and 0 more\)"),
-        (
-            lambda w: w.update({"head.bias": torch.zeros(2), "x": torch.zeros(1)}),
-            r"head.bias is unknown here \(and 1 m.*",
-        ),
-    ],
-)
-def test_load_strictly_says_what_does_not_fit_and_changes_nothing(tmp_path, change, message):
-    model, weights = tiny(), dict(tiny().state_dict())
-    before = [value.clone() for value in model.state_dict().values()]
-    change(weights)
-    torch.save({"model": weights}, tmp_path / "x.pth")
-    with pytest.raises(RunError, match=f"x.pth does not fit this model: {message}; check --model"):
-        load_strictly(model, tmp_path / "x.pth")
-    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
 
 
 # Writing --------------------------------------------------------------------------------------------------------
@@ -319,10 +160,23 @@ def test_nothing_to_go_on_from(tmp_path):
     assert find_resume(str(tmp_path / "new"), "", True) is None
 
 
-def test_a_named_checkpoint_wins_and_must_be_readable(tmp_path):
-    save_epochs(tmp_path, 1, 2)
+@pytest.mark.parametrize(
+    "auto, epochs, epoch", [(True, (1, 2), 5), (True, (1, 6), 6), (True, (5,), 5), (False, (6,), 5)]
+)
+def test_the_furthest_of_a_named_checkpoint_and_the_folder_wins(tmp_path, caplog, auto, epochs, epoch):
+    """A job that names one is restarted with the same command; without auto-resume there is no other."""
+    (tmp_path / "other").mkdir()
+    save_epochs(tmp_path / "other", 5)
+    save_epochs(tmp_path, *epochs)
+    named = tmp_path / "other" / "checkpoint-5.pth"
+    path, state = find_resume(str(tmp_path), str(named), auto)
+    assert state["epoch"] == epoch and (path == named) == (epoch == 5)
+    assert (f"checkpoint-6.pth has gone further than --resume {named}" in caplog.text) == (epoch == 6)
+
+
+def test_a_named_checkpoint_must_be_readable(tmp_path):
+    save_epochs(tmp_path, 2)
     named = tmp_path / "checkpoint-1.pth"
-    assert find_resume(str(tmp_path), str(named), True)[1]["epoch"] == 1
     named.write_bytes(b"junk")
     with pytest.raises(RunError, match="checkpoint-1.pth"):
         find_resume(str(tmp_path), str(named), True)

@@ -24,11 +24,10 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import convert_checkpoint
 
-from checkpoints import model_weights, read_checkpoint
-from modeling_finetune import SIZES, VisionTransformer
+from modeling_finetune import SIZES, VisionTransformer, channel_stats, normalize_clips
 from modeling_pretrain import PretrainVisionTransformer
 from utils import RunError
-from video_transforms import channel_stats, normalize_clips
+from weights import check_kind, load_encoder, load_strictly, model_weights, read_checkpoint
 
 pytest_plugins = "fixtures_video"
 TINY, FRAMES, SIDE = SIZES["tiny"], 8, 48
@@ -188,6 +187,35 @@ def test_the_plain_pipeline_classifies_a_video(folders, clips):
         pytest.skip("transformers 5 decodes videos with torchcodec, which is not here or finds no FFmpeg")
     assert {entry["label"] for entry in found} == set(CLASSES)
     assert sum(entry["score"] for entry in found) == pytest.approx(1, abs=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- loaded without conversion
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "bin"])
+def test_the_programs_load_their_files_and_folders(models, folders, tmp_path, form):
+    for kind, own in (("classifier", models["classifier"]), ("pixels", models["pixels"].encoder)):
+        path = folders / kind
+        if form == "file":
+            path /= "model.safetensors"
+        elif form == "bin":  # as older versions write, in two parts
+            names = sorted(load_file(path / "model.safetensors").items())
+            path = tmp_path / kind
+            path.mkdir()
+            for number in range(2):
+                torch.save(dict(names[number::2]), path / f"pytorch_model-0000{number + 1}-of-00002.bin")
+        loaded, wanted = VisionTransformer(TINY, num_classes=3), own.state_dict()
+        load_encoder(loaded, path, need_head=kind == "classifier")
+        assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items() if name in wanted)
+        check_kind(str(path), "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
+    student = KINDS["pixels"]()
+    load_strictly(student, path)
+    assert same(student.state_dict(), models["pixels"].state_dict())
+
+
+def test_a_folder_without_weights_is_told(tmp_path):
+    with pytest.raises(RunError, match=r"a folder without model\*.safetensors or .*; name a checkpoint file in it"):
+        read_checkpoint(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- to ours

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from fixtures_video import ROOT, fork_server, free_port, in_child
 
 import checkpoints
-from checkpoints import load_encoder, read_checkpoint
 from deepspeed_stepper import FOLDER, DeepSpeedStepper, remove_unused, with_deepspeed
 from modeling_finetune import MODELS
 from optim_factory import Stepper, build_optimizer, parameter_groups
 from utils import EXIT_REQUEUE
+from weights import load_encoder, read_checkpoint
 
 pytest_plugins = "fixtures_video"
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
@@ -332,7 +332,7 @@ def full_disk(folder):
         stepper.save_shards(str(folder), checkpoints.LATEST)
         content = lambda: {"model": stepper.module.state_dict(), **stepper.state()}
         written.append(writer.save(checkpoints.LATEST, content))
-        found = checkpoints.read_checkpoint(folder / checkpoints.LATEST)
+        found = read_checkpoint(folder / checkpoints.LATEST)
         fresh = stepper_of(1)
         fresh.load(found, folder / checkpoints.LATEST)
         assert distance(copy_of(fresh), found["model"]) == 0

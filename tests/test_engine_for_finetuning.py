@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from fixtures_video import write_list
+from sklearn.utils.class_weight import compute_class_weight
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
 from datasets import VideoList
 from datasets_finetune import ViewReader
-from engine_for_finetuning import erase, mix
+from engine_for_finetuning import balanced_weights, erase, mix
 from evaluation import Evaluator
 from modeling_finetune import MODELS, Size, VisionTransformer
 from optim_factory import Stepper, build_optimizer, parameter_groups
+from options_finetune import get_args
+from run_class_finetuning import build_loss
 from utils import RunError
 
 pytest_plugins = "fixtures_video"
@@ -129,6 +133,37 @@ def test_a_few_rates_of_vit_b():
     assert scales["patch_embed.proj.weight"] == pytest.approx(0.0237573, rel=1e-5)  # .75 ** 13
     assert scales["blocks.0.attn.q_bias"] == pytest.approx(0.0316764, rel=1e-5)
     assert scales["blocks.11.mlp.fc2.weight"] == 0.75 and scales["fc_norm.weight"] == scales["head.weight"] == 1
+
+
+# Weights of classes ---------------------------------------------------------------------------------------------
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    labels = np.array([0, 0, 0, 0, 0, 0, 2, 2, 5])
+    classes = np.unique(labels)
+    weights = balanced_weights(labels, 7)
+    expected = compute_class_weight("balanced", classes=classes, y=labels)
+    assert weights[classes].tolist() == pytest.approx(expected, rel=1e-6) and weights.count_nonzero() == 3
+    assert weights[labels].mean().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("how", ["plain", "mixup", "probe"])
+def test_losses_are_weighted_by_class(how):
+    """The loss of each clip times the weight of its class; of mixed labels, each class's part of it."""
+    labels, videos = torch.tensor([0, 1, 1, 3]), np.array([0, 0, 0, 1, 3, 3])
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    soft = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+    words = {"plain": ["--mixup", "0", "--cutmix", "0", "--smoothing", "0"], "mixup": [], "probe": ["--linear_probe"]}
+    args = get_args(["--data_set", "custom", "--nb_classes", "5", "--class_weights", "balanced", *words[how]])
+    norm = (torch.zeros(3, 1, 1, 1), torch.ones(3, 1, 1, 1))
+    loss = build_loss(args, norm, videos)[0]
+    weights, logs = torch.tensor([6 / 9, 2.0, 0.0, 1.0, 0.0]), logits.log_softmax(dim=1)
+    targets = soft if how == "mixup" else F.one_hot(labels, 5)
+    found = loss(logits[:, None] if how == "probe" else logits, soft if how == "mixup" else labels)
+    torch.testing.assert_close(found, -(targets * weights * logs).sum() / 4)
+    plain = build_loss(get_args(["--data_set", "custom", "--nb_classes", "5", *words[how]]), norm, videos)[0]
+    found = plain(logits[:, None] if how == "probe" else logits, soft if how == "mixup" else labels)
+    torch.testing.assert_close(found, -(targets * logs).sum() / 4)
 
 
 # Scores of videos -----------------------------------------------------------------------------------------------

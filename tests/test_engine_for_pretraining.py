@@ -12,6 +12,7 @@ from checkpoints import Position
 from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
 from engine_for_pretraining import masked_loss, train_one_epoch, with_second_masks
 from masking_generator import MaskGenerator
+from modeling_finetune import channel_stats, normalize_clips
 from modeling_pretrain import MODELS
 from modeling_teacher import PixelTarget, build_clip
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
@@ -19,7 +20,7 @@ from optim_factory import Stepper, build_optimizer, parameter_groups
 from options import Settings
 from training import Run, epoch_batches
 from utils import RunError
-from video_transforms import Background, channel_stats, normalize_clips
+from video_transforms import Background
 
 pytest_plugins = "fixtures_video"
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -14,8 +15,8 @@ import torch
 
 import modeling_finetune
 import modeling_pretrain
-from checkpoints import local_path
 from utils import RunError
+from weights import local_path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,7 +26,7 @@ REPO, FILE, CONTENT = "some-one/weights", "finetune/ssv2/model.pth", b"weights, 
 
 LOOK_UP = """
 import sys
-from checkpoints import local_path
+from weights import local_path
 from utils import RunError
 for path in sys.argv[1:]:
     try:
@@ -182,7 +183,75 @@ def test_another_number_of_classes_means_a_new_head(files):
     assert loaded.head.bias.shape == (9,) and torch.equal(loaded.fc_norm.weight, model.fc_norm.weight)
 
 
+def test_it_knows_how_it_was_trained(files, tmp_path):
+    """The clips; and where weights were averaged, the average is what was tested."""
+    path, model = files["finetuned"]
+    args = Namespace(
+        num_frames=8, sampling_rate=1, input_size=64, data_set="SSV2", model_ema=True, max_bad_fraction=0.0
+    )
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save({"model": other, "model_ema": model.state_dict(), "args": args}, tmp_path / "x.pth")
+    loaded = load(CLASSIFIER, checkpoint=str(tmp_path / "x.pth"))
+    clip = {"num_frames": 8, "sampling_rate": 1, "input_size": 64, "data_set": "SSV2"}
+    assert loaded.trained_with == clip and load(CLASSIFIER, checkpoint=path).trained_with == {}
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
 def test_weights_of_another_model_are_refused(files):
     for name, kind in ((STUDENT, "finetuned"), ("vit_small_patch16_224", "finetuned")):
         with pytest.raises(Exception, match="does not fit this model"):  # its RunError is of torch.hub's own import
             load(name, checkpoint=files[kind][0])
+
+
+# ------------------------------------------------------------------------------------- in the middle of other programs
+
+BESIDE = """
+import os, sys
+names = sys.argv[1].split()
+def mine():
+    for name in names:
+        assert __import__(name).mine == name
+if sys.argv[2] == "before":
+    mine()
+import torch
+for _ in range(2):
+    model = torch.hub.load(os.path.relpath(sys.argv[3]), "vit_tiny_patch16_224", source="local", checkpoint=sys.argv[4])
+    os.chdir("..")
+mine()
+torch.save(model, "whole.pth")
+clips = torch.zeros(1, 3, 2, 32, 32)
+assert torch.equal(torch.load("whole.pth", weights_only=False)(clips), model(clips))
+"""
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_programs_may_have_files_of_the_same_names(files, tmp_path, order):
+    """All of the names here, imported before or after; the model is loaded twice, from two working directories."""
+    names = [path.stem for path in ROOT.glob("*.py") if path.stem != "hubconf"]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"mine = {name!r}")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "own.py").write_text(BESIDE)
+    argv = [sys.executable, "../own.py", " ".join(names), order, ROOT, files["finetuned"][0]]
+    process = subprocess.run(argv, cwd=tmp_path / "below", capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+LITTLE = """
+import signal, sys
+for name in ("fcntl", "resource", "tensorboardX", "decord", "cv2", "av", "open_clip", "deepspeed", "scipy"):
+    sys.modules[name] = None
+del signal.SIGUSR1  # as on Windows
+import torch
+model = torch.hub.load(sys.argv[1], sys.argv[2], source="local", checkpoint=sys.argv[3])
+print(model(torch.zeros(1, 3, 2, 32, 32)).shape)
+print(*[name for name in sys.modules if name.startswith("smile_")])
+"""
+
+
+def test_inference_needs_neither_decoders_nor_locks(files):
+    argv = [sys.executable, "-c", LITTLE, ROOT, CLASSIFIER, files["finetuned"][0]]
+    process = subprocess.run(argv, capture_output=True, text=True, cwd="/")
+    shape, loaded = process.stdout.splitlines() or [process.stderr, ""]
+    assert shape == "torch.Size([1, 5])"
+    assert loaded == "smile_utils smile_weights smile_modeling_finetune smile_modeling_pretrain"

@@ -12,6 +12,7 @@ from test_modeling_pretrain import BLOCK, MINI, to_hugging_face
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from modeling_finetune import MODELS, Attention, TubeletEmbed, VisionTransformer, token_grid
+from modeling_pretrain import PretrainVisionTransformer
 
 # frames, height, width
 SHAPES = [(16, 32, 32), (8, 64, 64), (6, 32, 80), (4, 96, 48), (2, 16, 16), (32, 16, 32)]
@@ -245,3 +246,17 @@ def test_every_parameter_learns():
     model = random_classifier(drop_path_rate=0.1).train()
     F.cross_entropy(model(random_clips(8, 32, 48)), torch.tensor([1, 5])).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_leaves_the_model_as_it_was(strict):
+    """Whether the model has run before or not: what the exported program, and then the model, say is the same."""
+    clips = torch.randn(2, 3, 6, 32, 48, generator=torch.Generator().manual_seed(0))  # a grid of no other test
+    mask = torch.arange(18).expand(2, -1) % 2 == 0
+    for model, inputs in ((random_classifier(), (clips,)), (PretrainVisionTransformer(MINI), (clips, mask, 9))):
+        model.eval()
+        for _ in range(2):
+            exported = torch.export.export(model, inputs, strict=strict).module()(*inputs)
+            assert type(model(*inputs)) is torch.Tensor
+            torch.testing.assert_close(exported, model(*inputs), atol=1e-6, rtol=0)

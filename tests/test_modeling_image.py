@@ -11,11 +11,11 @@ from fixtures_finetuning import CUSTOM, TINY, log_of, test_metrics_of
 from PIL import Image
 from safetensors.torch import save_file
 
-from checkpoints import read_checkpoint
+from modeling_finetune import channel_stats, normalize_clips
 from modeling_image import build_encoder, find_encoder
 from modeling_probe import MeanTokens, ProbedEncoder
 from options_finetune import find_problems, get_args
-from video_transforms import channel_stats, normalize_clips
+from weights import read_checkpoint
 
 pytest_plugins = "fixtures_finetuning"
 SMALL = "small-clip"

@@ -13,7 +13,7 @@ import transformers
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
-from modeling_finetune import Size, sinusoid_positions
+from modeling_finetune import Size, _positions, sinusoid_positions
 from modeling_pretrain import MODELS, PretrainVisionTransformer, split_tokens, take_tokens
 from modeling_teacher import PixelTarget
 
@@ -324,7 +324,7 @@ def test_activation_checkpointing_keeps_fewer_activations(size, decoder_depth):
 
 def test_evaluation_does_not_spoil_training():
     """What is computed once and kept must be usable in both modes."""
-    sinusoid_positions.cache_clear()
+    _positions.cache_clear()
     student, (clips, mask) = random_student(), clip_and_mask(8, 32, 48, 15)
     with torch.inference_mode():
         output = student(clips, mask)

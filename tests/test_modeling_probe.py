@@ -154,9 +154,9 @@ def neighbours_by_hand(train, labels, test, k, num_classes):
 @pytest.mark.parametrize("k", [1, 5, 20, 1000])
 def test_neighbours_equal_numpy(k):
     rng = np.random.default_rng(0)
-    train, test, labels = rng.normal(size=(60, 8)) * 5, rng.normal(size=(9, 8)), rng.integers(0, 6, 60)
+    train, test, labels = rng.normal(size=(60, 8)) * 5, rng.normal(size=(150, 8)), rng.integers(0, 6, 60)
     ours = nearest_neighbours(torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(test), k, 6).numpy()
-    assert ours.shape == (9, 6)
+    assert ours.shape == (150, 6)
     np.testing.assert_allclose(ours, neighbours_by_hand(train, labels, test, k, 6), atol=1e-9)
     np.testing.assert_allclose(ours.sum(axis=1), 1)
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_finetune import NORMS
 from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_teacher, normalize_features
-from video_transforms import NORMS
 
 OPENAI_EXTRAS = {
     "input_resolution": torch.tensor(224),

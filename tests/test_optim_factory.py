@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from modeling_finetune import vit_base_patch16_224
+from meters import RunLog, StepMeter
+from modeling_finetune import Size, VisionTransformer, vit_base_patch16_224
 from modeling_pretrain import pretrain_videomae_small_patch16_224
 from optim_factory import Stepper, build_optimizer, cosine_schedule, parameter_groups
-from utils import RunLog, StepMeter
 
 CPU = torch.device("cpu")
 
@@ -300,6 +300,55 @@ def test_stepper_state_goes_through_a_file(tmp_path):
         for stepper in (one, other):
             run(stepper, [data(4, 7)])
         assert equal(weights(one), weights(other)) and one.scaler.state_dict() == other.scaler.state_dict()
+
+
+def options_of(stepper):
+    groups = stepper.optimizer.state_dict()["param_groups"]
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+def test_options_of_the_optimizer_are_those_of_the_command_line(tmp_path):
+    """Averages go on parameter by parameter, however --layer_decay groups them; betas, epsilon and scales are new."""
+
+    def build(decay, betas, eps):
+        torch.manual_seed(0)
+        model = VisionTransformer(Size(8, 2, 2, 8, 2), num_classes=3, init_scale=1.0)
+        optimizer = build_optimizer(parameter_groups(model, 0.05, decay), "adamw", 1e-2, betas, eps)
+        return Stepper(model, optimizer, CPU, "fp32", 1, constant(1e-2), constant(0.05))
+
+    def learn(stepper):
+        clips = torch.randn(2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+        stepper.schedule(0)
+        stepper.backward(stepper.model(clips).square().sum())
+        stepper.step(torch.ones(()))
+        states = {name: stepper.optimizer.state[value] for name, value in stepper.model.named_parameters()}
+        return {name: state["exp_avg"].clone() for name, state in states.items()}
+
+    old = build(1.0, (0.9, 0.95), 1e-8)
+    first = learn(old)
+    torch.save(old.state(), tmp_path / "x.pth")
+    for decay in (1.0, 0.75, 0.5):
+        new = build(decay, (0.8, 0.99), 1e-3)  # its weights are those that `old` had: so will be its gradient
+        options = options_of(new)
+        new.load(torch.load(tmp_path / "x.pth", weights_only=True), tmp_path / "x.pth")
+        assert options_of(new) == options
+        for name, average in learn(new).items():
+            torch.testing.assert_close(average, 0.8 * first[name] + 0.2 * first[name] / 0.1, msg=name)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "momentum", "lamb", "lion"])
+def test_a_stepper_goes_on_exactly(opt, tmp_path):
+    """Lamb counts its steps in the groups."""
+    one, other = make(opt), make(opt)
+    for step in range(7):
+        run(one, [data(4, step)])
+    torch.save(one.state(), tmp_path / "x.pth")
+    other.model.load_state_dict(weights(one))
+    other.load(torch.load(tmp_path / "x.pth", weights_only=True), tmp_path / "x.pth")
+    for step in range(7):
+        for stepper in (one, other):
+            run(stepper, [data(4, step)])
+    assert equal(weights(one), weights(other))
 
 
 # Schedules ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from fixtures_pictures import check_texts
 from PIL import Image
 
 from datasets import VideoList
+from meters import RunLog
 from metrics import VideoScore, judge
-from utils import RunLog
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import plot_log

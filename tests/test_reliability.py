@@ -15,7 +15,7 @@ from soak import corpus, mutants
 from soak.runs import Run, children, gone, make_videos
 from soak.test_checkpoints import refused, restored
 
-from checkpoints import read_checkpoint
+from weights import read_checkpoint
 
 HANG = """
 import ctypes, video_transforms

@@ -5,18 +5,23 @@ by torchrun.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from fixtures_finetuning import CUSTOM, EPOCHS, NAME, PLAIN, ROOT, TINY, TRAIN, log_of, test_metrics_of
+from fixtures_finetuning import CUSTOM, EPOCHS, NAME, PLAIN, ROOT, TINY, TRAIN, log_of, program, test_metrics_of
+from fixtures_video import free_port
 
+import run_smile_pretraining
+from evaluation import Evaluator
 from modeling_finetune import MODELS
-from options_finetune import get_args
+from options_finetune import follow_checkpoint, get_args
 from utils import EXIT_REQUEUE
 
 pytest_plugins = "fixtures_finetuning"
@@ -84,7 +89,7 @@ def test_two_processes_train_as_one_that_accumulates(run, custom, tmp_path):
         "--batch_size",
         "2",
         "--lr",
-        "0.1",
+        "0.2",
         "--epochs",
         "2",
         "--warmup_epochs",
@@ -103,7 +108,7 @@ def test_two_processes_train_as_one_that_accumulates(run, custom, tmp_path):
     assert one.code == 0 and two.codes == [0, 0], one.all + two.all
     logs = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     same_curves(*logs, but=["train_acc1"], rel=1e-3, abs=1e-4)
-    assert "total batch 8 clips, 1 steps an epoch" in one.out and "total batch 8 clips, 1 steps an epoch" in two.out
+    assert all("total batch 4 videos (2 clips of each), 1 steps an epoch" in found.out for found in (one, two))
     weights = [read(tmp_path / name / "checkpoint-1.pth")["model"] for name in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], atol=1e-4, rtol=1e-2, msg=name)
@@ -138,11 +143,97 @@ def test_an_average_of_the_weights_is_validated_and_tested(run, custom, trained,
     best = read(folder / "checkpoint-best.pth")
     assert best["model"].keys() == best["model_ema"].keys()
     assert any(not torch.equal(best["model"][name], value) for name, value in best["model_ema"].items())
-    again = run(
-        *custom, *TRAIN, "--eval", "--model_ema", "--finetune", folder / "checkpoint-best.pth", "--output_dir", folder
-    )
+    again = run(*custom, *TRAIN, "--eval", "--finetune", folder / "checkpoint-best.pth", "--output_dir", folder)
     metrics = test_metrics_of(log_of(folder))
     assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1]
+
+
+SEEN = ["--num_workers", "0", "--test_num_segment", "2", "--test_num_crop", "3"]  # what does not belong to the training
+
+
+def test_a_test_sees_videos_as_the_training_did(run, data, trained, tmp_path):
+    """Model, classes, frames, stride, size come from the checkpoint; what is given wins and is told."""
+    folder, quiet = tmp_path / "run", ["--data_path", data, *SEEN, "--eval", "--finetune", trained.best]
+    found = run(*quiet, "--output_dir", folder)
+    told = "--model vit_tiny_patch16_224, --num_frames 4, --sampling_rate 2, --input_size 32, --data_set custom"
+    assert found.code == 0 and f"{trained.best} was trained: {told}, --nb_classes 3" in found.out, found.all
+    assert test_metrics_of(log_of(folder)) == test_metrics_of(log_of(trained.folder))
+    found = run(*quiet, "--num_frames", 16, "--sampling_rate", 2)
+    told = [line for line in found.out.splitlines() if "was trained with" in line]
+    assert found.code == 0 and len(told) == 1 and told[0].endswith("with --num_frames 4 (here 16)"), found.all
+
+
+def test_predictions_and_neighbours_see_videos_as_the_training_did(run, data, trained):
+    video = (data / "train.csv").read_text().splitlines()[0].rpartition(" ")[0]
+    for job in (["--predict", video], ["--data_path", data, "--knn", 1]):
+        given = [*CUSTOM, *TINY, *SEEN, "--finetune", trained.best, *job]
+        first, second = run(*SEEN, "--finetune", trained.best, *job), run(*given)
+        assert first.code == second.code == 0 and "--num_frames 4" in first.out and "was trained" not in second.out
+        results = [re.findall(r"^[01]\.\d{4}  .*|acc1.*", found.out, re.MULTILINE) for found in (first, second)]
+        assert results[0] and results[0] == results[1]
+
+
+def test_fine_tuning_tells_how_clips_differ_from_those_of_pretraining(run, custom, trained):
+    start = [*custom, *TRAIN, "--finetune", trained.best, "--dry_run"]
+    same, other = run(*start), run(*start, "--num_frames", 6, "--input_size", 48)
+    assert same.code == other.code == 0 and "was trained" not in same.out, same.all + other.all
+    assert f"{trained.best} was trained with --num_frames 4 (here 6), --input_size 32 (here 48)" in other.out
+
+
+def test_options_of_a_checkpoint_complete_a_command_line(tmp_path):
+    """Of a pretraining checkpoint the encoder's model; a data set that is given decides on the classes."""
+
+    def completed(options, *argv):
+        torch.save({"model": {}, "args": Namespace(**options)}, tmp_path / "x.pth")
+        args = get_args([*argv, "--finetune", str(tmp_path / "x.pth")])
+        follow_checkpoint(args)
+        return args
+
+    of_ssv2 = vars(get_args(["--data_set", "SSV2", "--num_frames", "8"]))
+    args = completed(of_ssv2, "--eval")
+    assert (args.data_set, args.nb_classes, args.num_frames) == ("SSV2", 0, 8)
+    args = completed(of_ssv2, "--eval", "--data_set", "UCF101", "--num_frames", "16")
+    assert (args.data_set, args.nb_classes, args.num_frames) == ("UCF101", 0, 16)
+    args = completed(of_ssv2, "--eval", "--data_set", "custom")
+    assert (args.data_set, args.nb_classes) == ("custom", 174)
+    probe = ["--attentive_probe", "--probe_lrs", "0.5", "--model_ema", "--data_set", "custom", "--nb_classes", "9"]
+    args = completed(vars(get_args(probe)), "--predict", "x.mp4")
+    assert args.attentive_probe and args.model_ema and (args.probe_lrs, args.nb_classes) == ([0.5], 9)
+    pretrained = vars(run_smile_pretraining.get_args(["--model", "pretrain_videomae_small_patch16_224"]))
+    args = completed(pretrained | {"input_size": 112}, "--knn", "5", "--data_set", "UCF101")
+    assert (args.model, args.input_size, args.data_set) == ("vit_small_patch16_224", 112, "UCF101")
+    foreign = {"num_frames": 8, "model": "vit_small_patch16_224", "data_set": "SSV2", "dist_url": "env://"}
+    assert vars(completed(foreign, "--eval")) == vars(get_args(["--eval", "--finetune", str(tmp_path / "x.pth")]))
+
+
+def noting_buffers(argv, output, env):
+    """Be the program, which writes down the buffers that it validates with."""
+    validate = Evaluator.validate
+
+    def noting(evaluator, model):
+        torch.save(dict(model.named_buffers()), f"{output}.buffers")
+        return validate(evaluator, model)
+
+    Evaluator.validate = noting
+    program(argv, output, env)
+
+
+def test_processes_validate_an_average_with_the_same_buffers(server, custom, trained, tmp_path):
+    """A probe's batch norm has statistics of each process's own clips, and so has their average."""
+    probe = ["--linear_probe", "--model_ema", "--model_ema_decay", "0.5", "--epochs", "1", "--num_sample", "1"]
+    argv = [str(a) for a in [*custom, *TINY, *probe, "--batch_size", "2", "--finetune", trained.best]]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = [
+        server.Process(target=noting_buffers, args=(argv, tmp_path / str(rank), shared | {"RANK": str(rank)}))
+        for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0, 0], (tmp_path / "0.err").read_text()
+    one, two = (read(tmp_path / f"{rank}.buffers") for rank in range(2))
+    assert len(one) > 4 and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def test_it_stops_early_and_always_validates_the_last_epoch(run, custom, trained, tmp_path):
@@ -172,7 +263,7 @@ def test_few_shot_lists_are_drawn_by_the_seed_and_kept(run, custom, tmp_path):
     lists = []
     for seed, name in ((0, "a"), (0, "b")):
         found = run(*custom, *TRAIN, *few, "--seed", seed, "--output_dir", tmp_path / name)
-        assert found.code == 0 and "total batch 12 clips, 1 steps an epoch" in found.out, found.all
+        assert found.code == 0 and "total batch 3 videos (4 clips of each), 1 steps" in found.out, found.all
         lists.append((tmp_path / name / "train_subset.csv").read_text())
     assert lists[0] == lists[1] and sorted(line.split()[-1] for line in lists[0].splitlines()) == ["0", "1", "2"]
 
@@ -385,12 +476,12 @@ def test_probes_learn_and_leave_the_encoder_alone(run, custom, trained, tmp_path
 
 
 def test_sigmas_linear_probe(run, custom, trained, tmp_path):
-    """Head and fc_norm learn, everything else stays as it was; the rate goes by videos, whatever is made of each."""
+    """Head and fc_norm learn, everything else stays as it was; the rate goes by videos."""
     recipe = ["--linear_probe", "--linear_probe_recipe", "sigma", "--output_dir", tmp_path / "run"]
     options = [*custom, *TINY, *PLAIN, *recipe, "--batch_size", 3, "--lr", 25.6, "--warmup_epochs", 0]
     found = run(*options, "--finetune", trained.best, "--epochs", 3)
     assert found.code == 0, found.all
-    assert "total batch 6 clips, 2 steps an epoch, 3 epochs, lr 0.3," in found.out
+    assert "total batch 3 videos (2 clips of each), 2 steps an epoch, 3 epochs, lr 0.3," in found.out
     kept, source = (read(path)["model"] for path in (tmp_path / "run" / "checkpoint-best.pth", trained.best))
     assert kept.keys() == source.keys()
     learned = {name for name in kept if not torch.equal(kept[name], source[name])}
@@ -403,6 +494,7 @@ def test_sigmas_linear_probe(run, custom, trained, tmp_path):
 def test_sigmas_recipe_is_fine_tuning_but_for_a_few_numbers():
     sigma = vars(get_args(["--linear_probe", "--linear_probe_recipe", "sigma"]))
     ours = vars(get_args(["--linear_probe"]))
+    assert sigma.pop("given") == ["linear_probe", "linear_probe_recipe"]
     assert {name: value for name, value in sigma.items() if value != ours[name]} == {
         "linear_probe_recipe": "sigma",
         "epochs": 30,

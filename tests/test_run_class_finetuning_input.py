@@ -7,10 +7,10 @@ import torch
 from fixtures_finetuning import CUSTOM, TRAIN, log_of, test_metrics_of
 from safetensors.torch import save_file
 
-from checkpoints import load_encoder
 from modeling_finetune import MODELS
 from run_class_finetuning import get_args
 from utils import RunError
+from weights import load_encoder
 
 pytest_plugins = "fixtures_finetuning"
 
@@ -93,6 +93,16 @@ def test_part_of_an_encoder_is_refused(tmp_path):
     torch.save(part, tmp_path / "model.pth")
     with pytest.raises(RunError, match="lacks blocks.3"):
         load_encoder(MODELS["vit_tiny_patch16_224"](num_classes=5), tmp_path / "model.pth")
+
+
+def test_weights_under_a_key_of_their_own_start_a_training(run, custom, tmp_path):
+    weights = MODELS["vit_tiny_patch16_224"](num_classes=5).state_dict()
+    torch.save({"net": {f"student.{name}": value for name, value in weights.items()}, "epoch": 3}, tmp_path / "a.pth")
+    named = ["--finetune", tmp_path / "a.pth", "--model_prefix", "student."]
+    found = run(*custom, *TRAIN, *named, "--model_key", "ema|net", "--dry_run")
+    assert found.code == 0 and "loaded 56 tensors" in found.out, found.all
+    found = run(*custom, *TRAIN, *named, "--dry_run")
+    assert found.code == 1 and "--model_key names another place, there are net" in found.err
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Features of a list against the encoder run by hand; the same from one and two processes, and after a kill."""
 
+import argparse
 import csv
 import json
 import time
@@ -10,8 +11,7 @@ import torch
 from fixtures_video import write_list
 
 from datasets_finetune import ViewReader, WindowReader
-from modeling_finetune import MODELS
-from video_transforms import channel_stats, normalize_clips
+from modeling_finetune import MODELS, channel_stats, normalize_clips
 
 pytest_plugins = "fixtures_finetuning"
 MODEL = "vit_tiny_patch16_224"
@@ -83,6 +83,21 @@ def test_features_are_tokens_after_the_last_block(extract, encoder, videos, tmp_
         found = features_of(tmp_path / kind)
         assert found.dtype == np.float32 and np.isnan(found[2]).all() and tokens.std() > 0.1
         np.testing.assert_allclose(found[good], expected, atol=1e-4)
+
+
+def test_clips_are_those_of_the_training(run, encoder, videos, tmp_path):
+    """Model, frames, stride, size and sampling, unless they are given."""
+    clip = {"num_frames": 4, "sampling_rate": 2, "input_size": 32, "model": MODEL, "data_set": "SSV2"}
+    held = torch.load(encoder[0]) | {"args": argparse.Namespace(**clip, max_bad_fraction=0.05)}
+    torch.save(held, tmp_path / "trained.pth")
+    options = ["--data_path", videos[0], "--checkpoint", tmp_path / "trained.pth", "--max_bad_fraction", 0.2]
+    options += ["--num_workers", 0, "--output_dir", tmp_path / "features"]
+    done = run(*options, file="run_feature_extraction.py")
+    assert done.code == 0, done.all
+    expected = by_hand(encoder[1], videos[1][0], ViewReader("segments", 1, 1, 32, 4, 2)).mean(axis=(1, 2))
+    np.testing.assert_allclose(features_of(tmp_path / "features")[0], expected, atol=1e-4)
+    other = run(*options, "--sampling", "dense", file="run_feature_extraction.py")
+    assert "was trained with --sampling segments (here dense)" in other.out and other.code == 1  # another folder
 
 
 def test_several_views(extract, encoder, videos, tmp_path):

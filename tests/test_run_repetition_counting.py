@@ -15,11 +15,13 @@ from fixtures_finetuning import log_of, program
 from fixtures_video import decode_all, source_frames
 from scipy.io import loadmat, savemat
 
-from checkpoints import LATEST, read_checkpoint
+import modeling_counting
+from checkpoints import LATEST
 from datasets_counting import AnnotationList, TrainSegments, draw_cycles, pad_to_square, read_annotation, read_segment
 from modeling_counting import cycle_offsets
 from modeling_finetune import SIZES, vit_tiny_patch16_224
 from utils import EXIT_REQUEUE
+from weights import read_checkpoint
 
 pytest_plugins = ("fixtures_counting", "fixtures_finetuning")
 NAME = "run_repetition_counting.py"
@@ -82,11 +84,13 @@ def test_it_trains_validates_and_counts(trained, repetitions):
     assert np.mean([error <= 1 for error in errors]) == pytest.approx(log[2]["test_obo"])
 
 
-def test_eval_gives_the_same_counts_in_one_process_and_in_two(count, trained, tmp_path):
+def test_eval_gives_the_same_counts_in_one_process_and_in_two(run, repetitions, trained, tmp_path):
+    """With model, frames and size of the checkpoint."""
+    data = ["--data_path", repetitions.annotations, "--data_root", repetitions.videos, "--num_workers", 0]
     best = trained.folder / "checkpoint-best.pth"
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        found = count("--eval", "--finetune", best, "--output_dir", folder, processes=processes)
+        found = run(*data, "--eval", "--finetune", best, "--output_dir", folder, processes=processes, file=NAME)
         assert found.code == 0, found.all
         assert log_of(folder)[-1] == pytest.approx(log_of(trained.folder)[-1])
         for row, known in zip(table_of(folder), table_of(trained.folder), strict=True):
@@ -110,6 +114,32 @@ def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(count, trained, tm
     ours, theirs = (read_checkpoint(path / "checkpoint-1.pth") for path in (folder, trained.folder))
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
     assert ours["best"] == theirs["best"] and log_of(folder)[-1] == log_of(trained.folder)[-1]
+
+
+def one_bad_loss(*args):
+    """Be the program, whose second loss is infinite, though its gradient is not."""
+    function, calls = modeling_counting.counting_loss, []
+
+    def counting_loss(*values):
+        calls.append(values)
+        loss, parts = function(*values)
+        return loss + (float("inf") if len(calls) == 2 else 0.0), parts
+
+    modeling_counting.counting_loss = counting_loss
+    program(*args)
+
+
+def test_a_bad_loss_costs_one_update(server, repetitions, tmp_path):
+    """Of the five updates that are made with the same segments the second one is left out."""
+    data = ["--data_path", repetitions.annotations, "--data_root", repetitions.videos]
+    argv = [*data, *TRAIN, "--epochs", 1, "--refine_steps", 5, "--output_dir", tmp_path / "run"]
+    process = server.Process(target=one_bad_loss, args=([str(a) for a in argv], tmp_path / "text", {}, NAME))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "text.err").read_text()
+    state = read_checkpoint(tmp_path / "run" / "checkpoint-0.pth")["optimizer"]["state"]
+    assert {float(values["step"]) for values in state.values()} == {3 * 5 - 1}
+    assert log_of(tmp_path / "run")[0]["skipped_steps"] == 1
 
 
 def test_two_processes_train_as_one_that_accumulates(count, tmp_path):

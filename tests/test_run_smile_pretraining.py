@@ -22,8 +22,9 @@ from fixtures_finetuning import log_of
 from fixtures_pretraining import EPOCHS, NAME, ROOT, STEPS, TINY, TRAIN, last_weights, weights_of
 from tensorboardX.proto.event_pb2 import Event
 
-from checkpoints import LATEST, read_checkpoint
+from checkpoints import LATEST
 from modeling_pretrain import MODELS
+from weights import read_checkpoint
 
 pytest_plugins = "fixtures_pretraining"
 LONG = ["--epochs", "200", "--stop_epoch", "200", "--save_ckpt_freq", "200"]

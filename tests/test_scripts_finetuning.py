@@ -128,7 +128,8 @@ def test_linear_probe_of_an_image_model(run_script, tmp_path, script):
     assert result.returncode == 0, result.stderr
     program = next(i for i, word in enumerate(command) if word.endswith("/run_class_finetuning.py"))
     args = run_class_finetuning.get_args(commands[0][program + 1 :])
-    assert vars(args) == vars(video) | {"finetune": "", "encoder": "ViT-B-16", "encoder_weights": "clip.pt"}
+    image = {"finetune": "", "encoder": "ViT-B-16", "encoder_weights": "clip.pt", "given": args.given}
+    assert vars(args) == vars(video) | image
 
 
 @pytest.mark.parametrize("script", FINETUNE, ids=lambda path: path.stem)

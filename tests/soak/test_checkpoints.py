@@ -8,11 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
-from checkpoints import load_strictly, read_checkpoint, restore
+from checkpoints import restore
 from optim_factory import Stepper
 from soak import mutants
 from soak.runs import equal
 from utils import RunError
+from weights import load_strictly, read_checkpoint
 
 
 def refused(check, *args):

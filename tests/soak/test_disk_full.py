@@ -4,8 +4,9 @@ import resource
 
 import pytest
 
-from checkpoints import LATEST, find_resume, read_checkpoint
+from checkpoints import LATEST, find_resume
 from soak.runs import Run, checkpoint, equal, make_videos, same_end
+from weights import read_checkpoint
 
 STEPS = 16
 FREE = resource.getrlimit(resource.RLIMIT_FSIZE)

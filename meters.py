@@ -1,0 +1,186 @@
+"""The numbers of a run: averages over steps, console lines, a line of ``log.txt`` for each epoch, TensorBoard."""
+
+import datetime
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensorboardX import SummaryWriter
+
+from utils import RunError, logger, rank, world_size
+
+MAX_NON_FINITE = 10  # steps in a row
+
+
+class RunLog:
+    """Where a run's numbers go: a JSON line an epoch in ``log.txt``, and TensorBoard scalars.
+
+    Args:
+        output_dir, log_dir: either may be empty; written by the first process only.
+        start_epoch: later lines of ``log.txt`` belong to a run that was cut off, and are dropped.
+    """
+
+    def __init__(self, output_dir: str, log_dir: str, start_epoch: int = 0, start_step: int = 0):
+        self.file = Path(output_dir) / "log.txt" if output_dir and rank() == 0 else None
+        self.writer = SummaryWriter(log_dir, purge_step=start_step or None) if log_dir and rank() == 0 else None
+        if self.file and self.file.exists():
+            lines = self.file.read_text().splitlines()
+            kept = [line for line in lines if self._epoch_of(line) < start_epoch]
+            if len(kept) < len(lines):
+                self.file.write_text("".join(f"{line}\n" for line in kept))
+
+    @staticmethod
+    def _epoch_of(line: str) -> float:
+        """Epoch of a line; -1 of a line without, infinity of one that was cut off in the middle."""
+        try:
+            return json.loads(line).get("epoch", -1)
+        except json.JSONDecodeError:
+            return math.inf
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write scalars at an optimizer step."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def epoch(self, values: dict[str, Any]) -> None:
+        """Append a line to ``log.txt``."""
+        if self.file:
+            try:
+                with open(self.file, "a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:  # a full disk; the next checkpoints decide whether the run goes on
+                logger.warning("could not write to %s (%s)", self.file, error.strerror)
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is left, and end TensorBoard's thread, which an exit of the program may else trip over."""
+        if self.writer:
+            self.writer.close()
+
+
+class StepMeter:
+    """Collects the numbers of each optimizer step on the device, and reads them once every `interval` steps.
+
+    Reading makes the CPU wait for the device, so that nothing else in a step does.
+
+    Args:
+        interval: steps between console lines.
+        state: sums of an epoch's earlier part, from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        log: RunLog,
+        device: torch.device,
+        epoch: int,
+        epochs: int,
+        steps_per_epoch: int,
+        interval: int = 10,
+        state: dict | None = None,
+    ):
+        self.log, self.device, self.interval = log, device, interval
+        self.epoch, self.epochs, self.steps_per_epoch = epoch, epochs, steps_per_epoch
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
+        self.skipped, self.bad_in_a_row, self.step_time = 0, 0, 0.0
+        if state:
+            self.sums.update(state["sums"])
+            self.counts.update(state["counts"])
+            self.skipped, self.bad_in_a_row = state["skipped"], state["bad_in_a_row"]
+        self.constants: dict[str, float] = {}  # shown beside the averages: rates, counts
+        self._rows: list[tuple[dict[str, torch.Tensor], list[str]]] = []
+        self._data_time, self._since = 0.0, time.perf_counter()
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """Pass batches on, measuring the time spent waiting for them."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._data_time += time.perf_counter() - start
+            yield batch
+
+    def update(self, step: int, values: dict[str, torch.Tensor], sources: list[str]) -> None:
+        """Take a step's device scalars, among them ``bad`` (1 = skipped), and the samples it was made of.
+
+        Raises:
+            RunError: MAX_NON_FINITE bad steps in a row.
+        """
+        self._rows.append(({name: value.detach() for name, value in values.items()}, sources))
+        if (step + 1) % self.interval == 0 or step + 1 == self.steps_per_epoch:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Read what has been collected, in all processes: sums of the epoch, a console line, scalars."""
+        if not self._rows:
+            return
+        names = list(self._rows[0][0])
+        table = torch.stack([torch.stack([row[name].float() for name in names]) for row, _ in self._rows])
+        if world_size() > 1:
+            dist.all_reduce(table, op=dist.ReduceOp.AVG if table.is_cuda else dist.ReduceOp.SUM)
+            table = table if table.is_cuda else table / world_size()
+        window: dict[str, list[float]] = defaultdict(list)
+        longest = 0
+        for row, (_, sources) in zip(table.tolist(), self._rows):
+            values = dict(zip(names, row))
+            if values.pop("bad"):
+                self._report_bad(sources)
+                longest = max(longest, self.bad_in_a_row)
+                continue
+            self.bad_in_a_row = 0
+            for name, value in values.items():
+                if not math.isfinite(value):  # the norm of a gradient that overflowed in fp16
+                    continue
+                self.sums[name] += value
+                self.counts[name] += 1
+                window[name].append(value)
+        now = time.perf_counter()
+        timing = {"data_time": self._data_time / len(self._rows), "step_time": (now - self._since) / len(self._rows)}
+        self.step_time = timing["step_time"]
+        self._rows, self._data_time, self._since = [], 0.0, now
+        shown = {name: sum(values) / len(values) for name, values in window.items()} | self.constants
+        self.log.scalars(self.epoch * self.steps_per_epoch + step, shown | timing)
+        self._console(step, shown, timing)
+        if longest >= MAX_NON_FINITE:
+            raise RunError(
+                f"{longest} steps in a row had a non-finite loss or gradient; lower --lr, set "
+                "--clip_grad or use --precision bf16; the last checkpoint is intact"
+            )
+
+    def _report_bad(self, sources: list[str]) -> None:
+        if world_size() > 1:
+            parts: list[Any] = [None] * world_size()
+            dist.all_gather_object(parts, sources)
+            sources = [source for part in parts for source in part]
+        self.skipped += 1
+        self.bad_in_a_row += 1
+        logger.warning(
+            "non-finite loss or gradient, step skipped (%d so far); its samples: %s", self.skipped, ", ".join(sources)
+        )
+
+    def _console(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
+        left = self.steps_per_epoch - step - 1 + (self.epochs - self.epoch - 1) * self.steps_per_epoch
+        eta = datetime.timedelta(seconds=int(left * timing["step_time"]))
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in (values | timing).items())
+        memory = f"  memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if self.device.type == "cuda" else ""
+        logger.info("epoch %d [%d/%d]  %s%s  eta %s", self.epoch, step + 1, self.steps_per_epoch, numbers, memory, eta)
+
+    def averages(self) -> dict[str, float]:
+        """Means over the epoch so far, skipped steps left out."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        return {f"train_{name}": mean for name, mean in means.items()} | {"skipped_steps": self.skipped}
+
+    def state(self, ended: bool = False) -> dict[str, Any]:
+        """What a checkpoint keeps of the epoch so far, or for the next one if it has `ended`."""
+        sums = {} if ended else {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": self.skipped}
+        return {"sums": {}, "counts": {}, "skipped": 0, "bad_in_a_row": self.bad_in_a_row} | sums

@@ -1,0 +1,219 @@
+"""Reading weights: nothing in a file is run, damage is noticed, names of others are known."""
+
+import argparse
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoints import write_atomically
+from utils import RunError
+from weights import load_strictly, model_weights, read_checkpoint
+
+
+def tiny(width=4):
+    return torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.LayerNorm(width))
+
+
+# Reading --------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    model = tiny()
+    args = argparse.Namespace(lr=1e-3, opt_betas=[0.9, 0.95], first_stage_path="", clip_grad=None)
+    content = {"model": model.state_dict(), "epoch": 7, "args": args, "meter": {"sums": {"loss": 0.1}}}
+    write_atomically(content, tmp_path / "x.pth")
+    back = read_checkpoint(tmp_path / "x.pth")
+    assert back["args"] == args and back["epoch"] == 7 and back["meter"] == content["meter"]
+    assert all(torch.equal(back["model"][name], value) for name, value in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]  # no draft is left
+
+
+def test_safetensors_and_the_old_format_are_read(tmp_path):
+    weights = tiny().state_dict()
+    save_file(weights, tmp_path / "a.safetensors")
+    torch.save({"model": weights}, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    for name in ("a.safetensors", "b.pth"):
+        back = model_weights(read_checkpoint(tmp_path / name))
+        assert all(torch.equal(back[key], value) for key, value in weights.items())
+
+
+class Evil:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_file_that_would_run_something_is_refused(tmp_path):
+    content = {"model": tiny().state_dict(), "args": Evil(tmp_path / "made")}
+    torch.save(content, tmp_path / "zip.pth")
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Evil(tmp_path / "made"), protocol=2))
+    for name in ("zip.pth", "old.pth", "bare.pth"):
+        with pytest.raises(RunError, match=f"{name}: not a readable checkpoint") as error:
+            read_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value) and not (tmp_path / "made").exists()
+    pickle.loads((tmp_path / "bare.pth").read_bytes())
+    assert (tmp_path / "made").exists()  # it would have
+
+
+NUMBERS = [
+    np.float64(0.1),
+    np.float16(1.5),
+    np.int32(-3),
+    np.uint8(200),
+    np.bool_(True),
+    np.str_("é"),
+    np.dtype(">f4").type(2),
+]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_of_numpy_are_read(tmp_path, zipped):
+    content = {"model": tiny().state_dict(), "numbers": NUMBERS, "rng": np.random.get_state(), "type": np.dtype("i8")}
+    torch.save(
+        content | {"best": {"acc1": np.float64(81.5)}}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped
+    )
+    back = read_checkpoint(tmp_path / "x.pth")
+    assert back["numbers"] == NUMBERS and back["best"] == {"acc1": 81.5} and set(back["model"]) == set(content["model"])
+    assert {type(number) for number in back["numbers"]} <= {float, int, bool, str}
+
+
+def test_numbers_of_an_older_numpy_are_read(tmp_path):
+    """NumPy 1 wrote ``numpy.core`` where NumPy 2 writes ``numpy._core``; both names are as long in the file's text."""
+    text = pickle.dumps({"model": {}, "best": np.float64(81.5)}, protocol=2)
+    text = text.replace(b"numpy._core.", b"numpy.core.")
+    buffers = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
+    old = b"".join(pickle.dumps(value, protocol=2) for value in buffers) + text + pickle.dumps([], protocol=2)
+    (tmp_path / "x.pth").write_bytes(old)
+    assert read_checkpoint(tmp_path / "x.pth")["best"] == 81.5
+
+
+def test_what_is_refused_is_told_with_a_remedy_that_works(tmp_path):
+    weights, path = tiny().state_dict(), tmp_path / "x.pth"
+    for name, value in (("pathlib.", Path("x")), ("argparse.Action", argparse.Namespace(a=argparse.Action("x", "y")))):
+        torch.save({"model": weights, "args": value}, path)
+        with pytest.raises(RunError, match=f"x.pth: not a readable checkpoint: it holds a {name}") as error:
+            read_checkpoint(path)
+        assert str(error.value).isprintable()  # no terminal codes, one line
+        command = re.search(r'python -c "(.*)"', str(error.value))[1]
+        subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+        assert set(read_checkpoint(tmp_path / "weights.pth")["model"]) == set(weights)
+
+
+def flip_a_bit(path, tensor):
+    """Change one bit inside the stored values of a tensor."""
+    content = bytearray(path.read_bytes())
+    place = content.find(tensor.numpy().tobytes())
+    assert place > 0
+    content[place + 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    model = tiny(64)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    flip_a_bit(tmp_path / "x.pth", model[0].weight.detach())
+    assert "model" in torch.load(tmp_path / "x.pth", weights_only=True)  # torch does not see it
+    with pytest.raises(RunError, match="x.pth: damaged"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_other_files_are_refused_in_one_line(tmp_path):
+    whole = tmp_path / "whole.pth"
+    torch.save({"model": tiny(64).state_dict()}, whole)
+    bad = {
+        "cut.pth": whole.read_bytes()[:-900],
+        "empty.pth": b"",
+        "text.pth": b"hello\nworld\n" * 30,
+        "x.safetensors": b"\xff" * 40,
+        "zeros.pth": bytes(3000),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({}, tmp_path / "nothing.pth")
+    for name in (*bad, "list.pth", "nothing.pth", "missing.pth", "."):
+        with pytest.raises(RunError) as error:
+            read_checkpoint(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["model", "module", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_are_found_under_usual_keys_without_prefixes(key, prefix):
+    weights = {f"{prefix}{name}": value for name, value in tiny().state_dict().items()}
+    found = model_weights({key: weights, "epoch": 3} if key else weights)
+    assert set(found) == set(tiny().state_dict())
+
+
+def test_compiled_parts_have_their_usual_names():
+    model = tiny()
+    model[0] = torch.compile(model[0])  # in the middle of names
+    assert any("_orig_mod" in name for name in model.state_dict())
+    assert set(model_weights({"model": model.state_dict()})) == set(tiny().state_dict())
+
+
+def test_weights_under_a_key_of_their_own():
+    weights, other = tiny().state_dict(), tiny().state_dict()
+    checkpoint = {"teacher": weights, "model": other, "epoch": 3}
+    for key in ("teacher", "nothing|teacher", "teacher|model"):
+        assert all(torch.equal(value, weights[name]) for name, value in model_weights(checkpoint, key=key).items())
+    del checkpoint["model"]
+    for key, looked in (("", "model, module, state_dict, model_state"), ("techer", "techer")):
+        with pytest.raises(
+            RunError, match=rf"x.pth: no weights in it \(looked under {looked}\); --model_key .*teacher$"
+        ):
+            model_weights(checkpoint, "x.pth", key)
+
+
+def test_a_checkpoint_without_weights():
+    with pytest.raises(RunError, match="here.pth: no weights"):
+        model_weights({"epoch": 3, "args": {}}, "here.pth")
+
+
+# Loading strictly -----------------------------------------------------------------------------------------------
+
+
+def test_load_strictly_loads_all(tmp_path, caplog):
+    model, other = tiny(), tiny()
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    with caplog.at_level("INFO", "smile"):
+        load_strictly(other, tmp_path / "x.pth")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    assert f"loaded 4 tensors from {tmp_path / 'x.pth'}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda w: w.update({"0.weight": torch.zeros(5, 3)}),
+            r"0.weight is \[5, 3\] there, \[4, 3\] here \(and 0 more\)",
+        ),
+        (lambda w: w.pop("1.bias"), r"1.bias is missing there \(and 0 more\)"),
+        (
+            lambda w: w.update({"head.bias": torch.zeros(2), "x": torch.zeros(1)}),
+            r"head.bias is unknown here \(and 1 m.*",
+        ),
+    ],
+)
+def test_load_strictly_says_what_does_not_fit_and_changes_nothing(tmp_path, change, message):
+    model, weights = tiny(), dict(tiny().state_dict())
+    before = [value.clone() for value in model.state_dict().values()]
+    change(weights)
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    with pytest.raises(RunError, match=f"x.pth does not fit this model: {message}; check --model"):
+        load_strictly(model, tmp_path / "x.pth")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))

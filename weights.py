@@ -1,0 +1,315 @@
+"""Reading weights: files of this project and of others, fetched if need be, under the names that models here have.
+
+Files are read with weights_only=True: nothing in them is ever run. Saving and resuming are in checkpoints.py.
+"""
+
+import argparse
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+
+from utils import RunError, logger
+
+Weights = dict[str, torch.Tensor]
+MODEL_KEYS = ("model", "module", "state_dict", "model_state")
+HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
+FOLDER_FILES = ("model*.safetensors", "pytorch_model*.bin")  # of transformers
+
+# transformers' names of what has another one here: of modules, and of the parts of a block.
+THEIR_MODULES = {
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "encoder.layer": "blocks",
+    "layernorm": "norm",
+    "decoder.decoder_layers": "decoder.blocks",
+    "classifier": "head",
+}
+THEIR_PARTS = {
+    "layernorm_before": "norm1",
+    "attention.attention": "attn",
+    "attention.attention.query": "attn.query",
+    "attention.attention.key": "attn.key",
+    "attention.attention.value": "attn.value",
+    "attention.output.dense": "attn.proj",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)\.(\w+)")
+
+
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+def local_path(path: str) -> str:
+    """Where a weight file lies: `path` itself, or for ``hf://owner/repo[@revision]/file`` a place in huggingface_hub's
+    cache, after fetching it if need be. Its own variables apply: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+
+    Raises:
+        RunError: not of this form, or neither cached nor to be fetched.
+    """
+    match = HUB.fullmatch(path)
+    if not match:
+        if path.startswith("hf:"):
+            raise RunError(f"{path}: write hf://owner/repo/path/of/the/file")
+        return path
+    repo, revision, file = match.groups()
+    try:
+        return hf_hub_download(repo, file, revision=revision)
+    except LocalEntryNotFoundError as error:
+        raise RunError(
+            f"{path} is not in {constants.HF_HUB_CACHE} and cannot be fetched from here: download "
+            f"{hf_hub_url(repo, file, revision=revision)} elsewhere and name that file instead, or put "
+            f"models--{repo.replace('/', '--')} of another machine's cache into this one"
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be fetched ({str(error).splitlines()[0][:160]})") from error
+
+
+class _NumpyType:
+    """Stands for numpy.dtype while a checkpoint is read: NumPy's own code is not let loose on what a file says."""
+
+    def __init__(self, code: str, *_: Any):
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+class _NumpyArray:
+    """Stands for numpy.ndarray; what is in it is not needed."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: tuple) -> None:
+        pass
+
+
+def _numpy_number(kind: _NumpyType, content: bytes) -> Any:
+    """The number that NumPy wrote as bytes."""
+    if not re.fullmatch(r"[biufcSU]\d+", kind.code):
+        raise ValueError(f"a NumPy value of type {kind.code}")
+    return np.frombuffer(content, kind.order.replace("|", "") + kind.code)[0].item()
+
+
+def _called(name: str, value: Any) -> Any:
+    """`value`, to be taken for what a file calls `name`."""
+    value.__module__, _, value.__name__ = name.rpartition(".")
+    value.__qualname__ = value.__name__
+    return value
+
+
+# What a checkpoint may hold beside tensors and plain values. NumPy 2 moved its insides from core to _core.
+ALLOWED = [argparse.Namespace, _called("numpy.dtype", _NumpyType), _called("numpy.ndarray", _NumpyArray)]
+for _core in ("numpy.core", "numpy._core"):
+    ALLOWED.append(_called(f"{_core}.multiarray.scalar", lambda kind, content: _numpy_number(kind, content)))
+    ALLOWED.append(_called(f"{_core}.multiarray._reconstruct", lambda *_: _NumpyArray()))
+
+
+def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
+    """Read a .pth or .safetensors file, or a folder of transformers, to the CPU without running anything in it.
+
+    Released files hold an ``argparse.Namespace`` under ``args``; nothing else but tensors, plain values and NumPy's
+    numbers is allowed.
+
+    Args:
+        whole: False for a look at names and options: checksums are not compared, and tensors stay on the disk.
+    Raises:
+        RunError: no such file, damaged, or with forbidden contents.
+    """
+    path = Path(path)
+    if path.is_dir():
+        parts = next(filter(None, (sorted(path.glob(names)) for names in FOLDER_FILES)), [])
+        if not parts:
+            raise RunError(f"{path}: a folder without {' or '.join(FOLDER_FILES)}; name a checkpoint file in it")
+        read = [read_checkpoint(part, whole) for part in parts]
+        return {"model": {name: value for part in read for name, value in part.get("model", part).items()}}
+    if not path.is_file():
+        raise RunError(f"{path}: no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            return {"model": load_file(path)}
+        zipped = zipfile.is_zipfile(path)
+        if zipped and whole:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums it writes
+                damaged = archive.testzip()
+            if damaged:
+                raise RunError(f"{path}: damaged checkpoint (checksum of {damaged})")
+        with torch.serialization.safe_globals(ALLOWED):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and not whole)
+    except RunError:
+        raise
+    except Exception as error:  # zip, pickle, torch and safetensors each fail in their own ways
+        raise RunError(_unreadable(path, error)) from error
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise RunError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """What to tell of a file that was not read, and what to do about it."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__)
+    forbidden = re.search(r"(?:GLOBAL|class|type) ([\w.]+) (?:was not an allowed|whose module)", text)
+    if not forbidden:
+        said = text.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()[0].split(". In PyTorch")[0]
+        return f"{path}: not a readable checkpoint ({said[:120]})"
+    return (
+        f"{path}: not a readable checkpoint: it holds a {forbidden[1]}, which could run anything and so is "
+        "not read. If you trust its maker, take the weights out where their program is installed: "
+        'python -c "import torch; '
+        f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
+        "torch.save({'model': c['model']}, 'weights.pth')\", with its own key in place of 'model' (print(c.keys()))"
+    )
+
+
+# Names ----------------------------------------------------------------------------------------------------------
+
+
+def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run that wrote a checkpoint of this project; none of other programs, which mean others."""
+    args = checkpoint.get("args")
+    known = vars(args) if isinstance(args, argparse.Namespace) else {}
+    return known if "max_bad_fraction" in known else {}
+
+
+def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", key: str = "") -> Weights:
+    """The state dict in a checkpoint, under the names that models here have.
+
+    Prefixes of DDP and torch.compile are taken away, and names of transformers' VideoMAE are translated.
+
+    Args:
+        key: where it lies, or several places with ``|`` between; empty: the usual ones, or where the run also averaged
+            its weights (--model_ema) the average, which is what it tested.
+    Raises:
+        RunError: no state dict there.
+    """
+    usual = ("model_ema",) if stored_options(checkpoint).get("model_ema") else MODEL_KEYS
+    keys = tuple(key.split("|")) if key else usual
+    state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), {} if key else checkpoint)
+    named = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    if not named:
+        others = [str(name) for name, value in checkpoint.items() if isinstance(value, dict) and name not in keys]
+        remedy = f"; --model_key names another place, there are {_names(others)}" if others else ""
+        raise RunError(f"{path}: no weights in it (looked under {', '.join(keys)}){remedy}")
+    bare = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in named.items()}
+    return from_transformers(bare)
+
+
+def our_name(theirs: str) -> str:
+    """The name here of a weight of transformers; query, key and value stay apart."""
+    block = BLOCK.fullmatch(theirs)
+    if block:
+        stack, number, part, leaf = block.groups()
+        return f"{THEIR_MODULES[stack]}.{number}.{THEIR_PARTS.get(part, part)}.{leaf}"
+    module, dot, leaf = theirs.rpartition(".")
+    return THEIR_MODULES.get(module, module) + dot + leaf
+
+
+def from_transformers(theirs: Weights) -> Weights:
+    """Weights of transformers' VideoMAE under the names here; any others as they are.
+
+    Those of its classifier become a classifier's, all others a pretraining model's, whose encoder is ``encoder.``.
+    """
+    bare = {name.removeprefix("videomae."): value for name, value in theirs.items()}
+    if "embeddings.patch_embeddings.projection.weight" not in bare:
+        return theirs
+    encoder, parts = "" if "classifier.weight" in bare else "encoder.", ("query", "key", "value")
+    ours = {our_name(name): value for name, value in bare.items()}
+    for name in [name for name in ours if name.endswith(".attn.query.weight")]:
+        three = [name.replace(".query.", f".{part}.") for part in parts]
+        if ours.keys() >= set(three):
+            ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in three])
+    inside = ("patch_embed.", "blocks.", "norm.")
+    return {encoder * name.startswith(inside) + name: value for name, value in ours.items()}
+
+
+def check_kind(path: str, name: str, kind: str, key: str = "") -> None:
+    """Make sure that a checkpoint is of the right kind before anything is built: that it has weights called `name`.
+
+    Args:
+        key: see model_weights.
+    Raises:
+        RunError: unreadable, or without them.
+    """
+    if not any(name in own for own in model_weights(read_checkpoint(path, whole=False), path, key)):
+        raise RunError(f"{path} is not a {kind} checkpoint: it has no {name}")
+
+
+# Loading --------------------------------------------------------------------------------------------------------
+
+
+def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> None:
+    """Load all weights of a checkpoint (those under `key`) into a model of the very same shape.
+
+    Raises:
+        RunError: unreadable, or of another model.
+    """
+    weights = model_weights(read_checkpoint(path), path, key)
+    own = model.state_dict()
+    wrong = [
+        f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    wrong += [f"{name} is missing there" for name in own if name not in weights]
+    wrong += [f"{name} is unknown here" for name in weights if name not in own]
+    if wrong:
+        raise RunError(
+            f"{path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more); check --model, "
+            "--decoder_depth and the target"
+        )
+    model.load_state_dict(weights)
+    logger.info("loaded %d tensors from %s", len(weights), path)
+
+
+def load_encoder(
+    model: torch.nn.Module, path: str | Path, need_head: bool = False, key: str = "", prefix: str = ""
+) -> None:
+    """Load what fits from a pretraining or a fine-tuned checkpoint into a classifier, and say what did.
+
+    From a pretraining checkpoint the encoder is taken (``encoder.`` or ``backbone.`` prefix). A head for another
+    number of classes is left out.
+
+    Args:
+        need_head: the model is to be used as it is, so that head and final norm must be there.
+        key: where in the file the weights are, or several places with ``|`` between; empty looks.
+        prefix: what their names begin with, besides.
+    Raises:
+        RunError: unreadable, of another size, or without an encoder.
+    """
+    everything = model_weights(read_checkpoint(path), path, key)
+    weights = everything = {name.removeprefix(prefix): value for name, value in everything.items()}
+    for usual in ("encoder.", "backbone."):
+        inside = {name.removeprefix(usual): value for name, value in weights.items() if name.startswith(usual)}
+        weights = inside or weights
+    own = model.state_dict()
+    fitting = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
+    other = [name for name in own if name in weights and name not in fitting and not name.startswith("head.")]
+    if other or not any(name.startswith("blocks.") for name in fitting):
+        reason = (
+            f"{other[0]} is {list(weights[other[0]].shape)} there, {list(own[other[0]].shape)} here"
+            if other
+            else "no weight of it has a name of this model"
+        )
+        raise RunError(f"{path} does not fit this model: {reason}; check --model")
+    new = [name for name in own if name not in fitting]
+    left = [name for name in everything if name.removeprefix("encoder.").removeprefix("backbone.") not in fitting]
+    if [name for name in new if name.startswith(("blocks.", "patch_embed.")) or need_head]:
+        raise RunError(
+            f"{path} lacks {', '.join(new[:4])}"
+            + ("; it is not fine-tuned for this number of classes" if need_head else "")
+        )
+    model.load_state_dict(fitting, strict=False)
+    logger.info("%s: loaded %d tensors; new here: %s; left out: %s", path, len(fitting), _names(new), _names(left))
+
+
+def _names(names: list[str]) -> str:
+    """A list of names, cut short."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"
