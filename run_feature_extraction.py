@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -20,9 +21,9 @@ import torch.nn as nn
 
 import utils
 from checkpoints import check_kind, load_encoder, local_path, lock_folder
-from datasets import VideoList
 from datasets_finetune import ViewReader
 from evaluation import Evaluator
+from lists import VideoList, label_text, read_list
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
 from optim_factory import DTYPES
@@ -32,6 +33,7 @@ from utils import RunError, SharedError, logger
 # What must not change between a run and another one that goes on with it.
 CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
 SETTINGS = ("data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", *CLIP)
+WHOLE = re.compile("-?[0-9]{1,18}")
 COLUMNS = ("video", "path", "label", "file", "row", "error")
 
 
@@ -93,7 +95,7 @@ def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     with utils.user_errors():
         token_grid(args.num_frames, args.input_size, args.input_size)
-        videos = VideoList(args.data_path, None, args.data_root)
+        videos = read_list(args.data_path, label_text, args.data_root)
         videos.check_files(args.max_bad_fraction)
     return videos
 
@@ -125,7 +127,7 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
     """
     rows = np.full((len(scores), *shape), np.nan, dtype)
     indices = [score.index for score in scores]
-    paths, labels = [videos.path(index) for index in indices], videos.labels[indices]
+    paths, labels = [videos.path(index) for index in indices], [os.fsdecode(label) for label in videos.labels[indices]]
     for row, score in zip(rows, scores):
         if not score.error:
             row[:] = score.views
@@ -135,7 +137,8 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
     draft = path.with_suffix(".tmp")
     with open(draft, "wb") as file:
         if path.suffix == ".npz":
-            np.savez(file, features=rows, labels=labels, paths=paths)
+            numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
+            np.savez(file, features=rows, labels=numbers, paths=paths)
         else:
             np.save(file, rows)
         file.flush()
@@ -169,7 +172,9 @@ def main(args: argparse.Namespace) -> int:
     model = Features(encoder, args.features).to(device)
     segments, crops = args.num_segment, args.num_crop
     views = ViewReader(args.sampling, segments, crops, args.input_size, args.num_frames, args.sampling_rate)
-    evaluator = Evaluator(device, precision, 0, VideoList, views, views, args.num_workers, args.worker_timeout)
+    evaluator = Evaluator(
+        device, precision, 0, lambda name: videos, views, views, args.num_workers, args.worker_timeout
+    )
 
     t, h, w = token_grid(args.num_frames, args.input_size, args.input_size)
     shape = (segments * crops, *{"mean": (), "time": (t,), "token": (t * h * w,)}[args.features], encoder.embed_dim)

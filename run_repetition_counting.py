@@ -20,7 +20,14 @@ from torch.utils.data import DataLoader
 import utils
 from checkpoints import Position, check_kind, find_resume, load_encoder, load_strictly, lock_folder, restore
 from datasets import ChunkSampler, build_loader, init_worker
-from datasets_counting import AnnotationList, SegmentBatch, TrainSegments, WholeSegments, collate_segments
+from datasets_counting import (
+    AnnotationList,
+    SegmentBatch,
+    TrainSegments,
+    WholeSegments,
+    collate_segments,
+    read_annotations,
+)
 from evaluation import unbatched
 from modeling_counting import (
     Prediction,
@@ -186,7 +193,7 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
 
 def read_split(args: argparse.Namespace, name: str) -> AnnotationList:
     """The annotations `train` or `val`."""
-    return AnnotationList(os.path.join(args.data_path, name), args.data_root)
+    return read_annotations(os.path.join(args.data_path, name), args.data_root)
 
 
 def find_problems(args: argparse.Namespace) -> Problems:

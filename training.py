@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader
 import checkpoints
 import utils
 from checkpoints import Position
-from datasets import Batch, ChunkSampler, VideoDataset, VideoList
+from datasets import Batch, ChunkSampler, VideoDataset
+from lists import VideoList
 from optim_factory import Stepper
 from options import Settings
 from utils import RunError, StepMeter, logger

@@ -11,13 +11,13 @@ import av
 import numpy as np
 import pytest
 from fixtures_data_tools import start
-from fixtures_video import source_frames, write_list, write_mp4
+from fixtures_video import source_frames, video_list, write_list, write_mp4
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
 import data_tools
 
-from datasets import SpeedCheck, VideoList
+from datasets import SpeedCheck
 from utils import RunError
 from video_speed import slow_reasons
 
@@ -187,7 +187,7 @@ def test_full_decodes_every_frame(odd_videos, monkeypatch):
 def warnings_of(tmp_path, caplog, videos, seconds=60):
     """What a SpeedCheck of these videos has to tell."""
     with caplog.at_level(logging.WARNING, "smile"):
-        SpeedCheck(VideoList(write_list(tmp_path / "look.csv", videos)), 224, seconds=seconds).tell()
+        SpeedCheck(video_list(write_list(tmp_path / "look.csv", videos)), 224, seconds=seconds).tell()
     return caplog.messages
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from fixtures_video import write_list
+from fixtures_video import video_list, write_list
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from datasets import VideoList
 from datasets_finetune import EvalDataset, ViewReader
 from engine_for_finetuning import erase, mix
 from evaluation import Evaluator
@@ -138,7 +137,7 @@ def test_a_few_rates_of_vit_b():
 def evaluator(clips, broken, tmp_path):
     """Of five good videos and one that is none."""
     names = [*list(clips.values())[:3], broken["text"], *list(clips.values())[3:5]]
-    lists = {name: VideoList(write_list(tmp_path / name, names, 2), 4) for name in ("val.csv", "test.csv")}
+    lists = {name: video_list(write_list(tmp_path / name, names, 2), 4) for name in ("val.csv", "test.csv")}
     reader = {"sampling": "dense", "size": 32, "num_frames": 4, "stride": 2}
     return Evaluator(
         torch.device("cpu"),

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures_video import video_list
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import make_lists
 
-from datasets import VideoList
 from utils import RunError
 
 
@@ -396,7 +396,7 @@ def test_paths_are_absolute_and_training_reads_them(make, tmp_path):
         videos=["a.avi", "wave/b b.avi"],
         relative=False,
     )
-    videos = VideoList(str(tmp_path / "out" / "test.csv"), 1)
+    videos = video_list(str(tmp_path / "out" / "test.csv"), 1)
     assert videos.path(0) == str(tmp_path / "my videos" / "wave" / "b b.avi") and videos.labels.tolist() == [0]
 
 

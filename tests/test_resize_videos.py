@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 from fixtures_data_tools import SIZE, start
-from fixtures_video import decode_all, source_frames, write_list, write_mp4
+from fixtures_video import decode_all, source_frames, video_list, write_list, write_mp4
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import data_tools
@@ -20,7 +20,6 @@ import resize_videos
 from data_tools import Unusable, read_list
 from video_writing import Settings, verify
 
-from datasets import VideoList
 from utils import RunError
 from video_speed import slow_reasons
 from video_transforms import VideoError, read_frames
@@ -206,7 +205,7 @@ def test_paths_relative_to_a_root_and_names_that_differ_in_the_suffix(tmp_path, 
     where = [str(tmp_path / "l.csv"), "--output", str(tmp_path / "out"), "--data_root", str(tmp_path / "data")]
     resize_videos.main([*where, "--root", str(tmp_path / "data"), "--relative"])
     assert (tmp_path / "out" / "l.csv").read_text() == "deep/x.mp4.mp4 0\ndeep/x.avi.mp4 1\n"
-    videos = VideoList(str(tmp_path / "out" / "l.csv"), data_root=str(tmp_path / "out" / "videos"))
+    videos = video_list(str(tmp_path / "out" / "l.csv"), data_root=str(tmp_path / "out" / "videos"))
     assert read_frames(videos.path(1), EVERY).shape == (24, 64, 80, 3)
 
 
