@@ -65,7 +65,7 @@ class VideoList:
     def path(self, index: int) -> str:
         """Path of a video."""
         path = os.path.join(self.data_root, os.fsdecode(self.paths[index]))
-        return path if ":" not in path or os.path.isabs(path) else os.path.join(".", path)  # `a:b` would be a protocol
+        return os.path.join(".", path) if ":" in path.partition("/")[0] else path  # `a:b` would be a protocol
 
     def where(self, index: int) -> str:
         """The place of a video in the list file, for messages."""
@@ -217,8 +217,7 @@ def split_lines(text: bytes, numbers: np.ndarray, path: str) -> Block | None:
     bad = np.flatnonzero((spaces <= starts) | (spaces >= ends))
     if len(bad):
         line = os.fsdecode(text[starts[bad[0]] : ends[bad[0]]])[:80]
-        reason = "is not `path label`, with a space between (-1 where there is no label)"
-        raise ValueError(f"{path}, line {numbers[bad[0]]}: {line!r} {reason}")
+        raise ValueError(f"{path}, line {numbers[bad[0]]}: {line!r} is not `path label`, with a space between")
     return Block(text, starts, spaces, ends, numbers)
 
 

@@ -18,6 +18,7 @@ from modeling_image import find_encoder
 from options import Problems
 from video_transforms_finetune import TrainAugmentation
 
+LIST_SUFFIXES = (".csv", ".txt", ".list", ".lst", ".tsv")  # other files that --predict names are videos
 TEXT = """Fine-tune or probe a SMILE encoder for classification, and test it.
 
 scripts/finetune/ and scripts/test/ hold the recipes. Without further flags it fine-tunes, then tests the best
@@ -108,7 +109,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     stages = "what processes share out: 0 nothing, 1 optimizer state, 2 gradients too"
     deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
     argv = sys.argv[1:] if argv is None else argv
-    argv = [f"./{word}" if word.startswith("-") and os.path.isfile(word) else word for word in argv]  # no option
+    is_file = lambda word: word.lower().endswith(VIDEO_SUFFIXES) or os.path.isfile(word)
+    argv = [f"./{word}" if word.startswith("-") and is_file(word) else word for word in argv]  # it is no option
     args = options.parse(parser, argv)
     if args.linear_probe_recipe == "sigma":  # what it has other than fine-tuning
         parser.set_defaults(epochs=30, num_sample=2, warmup_lr=1e-6)
@@ -136,21 +138,18 @@ def predict_videos(args: argparse.Namespace) -> VideoList:
         if os.path.isdir(name):
             found = find_files(name, VIDEO_SUFFIXES)
             if not found:
-                raise ValueError(
-                    f"--predict {name}: {frames_in(name) or 'no videos in it'} ({' '.join(VIDEO_SUFFIXES)})"
-                )
+                why = frames_in(name) or f"no videos in it ({' '.join(VIDEO_SUFFIXES)})"
+                raise ValueError(f"--predict {name}: {why}")
             paths += found
-        elif name.lower().endswith((".csv", ".txt", ".list", ".lst", ".tsv")):
+        elif not os.path.isfile(name):
+            raise ValueError(f"--predict {name}: {why_missing(name)}")
+        elif name.lower().endswith(LIST_SUFFIXES):
             videos = read_list(name, any_label, args.data_root)
+            videos.check_files(args.max_bad_fraction)
             paths += [videos.path(index) for index in range(len(videos))]
         else:
             paths.append(name)
-    videos = list_of("--predict", paths)
-    for index in range(len(videos)) if len(args.predict) == len(paths) else ():
-        if not os.path.isfile(videos.path(index)):
-            raise ValueError(f"--predict {paths[index]}: {why_missing(paths[index])}")
-    videos.check_files(args.max_bad_fraction)
-    return videos
+    return list_of("--predict", paths)
 
 
 def num_classes(args: argparse.Namespace) -> int:

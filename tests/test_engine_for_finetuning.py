@@ -16,6 +16,7 @@ from timm.data.random_erasing import RandomErasing
 from datasets_finetune import EvalDataset, ViewReader
 from engine_for_finetuning import erase, mix
 from evaluation import Evaluator
+from lists import list_of
 from modeling_finetune import MODELS, Size, VisionTransformer
 from optim_factory import Stepper, build_optimizer, parameter_groups
 from utils import RunError
@@ -191,14 +192,14 @@ def test_a_test_reports_what_its_files_hold(evaluator, model, tmp_path):
 
 def test_predict_names_the_classes_from_the_likeliest_on(evaluator, model, clips, broken, capsys):
     path = str(clips["bikes.mp4"])
-    assert evaluator.predict(model, path) == 0
+    assert evaluator.predict(model, list_of("--predict", [path])) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     sample = {"index": 0, "views": evaluator.test_views(path), "error": ""}
     mean = evaluator.scores(model, [sample], "")[0].views.mean(axis=0)
     assert [row[1] for row in rows] == ["abcd"[c] for c in np.argsort(-mean)] and len(rows) == 4
     assert [float(row[0]) for row in rows] == pytest.approx(sorted(mean, reverse=True), abs=1e-4)
-    with pytest.raises(RunError, match="--predict .*text.mp4"):
-        evaluator.predict(model, str(broken["text"]))
+    with pytest.raises(RunError, match="--predict: no video could be read, the first: .*text.mp4"):
+        evaluator.predict(model, list_of("--predict", [str(broken["text"])]))
 
 
 def test_a_model_without_a_number_is_wrong(evaluator, model):

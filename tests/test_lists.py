@@ -11,8 +11,9 @@ from fixtures_video import video_list, write_list
 
 import lists
 from datasets_finetune import find_several
-from lists import any_label, label_text, read_list, read_text
+from lists import label_text, read_list, read_text
 from metrics import class_label, label_classes, read_actions
+from run_smile_pretraining import get_args, read_videos
 
 pytest_plugins = "fixtures_video"
 TEXT = "a.mp4 0\n\n  b c.avi  1 \n\xe9t\xe9.mp4 2\n"
@@ -176,7 +177,7 @@ def test_more_than_path_and_label(clips, tmp_path, line):
 
 def test_labels_that_are_not_needed_may_be_anything(tmp_path):
     (tmp_path / "list.csv").write_text("a b.mp4 92:0.10-0.60,147:0.00-0.90\nc.mp4 -\nd.mp4 playing_guitar\ne.mp4 3\n")
-    videos = read_list(str(tmp_path / "list.csv"), any_label)
+    videos = read_videos(get_args(["--data_path", str(tmp_path / "list.csv")]))  # of pretraining
     assert [videos.path(i) for i in range(4)] == ["a b.mp4", "c.mp4", "d.mp4", "e.mp4"]
     assert videos.labels.tolist() == [-1] * 4
     read_list(str(tmp_path / "list.csv"), label_text).write(str(tmp_path / "again.csv"))

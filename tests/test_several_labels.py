@@ -3,6 +3,7 @@ and the program: fine-tuning, probes, neighbours and the test, in one process an
 """
 
 import csv
+import re
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,8 @@ from lists import read_list
 from metrics import SeveralLabels, VideoScore, average_precision, judge, read_actions
 from modeling_finetune import MODELS
 from modeling_probe import ProbeLoss, nearest_neighbours
+from options_finetune import find_problems, get_args, read_data_list, task
+from run_class_finetuning import build_loss, build_train_set
 from video_transforms_finetune import TrainAugmentation
 
 pytest_plugins = "fixtures_finetuning"
@@ -109,6 +112,23 @@ def test_clips_are_labelled_by_their_seconds(tmp_path, rate, codec):
         assert (seen == np.arange(max(1, indices[0]), indices[1] + 1)).all()
         firsts[int(seen[0])] += 1
     assert len(firsts) > 3
+
+
+@pytest.mark.parametrize("labels", ["0,2", "2:0.1-0.9", "0:0.1-0.9,2"])
+def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
+    """Of any of them: with several labels all are read so, with seconds or without."""
+    names = [clips["bikes.mp4"], clips["bunny.mp4"]]
+    for name, texts in (("train.csv", ["1", labels]), ("val.csv", ["1", "0"]), ("test.csv", ["-1", "-1"])):
+        write_lines(tmp_path, [f"{path} {text}" for path, text in zip(names, texts)], name)
+    args = get_args(["--data_set", "custom", "--nb_classes", "3", "--data_path", str(tmp_path), *PLAIN])
+    assert isinstance(task(args), SeveralLabels) and find_problems(args).found == []
+    assert args.several_labels == f"{tmp_path}/train.csv, line 2: {labels}"
+    assert task(args).targets(read_data_list(args, "val.csv").labels).tolist() == [[0, 1, 0], [1, 0, 0]]
+    sample = build_train_set(args)[0, 1]
+    assert sample["extra"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
+    assert isinstance(build_loss(args, (torch.zeros(3), torch.ones(3)))[0], torch.nn.BCEWithLogitsLoss)
+    write_lines(tmp_path, [f"{names[0]} 0,3"], "val.csv")
+    assert "val.csv, line 1: label 3 is not in [0, 3)" in find_problems(args).found[0]
 
 
 # Average precision ----------------------------------------------------------------------------------------------
@@ -273,7 +293,7 @@ def test_frozen_encoders(run, charades, tmp_path, how):
 
 
 def test_predict_prints_the_likeliest_classes(run, charades, trained):
-    best = ["--finetune", trained / "checkpoint-best.pth", "--predict", charades[-1] / "1.mp4"]
+    best = ["--finetune", trained / "checkpoint-best.pth", "--predict", charades[-1] / "1.mp4", "--output_dir", trained]
     found = run(*charades, *TRAIN, *best)
     rows = [line.split() for line in found.out.splitlines() if line[:2] in ("0.", "1.")]
     with np.load(trained / "test_predictions.npz") as file:
