@@ -138,6 +138,12 @@ def test_npz_files_stand_alone(extract, videos, tmp_path):
     np.testing.assert_array_equal(np.concatenate([file["features"] for file in files]), features_of(tmp_path / "npy"))
     assert [str(path) for file in files for path in file["paths"]] == [str(path) for path in videos[1]]
     assert [label for file in files for label in file["labels"]] == [5] * 7
+    others = [f"{path} {label}" for path, label in zip(videos[1], ["guitar", "92:0.1-0.6,147:0-1", *"-012-"])]
+    (tmp_path / "any.csv").write_text("\n".join(others))
+    assert extract(tmp_path / "any", "--format", "npz", "--data_path", tmp_path / "any.csv").code == 0
+    with np.load(tmp_path / "any" / "features-00000.npz") as file:
+        assert [f"{path} {label}" for path, label in zip(file["paths"], file["labels"])] == others
+    assert [f"{entry['path']} {entry['label']}" for entry in index_of(tmp_path / "any")] == others
 
 
 def test_a_folder_takes_features_of_one_kind_only(extract, tmp_path):
