@@ -1,16 +1,12 @@
-"""From a line of a list to a batch of clips with masks: lists, the pretraining dataset, order, loader.
+"""From a line of a list to a batch of clips with masks: the pretraining dataset, order, loader.
 
-Lists have a line ``path label`` for each video. Samples are drawn by the key (epoch, index), which together with
+Lists are read in lists.py. Samples are drawn by the key (epoch, index), which together with
 the run's seed seeds the one Generator that goes to frame sampling, crop, overlay and mask: a clip is the same
 whatever the number of workers or processes, and after a resume. Clips stay uint8 until they are on the device.
 Labelled data sets are in datasets_finetune.py.
 """
 
-import copy
-import glob
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from lists import VideoList, find_files, list_of
 from masking_generator import MaskGenerator
 from object_overlay import IMAGE_SUFFIXES, ObjectOverlay
 from utils import RunError, logger
@@ -39,133 +36,16 @@ Key = tuple[int, int]  # epoch, index
 # Lists ----------------------------------------------------------------------------------------------------------
 
 
-def check_class(number: int, num_classes: int | None, where: str) -> int:
-    """A class number, which must lie in [0, num_classes); None does not look.
-
-    Raises:
-        ValueError: it does not; the message begins with `where`.
-    """
-    if num_classes is not None and not 0 <= number < num_classes:
-        raise ValueError(f"{where}: label {number} is not in [0, {num_classes})")
-    return number
-
-
-class VideoList:
-    """Paths and labels of a list file.
-
-    Paths are kept as one array of bytes, which forked loader workers share without copying.
-
-    Args:
-        path: text file with ``path label`` a line, separated by the line's last space.
-        num_classes: labels must lie in [0, num_classes); None does not look.
-        data_root: folder that relative paths start from.
-    Raises:
-        ValueError: no such file, empty, or a line that is not ``path label``, named by its number.
-    """
-
-    LABEL = "a whole number"
-
-    def __init__(self, path: str, num_classes: int | None = None, data_root: str = ""):
-        if not os.path.isfile(path):
-            raise ValueError(f"{path}: no such list file")
-        paths, labels, lines = [], [], []
-        try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as a list, a text file ({str(error)[:80]})") from error
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            name, _, text = line.strip().rpartition(" ")
-            label = self.read_label(text, num_classes, f"{path}, line {number}") if name else None
-            if label is None:
-                raise ValueError(
-                    f"{path}, line {number}: {line.strip()[:80]!r} is not `path label` "
-                    f"(one space between, the label {self.LABEL})"
-                )
-            paths.append(os.fsencode(os.path.join(data_root, name.strip())))
-            labels.append(label)
-            lines.append(number)
-        if not paths:
-            raise ValueError(f"{path}: the list is empty")
-        self.source, self._paths, self.labels, self._lines = path, np.array(paths), np.array(labels), np.array(lines)
-
-    def read_label(self, text: str, num_classes: int | None, where: str) -> Any:
-        """The label that a line ends with, or None if that is none.
-
-        Raises:
-            ValueError: it is not among the classes; the message begins with `where`.
-        """
-        return check_class(int(text), num_classes, where) if re.fullmatch(r"-?[0-9]+", text) else None
-
-    def label_text(self, index: int) -> str:
-        """The label as a line has it."""
-        return str(self.labels[index])
-
-    def shows(self, index: int, label: int) -> bool:
-        """Whether a video is of a class."""
-        return bool(self.labels[index] == label)
-
-    def clip_label(self, index: int, clip: Clip) -> Any:
-        """The label of a part of a video."""
-        return self.labels[index]
-
-    @classmethod
-    def of(cls, source: str, paths: list[str]) -> "VideoList":
-        """A list that stands in no file; messages call it `source`."""
-        videos = cls.__new__(cls)
-        videos.source, videos._paths = source, np.array([os.fsencode(path) for path in paths])
-        videos.labels, videos._lines = np.full(len(paths), -1), np.arange(len(paths))
-        return videos
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def path(self, index: int) -> str:
-        """Path of a video."""
-        return os.fsdecode(self._paths[index])
-
-    def where(self, index: int) -> str:
-        """The place of a video in the list file, for messages."""
-        return f"{self.source}, line {self._lines[index]}"
-
-    def subset(self, indices: np.ndarray) -> "VideoList":
-        """The list of these videos alone."""
-        part = copy.copy(self)
-        part._paths, part.labels, part._lines = self._paths[indices], self.labels[indices], self._lines[indices]
-        return part
-
-    def check_files(self, max_bad_fraction: float, look_at: int = 200) -> None:
-        """Look for some of the files, evenly over the list, so that a wrong folder shows before anything is computed.
-
-        Raises:
-            ValueError: more than this fraction of them is missing.
-        """
-        looked = np.unique(np.linspace(0, len(self) - 1, look_at).astype(int))
-        missing = [index for index in looked if not os.path.isfile(self.path(index))]
-        if len(missing) > max_bad_fraction * len(looked):
-            raise ValueError(
-                f"{self.where(missing[0])}: no such file: {self.path(missing[0])} "
-                f"({len(missing)} of {len(looked)} looked for are missing, more than --max_bad_fraction "
-                f"{max_bad_fraction}); relative paths start from --data_root"
-            )
-
-    def write(self, path: str) -> None:
-        """Write it as a list file."""
-        Path(path).write_text("".join(f"{self.path(i)} {self.label_text(i)}\n" for i in range(len(self))))
-
-
 def find_images(folder: str) -> VideoList:
     """The images in a folder and all below it, as a list.
 
     Raises:
         ValueError: none, or no such folder.
     """
-    found = glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True) if folder else []
-    paths = sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))
+    paths = find_files(folder, IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(f"--data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
-    return VideoList.of(folder, paths)
+    return list_of(folder, paths)
 
 
 class VideoCheck:

@@ -1,6 +1,5 @@
 """Videos with annotated repetitions: UCFRep's .mat files, whole segments to count, parts of them to train on."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 
-from datasets import Key, VideoDataset, VideoList, VideoStream, sample_rng
+from datasets import Key, VideoDataset, VideoStream, sample_rng
+from lists import VideoList, list_of
 from modeling_counting import MIN_CYCLES
 from utils import RunError
 from video_reader import VideoError, read_clip
@@ -59,8 +59,22 @@ def read_annotation(path: Path, video: str) -> Annotation:
     return Annotation(video, min(first, int(bounds[0])), max(last, int(bounds[-1])), bounds.astype(int))
 
 
+@dataclass(frozen=True)
 class AnnotationList(VideoList):
-    """The videos with an annotation in a folder, by name; the label of each is its number of cycles.
+    """Videos with their annotations, in one order; the label of each is its number of cycles."""
+
+    annotations: tuple[Annotation, ...] = ()
+
+    def path(self, index: int) -> str:
+        """Path of a video; the number of a training sample goes round the list."""
+        return super().path(index % len(self))
+
+    def __getitem__(self, index: int) -> Annotation:
+        return self.annotations[index % len(self)]
+
+
+def read_annotations(folder: str, root: str) -> AnnotationList:
+    """The videos with an annotation in a folder, by name.
 
     Args:
         root: where videos lie, at most one folder deep. Their folders may be called anything: UCF101 itself has
@@ -68,29 +82,19 @@ class AnnotationList(VideoList):
     Raises:
         ValueError: no annotation, one that is something else, or one without video.
     """
-
-    def __init__(self, folder: str, root: str):
-        files = sorted(Path(folder).glob("*.mat"))
-        if not files:
-            raise ValueError(f"{folder}: no annotations there (*.mat)")
-        videos = {path.stem: str(path) for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))}
-        missing = [file.stem for file in files if file.stem not in videos]
-        if missing:
-            raise ValueError(
-                f"{folder}: {len(missing)} of {len(files)} videos are not in --data_root {root}, "
-                f"the first: {missing[0]}"
-            )
-        self.source, self._lines = folder, np.arange(len(files))
-        self._paths = np.array([os.fsencode(videos[file.stem]) for file in files])
-        self._annotations = {videos[file.stem]: read_annotation(file, videos[file.stem]) for file in files}
-        self.labels = np.array([annotation.count for annotation in self._annotations.values()])
-
-    def path(self, index: int) -> str:
-        """Path of a video; the number of a training sample goes round the list."""
-        return super().path(index % len(self))
-
-    def __getitem__(self, index: int) -> Annotation:
-        return self._annotations[self.path(index)]
+    files = sorted(Path(folder).glob("*.mat"))
+    if not files:
+        raise ValueError(f"{folder}: no annotations there (*.mat)")
+    videos = {path.stem: str(path) for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))}
+    missing = [file.stem for file in files if file.stem not in videos]
+    if missing:
+        raise ValueError(
+            f"{folder}: {len(missing)} of {len(files)} videos are not in --data_root {root}, the first: {missing[0]}"
+        )
+    annotations = tuple(read_annotation(file, videos[file.stem]) for file in files)
+    listed = list_of(folder, [annotation.video for annotation in annotations])
+    counts = np.array([annotation.count for annotation in annotations])
+    return AnnotationList(folder, listed.paths, counts, listed.lines, annotations=annotations)
 
 
 def pad_to_square(frame: np.ndarray, side: int) -> np.ndarray:

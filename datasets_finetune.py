@@ -4,21 +4,21 @@ What depends on the data set (classes, mirroring, sampling, views of the test) s
 to be remembered. Lists and decoding are in datasets.py.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 
-from datasets import Key, Sample, VideoDataset, VideoList, VideoStream, check_class, read_or_replace, sample_rng
-from utils import RunError
-from video_reader import Clip, InexactError, VideoError, open_video, read_clip
+from datasets import Key, Sample, VideoDataset, VideoStream, read_or_replace, sample_rng
+from lists import VideoList, read_blocks, read_list, read_text
+from metrics import SeveralLabels
+from video_reader import Clip, InexactError, Span, VideoError, open_video, read_clip
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
-ACTION = re.compile(r"(\d+):(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")  # class, from and to which second
 SEVERE_SEED = 99999
 
 # Data sets ------------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ class DataSet:
     """What depends on the data set and so is no flag that could be forgotten.
 
     Args:
-        multi_label: a video shows several classes, each for some seconds (ActionList).
+        multi_label: a video shows several classes, each for some seconds; the lists of custom data sets may, too.
         combine: mean | max: how the scores of the views of a test become one.
         ending: of the names of its lists in place of ``.csv``, in a folder that has such lists.
         train_videos: length of the list that SEVERE draws --examples from; 0: it draws from others.
@@ -46,14 +46,11 @@ class DataSet:
     ending: str = ".csv"
     train_videos: int = 0
 
-    def read_list(self, folder: str, name: str, num_classes: int | None, data_root: str = "") -> VideoList:
-        """The list of a folder that is called `name`, such as ``val.csv``; see VideoList."""
+    def list_path(self, folder: str, name: str) -> str:
+        """The list of a folder that is called `name`, such as ``val.csv``."""
         if any(Path(folder).glob(f"*{self.ending}")):
             name = name.removesuffix(".csv") + self.ending
-        if self.multi_label:
-            assert self.num_classes
-            return ActionList(str(Path(folder, name)), num_classes or self.num_classes, data_root)
-        return VideoList(str(Path(folder, name)), num_classes, data_root)
+        return str(Path(folder, name))
 
 
 DATA_SETS = {
@@ -79,66 +76,29 @@ DATA_SETS = {
 # Lists ----------------------------------------------------------------------------------------------------------
 
 
-class ActionList(VideoList):
-    """A list whose videos show any number of classes, each for some seconds: ``path 92:11.90-21.20,147:0-12.60``.
+def find_several(paths: list[str]) -> str:
+    """The place of the first line of these lists with several labels, or a form that only these have; '' if none."""
+    for path in filter(os.path.isfile, paths):
+        try:
+            for block in read_blocks(path):
+                for number, label in zip(block.numbers, block.labels()):
+                    if b"," in label or b":" in label or label == b"-":
+                        return f"{path}, line {number}: {os.fsdecode(label)[:80]}"
+        except ValueError:  # told where the list is read
+            continue
+    return ""
 
-    Attributes:
-        labels: the classes of the whole videos, 0 or 1, float32 ``[n, C]``.
-        actions: class, first and last second of each action of each video, float64 ``[A, 3]``.
-    """
 
-    LABEL = "classes with their seconds, such as `92:11.90-21.20,147:0.00-12.60`, or `-` where nothing is done"
+class ActionList:
+    """A list with labels in seconds, as Charades has them, and the labels of clips of its videos; for scripts."""
 
     def __init__(self, path: str, num_classes: int, data_root: str = ""):
-        self.num_classes, self.actions = num_classes, list[np.ndarray]()
-        super().__init__(path, num_classes, data_root)
-
-    def read_label(self, text: str, num_classes: int | None, where: str) -> np.ndarray | None:
-        """The classes of a whole video, 0 or 1, ``[C]``; its actions are noted. None if that is no label.
-
-        Raises:
-            ValueError: a class that there is not, or an action that ends before it starts.
-        """
-        actions = []
-        for action in [] if text == "-" else text.split(","):
-            parsed = ACTION.fullmatch(action)
-            if not parsed:
-                return None
-            start, end = float(parsed[2]), float(parsed[3])
-            if start > end:
-                raise ValueError(f"{where}: {action} ends before it starts")
-            actions.append((check_class(int(parsed[1]), num_classes, where), start, end))
-        self.actions.append(np.array(actions, dtype=np.float64).reshape(-1, 3))
-        return self.label_between(-1, 0.0, np.inf)
-
-    def label_text(self, index: int) -> str:
-        return ",".join(f"{label:.0f}:{start}-{end}" for label, start, end in self.actions[index]) or "-"
-
-    def shows(self, index: int, label: int) -> bool:
-        return bool(self.labels[index, label] > 0)
+        self.task = SeveralLabels(num_classes=num_classes, needs_seconds=True)
+        self.videos = read_list(path, self.task.parse_label, data_root)
 
     def clip_label(self, index: int, clip: Clip) -> np.ndarray:
-        """The classes seen between the first and the last frame of a clip, 0 or 1, float32 ``[C]``.
-
-        Raises:
-            RunError: the video has neither time stamps nor a frame rate.
-        """
-        if not np.isfinite(clip.seconds).all():
-            remedy = "scripts/data/resize_videos.py writes them"
-            raise RunError(f"{self.path(index)} has no time stamps, which labels in seconds need; {remedy}")
-        return self.label_between(index, clip.seconds[0], clip.seconds[-1])
-
-    def label_between(self, index: int, start: float, end: float) -> np.ndarray:
-        """The classes seen at any moment from one second to another, 0 or 1, float32 ``[C]``."""
-        label, actions = np.zeros(self.num_classes, np.float32), self.actions[index]
-        label[actions[(actions[:, 1] <= end) & (actions[:, 2] >= start), 0].astype(int)] = 1
-        return label
-
-    def subset(self, indices: np.ndarray) -> "ActionList":
-        part = super().subset(indices)
-        assert isinstance(part, ActionList)
-        part.actions = [self.actions[index] for index in indices]
-        return part
+        """See SeveralLabels.clip_label."""
+        return self.task.clip_label(self.videos, index, clip)
 
 
 def severe_subset(videos: VideoList, examples: int, num_classes: int) -> VideoList:
@@ -183,7 +143,7 @@ def read_class_names(folder: str, num_classes: int) -> list[str] | None:
     file = Path(folder) / "classes.txt"
     if not file.is_file():
         return None
-    names = file.read_text().splitlines()
+    names = read_text(file).rstrip().splitlines()
     if len(names) != num_classes:
         raise ValueError(f"{file} has {len(names)} lines, but there are {num_classes} classes")
     return names
@@ -243,6 +203,7 @@ class FinetuneDataset(VideoDataset):
     """Labelled training clips: decode, augment.
 
     Args:
+        clip_label: list, number of a video in it, clip of it → the clip's label (metrics.Task.clip_label).
         sampling: ``dense`` (frames `stride` apart) or ``segments``.
         num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
         reader: of videos, one of READERS.
@@ -251,6 +212,7 @@ class FinetuneDataset(VideoDataset):
     def __init__(
         self,
         videos: VideoList,
+        clip_label: Callable[[VideoList, int, Clip], Any],
         augment: TrainAugmentation,
         sampling: str,
         num_frames: int = 16,
@@ -259,7 +221,8 @@ class FinetuneDataset(VideoDataset):
         seed: int = 0,
         reader: str = "pyav",
     ):
-        self.videos, self.augment, self.sampling, self.reader = videos, augment, sampling, reader
+        self.videos, self.clip_label, self.augment = videos, clip_label, augment
+        self.sampling, self.reader = sampling, reader
         self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
 
     def __getitem__(self, key: Key) -> Sample:
@@ -274,21 +237,12 @@ class FinetuneDataset(VideoDataset):
         clips = np.stack([self.augment(rng, found.frames) for _ in range(self.num_views)])
         return {
             "clips": clips,
-            "extra": np.stack([self.videos.clip_label(index, found)] * self.num_views),
+            "extra": np.stack([self.clip_label(self.videos, index, found)] * self.num_views),
             "erase": rng.integers(2**32, size=self.num_views),
             "path": self.videos.path(index),
             "bad": bad,
             "num_bad_videos": len(bad),
         }
-
-
-class Span(NamedTuple):
-    """When a temporal view of a video is shown."""
-
-    start: float  # second of its first frame
-    end: float  # second of the frame that would follow its last one
-    rate: float  # frames a second of the whole video, on average; NaN of a single frame
-    frames: int  # of the whole video
 
 
 class View(NamedTuple):

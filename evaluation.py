@@ -3,6 +3,7 @@
 What the scores amount to, and the files of a test, are in metrics.py.
 """
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +15,11 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-from datasets import VideoList, VideoStream, init_worker
+from datasets import VideoStream, init_worker
 from datasets_finetune import EvalDataset, EvalSample, Span, ViewReader
+from lists import VideoList
 from meters import RunLog
-from metrics import ONE_LABEL, Task, VideoScore, combine_views, gather_scores, judge
+from metrics import ONE_LABEL, Task, VideoScore, gather_scores, judge, predict
 from modeling_finetune import channel_stats, normalize_clips
 from modeling_probe import Encoder, MeanTokens, ProbedEncoder, nearest_neighbours
 from optim_factory import autocast
@@ -146,10 +148,12 @@ class Evaluator:
     def test(self, model: nn.Module) -> int:
         """Test on all views; see report."""
         videos = self.read_list("test.csv")
+        return self.report(self.test_scores(model, videos), videos)
+
+    def test_scores(self, model: nn.Module, videos: VideoList) -> list[VideoScore]:
+        """Class probabilities on all views of this process's videos; of probes, the best one's."""
         scores = self.scores(model, self.loader(videos, self.test_views), "test")
-        if isinstance(model, ProbedEncoder):
-            scores = [score.of_probe(model.best_probe) for score in scores]
-        return self.report(scores, videos)
+        return [score.of_probe(model.best_probe) for score in scores] if isinstance(model, ProbedEncoder) else scores
 
     def knn(self, encoder: Encoder, k: int, train: VideoList) -> int:
         """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report.
@@ -171,7 +175,7 @@ class Evaluator:
             raise RunError(f"{train.source}: none of its {len(train)} videos could be read")
         queries = features(test, "test features")
         known = torch.from_numpy(np.concatenate([score.views for score in bank]))
-        labels = torch.from_numpy(train.labels[[score.index for score in bank]])
+        labels = torch.from_numpy(self.task.targets(train.labels[[score.index for score in bank]]))
         seen = [score for score in queries if not score.error]
         asked = torch.cat([known[:0], *(torch.from_numpy(score.views) for score in seen)])
         votes = nearest_neighbours(known, labels, asked, k, self.num_classes).numpy()
@@ -179,23 +183,31 @@ class Evaluator:
         return self.report([score for score in queries if score.error] + judged, test)
 
     def report(self, scores: list[VideoScore], videos: VideoList) -> int:
-        """Metrics of a test list, from this process's scores, to console, log.txt and files. Returns the exit code."""
+        """Metrics of a test list, from this process's scores, to console, log.txt and files; of a list without labels,
+        predictions. Returns the exit code.
+        """
+        if self.task.unlabelled(videos):
+            logger.info("%s: its videos have no label (-1), so there are predictions and no accuracy", videos.source)
+            return self.report_predictions(scores, videos)
         metrics = judge(scores, videos, self.num_classes, self.output_dir, self.classes, self.task)
         logger.info("test: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         RunLog(self.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
         return 0
 
-    def predict(self, model: nn.Module, path: str) -> int:
-        """Print the five likeliest classes of a video. Returns the exit code.
+    def predict(self, model: nn.Module, videos: VideoList) -> int:
+        """Predict the classes of videos without labels, on all views of the test. Returns the exit code."""
+        return self.report_predictions(self.test_scores(model, videos), videos)
 
-        Raises:
-            RunError: it cannot be read.
-        """
-        [score] = self.scores(model, self.loader(VideoList.of("--predict", [path]), self.test_views, [0]), "predict")
-        if score.error:
-            raise RunError(f"--predict {path}: {score.error}")
-        score = score.of_probe(model.best_probe) if isinstance(model, ProbedEncoder) else score
-        [combined] = combine_views([score], self.num_classes, self.task.combine)
-        for label in np.argsort(-combined)[:5]:
-            print(f"{combined[label]:.4f}  {self.classes[label] if self.classes else label}")
+    def report_predictions(self, scores: list[VideoScore], videos: VideoList) -> int:
+        """Print the five likeliest classes of a single video; write predictions of all. Returns the exit code."""
+        combined = predict(scores, videos, self.num_classes, self.output_dir, self.classes, self.task)
+        if rank() == 0 and len(videos) == 1:
+            for label in np.argsort(-combined[0])[:5]:
+                print(f"{combined[0, label]:.4f}  {self.classes[label] if self.classes else label}")
+        logger.info(
+            "%d videos: likeliest classes in %s, scores of all %d classes in predictions.npz beside it",
+            len(videos),
+            os.path.join(self.output_dir, "predictions.csv"),
+            self.num_classes,
+        )
         return 0

@@ -5,19 +5,26 @@ differs where videos have several labels.
 """
 
 import csv
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from datasets import VideoList
-from datasets_finetune import Span
-from utils import broadcast, cpu_group, rank, warn_once, world_size
+from lists import VideoList
+from utils import RunError, broadcast, cpu_group, rank, warn_once, world_size
+from video_reader import Clip, Span
+
+TOP = 5  # classes of each video in predictions.csv
+MAX_LABEL = 2**31 - 1
+SEVERAL = "classes such as `0,2`, or with their seconds `92:11.90-21.20,147:0.00-12.60`, or `-` for none"
+ACTION = re.compile(r"(\d+)(?::(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -96,17 +103,98 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((np.diff(hits[steps], prepend=0) * hits[steps] / (steps + 1)).sum() / hits[-1])
 
 
+# Labels ---------------------------------------------------------------------------------------------------------
+
+
+def class_label(text: str, num_classes: int | None = None) -> int:
+    """A class number.
+
+    Raises:
+        ValueError: it is none, or not in [0, num_classes); None: any number is taken.
+    """
+    if not re.fullmatch(r"-?[0-9]+", text):
+        hint = "; several labels a video need --data_set Charades or custom" if re.fullmatch(r"[\d,:.-]+", text) else ""
+        raise ValueError(f"label {text!r} is not a whole number{hint}")
+    number = int(text)
+    if abs(number) > MAX_LABEL or (num_classes is not None and not 0 <= number < num_classes):
+        raise ValueError(f"label {text} is not in [0, {num_classes or MAX_LABEL})")
+    return number
+
+
+def read_actions(text: str, num_classes: int | None = None) -> np.ndarray:
+    """Class, first and last second of each label of a video, float64 ``[A, 3]``; the whole video where none are given.
+
+    Raises:
+        ValueError: not SEVERAL, a class not in [0, num_classes), or seconds that end before they start.
+    """
+    actions = []
+    for action in [] if text == "-" else text.split(","):
+        parsed = ACTION.fullmatch(action)
+        if not parsed:
+            raise ValueError(f"label {text[:80]!r} is not {SEVERAL}")
+        start, end = (float(parsed[2]), float(parsed[3])) if parsed[2] else (-np.inf, np.inf)
+        if start > end:
+            raise ValueError(f"{action} ends before it starts")
+        actions.append((class_label(parsed[1], num_classes), start, end))
+    return np.array(actions, dtype=np.float64).reshape(-1, 3)
+
+
+def label_classes(text: str) -> set[int]:
+    """The classes that a label names, in whatever form; none if it is no label."""
+    try:
+        return set(read_actions(text)[:, 0].astype(int).tolist())
+    except ValueError:
+        return set()
+
+
 @dataclass(frozen=True)
 class Task:
     """A video shows one class: softmax, cross-entropy, accuracy. What differs with several is in SeveralLabels.
 
     Args:
         combine: mean | max: how the scores of a video's views become one.
+        num_classes: labels of lists must lie in [0, num_classes); None: they are not checked.
     """
 
     combine: str = "mean"
+    num_classes: int | None = None
     metric: ClassVar[str] = "acc1"  # picks the best weights
     shown: ClassVar[tuple[str, ...]] = ("acc1", "acc5")
+    no_label: ClassVar[int | bytes] = -1  # what stands for none in VideoList.labels
+
+    def parse_label(self, text: str) -> int | str:
+        """A label of a list, as VideoList.labels keeps it.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return class_label(text, self.num_classes)
+
+    def parse_test_label(self, text: str) -> int | str | bytes:
+        """The same of a test list, where -1 stands for no label."""
+        return self.no_label if text == "-1" else self.parse_label(text)
+
+    def unlabelled(self, videos: VideoList) -> bool:
+        """Whether a test list has no labels.
+
+        Raises:
+            ValueError: some of its videos have one and some have not.
+        """
+        lacking = np.flatnonzero(videos.labels == self.no_label)
+        if 0 < len(lacking) < len(videos):
+            remedy = f"label them, or give the list to --predict, which needs no labels: --predict {videos.source}"
+            raise ValueError(
+                f"{videos.where(lacking[0])}: label -1 (none), as {len(lacking)} of {len(videos)} videos: {remedy}"
+            )
+        return len(lacking) > 0
+
+    def clip_label(self, videos: VideoList, index: int, clip: Clip) -> Any:
+        """The label of a clip of a video, for training: the video's own."""
+        return np.int64(videos.labels[index])
+
+    def targets(self, labels: np.ndarray) -> np.ndarray:
+        """Labels of whole videos as `losses` and `measure` take them."""
+        return labels.astype(np.int64)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Of the classes, ``[..., C]``."""
@@ -139,8 +227,41 @@ class Task:
 class SeveralLabels(Task):
     """A video shows any number of classes, labels ``[n, C]`` of 0 and 1: sigmoid, binary cross-entropy, mAP."""
 
+    needs_seconds: bool = False  # of each label of a list
     metric: ClassVar[str] = "map"
     shown: ClassVar[tuple[str, ...]] = ("map",)
+    no_label: ClassVar[int | bytes] = b"-1"
+
+    def parse_label(self, text: str) -> int | str:
+        """A label of a list, checked and kept as text; see lists.read_actions."""
+        actions = read_actions(text, self.num_classes)
+        if self.needs_seconds and np.isinf(actions).any():
+            raise ValueError(f"label {text[:80]!r} has no seconds, as in `92:11.90-21.20,147:0.00-12.60`")
+        return text
+
+    def clip_label(self, videos: VideoList, index: int, clip: Clip) -> np.ndarray:
+        """The classes seen between the first and the last frame of a clip, 0 or 1, float32 ``[C]``.
+
+        Raises:
+            RunError: labels have seconds, and the video has neither time stamps nor a frame rate.
+        """
+        actions = read_actions(os.fsdecode(videos.labels[index]))
+        if np.isinf(actions[:, 1]).all():
+            return self.seen(actions)
+        if not np.isfinite(clip.seconds).all():
+            remedy = "scripts/data/resize_videos.py writes them"
+            raise RunError(f"{videos.path(index)} has no time stamps, which labels in seconds need; {remedy}")
+        return self.seen(actions, clip.seconds[0], clip.seconds[-1])
+
+    def seen(self, actions: np.ndarray, start: float = -np.inf, end: float = np.inf) -> np.ndarray:
+        """The classes of actions ``[A, 3]`` seen at any moment from one second to another, float32 ``[C]``."""
+        assert self.num_classes
+        label = np.zeros(self.num_classes, np.float32)
+        label[actions[(actions[:, 1] <= end) & (actions[:, 2] >= start), 0].astype(int)] = 1
+        return label
+
+    def targets(self, labels: np.ndarray) -> np.ndarray:
+        return np.stack([self.seen(read_actions(os.fsdecode(label))) for label in labels])
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()
@@ -168,11 +289,6 @@ class SeveralLabels(Task):
 ONE_LABEL = Task()
 
 
-def task_of(multi_label: bool, combine: str = "mean") -> Task:
-    """What labels mean in a data set."""
-    return SeveralLabels(combine) if multi_label else Task(combine)
-
-
 def judge(
     scores: list[VideoScore],
     videos: VideoList,
@@ -192,7 +308,7 @@ def judge(
     scores, metrics = gather_scores(scores), None
     if rank() == 0:
         combined = combine_views(scores, num_classes, task.combine)
-        metrics = task.measure(combined, videos.labels[[score.index for score in scores]])
+        metrics = task.measure(combined, task.targets(videos.labels[[score.index for score in scores]]))
         unreadable = [score for score in scores if score.error]
         for score in unreadable:
             warn_once(f"counted as wrong, {videos.path(score.index)} could not be read: {score.error}")
@@ -202,11 +318,53 @@ def judge(
             "unreadable": len(unreadable),
         }
         if output_dir:
-            write_predictions(Path(output_dir), scores, combined, videos, classes, task)
+            write_test(Path(output_dir), scores, combined, videos, classes, task)
     return broadcast(metrics)
 
 
-def write_predictions(
+def predict(
+    scores: list[VideoScore],
+    videos: VideoList,
+    num_classes: int,
+    output_dir: str = "",
+    classes: list[str] | None = None,
+    task: Task = ONE_LABEL,
+) -> np.ndarray:
+    """Scores of unlabelled videos, combined over views, in the first process; NaN where a video could not be read.
+
+    It writes ``predictions.csv``, the likeliest classes of each video, and ``predictions.npz``, the scores of all.
+
+    Args:
+        output_dir: where to write them; empty: the folder of work.
+        classes: names, in place of numbers in the table.
+    Returns:
+        ``[n, C]``; of other processes without rows.
+    Raises:
+        RunError: not one video could be read.
+    """
+    scores = gather_scores(scores)
+    unreadable = [score for score in scores if score.error]
+    for score in unreadable[: len(scores) - 1]:
+        warn_once(f"no prediction, {videos.path(score.index)} could not be read: {score.error}")
+    failed = rank() == 0 and len(unreadable) == len(scores)
+    if reason := broadcast(f"{videos.path(scores[0].index)}: {scores[0].error}" if failed else ""):
+        raise RunError(f"{videos.source}: no video could be read, the first: {reason}")
+    if rank() != 0:
+        return np.empty((0, num_classes))
+    combined = combine_views(scores, num_classes, task.combine)
+    paths, places = [videos.path(score.index) for score in scores], range(1, min(TOP, num_classes) + 1)
+    with open(Path(output_dir, "predictions.csv"), "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", *(f"{head}{place}" for place in places for head in ("class", "score"))])
+        for score, path, row in zip(scores, paths, combined):
+            best = np.argsort(-row, kind="stable")[: 0 if score.error else TOP]
+            table.writerow([path, *(cell for c in best for cell in (classes[c] if classes else c, f"{row[c]:.4f}"))])
+    names = classes or [str(c) for c in range(num_classes)]
+    np.savez(Path(output_dir, "predictions.npz"), video=paths, scores=combined.astype(np.float32), classes=names)
+    return combined
+
+
+def write_test(
     folder: Path,
     scores: list[VideoScore],
     combined: np.ndarray,
@@ -220,7 +378,7 @@ def write_predictions(
     for row, score in zip(views, scores):
         if len(score.views):
             row[:] = score.views
-    labels = videos.labels[[score.index for score in scores]]
+    labels = task.targets(videos.labels[[score.index for score in scores]])
     np.savez(
         folder / "test_predictions.npz",
         video=[videos.path(score.index) for score in scores],

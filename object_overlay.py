@@ -43,7 +43,7 @@ def find_objects(root: str, objects_list: str | None = None) -> list[str]:
     if not os.path.isdir(root):
         raise ValueError(f"--objects_path {root}: no such folder (expected <category>/<name>.png below it)")
     if objects_list:
-        found = [line.strip() for line in Path(objects_list).read_text().splitlines() if line.strip()]
+        found = [line.strip() for line in Path(objects_list).read_text("utf-8-sig").splitlines() if line.strip()]
         for name in found:
             if os.path.isabs(name) or ".." in Path(name).parts:
                 raise ValueError(f"--objects_list {objects_list}: {name!r} leaves the objects folder")

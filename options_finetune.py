@@ -6,17 +6,19 @@ datasets_finetune.py.
 
 import argparse
 import os
+import sys
 
 import options
-from datasets import VideoList
-from datasets_finetune import DATA_SETS, read_class_names
-from metrics import Task, task_of
+from datasets_finetune import DATA_SETS, find_several, read_class_names
+from lists import VIDEO_SUFFIXES, VideoList, any_label, find_files, frames_in, list_of, read_list, why_missing
+from metrics import SeveralLabels, Task
 from modeling_finetune import MODELS, token_grid
 from modeling_image import find_encoder
 from options import Problems
 from video_transforms_finetune import TrainAugmentation
 from weights import check_kind
 
+LIST_SUFFIXES = (".csv", ".txt", ".list", ".lst", ".tsv")  # other files that --predict names are videos
 TEXT = """Fine-tune or probe a SMILE encoder for classification, and test it.
 
 scripts/finetune/ and scripts/test/ hold the recipes. Without further flags it fine-tunes, then tests the best
@@ -99,7 +101,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     test = parser.add_argument_group("validation and test")
     test.add_argument("--eval", action="store_true", help="only test --finetune (or output_dir's best)")
-    test.add_argument("--predict", default="", metavar="VIDEO", help="print the five likeliest classes of one video")
+    inputs = "predict the classes of videos without labels: files, folders, lists; writes predictions.csv and .npz"
+    test.add_argument("--predict", nargs="+", default=[], metavar="VIDEO", help=inputs)
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
     test.add_argument("--disable_eval_during_finetuning", action="store_true", help="validate after the last epoch")
     test.add_argument("--patience", type=int, default=0, help="stop after so many validations without a best; 0: never")
@@ -113,16 +116,48 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
     stages = "what processes share out: 0 nothing, 1 optimizer state, 2 gradients too"
     deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
+    argv = sys.argv[1:] if argv is None else argv
+    is_file = lambda word: word.lower().endswith(VIDEO_SUFFIXES) or os.path.isfile(word)
+    argv = [f"./{word}" if word.startswith("-") and is_file(word) else word for word in argv]  # it is no option
     args = options.parse(parser, argv)
     if args.linear_probe_recipe == "sigma":  # what it has other than fine-tuning
         parser.set_defaults(epochs=30, num_sample=2, warmup_lr=1e-6)
         args = options.parse(parser, argv)
+    data_set = DATA_SETS[args.data_set]
+    lists = [data_set.list_path(args.data_path, name) for name in (data_set.train_list, "val.csv", "test.csv")]
+    args.several_labels = find_several(lists) if args.data_path and not data_set.num_classes else ""
     return args
 
 
-def read_list(args: argparse.Namespace, name: str) -> VideoList:
+def read_data_list(args: argparse.Namespace, name: str) -> VideoList:
     """The list `name` of the data set, labels checked."""
-    return DATA_SETS[args.data_set].read_list(args.data_path, name, num_classes(args), args.data_root)
+    parse = task(args).parse_test_label if name == "test.csv" else task(args).parse_label
+    return read_list(DATA_SETS[args.data_set].list_path(args.data_path, name), parse, args.data_root)
+
+
+def predict_videos(args: argparse.Namespace) -> VideoList:
+    """The videos that --predict names: files, those in folders and below, those of lists.
+
+    Raises:
+        ValueError: one is not there, or a folder or list without videos.
+    """
+    paths: list[str] = []
+    for name in args.predict:
+        if os.path.isdir(name):
+            found = find_files(name, VIDEO_SUFFIXES)
+            if not found:
+                why = frames_in(name) or f"no videos in it ({' '.join(VIDEO_SUFFIXES)})"
+                raise ValueError(f"--predict {name}: {why}")
+            paths += found
+        elif not os.path.isfile(name):
+            raise ValueError(f"--predict {name}: {why_missing(name)}")
+        elif name.lower().endswith(LIST_SUFFIXES):
+            videos = read_list(name, any_label, args.data_root)
+            videos.check_files(args.max_bad_fraction)
+            paths += [videos.path(index) for index in range(len(videos))]
+        else:
+            paths.append(name)
+    return list_of("--predict", paths)
 
 
 def num_classes(args: argparse.Namespace) -> int:
@@ -145,10 +180,16 @@ def is_probe(args: argparse.Namespace) -> bool:
     return (args.linear_probe or args.attentive_probe) and not is_sigma(args)
 
 
+def multi_label(args: argparse.Namespace) -> bool:
+    """Whether a video shows several classes: by the data set, or the form of a custom one's lists."""
+    return DATA_SETS[args.data_set].multi_label or bool(args.several_labels)
+
+
 def task(args: argparse.Namespace) -> Task:
     """What the labels of the data set mean."""
-    data_set = DATA_SETS[args.data_set]
-    return task_of(data_set.multi_label, args.combine_views or data_set.combine)
+    data_set, classes = DATA_SETS[args.data_set], num_classes(args) or None
+    combine = args.combine_views or data_set.combine
+    return SeveralLabels(combine, classes, data_set.multi_label) if multi_label(args) else Task(combine, classes)
 
 
 def check_list(args: argparse.Namespace, name: str) -> None:
@@ -157,7 +198,7 @@ def check_list(args: argparse.Namespace, name: str) -> None:
     Raises:
         ValueError: something is wrong with it.
     """
-    videos = read_list(args, name)
+    videos = read_data_list(args, name)
     if args.examples and name == DATA_SETS[args.data_set].train_list:
         missing = [index for index in range(len(videos)) if not os.path.isfile(videos.path(index))]
         if missing:
@@ -166,14 +207,15 @@ def check_list(args: argparse.Namespace, name: str) -> None:
                 "are missing); what --examples draws depends on the whole list"
             )
     videos.check_files(args.max_bad_fraction)
-    if not videos.labels.any() and DATA_SETS[args.data_set].multi_label:
+    unlabelled = name == "test.csv" and task(args).unlabelled(videos)
+    if multi_label(args) and not unlabelled and (videos.labels == b"-").all():
         raise ValueError(f"{videos.source}: none of its {len(videos)} videos shows any class")
 
 
 def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
     problems, probe = Problems(args), is_probe(args)
-    problems.files("finetune", "resume", "predict")
+    problems.files("finetune", "resume")
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
     side = args.short_side_size
     problems.when(0 < side < args.input_size, f"--short_side_size {side}: smaller than --input_size")
@@ -189,15 +231,19 @@ def find_problems(args: argparse.Namespace) -> Problems:
     if not num_classes(args):
         problems.when(True, f"--data_set {args.data_set} needs --nb_classes")
     elif known and args.nb_classes not in (0, known):
-        problems.when(True, f"--nb_classes {args.nb_classes}: {args.data_set} has {known} classes")
+        problems.when(
+            True,
+            f"--nb_classes {args.nb_classes}: {args.data_set} has {known} classes; other lists are --data_set custom",
+        )
     else:
         problems.attempt(class_names, args)
+        problems.attempt(predict_videos, args) if args.predict else None
         for name in needed_lists(args):
             problems.attempt(check_list, args, name)
     few = bool(args.samples_per_class) + bool(args.num_train_videos) + 2 * bool(args.examples)
     problems.when(few > 2, "--examples draws by a rule of its own: leave --samples_per_class and --num_train_videos")
     problems.when(
-        DATA_SETS[args.data_set].multi_label and bool(args.samples_per_class or args.examples),
+        multi_label(args) and bool(args.samples_per_class or args.examples),
         f"--samples_per_class and --examples draw class by class, but {args.data_set} has several labels a video",
     )
     problems.when(
@@ -290,5 +336,5 @@ def needed_lists(args: argparse.Namespace) -> list[str]:
 
 def mixes(args: argparse.Namespace) -> bool:
     """Whether batches are mixed: not for probes, nor where a video has several labels."""
-    unmixed = is_probe(args) or args.knn or DATA_SETS[args.data_set].multi_label
+    unmixed = is_probe(args) or args.knn or multi_label(args)
     return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not unmixed

@@ -21,11 +21,12 @@ from timm.utils import ModelEmaV3
 import options
 import utils
 from checkpoints import Position, find_resume, lock_folder, restore
-from datasets import ChunkSampler, VideoCheck, VideoList, build_loader
+from datasets import ChunkSampler, VideoCheck, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, WeightedCrossEntropy, balanced_weights, train_one_epoch
 from evaluation import Evaluator
+from lists import VideoList
 from modeling_finetune import MODELS, SIZES
 from modeling_image import build_encoder
 from modeling_probe import Encoder, ProbedEncoder, ProbeLoss
@@ -41,8 +42,10 @@ from options_finetune import (
     is_probe,
     is_sigma,
     mixes,
+    multi_label,
     num_classes,
-    read_list,
+    predict_videos,
+    read_data_list,
     task,
 )
 from training import Epoch, Run
@@ -81,7 +84,7 @@ def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
 def train_videos(args: argparse.Namespace) -> VideoList:
     """The training list, or the part of it that was asked for, which is also written to ``train_subset.csv``."""
     data_set = DATA_SETS[args.data_set]
-    videos = read_list(args, data_set.train_list)
+    videos = read_data_list(args, data_set.train_list)
     if args.examples and len(videos) != data_set.train_videos:
         source, total = videos.source, data_set.train_videos or "others"
         logger.warning("--examples: %s has %d videos, SEVERE draws from %s: not its subset", source, len(videos), total)
@@ -102,7 +105,7 @@ def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
     policy = "" if is_probe(args) else args.aa
     augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation, args.crop_area)
     clips = (data_set.sampling, args.num_frames, args.sampling_rate, args.num_sample, args.seed, args.reader)
-    return FinetuneDataset(videos, augment, *clips)
+    return FinetuneDataset(videos, task(args).clip_label, augment, *clips)
 
 
 def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
@@ -121,7 +124,7 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
         device=device,
         precision=options.pick_precision(args.precision, device),
         num_classes=num_classes(args),
-        read_list=lambda name: read_list(args, name),
+        read_list=lambda name: read_data_list(args, name),
         val_views=view_reader(args, test=False),
         test_views=view_reader(args, test=True),
         num_workers=args.num_workers,
@@ -149,7 +152,7 @@ def build_loss(
     eraser = None
     if args.reprob:
         eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=norm[0].device)
-    if DATA_SETS[args.data_set].multi_label:
+    if multi_label(args):
         return nn.BCEWithLogitsLoss(), BatchAugmentation(norm, eraser)
     mixup, loss = None, cast(nn.Module, LabelSmoothingCrossEntropy(smoothing))
     if mixes(args):
@@ -293,6 +296,8 @@ def main(args: argparse.Namespace) -> int:
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     follow_checkpoint(args)
     find_problems(args).tell()
+    if args.several_labels:
+        logger.info("several labels a video (%s): binary cross-entropy, mean average precision", args.several_labels)
     settings = Settings.of(args)
     lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
     utils.seed_everything(args.seed)
@@ -302,11 +307,11 @@ def main(args: argparse.Namespace) -> int:
     encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
         watched = args.eval and utils.rank() == 0
-        look = VideoCheck(read_list(args, "test.csv"), args.input_size, args.reader) if watched else None
+        look = VideoCheck(read_data_list(args, "test.csv"), args.input_size, args.reader) if watched else None
         load_for_test(args, model)
         if look:
             look.tell()
-        return evaluator.predict(model, args.predict) if args.predict else evaluator.test(model)
+        return evaluator.predict(model, predict_videos(args)) if args.predict else evaluator.test(model)
     if args.finetune:
         load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)
     if args.knn:

@@ -17,6 +17,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,10 @@ import torch.nn as nn
 
 import utils
 from checkpoints import lock_folder
-from datasets import VideoCheck, VideoList
+from datasets import VideoCheck
 from datasets_finetune import DATA_SETS, Span, ViewReader, WindowReader
 from evaluation import Evaluator
+from lists import VideoList, label_text, read_list
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
 from optim_factory import DTYPES
@@ -43,6 +45,7 @@ CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", 
 SETTINGS = (
     "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
 )  # fmt: skip
+WHOLE = re.compile("-?[0-9]{1,18}")
 PART, WINDOWS_PART = ".csv", ".windows.csv"  # suffixes of the part of the index that belongs to a file of features
 COLUMNS = ("video", "path", "label", "file", "row", "start", "end", "rate", "frames", "error")
 
@@ -125,7 +128,7 @@ def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     with utils.user_errors():
         token_grid(args.num_frames, args.input_size, args.input_size)
-        videos = VideoList(args.data_path, None, args.data_root)
+        videos = read_list(args.data_path, label_text, args.data_root)
         videos.check_files(args.max_bad_fraction)
     return videos
 
@@ -173,7 +176,7 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
     """
     rows = np.full((len(scores), *shape), np.nan, dtype)
     indices = [score.index for score in scores]
-    paths, labels = [videos.path(index) for index in indices], videos.labels[indices]
+    paths, labels = [videos.path(index) for index in indices], [os.fsdecode(label) for label in videos.labels[indices]]
     for row, score in zip(rows, scores):
         if not score.error:
             row[:] = score.views
@@ -184,7 +187,8 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
         lines.append([score.index, video, label, path.name, row, *shown, score.error])
     write_part(path.with_suffix(PART), lines)
     if path.suffix == ".npz":
-        write_whole(path, lambda file: np.savez(file, features=rows, labels=labels, paths=paths))
+        numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
+        write_whole(path, lambda file: np.savez(file, features=rows, labels=numbers, paths=paths))
     else:
         write_whole(path, lambda file: np.save(file, rows))
 
@@ -290,7 +294,7 @@ def main(args: argparse.Namespace) -> int:
         every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
         views = WindowReader("dense", 0, 1, args.input_size, *frames, *every)
     workers = {"num_workers": args.num_workers, "timeout": args.worker_timeout, "batch_size": args.batch_size}
-    evaluator = Evaluator(device, precision, 0, VideoList, views, views, **workers)
+    evaluator = Evaluator(device, precision, 0, lambda name: videos, views, views, **workers)
     if look:
         look.tell()
     files = extract(args, videos, evaluator, model)

@@ -19,7 +19,14 @@ import torch
 import utils
 from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, build_loader
-from datasets_counting import AnnotationList, SegmentBatch, TrainSegments, WholeSegments, collate_segments
+from datasets_counting import (
+    AnnotationList,
+    SegmentBatch,
+    TrainSegments,
+    WholeSegments,
+    collate_segments,
+    read_annotations,
+)
 from evaluation import stream_samples
 from meters import RunLog
 from modeling_counting import (
@@ -187,7 +194,7 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
 
 def read_split(args: argparse.Namespace, name: str) -> AnnotationList:
     """The annotations `train` or `val`."""
-    return AnnotationList(os.path.join(args.data_path, name), args.data_root)
+    return read_annotations(os.path.join(args.data_path, name), args.data_root)
 
 
 def find_problems(args: argparse.Namespace) -> Problems:

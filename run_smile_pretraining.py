@@ -13,8 +13,9 @@ import torch
 import options
 import utils
 from checkpoints import Position, find_resume, lock_folder, restore
-from datasets import ChunkSampler, PretrainDataset, VideoCheck, VideoList, build_loader, find_images
+from datasets import ChunkSampler, PretrainDataset, VideoCheck, build_loader, find_images
 from engine_for_pretraining import train_one_epoch
+from lists import VideoList, any_label, list_of, read_list
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, channel_stats, token_grid
 from modeling_pretrain import MODELS
@@ -164,12 +165,12 @@ def read_videos(args: argparse.Namespace) -> VideoList:
     if args.background in ("black", "noise"):
         if args.epoch_size < 1:
             raise ValueError(f"--background {args.background} needs --epoch_size, clips an epoch")
-        return VideoList.of(f"--background {args.background}", [args.background] * args.epoch_size)
+        return list_of(f"--background {args.background}", [args.background] * args.epoch_size)
     if args.background == "image":
         return find_images(args.data_path)
     if not args.data_path:
         raise ValueError(f"--background {args.background} needs --data_path, a list of videos")
-    return VideoList(args.data_path, data_root=args.data_root)
+    return read_list(args.data_path, any_label, args.data_root)
 
 
 def build_dataset(args: argparse.Namespace) -> PretrainDataset:

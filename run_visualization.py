@@ -22,9 +22,10 @@ import modeling_finetune
 import modeling_pretrain
 import run_smile_pretraining as pretraining
 import utils
-from datasets import PretrainDataset, VideoList, sample_rng
+from datasets import PretrainDataset, sample_rng
 from datasets_finetune import DATA_SETS, ViewReader, read_class_names
-from metrics import Task, task_of
+from lists import VideoList, label_text, read_list
+from metrics import SeveralLabels, Task, label_classes
 from modeling_finetune import channel_stats, normalize_clips
 from utils import RunError, logger, user_errors
 from video_reader import Clip, VideoError, read_clip
@@ -181,7 +182,9 @@ def classifier_drawer(
         raise RunError(f"{checkpoint} does not say how it was fine-tuned: it holds no arguments of the run")
     path = Path(run.data_path, "test.csv") if os.path.isdir(run.data_path) else Path(run.data_path)
     data_set = DATA_SETS[run.data_set]
-    videos = data_set.read_list(str(path.parent), path.name, None, run.data_root)
+    videos = read_list(data_set.list_path(str(path.parent), path.name), label_text, run.data_root)
+    several = data_set.multi_label or bool(getattr(run, "several_labels", False))
+    task = SeveralLabels() if several else Task()
     names = read_class_names(str(path.parent), num_classes) or [f"class {label}" for label in range(num_classes)]
     model = modeling_finetune.MODELS[run.model](num_classes=num_classes)
     load_strictly(model, checkpoint, "model_ema" if getattr(run, "model_ema", False) else "")
@@ -193,9 +196,10 @@ def classifier_drawer(
         found = read_clip(videos.path(index), lambda total: view.frame_indices(np.arange(total))[0], run.reader)
         frames = short_side_resize(found.frames, run.input_size)
         clip = long_side_crop(frames, run.input_size, 0, 1)
-        probabilities, attention = classify(model, normalized(clip, device), task_of(data_set.multi_label))
+        probabilities, attention = classify(model, normalized(clip, device), task)
         best = np.argsort(-probabilities, kind="stable")[:5]
-        guesses = [Guess(names[c], float(probabilities[c]), videos.shows(index, c)) for c in best]
+        shown = label_classes(os.fsdecode(videos.labels[index]))
+        guesses = [Guess(names[c], float(probabilities[c]), int(c) in shown) for c in best]
         return Drawing(attention_rows(clip, attention, grid), captions_of(found), guesses)
 
     return videos, draw

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 import checkpoints
 import utils
 from checkpoints import Position
-from datasets import Batch, ChunkSampler, VideoDataset, VideoList
+from datasets import Batch, ChunkSampler, VideoDataset
+from lists import VideoList
 from meters import RunLog, StepMeter
 from optim_factory import Stepper
 from options import Settings

@@ -40,6 +40,15 @@ class Clip(NamedTuple):
     seconds: np.ndarray  # float64 [T], from the start of the file
 
 
+class Span(NamedTuple):
+    """When a temporal view of a video is shown."""
+
+    start: float  # second of its first frame
+    end: float  # second of the frame that would follow its last one
+    rate: float  # frames a second of the whole video, on average; NaN of a single frame
+    frames: int  # of the whole video
+
+
 class Video(Protocol):
     """An open video: `seconds` ``[total]``, when each frame is shown, and its frames."""
 

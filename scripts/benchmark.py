@@ -41,9 +41,10 @@ import naive
 from video_writing import Settings, write_resized
 
 import video_reader
-from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader, collate, sample_rng
+from datasets import ChunkSampler, PretrainDataset, build_loader, collate, sample_rng
 from datasets_finetune import ViewReader
 from engine_for_pretraining import masked_loss, with_second_masks
+from lists import VideoList, any_label, list_of, read_list
 from masking_generator import MaskGenerator
 from modeling_finetune import channel_stats, normalize_clips, token_grid
 from modeling_pretrain import MODELS
@@ -126,10 +127,10 @@ def build_data(args: argparse.Namespace, videos: VideoList, objects: str, num_vi
 def prepared(videos: VideoList, folder: Path, settings: Settings) -> VideoList:
     """Copies of videos as scripts/data/resize_videos.py makes them, and their list."""
     folder.mkdir()
-    for index in range(len(videos)):
-        write_resized(videos.path(index), str(folder / f"{index}.mp4"), settings)
-    (folder / "list.csv").write_text("".join(f"{folder / str(index)}.mp4 0\n" for index in range(len(videos))))
-    return VideoList(str(folder / "list.csv"))
+    copies = [str(folder / f"{index}.mp4") for index in range(len(videos))]
+    for index, copy in enumerate(copies):
+        write_resized(videos.path(index), copy, settings)
+    return list_of("prepared", copies)
 
 
 def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
@@ -137,7 +138,7 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     objects = args.objects_path or demo_objects(folder)
-    videos = VideoList(args.data_path or demo_videos(folder), data_root=args.data_root)
+    videos = read_list(args.data_path or demo_videos(folder), any_label, args.data_root)
     videos = videos.subset(np.arange(min(len(videos), 8)))
     tables, means = {}, []
     kinds = {
@@ -349,7 +350,7 @@ def build_step(
 def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     """Seconds for all 7 x 3 views of a video, decoded once and decoded for each view."""
     torch.set_num_threads(1)
-    videos = VideoList(args.data_path or demo_videos(folder), data_root=args.data_root)
+    videos = read_list(args.data_path or demo_videos(folder), any_label, args.data_root)
     reader = ViewReader("dense", 7, 3, args.input_size, args.num_frames, args.sampling_rate)
 
     def each_view(path: str) -> torch.Tensor:

@@ -301,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     if destination.exists():
         raise RunError(f"{destination} is already there; remove it or choose another name")
     with user_errors():
-        classes = Path(args.classes).read_text().splitlines() if args.classes else []
+        classes = Path(args.classes).read_text("utf-8-sig").splitlines() if args.classes else []
         destination.parent.mkdir(parents=True, exist_ok=True)
 
     if source.is_dir():

@@ -5,7 +5,9 @@ A pytest plugin (``pytest_plugins = "fixtures_data_tools"``). No test here: PYTE
 
 import multiprocessing
 import os
+import time
 from fractions import Fraction
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import av
@@ -15,6 +17,7 @@ from fixtures_video import source_frames
 
 pytest_plugins = "fixtures_video"
 SIZE = (160, 96)
+FORK = multiprocessing.get_context("fork")
 
 
 def write_video(path, codec, frames, key_frames=12, stamps=None, b_frames=0, options=None, broken=False):
@@ -81,6 +84,37 @@ def start(main, argv):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         main(argv)
 
-    process = multiprocessing.get_context("fork").Process(target=quietly)
+    process = FORK.Process(target=quietly)
     process.start()
     return process
+
+
+def kill_at(main, argv, module, name, calls=1, done=False, pause=0.0):
+    """Call a program's main in a process of its own, and kill it some seconds after a call of ``module.name``, by it
+    or a worker of its: the first, or another one; when it begins, or is done. The program may end before.
+
+    Nothing is looked for in files, which the program may be moving away. Returns the process that made the call.
+    """
+    reader, writer = FORK.Pipe(duplex=False)
+    function = getattr(module, name)
+
+    def told(*args, **kwargs):
+        if not done:
+            writer.send(os.getpid())
+        result = function(*args, **kwargs)
+        if done:
+            writer.send(os.getpid())
+        return result
+
+    def watched(argv):
+        setattr(module, name, told)
+        main(argv)
+
+    caller, process = None, start(watched, argv)
+    for _ in range(calls):
+        wait([reader, process.sentinel])
+        caller = reader.recv() if reader.poll() else caller
+    time.sleep(pause)
+    process.kill()
+    process.join()
+    return caller

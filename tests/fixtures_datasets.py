@@ -5,9 +5,9 @@ A pytest plugin (``pytest_plugins = "fixtures_datasets"``). No test here: PYTEST
 
 import pytest
 import torch
-from fixtures_video import write_list
+from fixtures_video import video_list, write_list
 
-from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
+from datasets import ChunkSampler, PretrainDataset, build_loader
 from masking_generator import MaskGenerator
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from training import epoch_batches
@@ -23,7 +23,7 @@ def make_dataset(list_path, objects=None, **options):
     if objects:
         overlay, mask = ObjectOverlay((SIDE, SIDE), ObjectLibrary(str(objects), find_objects(str(objects)))), "tubelet"
     background = Background((SIDE, SIDE), FRAMES, 2)
-    return PretrainDataset(VideoList(list_path), background, MaskGenerator(mask, GRID, 0.75), overlay, **options)
+    return PretrainDataset(video_list(list_path), background, MaskGenerator(mask, GRID, 0.75), overlay, **options)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ torch already, which saves seconds each. No test here: PYTEST_DONT_REWRITE.
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fixtures_video import ROOT, fork_server, free_port, source_frames, write_mp4
+
+from utils import RunLog
 
 pytest_plugins = "fixtures_video"
 NAME = "run_class_finetuning.py"
@@ -60,12 +63,21 @@ METRICS = ("acc1", "class_acc1", "acc5", "class_acc5", "videos", "views", "unrea
 # Running the program --------------------------------------------------------------------------------------------
 
 
-def program(argv, output, env, file=NAME):
-    """Be ``python run_class_finetuning.py ARGV``, or another program."""
+def program(argv, output, env, file=NAME, killed_at=None):
+    """Be ``python run_class_finetuning.py ARGV``, or another program; `killed_at`: an epoch whose line is its last."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
     torch.set_num_threads(1)
+    log_epoch = RunLog.epoch
+
+    def log_and_die(log, values):
+        log_epoch(log, values)
+        if values.get("epoch") == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if killed_at is not None:
+        RunLog.epoch = log_and_die
     sys.argv = [file, *argv]
     runpy.run_path(str(ROOT / file), run_name="__main__")
 
@@ -80,14 +92,14 @@ def server():
 def run(server, tmp_path):
     """Run the program to its end, in one or more processes: code, and the first one's stdout and stderr."""
 
-    def run(*argv, processes=1, start_only=False, file=NAME):
+    def run(*argv, processes=1, start_only=False, file=NAME, killed_at=None):
         env = [{}]
         if processes > 1:
             shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             env = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         outputs = [tmp_path / f"rank{rank}" for rank in range(processes)]
         started = [
-            server.Process(target=program, args=([str(a) for a in argv], output, e, file))
+            server.Process(target=program, args=([str(a) for a in argv], output, e, file, killed_at))
             for output, e in zip(outputs, env)
         ]
         for process in started:

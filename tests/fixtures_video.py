@@ -21,6 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lists import read_list
+from metrics import class_label
 from utils import end_workers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,11 @@ def write_list(path, videos, label=-1):
     """A list file with a line for each video."""
     Path(path).write_text("".join(f"{video} {label}\n" for video in videos))
     return str(path)
+
+
+def video_list(path, num_classes=None, data_root=""):
+    """A list whose labels are classes."""
+    return read_list(str(path), functools.partial(class_label, num_classes=num_classes), data_root)
 
 
 @pytest.fixture(scope="session")

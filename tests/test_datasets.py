@@ -9,74 +9,13 @@ import torch
 from fixtures_datasets import FRAMES, GRID, SIDE, load_epoch, make_dataset
 from fixtures_video import decode_all, write_list
 
-from datasets import ChunkSampler, VideoList, build_loader, sample_rng
+from datasets import ChunkSampler, build_loader, sample_rng
 from masking_generator import num_masked
 from training import epoch_batches
 from video_reader import VideoError, read_frames
 from video_transforms import pretrain_indices
 
 pytest_plugins = "fixtures_datasets"
-
-
-# Lists ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_list_with_spaces_blank_lines_and_negative_labels(tmp_path):
-    (tmp_path / "list.csv").write_text("/a/one two.mp4 3\n\n   \nb/c d/e  f.avi -1  \n\xe9t\xe9.mp4 0\n", "utf-8")
-    videos = VideoList(str(tmp_path / "list.csv"))
-    assert [videos.path(i) for i in range(len(videos))] == ["/a/one two.mp4", "b/c d/e  f.avi", "\xe9t\xe9.mp4"]
-    assert videos.labels.tolist() == [3, -1, 0]
-
-
-def test_data_root_is_put_before_relative_paths_only(tmp_path):
-    path = write_list(tmp_path / "list.csv", ["/abs/x.mp4", "rel/y z.mp4"])
-    videos = VideoList(path, data_root="/videos dir")
-    assert [videos.path(i) for i in range(2)] == ["/abs/x.mp4", "/videos dir/rel/y z.mp4"]
-
-
-@pytest.mark.parametrize(
-    "line", ["c.mp4", "c.mp4,1", "c.mp4 one", "c.mp4 1.5", "7", "c.mp4 --1", "c.mp4\t1", "c.mp4 -", "c.mp4 \xb2"]
-)
-def test_a_line_without_a_label_is_named_by_its_number(tmp_path, line):
-    (tmp_path / "list.csv").write_text(f"a.mp4 0\n\n{line}\nb.mp4 1\n")
-    with pytest.raises(ValueError, match="list.csv, line 3: "):
-        VideoList(str(tmp_path / "list.csv"))
-
-
-@pytest.mark.parametrize("label", [-1, 2, 99])
-def test_a_label_out_of_range_is_named_by_its_number(tmp_path, label):
-    (tmp_path / "list.csv").write_text(f"a.mp4 0\nb.mp4 1\nc.mp4 {label}\n")
-    with pytest.raises(ValueError, match=rf"list.csv, line 3: label {label} .*\[0, 2\)"):
-        VideoList(str(tmp_path / "list.csv"), num_classes=2)
-    assert len(VideoList(str(tmp_path / "list.csv"), num_classes=100 if label > 0 else None)) == 3
-
-
-@pytest.mark.parametrize("text", ["", "\n \n\n"])
-def test_an_empty_list(tmp_path, text):
-    (tmp_path / "none.csv").write_text(text)
-    with pytest.raises(ValueError, match="none.csv: the list is empty"):
-        VideoList(str(tmp_path / "none.csv"))
-
-
-def test_a_missing_list(tmp_path):
-    for path in (tmp_path / "nowhere.csv", tmp_path):
-        with pytest.raises(ValueError, match=f"{path}: no such list file"):
-            VideoList(str(path))
-
-
-def test_missing_files_are_told_before_anything_is_computed(clips, tmp_path):
-    """A look at some files, evenly over the list; the first one missing is named with its line."""
-    there, gone = clips["bikes.mp4"], tmp_path / "gone.mp4"
-    path = write_list(tmp_path / "list.csv", [there] * 19 + [gone])
-    VideoList(path).check_files(0.05)
-    with pytest.raises(ValueError, match=f"list.csv, line 20: no such file: {gone} .*--max_bad_fraction 0.04"):
-        VideoList(path).check_files(0.04)
-    (tmp_path / "list.csv").write_text(f"\n{there} 0\n\n{gone} 0\n{gone} 0\n")
-    with pytest.raises(ValueError, match="line 4: no such file.*--data_root"):
-        VideoList(path).check_files(0.6)
-    many = VideoList(write_list(tmp_path / "long.csv", [there] * 2000 + [gone] * 8000))
-    with pytest.raises(ValueError, match="160 of 200 looked for are missing"):
-        many.check_files(0.79)
 
 
 # Decoding -------------------------------------------------------------------------------------------------------

@@ -9,14 +9,15 @@ import av
 import numpy as np
 import pytest
 import torch
-from fixtures_video import decode_all, source_frames, write_list, write_mp4
+from fixtures_video import decode_all, source_frames, video_list, write_list, write_mp4
 from PIL import Image
 from torchvision.transforms.functional import resize
 
 import video_reader
-from datasets import ChunkSampler, VideoList, build_loader
+from datasets import ChunkSampler, build_loader
 from datasets_finetune import EvalDataset, FinetuneDataset, ViewReader, dense_indices, segment_indices
 from datasets_finetune import test_view_indices as view_indices
+from metrics import ONE_LABEL
 from training import epoch_batches
 from video_reader import VideoError
 from video_transforms_finetune import TrainAugmentation
@@ -216,7 +217,7 @@ def test_a_video_is_opened_and_decoded_once_for_all_its_views(clips, long_clip, 
     open_file, to_rgb = av.open, video_reader.to_rgb
     monkeypatch.setattr(av, "open", lambda path, **options: opened.append(path) or open_file(path, **options))
     monkeypatch.setattr(video_reader, "to_rgb", lambda frame: converted.append(frame.pts) or to_rgb(frame))
-    videos = VideoList(write_list(tmp_path / "test.csv", [long_clip, clips["bikes.mp4"], clips["short.mp4"]], 0))
+    videos = video_list(write_list(tmp_path / "test.csv", [long_clip, clips["bikes.mp4"], clips["short.mp4"]], 0))
     for reader in (ViewReader("dense", 7, 3, 32, 16, 4), ViewReader("segments", 2, 3, 32, 16, 2)):
         dataset = EvalDataset(videos, range(3), reader, 16)
         for index in range(3):
@@ -233,7 +234,7 @@ def test_a_video_is_opened_and_decoded_once_for_all_its_views(clips, long_clip, 
 
 def test_an_unreadable_video_is_an_error_not_another_video(clips, broken, tmp_path):
     names = [clips["bikes.mp4"], broken["text"], broken["missing"], broken["sound only"]]
-    videos = VideoList(write_list(tmp_path / "test.csv", names, 0))
+    videos = video_list(write_list(tmp_path / "test.csv", names, 0))
     dataset = EvalDataset(videos, range(4), ViewReader("dense", 2, 3, 32, 8, 2), 16)
     samples = list(dataset)
     assert [sample["index"] for sample in samples] == [0, 1, 2, 3]
@@ -249,7 +250,9 @@ def test_an_unreadable_video_is_an_error_not_another_video(clips, broken, tmp_pa
 def make_dataset(path, flip=True, **options):
     """Clips of 4 frames, 32 px."""
     augment = TrainAugmentation(32, options.pop("policy", "rand-m7-n4-mstd0.5-inc1"), flip)
-    return FinetuneDataset(VideoList(path, 5), augment, options.pop("sampling", "dense"), 4, 2, **options)
+    return FinetuneDataset(
+        video_list(path, 5), ONE_LABEL.clip_label, augment, options.pop("sampling", "dense"), 4, 2, **options
+    )
 
 
 @pytest.fixture
@@ -299,7 +302,7 @@ def test_a_batch_has_labels_and_is_the_same_with_workers(labelled_list):
         dataset = make_dataset(labelled_list, num_views=2, seed=1)
         loader = build_loader(dataset, ChunkSampler(10, 5, seed=1), num_workers, False, 60)
         batches.append(list(epoch_batches(loader, dataset.videos)))
-    videos = VideoList(labelled_list)
+    videos = video_list(labelled_list)
     label_of = {videos.path(i): videos.labels[i] for i in range(len(videos))}
     for one, other in zip(*batches, strict=True):
         assert one["clips"].dtype == torch.uint8 and one["clips"].shape == (10, 3, 4, 32, 32)
@@ -320,36 +323,3 @@ def test_a_replaced_video_brings_its_own_label(labelled_list, broken, tmp_path):
         assert sample["path"] in [videos.path(i) for i in range(1, 11) if videos.labels[i] == label]
         seen.add(label)
     assert len(seen) > 2
-
-
-# Files that are not there ---------------------------------------------------------------------------------------
-
-
-def list_with_missing(clips, folder, total, missing):
-    """`total` lines after a blank one; the videos at the places `missing` are not there."""
-    lines = [f"gone {i}.mp4 1" if i in missing else f"{clips['small.mp4']} 0" for i in range(total)]
-    (folder / "some.csv").write_text("\n" + "\n".join(lines))
-    return VideoList(str(folder / "some.csv"), data_root="/videos")
-
-
-def test_missing_files_are_told_by_list_line_path_and_remedy(clips, tmp_path):
-    videos = list_with_missing(clips, tmp_path, 10, {3, 7})
-    with pytest.raises(ValueError) as error:
-        videos.check_files(0.1)
-    assert str(error.value) == (
-        f"{tmp_path}/some.csv, line 5: no such file: /videos/gone 3.mp4 (2 of 10 looked for are missing, more than "
-        "--max_bad_fraction 0.1); relative paths start from --data_root"
-    )
-    videos.check_files(0.2)
-    videos.subset(np.array([0, 1, 2])).check_files(0)
-    with pytest.raises(ValueError, match="line 9: no such file: /videos/gone 7.mp4 .1 of 2"):
-        videos.subset(np.array([4, 7])).check_files(0)
-
-
-def test_a_long_list_is_looked_through_evenly(clips, tmp_path):
-    list_with_missing(clips, tmp_path, 3000, set(range(1, 3000, 100))).check_files(0.05)
-    for missing in (range(200), range(2800, 3000), range(1400, 1600)):  # 200 of 3000: one in 15
-        with pytest.raises(ValueError, match="1[34] of 200 looked for are missing"):
-            list_with_missing(clips, tmp_path, 3000, set(missing)).check_files(0.05)
-    with pytest.raises(ValueError, match="line 2: .*200 of 200"):
-        list_with_missing(clips, tmp_path, 3000, set(range(3000))).check_files(0.05)

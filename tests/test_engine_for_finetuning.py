@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from fixtures_video import write_list
+from fixtures_video import video_list, write_list
 from sklearn.utils.class_weight import compute_class_weight
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from datasets import VideoList
 from datasets_finetune import ViewReader
 from engine_for_finetuning import balanced_weights, erase, mix
 from evaluation import Evaluator
+from lists import list_of
 from modeling_finetune import MODELS, Size, VisionTransformer
 from optim_factory import Stepper, build_optimizer, parameter_groups
 from options_finetune import get_args
@@ -173,7 +173,7 @@ def test_losses_are_weighted_by_class(how):
 def evaluator(clips, broken, tmp_path):
     """Of five good videos and one that is none."""
     names = [*list(clips.values())[:3], broken["text"], *list(clips.values())[3:5]]
-    lists = {name: VideoList(write_list(tmp_path / name, names, 2), 4) for name in ("val.csv", "test.csv")}
+    lists = {name: video_list(write_list(tmp_path / name, names, 2), 4) for name in ("val.csv", "test.csv")}
     reader = {"sampling": "dense", "size": 32, "num_frames": 4, "stride": 2}
     return Evaluator(
         torch.device("cpu"),
@@ -228,14 +228,14 @@ def test_a_test_reports_what_its_files_hold(evaluator, model, tmp_path):
 
 def test_predict_names_the_classes_from_the_likeliest_on(evaluator, model, clips, broken, capsys):
     path = str(clips["bikes.mp4"])
-    assert evaluator.predict(model, path) == 0
+    assert evaluator.predict(model, list_of("--predict", [path])) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     sample = {"index": 0, "views": evaluator.test_views(path), "spans": [], "error": "", "last": True}
     mean = evaluator.scores(model, [sample], "")[0].views.mean(axis=0)
     assert [row[1] for row in rows] == ["abcd"[c] for c in np.argsort(-mean)] and len(rows) == 4
     assert [float(row[0]) for row in rows] == pytest.approx(sorted(mean, reverse=True), abs=1e-4)
-    with pytest.raises(RunError, match="--predict .*text.mp4"):
-        evaluator.predict(model, str(broken["text"]))
+    with pytest.raises(RunError, match="--predict: no video could be read, the first: .*text.mp4"):
+        evaluator.predict(model, list_of("--predict", [str(broken["text"])]))
 
 
 def test_a_model_without_a_number_is_wrong(evaluator, model):

@@ -6,10 +6,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from fixtures_video import write_list
+from fixtures_video import video_list, write_list
 
 from checkpoints import Position
-from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
+from datasets import ChunkSampler, PretrainDataset, build_loader
 from engine_for_pretraining import masked_loss, train_one_epoch, with_second_masks
 from masking_generator import MaskGenerator
 from modeling_finetune import channel_stats, normalize_clips
@@ -125,7 +125,7 @@ def dataset(clips, objects_folder, tmp_path_factory):
     path = write_list(tmp_path_factory.mktemp("list") / "list.csv", list(clips.values()) * 2)
     overlay = ObjectOverlay((32, 32), ObjectLibrary(str(objects_folder), find_objects(str(objects_folder))))
     masks = MaskGenerator("tubelet", (2, 2, 2), 0.5)
-    return PretrainDataset(VideoList(path), Background((32, 32), 4, 2), masks, overlay)
+    return PretrainDataset(video_list(path), Background((32, 32), 4, 2), masks, overlay)
 
 
 def batches_of(dataset, chunk, steps):

@@ -6,15 +6,15 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch.distributed as dist
+from fixtures_video import video_list
 
-from datasets import VideoList
 from metrics import VideoScore, accuracy, combine_views, gather_scores, in_top_k, judge
 
 
 def make_list(folder, labels, names=None):
     names = names or [f"{chr(97 + i % 26)}/video {i}.mp4" for i in range(len(labels))]
     (folder / "test.csv").write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels)))
-    return VideoList(str(folder / "test.csv"), data_root="/videos")
+    return video_list(str(folder / "test.csv"), data_root="/videos")
 
 
 def accuracy_by_hand(scores, labels):

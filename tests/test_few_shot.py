@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from fixtures_video import video_list
 
-from datasets import VideoList
 from datasets_finetune import DATA_SETS, few_shot
 
 pytest_plugins = "fixtures_video"
@@ -16,7 +16,7 @@ def uneven(tmp_path):
     """Classes 0, 1 and 2 with 50, 20 and 8 videos, shuffled."""
     labels = np.random.default_rng(0).permutation([0] * 50 + [1] * 20 + [2] * 8)
     (tmp_path / "train.csv").write_text("".join(f"video {i}.mp4 {label}\n" for i, label in enumerate(labels)))
-    return VideoList(str(tmp_path / "train.csv"), 3)
+    return video_list(str(tmp_path / "train.csv"), 3)
 
 
 def content(videos):
@@ -46,7 +46,7 @@ def test_the_subset_is_fixed_by_the_seed(uneven, tmp_path):
     one, again, other = (content(few_shot(uneven, seed, per_class=4)) for seed in (7, 7, 8))
     assert one == again != other
     few_shot(uneven, 7, per_class=4).write(str(tmp_path / "subset.csv"))
-    assert content(VideoList(str(tmp_path / "subset.csv"), 3)) == one
+    assert content(video_list(str(tmp_path / "subset.csv"), 3)) == one
     drawn = Counter(path for seed in range(400) for path, _ in content(few_shot(uneven, seed, total=20)))
     assert len(drawn) == 78 and min(drawn.values()) > 60 and max(drawn.values()) < 150
 
@@ -55,7 +55,7 @@ def test_mini_kinetics_lists_may_have_their_released_names(tmp_path):
     lists = {"train_mini_kinetics.csv": "a.mp4 199", "val_mini_kinetics.csv": "b.mp4 0", "train.csv": "c.mp4 5"}
     for name, line in lists.items():
         (tmp_path / name).write_text(line + "\n")
-    read = lambda data_set, name: content(DATA_SETS[data_set].read_list(str(tmp_path), name, 200))
+    read = lambda data_set, name: content(video_list(DATA_SETS[data_set].list_path(str(tmp_path), name), 200))
     assert read("Mini-Kinetics", "train.csv") == [("a.mp4", 199)] and read("Mini-Kinetics", "val.csv") == [("b.mp4", 0)]
     assert read("Kinetics-400", "train.csv") == [("c.mp4", 5)]  # lists of all of Kinetics may lie beside them
     for name in lists:

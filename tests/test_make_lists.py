@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures_video import video_list
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import make_lists
 
-from datasets import VideoList
 from utils import RunError
 
 
@@ -17,7 +17,7 @@ from utils import RunError
 def make(tmp_path, capsys):
     """Make lists: gives their lines, classes, problems (list, kind, name), and what was printed."""
 
-    def make(data_set, *options, videos=(), files=None, relative=True):
+    def make(data_set, *options, videos=(), files=None, relative=True, encoding="utf-8"):
         for name in videos:
             path = tmp_path / "my videos" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def make(tmp_path, capsys):
         for name, text in (files or {}).items():
             path = tmp_path / "annotations" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text.encode())
+            path.write_bytes(text.encode(encoding))
         where = ["--videos", tmp_path / "my videos", "--output", tmp_path / "out"]
         if data_set not in ("folder",) and "--lists" not in options:
             where += ["--annotations", tmp_path / "annotations"]
@@ -84,6 +84,19 @@ def test_kinetics(make):
         ("val.csv", "missing", "gone_gone_g_000001_000011"),
     ]
     assert "3 of 6 videos" in text and "1 of 2 videos" in text and "3 classes" in text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("val", ["val", "validate", "validation", "kinetics_validate", "k400-validation"])
+@pytest.mark.parametrize("stem", ["{}_000059_000069", "{}_59_69", "{}", "{}_time_trimmed"])
+def test_kinetics_under_other_names(make, val, stem, encoding):
+    """Of annotation files and of videos, whose ids may begin with a dash."""
+    row = "label,youtube_id,time_start,time_end,split\r\nabseiling,{},59,69,{}\r\n"
+    files = {"train.csv": row.format("-3B32lodo2M", "train"), f"{val}.csv": row.format("-0wR5jVB-WP", "validate")}
+    videos = [stem.format(video) + ".mp4" for video in ("-3B32lodo2M", "-0wR5jVB-WP")]
+    lists, classes, problems, _ = make("kinetics", files=files, videos=videos, encoding=encoding)
+    assert lists == {"train.csv": [f"{videos[0]} 0"], "val.csv": [f"{videos[1]} 0"], "test.csv": [f"{videos[1]} 0"]}
+    assert classes == ["abseiling"] and not problems
 
 
 def test_kinetics_prefers_the_class_folder(make):
@@ -349,7 +362,31 @@ def test_folder_with_splits(make):
         "val.csv": ["val/dog/3.mp4 1"],
         "test.csv": ["test/a cat/4.mp4 0"],
     }
-    assert classes == ["a cat", "dog"] and problems == []
+    assert classes == ["a cat", "dog"] and problems == [("val.csv", "classes without a video in it", "a cat")]
+
+
+def test_folder_without_val_draws_it_from_train(make):
+    videos = [f"{split}/{name}/{number}.m2ts" for split in ("train", "test") for name in "ab" for number in range(4)]
+    lists, _, problems, _ = make("folder", videos=videos)
+    assert [len(lists[f"{split}.csv"]) for split in ("train", "val", "test")] == [6, 2, 8] and not problems
+    assert {line[:7] for line in lists["val.csv"]} == {"train/a", "train/b"}
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 1, 3), (5, 8, 3), (1, 40, 2)])
+@pytest.mark.parametrize("fraction", ["0.1", "0.9", "0"])
+def test_a_class_of_two_videos_or_more_has_one_in_val(make, counts, fraction):
+    """And one in train; classes that have none in val are named."""
+    videos = [f"{name}/{number}.ogv" for name, count in zip("abc", counts) for number in range(count)]
+    lists, _, problems, text = make("folder", "--val_fraction", fraction, videos=videos)
+    for label, (name, count) in enumerate(zip("abc", counts)):
+        train, val = (
+            sum(line.endswith(f" {label}") for line in lists.get(f"{part}.csv", [])) for part in ("train", "val")
+        )
+        assert train + val == count and train > 0 and (val > 0) == (count > 1 and fraction != "0")
+        if count > 1 and fraction != "0":
+            assert val == min(max(round(float(fraction) * count), 1), count - 1)
+        assert (name in [problem[2] for problem in problems]) == (val == 0)
+    assert ("val.csv: " in text and "--val_fraction above 0: " in text) == bool(problems)
 
 
 def test_folder_without_splits_draws_a_part_of_each_class(make):
@@ -396,7 +433,7 @@ def test_paths_are_absolute_and_training_reads_them(make, tmp_path):
         videos=["a.avi", "wave/b b.avi"],
         relative=False,
     )
-    videos = VideoList(str(tmp_path / "out" / "test.csv"), 1)
+    videos = video_list(str(tmp_path / "out" / "test.csv"), 1)
     assert videos.path(0) == str(tmp_path / "my videos" / "wave" / "b b.avi") and videos.labels.tolist() == [0]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures_video import video_list
 from PIL import Image
 from scipy import stats
 
@@ -13,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "mini")
 import make_world
 from make_world import COUNTS, FRAMES, MOTIONS, SIDE, SIZES, SPLITS, TASKS, motion_track
 
-from datasets import VideoList
 from object_overlay import find_objects
 from video_reader import read_frames
 
@@ -31,14 +31,14 @@ def test_labelled_lists(world):
     for task, classes in zip(TASKS, (8, 20, 4)):
         assert len((world / task / "classes.txt").read_text().splitlines()) == classes
         for split, number in zip(SPLITS, (20, 4, 4)):
-            videos = VideoList(str(world / task / f"{split}.csv"), classes)
+            videos = video_list(str(world / task / f"{split}.csv"), classes)
             assert len(videos) == number and np.ptp(np.bincount(videos.labels, minlength=classes)) <= 1
             frames = read_frames(videos.path(number - 1), np.arange)
             assert frames.shape == (FRAMES, SIDE, SIDE, 3) and frames.std() > 5
 
 
 def test_pretraining_lists(world):
-    natural, black = (VideoList(str(world / "pretrain" / f"{name}.csv")) for name in ("train", "black"))
+    natural, black = (video_list(str(world / "pretrain" / f"{name}.csv")) for name in ("train", "black"))
     assert len(natural) == len(black) == 4
     assert read_frames(natural.path(0), np.arange).std() > 5
     assert read_frames(black.path(3), np.arange).max() < 8  # black, as far as a codec leaves it

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixtures_pictures import check_texts
+from fixtures_video import video_list
 from PIL import Image
 
-from datasets import VideoList
 from meters import RunLog
 from metrics import VideoScore, judge
 
@@ -44,7 +44,7 @@ def tested(tmp_path):
     scores = [VideoScore(i, views[i]) for i in range(40)]
     scores[4] = scores[9] = VideoScore(0, np.empty((0, 3), np.float32), "no such file")
     scores = [VideoScore(i, score.views, score.error) for i, score in enumerate(scores)]
-    metrics = judge(scores, VideoList(str(folder / "test.csv")), 3, str(folder), CLASSES)
+    metrics = judge(scores, video_list(str(folder / "test.csv")), 3, str(folder), CLASSES)
     return folder, labels, views.mean(axis=1), metrics
 
 

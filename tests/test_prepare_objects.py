@@ -2,13 +2,11 @@
 
 import json
 import sys
-import time
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_data_tools import start
+from fixtures_data_tools import kill_at
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
@@ -189,13 +187,8 @@ def test_killed_it_goes_on(prepare, tmp_path):
         pixels = rng.integers(0, 256, (80, 80, 4), dtype=np.uint8)
         save(tmp_path / "in" / "noise" / f"{number:02d}.png", pixels)
     argv = ["cutouts", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "2"]
-    pictures = str(tmp_path / "out" / "**" / "noise" / "*.png")  # glob bears folders that a running program moves away
     for count in (1, 6, 12):
-        run = start(prepare_objects.main, argv)
-        while run.is_alive() and len(glob(pictures, recursive=True, include_hidden=True)) < count:
-            time.sleep(0.001)
-        run.kill()
-        run.join()
+        kill_at(prepare_objects.main, argv, prepare_objects, "put_in_place", calls=count, done=True)
         for path in (tmp_path / "out").rglob("noise/*.png"):
             assert saved(path).shape == (80, 80, 4)
     lines, dropped, _ = prepare("cutouts", tmp_path / "in")

@@ -10,8 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from fixtures_data_tools import SIZE, start
-from fixtures_video import decode_all, source_frames, write_list, write_mp4
+from fixtures_data_tools import SIZE, kill_at
+from fixtures_video import decode_all, source_frames, video_list, write_list, write_mp4
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import data_tools
@@ -20,7 +20,6 @@ import resize_videos
 from data_tools import Unusable, read_list
 from video_writing import Settings, verify
 
-from datasets import VideoList
 from utils import RunError
 from video_check import slow_reasons
 from video_reader import VideoError, read_frames
@@ -206,7 +205,7 @@ def test_paths_relative_to_a_root_and_names_that_differ_in_the_suffix(tmp_path, 
     where = [str(tmp_path / "l.csv"), "--output", str(tmp_path / "out"), "--data_root", str(tmp_path / "data")]
     resize_videos.main([*where, "--root", str(tmp_path / "data"), "--relative"])
     assert (tmp_path / "out" / "l.csv").read_text() == "deep/x.mp4.mp4 0\ndeep/x.avi.mp4 1\n"
-    videos = VideoList(str(tmp_path / "out" / "l.csv"), data_root=str(tmp_path / "out" / "videos"))
+    videos = video_list(str(tmp_path / "out" / "l.csv"), data_root=str(tmp_path / "out" / "videos"))
     assert read_frames(videos.path(1), EVERY).shape == (24, 64, 80, 3)
 
 
@@ -279,28 +278,19 @@ def wholes(folder):
     return {path.name: len(read_frames(str(path), EVERY)) for path in folder.rglob("*.mp4") if ".unf" not in str(path)}
 
 
-@pytest.mark.parametrize("moment", ["a file is begun", "a file is done", "some time"])
-def test_killed_anywhere_it_goes_on(tmp_path, moment):
-    """Killed at such a moment three times."""
+@pytest.mark.parametrize("name, done", [("write_resized", False), ("put_in_place", True), ("write_resized", None)])
+def test_killed_anywhere_it_goes_on(tmp_path, name, done):
+    """Killed three times: when a file is begun, when one is done, and some time after one was begun."""
     lengths = {f"{number}.mp4": 20 + number for number in range(8)}
     frames = source_frames("bikes", 0, 27, (192, 128))
-    for name, count in lengths.items():
-        write_mp4(tmp_path / name, frames[:count])
-    listed = write_list(tmp_path / "l.csv", [tmp_path / name for name in lengths])
+    for video, count in lengths.items():
+        write_mp4(tmp_path / video, frames[:count])
+    listed = write_list(tmp_path / "l.csv", [tmp_path / video for video in lengths])
     out, rng = tmp_path / "out", np.random.default_rng(0)
     argv = [listed, "--output", str(out), "--workers", "2", "--preset", "slow"]
     for _ in range(3):
-        done = len(wholes(out / "videos"))
-        run = start(resize_videos.main, argv)
-        while run.is_alive() and not any((out / ".unfinished").glob("*.mp4")):
-            time.sleep(0.001)
-        if moment == "a file is done":
-            while run.is_alive() and len(list((out / "videos").rglob("*.mp4"))) == done:
-                pass
-        elif moment == "some time":
-            run.join(rng.uniform(0, 0.2))
-        run.kill()
-        run.join()
+        pause = rng.uniform(0, 0.2) if done is None else 0
+        kill_at(resize_videos.main, argv, resize_videos, name, done=bool(done), pause=pause)
         assert wholes(out / "videos").items() <= lengths.items()  # what has its name is whole
         listed_then = read_list(str(out / "l.csv")) if (out / "l.csv").exists() else []
         assert {Path(line.name).name for line in listed_then} <= wholes(out / "videos").keys()
@@ -312,19 +302,20 @@ def test_killed_anywhere_it_goes_on(tmp_path, moment):
 
 def test_workers_end_with_the_program(tmp_path):
     """Killed, it leaves no process behind that would go on writing."""
-    write_mp4(tmp_path / "long.mp4", source_frames("bikes", 0, 100, (320, 240)))
+    write_mp4(tmp_path / "long.mp4", source_frames("bikes", 0, 100, (640, 480)))
     listed = write_list(tmp_path / "l.csv", [tmp_path / "long.mp4"])
-    run = start(resize_videos.main, [listed, "--output", str(tmp_path / "out"), "--preset", "veryslow"])
-    unfinished = tmp_path / "out" / ".unfinished"
-    while not (files := list(unfinished.glob("*.mp4")) if unfinished.exists() else []):
-        assert run.is_alive()
-    run.kill()
-    run.join()
-    worker = Path("/proc") / files[0].stem
-    end = time.monotonic() + 10
-    while worker.exists() and "\nState:\tZ" not in (worker / "status").read_text():
-        assert time.monotonic() < end
+    argv = [listed, "--output", str(tmp_path / "out"), "--preset", "veryslow"]
+    worker = Path("/proc") / str(kill_at(resize_videos.main, argv, resize_videos, "write_resized"))
+    while worker.exists() and "\nState:\tZ" not in status_of(worker):
         time.sleep(0.01)
+    assert not (tmp_path / "out" / "videos").exists()  # nor was it let finish its work
+
+
+def status_of(process):
+    try:
+        return (process / "status").read_text()
+    except OSError:  # it is gone
+        return ""
 
 
 def test_the_program_itself(clips, broken, tmp_path):

@@ -4,8 +4,10 @@ Most runs are processes of a fork server (fixtures_finetuning.py); some are star
 by torchrun.
 """
 
+import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +23,11 @@ from fixtures_video import free_port
 import run_smile_pretraining
 from evaluation import Evaluator
 from modeling_finetune import MODELS
-from options_finetune import follow_checkpoint, get_args
+from options_finetune import follow_checkpoint, get_args, predict_videos
 from utils import EXIT_REQUEUE
 
 pytest_plugins = "fixtures_finetuning"
+CLASSES = np.array(["riding a bike", "a rabbit", "phoning"])
 
 
 def same_curves(one, other, but=(), **tolerance):
@@ -60,14 +63,9 @@ def test_a_killed_run_goes_on_where_it_was(run, custom, trained, tmp_path):
     """The curve is that of the undisturbed run, and the best epoch so far is remembered."""
     best, folder = read(trained.best), tmp_path / "killed"
     options = ["--epochs", EPOCHS, "--output_dir", folder, "--save_ckpt_freq", "100", "--save_ckpt_steps", "1"]
-    process, kill_at = run(*custom, *TRAIN, *options, start_only=True), best["best"]["epoch"] + 2
-    deadline = time.monotonic() + 100
-    while not (folder / "log.txt").exists() or len(log_of(folder)) < kill_at:
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and kill_at <= len(log_of(folder)) < EPOCHS
+    last = best["best"]["epoch"] + 1
+    assert run(*custom, *TRAIN, *options, killed_at=last).code == -signal.SIGKILL
+    assert [line["epoch"] for line in log_of(folder)] == list(range(last + 1))
     assert not list(folder.glob("checkpoint-1*.pth"))
     assert read(folder / "checkpoint-latest.pth")["epoch"] > best["best"]["epoch"]  # so the best is not found anew
     again = run(*custom, *TRAIN, *options)
@@ -394,9 +392,63 @@ def test_predict_prints_the_likeliest_classes(custom, trained, data, tmp_path):
     assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(1, abs=2e-4)
 
 
+def test_predictions_of_files_folders_and_lists(run, custom, trained, data, broken, tmp_path):
+    """The scores are those of the test; so are those of a test list without labels."""
+    (tmp_path / "films" / "deep").mkdir(parents=True)
+    shutil.copy(data / "bikes 0.mp4", tmp_path / "films" / "deep" / "-12:30.MP4")
+    listed = [data / "bigbuckbunny 1.mp4", broken["text"]]
+    (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbf" + "".join(f"{path} what?\r\n" for path in listed).encode())
+    inputs = [data / "carphone_pristine 0.mp4", tmp_path / "films", tmp_path / "list.csv"]
+    argv = [*custom, *TRAIN, "--finetune", trained.best, "--output_dir"]
+    found = run(*argv, tmp_path / "out", "--predict", *inputs, processes=2)
+    assert found.code == 0 and f"no prediction, {broken['text']} could not be read" in found.all, found.all
+    wanted = [data / "carphone_pristine 0.mp4", tmp_path / "films" / "deep" / "-12:30.MP4", *listed]
+    with (
+        np.load(tmp_path / "out" / "predictions.npz") as ours,
+        np.load(trained.folder / "test_predictions.npz") as test,
+    ):
+        assert ours["video"].tolist() == list(map(str, wanted)) and ours["classes"][1] == "a rabbit"
+        scores, known = ours["scores"], dict(zip(test["video"], test["scores"]))
+    theirs = [known[str(path)] for path in (wanted[0], data / "bikes 0.mp4", *listed)]
+    np.testing.assert_allclose(scores, theirs, rtol=1e-4, atol=1e-6)
+    head, *rows = csv.reader((tmp_path / "out" / "predictions.csv").read_text().splitlines())
+    assert head == ["path", *(f"{name}{place}" for place in (1, 2, 3) for name in ("class", "score"))]
+    assert [row[:2] for row in rows[:3]] == [[str(path), name] for path, name in zip(wanted, CLASSES[[2, 0, 1]])]
+    assert rows[3] == [str(broken["text"])] and float(rows[0][2]) == pytest.approx(scores[0].max(), abs=1e-4)
+    (tmp_path / "test.csv").write_text("".join(f"{path} -1\n" for path in wanted))
+    found = run(*argv, tmp_path / "eval", "--eval", "--data_path", tmp_path)
+    assert found.code == 0 and "no label (-1), so there are predictions and no accuracy" in found.all, found.all
+    with np.load(tmp_path / "eval" / "predictions.npz") as ours:
+        np.testing.assert_allclose(ours["scores"], scores, rtol=1e-4, atol=1e-6)
+    (tmp_path / "test.csv").write_text(f"{wanted[0]} 2\n{wanted[1]} -1\n")
+    found = run(*argv, tmp_path / "eval", "--eval", "--data_path", tmp_path)
+    assert found.code == 1 and "test.csv, line 2: label -1 (none)" in found.err and "--predict" in found.err, found.all
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "-x.mp4", "-x", " a b.mp4"])
+def test_predict_takes_any_file_name(monkeypatch, tmp_path, data, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    args = get_args(["--predict", name, "--num_frames", "8"])
+    videos = predict_videos(args)
+    assert len(videos) == 1 and os.path.samefile(videos.path(0), tmp_path / name) and args.num_frames == 8
+    assert not videos.path(0).startswith("-") and ":" not in videos.path(0).partition("/")[0]
+
+
+def test_predict_of_what_is_not_there(monkeypatch, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for name, says in ((tmp_path / "none.mp4", "no such file"), (tmp_path, "no videos in it .*.m2ts")):
+        with pytest.raises(ValueError, match=f"--predict {name}: {says}"):
+            predict_videos(get_args(["--predict", str(name)]))
+    (tmp_path / "frames" / "1.jpg").touch()
+    with pytest.raises(ValueError, match=f"--predict {tmp_path}: {tmp_path}/frames is a folder of frames"):
+        predict_videos(get_args(["--predict", str(tmp_path)]))
+
+
 def test_predict_prints_five_of_many_and_needs_no_lists(run, clips, tmp_path):
     torch.save({"module": MODELS["vit_tiny_patch16_224"](num_classes=174).state_dict()}, tmp_path / "model.pth")
-    found = run("--data_set", "SSV2", *TINY, "--finetune", tmp_path / "model.pth", "--predict", clips["bikes.mp4"])
+    argv = ["--data_set", "SSV2", *TINY, "--finetune", tmp_path / "model.pth", "--output_dir", tmp_path]
+    found = run(*argv, "--predict", clips["bikes.mp4"])
     rows = [line.split() for line in found.out.splitlines() if line.startswith("0.")]
     assert found.code == 0 and len(rows) == 5 and len({int(label) for _, label in rows}) == 5, found.all
 

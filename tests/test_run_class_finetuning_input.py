@@ -188,7 +188,10 @@ FAULTS = {
         "seven.pth lacks head.weight, head.bias; it is not fine-tuned for this number of",
     ),
     "predict without a head": ([*CUSTOM, "--predict", "{d}/train.csv", "--finetune", "{t}/pretrained.pth"], "lacks"),
-    "predict of no video": ([*CUSTOM, "--predict", "{d}/train.csv", "--finetune", "{b}"], "--predict {d}/train.csv: "),
+    "predict of no video": (
+        [*CUSTOM, "--predict", "{t}/pretrained.pth", "--finetune", "{b}"],
+        "--predict: no video could be read, the first: {t}/pretrained.pth: ",
+    ),
     "nothing to test": ([*CUSTOM, "--data_path", "{d}", "--eval"], "nothing to test: give --finetune"),
     "probe without weights": ([*CUSTOM, "--data_path", "{d}", "--linear_probe"], "give --finetune"),
     "two probes": (

@@ -17,7 +17,7 @@ from scipy.io import loadmat, savemat
 
 import modeling_counting
 from checkpoints import LATEST
-from datasets_counting import AnnotationList, TrainSegments, draw_cycles, pad_to_square, read_annotation, read_segment
+from datasets_counting import TrainSegments, draw_cycles, pad_to_square, read_annotation, read_annotations, read_segment
 from modeling_counting import cycle_offsets
 from modeling_finetune import SIZES, vit_tiny_patch16_224
 from utils import EXIT_REQUEUE
@@ -302,7 +302,7 @@ def test_every_number_of_cycles_is_as_likely():
 
 def test_a_segment_has_the_frames_that_the_annotation_names(repetitions):
     """Against another decoder; half of them mirrored."""
-    videos = AnnotationList(str(repetitions.annotations / "train"), str(repetitions.videos))
+    videos = read_annotations(str(repetitions.annotations / "train"), str(repetitions.videos))
     dataset = TrainSegments(videos, per_video=3, max_frames=40, side=64, seed=0)
     assert len(dataset) == 18
     mirrored = 0
@@ -320,7 +320,7 @@ def test_a_segment_has_the_frames_that_the_annotation_names(repetitions):
 
 
 def test_a_sample_is_the_same_every_time(repetitions):
-    videos = AnnotationList(str(repetitions.annotations / "train"), str(repetitions.videos))
+    videos = read_annotations(str(repetitions.annotations / "train"), str(repetitions.videos))
     one, two = (TrainSegments(videos, 2, 300, 32, seed=3)[1, 4] for _ in range(2))
     other = TrainSegments(videos, 2, 300, 32, seed=3)[2, 4]
     assert np.array_equal(one["frames"], two["frames"]) and one["seed"] == two["seed"] != other["seed"]

@@ -3,6 +3,7 @@ and the program: fine-tuning, probes, neighbours and the test, in one process an
 """
 
 import csv
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,14 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_finetuning import PLAIN, TINY, log_of, program
-from fixtures_video import source_frames, write_mp4
+from fixtures_video import source_frames, video_list, write_mp4
 from sklearn.metrics import average_precision_score
 
-from datasets import VideoList
-from datasets_finetune import ActionList, FinetuneDataset, dense_indices
-from metrics import SeveralLabels, VideoScore, average_precision, judge
+from datasets_finetune import FinetuneDataset, dense_indices
+from lists import read_list
+from metrics import SeveralLabels, VideoScore, average_precision, judge, read_actions
 from modeling_finetune import MODELS
 from modeling_probe import ProbeLoss, nearest_neighbours
+from options_finetune import find_problems, get_args, read_data_list, task
+from run_class_finetuning import build_loss, build_train_set
 from video_transforms_finetune import TrainAugmentation
 
 pytest_plugins = "fixtures_finetuning"
@@ -40,34 +43,44 @@ def write_lines(folder, lines, name="list.csv"):
     return str(folder / name)
 
 
+def action_list(path, num_classes, data_root=""):
+    """A list whose labels have seconds, and its task."""
+    task = SeveralLabels("max", num_classes, needs_seconds=True)
+    return read_list(path, task.parse_label, data_root), task
+
+
 def test_a_list_with_actions(tmp_path):
-    videos = ActionList(write_lines(tmp_path, LINES), 157, "/data")
+    videos, task = action_list(write_lines(tmp_path, LINES), 157, "/data")
     assert [videos.path(i) for i in range(3)] == ["/data/rel/46GP8.mp4", "/a/with two spaces.mp4", "/data/N11GT.mp4"]
-    assert videos.labels.tolist() == [multi_hot(92, 147), multi_hot(), multi_hot(0, 3)]
-    assert videos.labels.dtype == np.float32
+    assert task.targets(videos.labels).tolist() == [multi_hot(92, 147), multi_hot(), multi_hot(0, 3)]
+    assert task.targets(videos.labels).dtype == np.float32
     part = videos.subset(np.array([2, 0]))
-    assert part.labels.tolist() == [multi_hot(0, 3), multi_hot(92, 147)]
-    assert part.label_between(0, 7, 8).tolist() == multi_hot(3)
+    assert task.targets(part.labels).tolist() == [multi_hot(0, 3), multi_hot(92, 147)]
+    assert label_between(part, task, 0, 7, 8).tolist() == multi_hot(3)
     part.write(str(tmp_path / "part.csv"))
-    again = ActionList(str(tmp_path / "part.csv"), 157)
-    assert [actions.tolist() for actions in again.actions] == [actions.tolist() for actions in part.actions]
+    again, _ = action_list(str(tmp_path / "part.csv"), 157)
+    assert again.labels.tolist() == part.labels.tolist()
+
+
+def label_between(videos, task, index, start, end):
+    return task.seen(read_actions(videos.labels[index].decode()), start, end)
 
 
 @pytest.mark.parametrize(
     "line", ["46GP8.mp4", "46GP8.mp4 92", "46GP8.mp4 92:1.0", "46GP8.mp4 92:1-2,", "a.mp4 c092 11.90 21.20", "a.mp4 --"]
 )
 def test_a_line_without_actions_is_named(tmp_path, line):
-    with pytest.raises(ValueError, match=r"list.csv, line 2: .*not `path label` .*`92:11.90-21.20,147:0.00-12.60`"):
-        ActionList(write_lines(tmp_path, [LINES[0], line]), 157)
+    with pytest.raises(ValueError, match=r"list.csv, line 2: .*(not `path label`|`92:11.90-21.20,147:0.00-12.60`)"):
+        action_list(write_lines(tmp_path, [LINES[0], line]), 157)
 
 
 def test_a_wrong_class_and_a_wrong_order_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"list.csv, line 1: label 157 is not in \[0, 157\)"):
-        ActionList(write_lines(tmp_path, ["a.mp4 3:1-2,157:0-1"]), 157)
+        action_list(write_lines(tmp_path, ["a.mp4 3:1-2,157:0-1"]), 157)
     with pytest.raises(ValueError, match=r"list.csv, line 1: 3:2-1.5 ends before it starts"):
-        ActionList(write_lines(tmp_path, ["a.mp4 3:2-1.5"]), 157)
-    with pytest.raises(ValueError, match=r"the label a whole number"):
-        VideoList(write_lines(tmp_path, LINES), 157)
+        action_list(write_lines(tmp_path, ["a.mp4 3:2-1.5"]), 157)
+    with pytest.raises(ValueError, match=r"line 1: label '92:.*' is not a whole number; several labels a video"):
+        video_list(write_lines(tmp_path, LINES), 157)
 
 
 def test_the_label_of_a_part_is_the_union_of_what_is_seen_in_it(tmp_path):
@@ -75,11 +88,11 @@ def test_the_label_of_a_part_is_the_union_of_what_is_seen_in_it(tmp_path):
     rng = np.random.default_rng(0)
     spans = np.sort(rng.uniform(0, 30, (300, 2)).round(2), axis=1)
     actions = [f"{c}:{start}-{end}" for c, (start, end) in enumerate(spans)]
-    videos = ActionList(write_lines(tmp_path, [f"a.mp4 {','.join(actions)}"]), 300)
+    videos, task = action_list(write_lines(tmp_path, [f"a.mp4 {','.join(actions)}"]), 300)
     for start in (0.0, 3.17, 12.0, 29.0):
         moments = np.arange(start, start + 5, 0.01).round(2)
         seen = ((spans[:, :1] <= moments) & (moments <= spans[:, 1:])).any(axis=1)
-        assert (videos.label_between(0, start, moments[-1]) == seen).all()
+        assert (label_between(videos, task, 0, start, moments[-1]) == seen).all()
 
 
 @pytest.mark.parametrize("rate, codec", [(25, "libx264"), (10, "libx264"), (12.5, "mpeg4")])
@@ -88,8 +101,8 @@ def test_clips_are_labelled_by_their_seconds(tmp_path, rate, codec):
     frames, path = source_frames("bikes", 0, 40, (64, 48)), tmp_path / ("a.avi" if codec == "mpeg4" else "a.mp4")
     write_mp4(path, frames, rate=rate, codec=codec)
     actions = ",".join(f"{n}:{n / rate - 0.001:.4f}-{n / rate + 0.001:.4f}" for n in range(1, 40))
-    videos = ActionList(write_lines(tmp_path, [f"{path} {actions}"]), 40)
-    dataset = FinetuneDataset(videos, TrainAugmentation(32, "", False), "dense", 4, 3, num_views=2)
+    videos, task = action_list(write_lines(tmp_path, [f"{path} {actions}"]), 40)
+    dataset = FinetuneDataset(videos, task.clip_label, TrainAugmentation(32, "", False), "dense", 4, 3, num_views=2)
     firsts = Counter()
     for epoch in range(12):
         sample = dataset[epoch, 0]
@@ -99,6 +112,23 @@ def test_clips_are_labelled_by_their_seconds(tmp_path, rate, codec):
         assert (seen == np.arange(max(1, indices[0]), indices[1] + 1)).all()
         firsts[int(seen[0])] += 1
     assert len(firsts) > 3
+
+
+@pytest.mark.parametrize("labels", ["0,2", "2:0.1-0.9", "0:0.1-0.9,2"])
+def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
+    """Of any of them: with several labels all are read so, with seconds or without."""
+    names = [clips["bikes.mp4"], clips["bunny.mp4"]]
+    for name, texts in (("train.csv", ["1", labels]), ("val.csv", ["1", "0"]), ("test.csv", ["-1", "-1"])):
+        write_lines(tmp_path, [f"{path} {text}" for path, text in zip(names, texts)], name)
+    args = get_args(["--data_set", "custom", "--nb_classes", "3", "--data_path", str(tmp_path), *PLAIN])
+    assert isinstance(task(args), SeveralLabels) and find_problems(args).found == []
+    assert args.several_labels == f"{tmp_path}/train.csv, line 2: {labels}"
+    assert task(args).targets(read_data_list(args, "val.csv").labels).tolist() == [[0, 1, 0], [1, 0, 0]]
+    sample = build_train_set(args)[0, 1]
+    assert sample["extra"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
+    assert isinstance(build_loss(args, (torch.zeros(3), torch.ones(3)))[0], torch.nn.BCEWithLogitsLoss)
+    write_lines(tmp_path, [f"{names[0]} 0,3"], "val.csv")
+    assert "val.csv, line 1: label 3 is not in [0, 3)" in find_problems(args).found[0]
 
 
 # Average precision ----------------------------------------------------------------------------------------------
@@ -137,7 +167,7 @@ def judged(tmp_path):
     rng = np.random.default_rng(3)
     labels = (rng.random((30, 12)) < 0.3) & ~np.isin(np.arange(12), (4, 11))
     lines = [f"{i}.mp4 {','.join(f'{c}:0-1' for c in np.flatnonzero(row)) or '-'}" for i, row in enumerate(labels)]
-    videos = ActionList(write_lines(tmp_path, lines), 12)
+    videos, _ = action_list(write_lines(tmp_path, lines), 12)
     views = rng.random((30, 4, 12)).astype(np.float32)
     scores = [VideoScore(i, view) for i, view in enumerate(views)]
     for i in (2, 9, 20):
@@ -148,7 +178,7 @@ def judged(tmp_path):
 @pytest.mark.parametrize("combine", ["max", "mean"])
 def test_the_mean_over_classes_equals_that_of_scikit_learn(judged, tmp_path, combine):
     videos, scores, labels, views = judged
-    metrics = judge(scores, videos, 12, str(tmp_path), [f"class {c}" for c in range(12)], SeveralLabels(combine))
+    metrics = judge(scores, videos, 12, str(tmp_path), [f"class {c}" for c in range(12)], SeveralLabels(combine, 12))
     combined = getattr(views, combine)(axis=1)
     combined[[2, 9, 20]] = -1
     seen = [c for c in range(12) if labels[:, c].any()]
@@ -263,7 +293,7 @@ def test_frozen_encoders(run, charades, tmp_path, how):
 
 
 def test_predict_prints_the_likeliest_classes(run, charades, trained):
-    best = ["--finetune", trained / "checkpoint-best.pth", "--predict", charades[-1] / "1.mp4"]
+    best = ["--finetune", trained / "checkpoint-best.pth", "--predict", charades[-1] / "1.mp4", "--output_dir", trained]
     found = run(*charades, *TRAIN, *best)
     rows = [line.split() for line in found.out.splitlines() if line[:2] in ("0.", "1.")]
     with np.load(trained / "test_predictions.npz") as file:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "object_overlay": set(),
     "modeling_finetune": set(),
     "utils": set(),
+    "lists": set(),
     "video_reader": set(),
     "video_check": {"video_reader"},
     "video_transforms": {"object_overlay", "video_reader"},
@@ -31,11 +32,11 @@ MAY_IMPORT = {
     "weights": {"utils"},
     "checkpoints": {"optim_factory", "utils", "weights"},
     "options": {"optim_factory", "utils", "video_reader", "weights"},
-    "datasets": {"masking_generator", "object_overlay", "video_reader", "video_transforms", "utils"},
+    "datasets": {"lists", "masking_generator", "object_overlay", "video_reader", "video_transforms", "utils"},
     "video_transforms_finetune": {"video_transforms"},
-    "datasets_finetune": {"datasets", "utils", "video_reader", "video_transforms_finetune"},
+    "datasets_finetune": {"datasets", "lists", "metrics", "video_reader", "video_transforms_finetune"},
     "meters": {"utils"},
-    "training": {"checkpoints", "datasets", "meters", "optim_factory", "options", "utils"},
+    "training": {"checkpoints", "datasets", "lists", "meters", "optim_factory", "options", "utils"},
     "engine_for_pretraining": {"modeling_finetune", "modeling_pretrain", "training"},
     "engine_for_finetuning": {"datasets", "modeling_finetune", "training"},
 }
@@ -98,7 +99,7 @@ def test_a_reader_of_pretraining_meets_few_files():
         name = ahead.pop()
         seen.add(name)
         ahead += GRAPH[name] - seen
-    assert len(seen) <= 17 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 4700
+    assert len(seen) <= 18 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 5000
 
 
 # Options --------------------------------------------------------------------------------------------------------

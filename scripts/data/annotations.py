@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from data_tools import RunError, read_lines, read_text
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts")
+from lists import VIDEO_SUFFIXES
+
 # Parts of Gym-99 that the SEVERE benchmark uses: leaps and jumps on the floor, circles on the uneven bars.
 GYM_PARTS = {"fx-s1": range(6, 17), "ub-s1": range(74, 89)}
 
@@ -157,12 +158,12 @@ def listed_entries(path: Path) -> list[tuple[str, Entry, int]]:
 
 
 def kinetics(folder: str) -> Annotations:
-    """Kinetics' own ``train.csv`` and ``val.csv``: ``label,youtube_id,time_start,time_end,split``; classes by name."""
+    """Kinetics' own train and val files: ``label,youtube_id,time_start,time_end,split``; classes by name."""
     columns = ("label", "youtube_id", "time_start", "time_end")
-    tables = {
-        f"{part}.csv": read_csv(find_file(folder, f"{part}.csv", f"*_{part}.csv", f"*-{part}.csv"), columns)
-        for part in ("train", "val")
-    }
+    tables = {}
+    for part, names in {"train": ("train",), "val": ("val", "validate", "validation")}.items():
+        patterns = [pattern.format(name) for pattern in ("{}.csv", "*_{}.csv", "*-{}.csv") for name in names]
+        tables[f"{part}.csv"] = read_csv(find_file(folder, *patterns), columns)
     classes = sorted({row["label"].strip('"') for _, row in tables["train.csv"]})
     numbers = {name: str(number) for number, name in enumerate(classes)}
     lists: dict[str, list[Entry]] = {}
@@ -173,7 +174,9 @@ def kinetics(folder: str) -> Annotations:
             if label not in numbers:
                 raise RunError(f"{where}: the class {label!r} is not in the train file")
             start, end = (whole_number(row[key].removesuffix(".0"), where) for key in ("time_start", "time_end"))
-            lists[name].append(Entry((f"{video}_{start:06d}_{end:06d}", video), numbers[label], label))
+            stems = (f"{video}_{start:06d}_{end:06d}", f"{video}_{start}_{end}", video)
+            trimmed = tuple(f"{video}_{word}" for word in ("time_trimmed", "trimmed"))
+            lists[name].append(Entry(stems + trimmed, numbers[label], label))
     return Annotations(lists, classes)
 
 

@@ -25,15 +25,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import RunError
+import lists
+from utils import RunError, user_errors
 
 FORK = multiprocessing.get_context("fork")
 LOCK_WAIT = 20.0  # seconds
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 tqdm.monitor_interval = 0  # its thread would be running while processes are forked
-
-# A class number; or `-`, or classes with the seconds in which they are seen, for data sets with several labels.
-LABEL = re.compile(r"-?\d+|-|\d+:[\d.]+-[\d.]+(,\d+:[\d.]+-[\d.]+)*")
 
 
 class Unusable(Exception):
@@ -51,25 +49,19 @@ class Line(NamedTuple):
 
 
 def read_list(path: str) -> list[Line]:
-    """The lines of a list of videos, ``path label``, whatever kind the labels are.
+    """The lines of a list of videos, whatever kind the labels are.
 
     Raises:
         RunError: no such file, no line, or one that is not ``path label``, by its number.
     """
-    lines = []
-    for number, text in read_lines(path):
-        name, _, label = text.rpartition(" ")
-        if not name.strip() or not LABEL.fullmatch(label):
-            raise RunError(f"{path}, line {number}: {text[:80]!r} is not `path label` with a space between")
-        lines.append(Line(name.strip(), label))
-    if not lines:
-        raise RunError(f"{path}: the list is empty")
-    return lines
+    with user_errors():
+        videos = lists.read_list(path, lists.label_text)
+    return [Line(os.fsdecode(name), os.fsdecode(label)) for name, label in zip(videos.paths, videos.labels)]
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank, without the spaces around it (or a Windows line end)."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    """Number and text of each line that is not blank, without the spaces around it."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield number, line.strip()
 
@@ -80,12 +72,8 @@ def read_text(path: str | Path) -> str:
     Raises:
         RunError: it cannot be read.
     """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{path}: cannot be read as a text file ({getattr(error, 'strerror', None) or error})"
-        ) from error
+    with user_errors():
+        return lists.read_text(path)
 
 
 def fits_a_list(path: str) -> bool:

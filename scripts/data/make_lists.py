@@ -17,14 +17,16 @@ from pathlib import Path
 
 import annotations as formats
 import numpy as np
-from annotations import VIDEO_SUFFIXES, Annotations, stem_of
+from annotations import Annotations, stem_of
 from data_tools import Line, fits_a_list, write_list, write_table, write_text
 from tqdm import tqdm
 
+from lists import VIDEO_SUFFIXES, frames_in
 from utils import RunError, run_main
 
 LISTS = ("train.csv", "train_mini.csv", "val.csv", "test.csv")
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder
+SHOWN = 5  # problems of a kind that are named on the console
 PROBLEM_HEADS = ("list", "problem", "name", "detail")
 Problem = tuple[str, str, str, str]  # list, kind, name, detail
 
@@ -64,7 +66,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_common(new("charades", "Charades, several labels with their seconds"))
     folder = add_common(new("folder", "videos of your own: <class>/<video> or {train,val,test}/<class>/<video>"), False)
     folder.add_argument("--unlabelled", action="store_true", help="no classes: one train.csv with label -1")
-    folder.add_argument("--val_fraction", type=float, default=0.1, help="of each class, if there are no split folders")
+    folder.add_argument("--val_fraction", type=float, default=0.1, help="of each class, if there is no val folder")
     folder.add_argument("--seed", type=int, default=0, help="of the draw of the val videos")
 
     args = parser.parse_args(argv)
@@ -117,7 +119,8 @@ def find_videos(root: str, workers: int) -> list[str]:
                 bar.update()
             ahead = deeper
     if not found:
-        raise RunError(f"--videos {root}: no videos below it ({' '.join(VIDEO_SUFFIXES)})")
+        why = frames_in(root) or f"no videos below it ({' '.join(VIDEO_SUFFIXES)})"
+        raise RunError(f"--videos {root}: {why}")
     return sorted(os.path.relpath(path, root) for path in found)
 
 
@@ -193,7 +196,7 @@ def match(wanted: Annotations, videos: list[str]) -> Found:
 
 
 def split_folder(videos: list[str], val_fraction: float, seed: int) -> tuple[dict[str, list[str]], list[str]]:
-    """Videos of each split, by the split folders if there are any, else drawn class by class; and the classes."""
+    """Videos of each split, by the split folders if there are any, and the classes. Without val folder it is drawn."""
     parts = [(video, Path(video).parts) for video in videos]
     has_splits = any(part[0] in SPLITS for _, part in parts)
     strays = [video for video, part in parts if has_splits and part[0] not in SPLITS]
@@ -203,16 +206,29 @@ def split_folder(videos: list[str], val_fraction: float, seed: int) -> tuple[dic
     if too_short:
         raise RunError(f"{too_short[0]} is in no class folder; for videos without classes add --unlabelled")
     classes = sorted({part[has_splits] for _, part in parts})
-    if has_splits:
-        return {split: [video for video, part in parts if part[0] == split] for split in SPLITS}, classes
-    rng = np.random.default_rng(seed)
-    lists: dict[str, list[str]] = {"train": [], "val": []}
-    for name in classes:
-        of_class = [video for video, part in parts if part[0] == name]
-        drawn = set(rng.permutation(len(of_class))[: round(val_fraction * len(of_class))].tolist())
-        for number, video in enumerate(of_class):
-            lists["val" if number in drawn else "train"].append(video)
+    lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for video, part in parts:
+        lists[SPLITS[part[0]] if has_splits else "train"].append(video)
+    if not lists["val"]:
+        class_of = {video: part[has_splits] for video, part in parts}
+        lists["train"], lists["val"] = draw_val(lists["train"], class_of, val_fraction, seed)
     return lists, classes
+
+
+def draw_val(
+    videos: list[str], class_of: dict[str, str], val_fraction: float, seed: int
+) -> tuple[list[str], list[str]]:
+    """Some of the videos of each class drawn for val, one at least where there are two; the others and those."""
+    rng = np.random.default_rng(seed)
+    train, val = [], []
+    for name in sorted({class_of[video] for video in videos}):
+        of_class = [video for video in videos if class_of[video] == name]
+        count = max(round(val_fraction * len(of_class)), 1) if val_fraction else 0
+        count = min(count, len(of_class) - 1)  # one is left to train on
+        drawn = set(rng.permutation(len(of_class))[:count].tolist())
+        for number, video in enumerate(of_class):
+            (val if number in drawn else train).append(video)
+    return train, val
 
 
 def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: int) -> tuple[Found, list[str]]:
@@ -222,13 +238,21 @@ def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: 
     if unlabelled:
         return Found({"train.csv": [Line(video, "-1") for video in held]}, {"train.csv": len(videos)}, problems), []
     lists, classes = split_folder(held, val_fraction, seed)
-    has_splits = "test" in lists
+    has_splits = any(Path(video).parts[0] in SPLITS for video in held)
     numbers = {name: str(number) for number, name in enumerate(classes)}
     lines = {
         f"{split}.csv": [Line(video, numbers[Path(video).parts[has_splits]]) for video in part]
         for split, part in lists.items()
         if part
     }
+    validated = {line.label for line in lines.get("val.csv", [])}
+    has_val = any(SPLITS.get(Path(video).parts[0]) == "val" for video in held)
+    rule = "" if has_val else ", which takes two of a class and --val_fraction above 0"
+    problems += [
+        ("val.csv", f"classes without a video in it{rule}", name, "")
+        for name in classes
+        if numbers[name] not in validated
+    ]
     return Found(lines, {name: len(part) for name, part in lines.items()}, problems), classes
 
 
@@ -273,7 +297,8 @@ def write(found: Found, classes: list[str], output: Path, prefix: str) -> None:
         (output / "classes.txt").unlink(missing_ok=True)  # of other lists
     write_table(output / "problems.tsv", PROBLEM_HEADS, problems)
     for (name, kind), count in sorted(Counter(problem[:2] for problem in problems).items()):
-        print(f"{name}: {count} {kind} (see {output / 'problems.tsv'})")
+        first = [problem[2] for problem in problems if problem[:2] == (name, kind)][:SHOWN]
+        print(f"{name}: {count} {kind}: {', '.join(first)}{', ...' * (count > SHOWN)} (see {output / 'problems.tsv'})")
 
 
 def read_annotations(args: argparse.Namespace) -> Annotations:

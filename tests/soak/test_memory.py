@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures_video import video_list
 from PIL import Image
 
-from datasets import ChunkSampler, PretrainDataset, VideoList, build_loader
+from datasets import ChunkSampler, PretrainDataset, build_loader
 from masking_generator import MaskGenerator
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from soak.runs import make_videos
@@ -46,7 +47,7 @@ def objects(tmp_path_factory):
 
 def test_a_worker_after_3000_clips(list_file, objects, figure):
     overlay = ObjectOverlay((SIDE, SIDE), ObjectLibrary(str(objects), find_objects(str(objects)), max_side=91))
-    videos = VideoList(str(list_file))
+    videos = video_list(str(list_file))
     masks = MaskGenerator("tubelet", (FRAMES // 2, 4, 4), 0.75)
     dataset = PretrainDataset(videos, Background((SIDE, SIDE), FRAMES, 1), masks, overlay)
     sampler = ChunkSampler(len(videos), 1)
