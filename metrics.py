@@ -233,7 +233,7 @@ class SeveralLabels(Task):
     no_label: ClassVar[int | bytes] = b"-1"
 
     def parse_label(self, text: str) -> int | str:
-        """A label of a list, checked and kept as text; see lists.read_actions."""
+        """A label of a list, checked by read_actions and kept as text."""
         actions = read_actions(text, self.num_classes)
         if self.needs_seconds and np.isinf(actions).any():
             raise ValueError(f"label {text[:80]!r} has no seconds, as in `92:11.90-21.20,147:0.00-12.60`")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fixtures_video import ROOT, fork_server, free_port, source_frames, write_mp4
 
-from utils import RunLog
+from meters import RunLog
 
 pytest_plugins = "fixtures_video"
 NAME = "run_class_finetuning.py"

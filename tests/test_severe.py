@@ -94,7 +94,7 @@ def test_it_goes_on_after_cells_that_cannot_be_run(severe, severe_data, tmp_path
     assert [line.split(":")[0].strip() for line in said] == ["charades", "ucf_rc", "fx_s1", "gym99"]
     assert f"{broken['CHARADES']}/train.csv, line 2: " in said[0] and "not `path label`" in said[0]
     assert f"{mat}: not an annotation of UCFRep" in said[1]
-    assert f"{broken['FX_S1']}/val.csv, line 1: " in said[2] and "not `path label`" in said[2]
+    assert f"{broken['FX_S1']}/val.csv, line 1: " in said[2] and "is not a whole number" in said[2]
     assert said[3].strip() == "gym99: left out, GYM99=/path/to/gym99: no such folder"
     ours = {row[0]: row[2] for row in found.table[-8:] if row[0]}
     assert ours["UB-S1"] != "–" and all(ours[name] == "–" for name in ("Gym-99", "FX-S1", "UCF-RC", "Charades"))
