@@ -172,7 +172,7 @@ def check_list(args: argparse.Namespace, name: str) -> None:
 
 def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems, probe = Problems(args), is_probe(args)
+    problems = Problems(args)
     problems.files("finetune", "resume", "predict")
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
     side = args.short_side_size
@@ -214,6 +214,13 @@ def find_problems(args: argparse.Namespace) -> Problems:
         args.dry_run and (evaluates or args.knn > 0),
         "--dry_run tries a training step: leave it with --eval, --predict and --knn",
     )
+    find_frozen_problems(args, problems)
+    return problems
+
+
+def find_frozen_problems(args: argparse.Namespace, problems: Problems) -> None:
+    """Note what is wrong with the arguments of frozen evaluation."""
+    evaluates, probe = bool(args.eval or args.predict), is_probe(args)
     problems.when(args.linear_probe and args.attentive_probe, "--linear_probe and --attentive_probe: choose one")
     problems.when(
         args.knn > 0 and (evaluates or probe),
@@ -241,7 +248,6 @@ def find_problems(args: argparse.Namespace) -> Problems:
             min(args.weight_decay, args.lr) <= 0,
             "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay",
         )
-    return problems
 
 
 def checkpoint_to_test(args: argparse.Namespace) -> str:
