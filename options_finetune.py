@@ -214,7 +214,7 @@ def check_list(args: argparse.Namespace, name: str) -> None:
 
 def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems, probe = Problems(args), is_probe(args)
+    problems = Problems(args)
     problems.files("finetune", "resume")
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
     side = args.short_side_size
@@ -247,7 +247,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
         f"--samples_per_class and --examples draw class by class, but {args.data_set} has several labels a video",
     )
     problems.when(
-        DATA_SETS[args.data_set].multi_label and args.class_weights != "none",
+        multi_label(args) and args.class_weights != "none",
         f"--class_weights {args.class_weights}: for one class a video, but {args.data_set} has several labels a video",
     )
     odd = args.batch_size * args.num_sample % 2 == 1
@@ -260,6 +260,13 @@ def find_problems(args: argparse.Namespace) -> Problems:
         args.dry_run and (evaluates or args.knn > 0),
         "--dry_run tries a training step: leave it with --eval, --predict and --knn",
     )
+    find_frozen_problems(args, problems)
+    return problems
+
+
+def find_frozen_problems(args: argparse.Namespace, problems: Problems) -> None:
+    """Note what is wrong with the arguments of frozen evaluation."""
+    evaluates, probe = bool(args.eval or args.predict), is_probe(args)
     problems.when(args.linear_probe and args.attentive_probe, "--linear_probe and --attentive_probe: choose one")
     problems.when(
         args.knn > 0 and (evaluates or probe),
@@ -287,7 +294,6 @@ def find_problems(args: argparse.Namespace) -> Problems:
             min(args.weight_decay, args.lr) <= 0,
             "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay",
         )
-    return problems
 
 
 def checkpoint_to_test(args: argparse.Namespace) -> str:
@@ -322,6 +328,7 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
             stored["nb_classes"] = stored["nb_classes"] or data_set.num_classes
             names.append("nb_classes")
     options.follow(args, stored, path, names)
+    args.several_labels = args.several_labels or stored.get("several_labels", "")
 
 
 def needed_lists(args: argparse.Namespace) -> list[str]:

@@ -204,6 +204,25 @@ def test_options_of_a_checkpoint_complete_a_command_line(tmp_path):
     assert vars(completed(foreign, "--eval")) == vars(get_args(["--eval", "--finetune", str(tmp_path / "x.pth")]))
 
 
+def test_a_resume_tells_what_is_new_about_the_optimizer(run, custom, trained, tmp_path):
+    """At the end of the run, so that nothing is left but the test."""
+    new = ["--opt_betas", "0.8", "0.99", "--layer_decay", "0.9", "--output_dir", tmp_path / "run"]
+    last = trained.folder / f"checkpoint-{EPOCHS - 1}.pth"
+    found = run(*custom, *TRAIN, "--epochs", EPOCHS, "--resume", last, *new)
+    assert found.code == 0 and f"resuming from {last}" in found.out, found.all
+    told = "--opt_betas [0.9, 0.999] (here [0.8, 0.99]), --layer_decay 1.0 (here 0.9)"
+    assert f"{last} was trained with {told}\n" in found.out
+
+
+def test_probes_are_tested_as_they_were_trained(run, data, custom, trained, tmp_path):
+    """From output_dir's own best."""
+    probe = ["--attentive_probe", "--probe_lrs", "0.01", "0.02", "--epochs", "1", "--output_dir", tmp_path / "run"]
+    assert run(*custom, *TINY, *SEEN, *probe, "--batch_size", 3, "--finetune", trained.best).code == 0
+    found = run("--data_path", data, *SEEN, "--eval", "--output_dir", tmp_path / "run")
+    metrics = test_metrics_of(log_of(tmp_path / "run"))
+    assert found.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1], found.all
+
+
 def noting_buffers(argv, output, env):
     """Be the program, which writes down the buffers that it validates with."""
     validate = Evaluator.validate
