@@ -18,9 +18,9 @@ import torch
 
 from optim_factory import Stepper
 from utils import RunError, broadcast, logger, rank
-from weights import model_weights, read_checkpoint
+from weights import read_checkpoint
 
-LATEST = "checkpoint-latest.pth"
+LATEST, BEST = "checkpoint-latest.pth", "checkpoint-best.pth"
 NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
 MAX_FAILED_SAVES = 3  # in a row
 LOCK_SECONDS = 10.0  # the run that another one replaces may still be dying
@@ -132,7 +132,7 @@ def resume_candidates(folder: str) -> list[Path]:
     return [latest] * latest.exists() + [path for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True)]
 
 
-def progress(state: dict[str, Any], path: Path) -> tuple[int, int]:
+def resume_point(state: dict[str, Any], path: Path) -> tuple[int, int]:
     """Epoch and step at which the checkpoint at `path` goes on.
 
     Raises:
@@ -148,7 +148,7 @@ def _read_or_warn(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """A checkpoint, or None and a warning if it cannot be read."""
     try:
         state = read_checkpoint(path)
-        progress(state, path)
+        resume_point(state, path)
         return path, state
     except RunError as error:
         logger.warning("auto-resume skips %s", error)
@@ -170,7 +170,7 @@ def _furthest_of(folder: str) -> tuple[Path, dict[str, Any]] | None:
     chosen = next(readable, None)
     if chosen and chosen[0].name == LATEST:  # outdated, if the run died before it was removed
         rival = next(readable, None)
-        if rival and progress(rival[1], rival[0]) >= progress(chosen[1], chosen[0]):
+        if rival and resume_point(rival[1], rival[0]) >= resume_point(chosen[1], chosen[0]):
             return rival
     return chosen
 
@@ -188,7 +188,7 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict
     if rank() == 0:
         named = (Path(resume), read_checkpoint(resume)) if resume else None
         chosen = _furthest_of(folder) if auto_resume and folder else None
-        if named and (not chosen or progress(named[1], named[0]) >= progress(chosen[1], chosen[0])):
+        if named and (not chosen or resume_point(named[1], named[0]) >= resume_point(chosen[1], chosen[0])):
             chosen = named
         elif named and chosen:
             logger.warning(
@@ -201,15 +201,15 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict
 
 
 def restore(
-    found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper: Stepper, samples_per_step: int
+    found: tuple[Path, dict[str, Any]], contents: dict[str, Any], stepper: Stepper, samples_per_step: int
 ) -> Position:
-    """Put a run's checkpoint back into model and stepper.
+    """Load a run's checkpoint into `contents`, as far as they have a load_state_dict, and into the stepper.
 
     Raises:
         RunError: of another model or program, or in mid-epoch with another number of samples a step.
     """
     path, state = found
-    position = Position(*progress(state, path), state.get("meter"))
+    position = Position(*resume_point(state, path), state.get("meter"))
     missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
     if missing:
         raise RunError(
@@ -221,8 +221,12 @@ def restore(
             f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
             f"{samples_per_step}: keep GPUs x batch_size x update_freq as they were"
         )
+    kept = [name for name, value in contents.items() if hasattr(value, "load_state_dict")]
+    if lacking := [name for name in kept if name not in state]:
+        raise RunError(f"{path} lacks {', '.join(lacking)}: it is of another program, or of a run without --model_ema")
     try:
-        model.load_state_dict(model_weights(state, path))
+        for name in kept:
+            contents[name].load_state_dict(state[name])
         stepper.load(state, path)
         if not isinstance(position.meter, dict):
             raise ValueError("its meter holds no sums")

@@ -9,6 +9,7 @@ import os
 import sys
 
 import options
+from checkpoints import BEST
 from datasets_finetune import DATA_SETS, find_several, read_class_names
 from lists import VIDEO_SUFFIXES, VideoList, any_label, find_files, frames_in, list_of, read_list, why_missing
 from metrics import SeveralLabels, Task
@@ -25,8 +26,6 @@ scripts/finetune/ and scripts/test/ hold the recipes. Without further flags it f
 checkpoint on all views; --eval, --predict and --knn do no training.
 """
 
-
-BEST = "checkpoint-best.pth"
 # Options that say what the weights of a checkpoint belong to, beside the model's name.
 HOW_TRAINED = ("model_ema", "linear_probe", "linear_probe_recipe", "attentive_probe", "probe_lrs", "probe_wds",
                "encoder", "encoder_weights")  # fmt: skip

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 
 import options
 import utils
-from checkpoints import Position, find_resume, lock_folder, restore
+from checkpoints import BEST, Position
 from datasets import ChunkSampler, VideoCheck, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
@@ -30,10 +30,9 @@ from lists import VideoList
 from modeling_finetune import MODELS, SIZES
 from modeling_image import build_encoder
 from modeling_probe import Encoder, ProbedEncoder, ProbeLoss
-from optim_factory import Stepper, distribute, parameter_groups, share_buffers
+from optim_factory import distribute, parameter_groups, share_buffers
 from options import Settings
 from options_finetune import (
-    BEST,
     checkpoint_to_test,
     class_names,
     find_problems,
@@ -48,10 +47,10 @@ from options_finetune import (
     read_data_list,
     task,
 )
-from training import Epoch, Run
+from training import Best, Epoch, Run, resume, set_up
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
-from weights import load_encoder, load_strictly, local_path, stored_options
+from weights import load_encoder, load_strictly, local_path
 
 
 def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
@@ -165,56 +164,27 @@ def build_loss(
     return loss, BatchAugmentation(norm, eraser, mixup)
 
 
-def resume(
-    args: argparse.Namespace, model: nn.Module, stepper: Stepper, sampler: ChunkSampler, ema: ModelEmaV3 | None
-) -> tuple[Position, dict[str, float]]:
-    """Where to go on, with the best validation so far: from a checkpoint, which is put back, or from the start.
-
-    Raises:
-        RunError: a checkpoint of another run.
-    """
-    found = find_resume(args.output_dir, args.resume, args.auto_resume)
-    if not found:
-        return Position(args.start_epoch), {task(args).metric: -1.0, "epoch": -1}
-    path, state = found
-    position = restore(found, model, stepper, sampler.samples_per_step)
-    options.tell_differences(args, stored_options(state), str(path), options.OPTIMIZER)
-    if "best" not in state:
-        raise RunError(f"{path} is not of fine-tuning")
-    if ema:
-        if "model_ema" not in state:
-            raise RunError(f"{path} has no averaged weights: it was trained without --model_ema")
-        ema.module.load_state_dict(state["model_ema"])
-    return position, state["best"]
-
-
 def is_validated(args: argparse.Namespace, epoch: Epoch) -> bool:
     """Whether a validation follows an epoch."""
     return epoch.is_last or not (args.disable_eval_during_finetuning or (epoch.index + 1) % args.val_freq)
 
 
-def waited_enough(args: argparse.Namespace, best: dict[str, float], epoch: int) -> bool:
-    """Whether there has been no better validation for --patience of them up to `epoch`."""
-    return best["epoch"] >= 0 and 0 < args.patience <= (epoch - best["epoch"]) // args.val_freq
+def waited_enough(args: argparse.Namespace, best: Best, epoch: int) -> bool:
+    """Whether the last --patience validations up to `epoch` were no better than those before."""
+    return best.epoch >= 0 and 0 < args.patience <= (epoch - best.epoch) // args.val_freq
 
 
-def validate(evaluator: Evaluator, model: nn.Module, epoch: Epoch, best: dict[str, float]) -> None:
-    """Validate after an epoch; the weights that did best so far are kept in BEST, their metrics in `best`."""
-    metrics, name = evaluator.validate(model), evaluator.task.metric
-    if metrics[name] > best[name]:
-        before = dict(best)
-        best.update({name: metrics[name], "epoch": epoch.index})  # goes into the file
-        if not utils.broadcast(epoch.save(BEST)):
-            best.update(before)
+def validate(evaluator: Evaluator, model: nn.Module, epoch: Epoch, best: Best) -> None:
+    """Validate after an epoch, and save the weights if they are the best so far."""
+    metrics = evaluator.validate(model)
+    best.update(epoch, metrics)
     found = "  ".join(f"{shown} {metrics[shown]:.2f}" for shown in evaluator.task.shown)
-    logger.info("validation: %s  (best %.2f in epoch %d)", found, best[name], best["epoch"])
-    epoch.shown |= {f"val_{name}": value for name, value in metrics.items()}
+    logger.info("validation: %s  (best %.2f in epoch %d)", found, best.value, best.epoch)
 
 
-def train(
-    args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module, evaluator: Evaluator
-) -> int:
+def train(args: argparse.Namespace, device: torch.device, model: nn.Module, evaluator: Evaluator) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
+    settings = Settings.of(args)
     total_batch = args.batch_size * args.update_freq * utils.world_size()  # videos, as VideoMAE scales rates
     with utils.user_errors():
         dataset = build_train_set(args)
@@ -233,7 +203,9 @@ def train(
             batch_size = args.batch_size * args.num_sample
             stepper = with_deepspeed(stepper, args.zero_stage, batch_size, args.opt, settings.output_dir)
 
-    position, best = resume(args, model, stepper, sampler, ema)
+    best = Best(evaluator.task.metric)
+    contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
+    position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
     logger.info(
         "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
         total_batch,
@@ -254,7 +226,6 @@ def train(
     if look:
         look.tell()
 
-    contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
     with Run(settings, position, loader, stepper, contents) as run:
         if not position.step and waited_enough(args, best, position.epoch - 1):
             run.stop_epoch = position.epoch  # it had stopped early
@@ -287,20 +258,23 @@ def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False)
         load_encoder(model, path, need_head=True, key=key, prefix=prefix)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Check, build, and do the chosen job; returns the exit code."""
-    device = utils.init_distributed(args.device)
-    utils.setup_logging()
-    if args.not_needed:
-        logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     follow_checkpoint(args)
     find_problems(args).tell()
     if args.several_labels:
         logger.info("several labels a video (%s): binary cross-entropy, mean average precision", args.several_labels)
-    settings = Settings.of(args)
-    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
-    utils.seed_everything(args.seed)
+
+
+def main(args: argparse.Namespace) -> int:
+    """The program; returns the exit code."""
+    with set_up(args, check) as device:
+        return run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Build the model, and do the chosen job; returns the exit code."""
     with utils.user_errors():
         evaluator = build_evaluator(args, device)
         model = build_model(args).to(device)
@@ -318,7 +292,7 @@ def main(args: argparse.Namespace) -> int:
         with utils.user_errors():
             neighbours = train_videos(args)
         return evaluator.knn(encoder, args.knn, neighbours)
-    code = train(args, settings, device, model, evaluator)
+    code = train(args, device, model, evaluator)
     if code == 0 and not args.dry_run:
         utils.barrier()  # the first process may still be writing the best checkpoint
         if args.output_dir and os.path.isfile(os.path.join(args.output_dir, BEST)):
@@ -326,7 +300,6 @@ def main(args: argparse.Namespace) -> int:
         elif args.output_dir:
             logger.warning("no %s in %s: testing the last weights", BEST, args.output_dir)
         code = evaluator.test(model)
-    del lock
     return code
 
 

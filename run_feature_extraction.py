@@ -28,7 +28,6 @@ import torch
 import torch.nn as nn
 
 import utils
-from checkpoints import lock_folder
 from datasets import VideoCheck
 from datasets_finetune import DATA_SETS, Span, ViewReader, WindowReader
 from evaluation import Evaluator
@@ -37,6 +36,7 @@ from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
 from optim_factory import DTYPES
 from options import add_data_arguments, follow, make_parser, parse_given, pick_precision, trained_with
+from training import set_up
 from utils import RunError, logger
 from weights import check_kind, load_encoder, local_path
 
@@ -109,12 +109,10 @@ def follow_checkpoint(args: argparse.Namespace, checkpoint: str) -> None:
         follow(args, stored, checkpoint, ("model", *CLIP))
 
 
-def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
-    """The list, after a look at everything that can be wrong with the arguments.
-
-    Raises:
-        RunError: something is.
-    """
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
+    checkpoint = local_path(args.checkpoint)
+    follow_checkpoint(args, checkpoint)
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
             raise RunError(f"--{name} is missing")
@@ -128,9 +126,7 @@ def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     with utils.user_errors():
         token_grid(args.num_frames, args.input_size, args.input_size)
-        videos = read_list(args.data_path, label_text, args.data_root)
-        videos.check_files(args.max_bad_fraction)
-    return videos
+        read_list(args.data_path, label_text, args.data_root).check_files(args.max_bad_fraction)
 
 
 def check_settings(args: argparse.Namespace, precision: str) -> None:
@@ -274,14 +270,16 @@ def extract(args: argparse.Namespace, videos: VideoList, evaluator: Evaluator, m
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, compute the shards that are missing, and join the index; returns the exit code."""
-    device = utils.init_distributed(args.device, timeout_minutes=24 * 60)  # processes may finish far apart
-    utils.setup_logging()
+    """The program; returns the exit code."""
+    with set_up(args, check, timeout_minutes=24 * 60) as device:  # processes may finish far apart
+        return run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Compute the shards that are missing, and join the index; returns the exit code."""
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
-    follow_checkpoint(args, checkpoint)
-    videos, precision = check(args, checkpoint), pick_precision(args.precision, device)
-    lock = lock_folder(args.output_dir) if utils.rank() == 0 else None
-    utils.barrier()
+    videos, precision = read_list(args.data_path, label_text, args.data_root), pick_precision(args.precision, device)
+    utils.barrier()  # the first process has made the folder
     check_settings(args, precision)
 
     look = VideoCheck(videos, args.input_size, args.reader) if utils.rank() == 0 else None
@@ -307,7 +305,6 @@ def main(args: argparse.Namespace) -> int:
                 f"{len(bad)} of {len(videos)} videos could not be read, more than --max_bad_fraction "
                 f"{args.max_bad_fraction}; the first: {bad[0][1]}: {bad[0][-1]}"
             )
-    del lock
     return 0
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import utils
-from checkpoints import Position, find_resume, lock_folder, restore
+from checkpoints import BEST, Position
 from datasets import ChunkSampler, build_loader
 from datasets_counting import (
     AnnotationList,
@@ -43,7 +43,6 @@ from modeling_counting import (
 from modeling_finetune import MODELS, token_grid
 from optim_factory import Stepper, autocast, distribute, parameter_groups
 from options import (
-    OPTIMIZER,
     Problems,
     Settings,
     add_optimizer_arguments,
@@ -56,12 +55,10 @@ from options import (
     tell_differences,
     trained_with,
 )
-from training import Epoch, Run, Step
+from training import Best, Epoch, Run, Step, resume, set_up
 from utils import RunError, logger
 from video_reader import READERS
-from weights import check_kind, load_encoder, load_strictly, local_path, stored_options
-
-BEST = "checkpoint-best.pth"
+from weights import check_kind, load_encoder, load_strictly, local_path
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -168,7 +165,7 @@ def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.
     return utils.reduce_sum(counts, device)
 
 
-def judge(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
+def count_metrics(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
     """Metrics of the counts of `val`."""
     return counting_scores(counts, read_split(args, "val").labels.tolist())
 
@@ -176,7 +173,7 @@ def judge(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
 def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> int:
     """Count, log, and write ``test_counts.csv``; returns the exit code."""
     counts = count_all(args, model, device)
-    metrics = judge(args, counts)
+    metrics = count_metrics(args, counts)
     logger.info("test: mae %.4f  obo %.4f", metrics["mae"], metrics["obo"])
     RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
     if args.output_dir and utils.rank() == 0:
@@ -211,20 +208,17 @@ def find_problems(args: argparse.Namespace) -> Problems:
     return problems
 
 
-def validate(args: argparse.Namespace, model: RepetitionCounter, device, epoch: Epoch, best: dict[str, float]) -> None:
-    """Count `val` after an epoch; the weights that did best so far are kept in BEST, their error in `best`."""
-    metrics = judge(args, count_all(args, model, device))
-    if metrics["mae"] < best["mae"]:
-        before = dict(best)
-        best.update(mae=metrics["mae"], epoch=epoch.index)  # goes into the file
-        if not utils.broadcast(epoch.save(BEST)):
-            best.update(before)
-    shown = (metrics["mae"], metrics["obo"], best["mae"], best["epoch"])
+def validate(
+    args: argparse.Namespace, model: RepetitionCounter, device: torch.device, epoch: Epoch, best: Best
+) -> None:
+    """Count `val` after an epoch, and save the weights if they are the best so far."""
+    metrics = count_metrics(args, count_all(args, model, device))
+    best.update(epoch, metrics)
+    shown = (metrics["mae"], metrics["obo"], best.value, best.epoch)
     logger.info("validation: mae %.4f  obo %.4f  (best mae %.4f in epoch %d)", *shown)
-    epoch.shown |= {f"val_{name}": value for name, value in metrics.items()}
 
 
-def train(args: argparse.Namespace, settings: Settings, device: torch.device, model: RepetitionCounter) -> int:
+def train(args: argparse.Namespace, device: torch.device, model: RepetitionCounter) -> int:
     """Train, validating as it goes; returns the exit code."""
     total_batch = args.batch_size * args.update_freq * utils.world_size()
     with utils.user_errors():
@@ -236,12 +230,9 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         groups = parameter_groups(model.encoder, args.weight_decay, args.layer_decay)
         groups += parameter_groups(model.head, args.weight_decay)
         stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
-    position, best = Position(args.start_epoch), {"mae": float("inf"), "epoch": -1}
-    found = find_resume(args.output_dir, args.resume, args.auto_resume)
-    if found:
-        position = restore(found, model, stepper, sampler.samples_per_step)
-        tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
-        best = found[1].get("best", best)
+    best = Best("mae", float("inf"))
+    contents = {"model": model, "args": args, "best": best}
+    position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
     logger.info(
         "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",
         *(total_batch, sampler.steps_per_epoch, args.refine_steps, args.epochs),
@@ -251,7 +242,7 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         model.compile()
     stepper.model = distribute(model, device)
     loader = build_loader(dataset, sampler, args.num_workers, False, args.worker_timeout, collate_segments)
-    with Run(settings, position, loader, stepper, {"model": model, "args": args, "best": best}) as run:
+    with Run(Settings.of(args), position, loader, stepper, contents) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
             if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():
@@ -259,37 +250,46 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
     return run.exit_code
 
 
-def main(args: argparse.Namespace) -> int:
-    """Check, build, train and test; returns the exit code."""
-    device = utils.init_distributed(args.device)
-    utils.setup_logging()
-    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+def weights_to_load(args: argparse.Namespace) -> str:
+    """What to start from, or to test with --eval: --finetune, else for a test the best of output_dir."""
     best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
-    weights = (args.finetune or best) if args.eval else args.finetune
+    return args.finetune or (best if args.eval else "")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
+    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+    weights = weights_to_load(args)
     if os.path.exists(weights):
         compare = follow if args.eval else tell_differences
         compare(args, trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
     find_problems(args).tell()
-    settings = Settings.of(args)
-    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
-    utils.seed_everything(args.seed)
+
+
+def main(args: argparse.Namespace) -> int:
+    """The program; returns the exit code."""
+    with set_up(args, check) as device:
+        return run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Build the model, train and test; returns the exit code."""
     encoder = MODELS[args.model](num_classes=0, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
     model = RepetitionCounter(encoder, encoder.embed_dim).to(device)
-    code = 0
+    weights = weights_to_load(args)
     if not args.eval:
-        if args.finetune:
-            load_encoder(model.encoder, args.finetune)
-        code = train(args, settings, device, model)
+        if weights:
+            load_encoder(model.encoder, weights)
+        code = train(args, device, model)
+        if code or args.dry_run:
+            return code
         utils.barrier()  # the first process may still be writing the best checkpoint
-    if code == 0 and not args.dry_run:
-        weights = weights if args.eval else best
-        if os.path.isfile(weights):
-            load_strictly(model, weights)
-        elif args.eval:
-            raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
-        code = test(args, model, device)
-    del lock
-    return code
+        weights = os.path.join(args.output_dir, BEST) if args.output_dir else ""
+    if os.path.isfile(weights):
+        load_strictly(model, weights)
+    elif args.eval:
+        raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
+    return test(args, model, device)
 
 
 if __name__ == "__main__":

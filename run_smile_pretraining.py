@@ -12,7 +12,7 @@ import torch
 
 import options
 import utils
-from checkpoints import Position, find_resume, lock_folder, restore
+from checkpoints import Position
 from datasets import ChunkSampler, PretrainDataset, VideoCheck, build_loader, find_images
 from engine_for_pretraining import train_one_epoch
 from lists import VideoList, any_label, list_of, read_list
@@ -31,10 +31,10 @@ from modeling_teacher import (
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, distribute, parameter_groups
 from options import Problems, Settings
-from training import Run
+from training import Run, resume, set_up
 from utils import logger
 from video_transforms import BACKGROUNDS, Background
-from weights import check_kind, load_strictly, local_path, stored_options
+from weights import check_kind, load_strictly, local_path
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -220,19 +220,15 @@ def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, 
         logger.warning("--background black without --add_tubelets: there is nothing in the clips to be learned")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Check, build, train; returns the exit code."""
-    device = utils.init_distributed(args.device)
-    utils.setup_logging()
-    if args.not_needed:
-        logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
+def check(args: argparse.Namespace) -> None:
+    """Fetch the weights that are named ``hf://…``, and raise RunError if anything is wrong with the arguments."""
     for name in ("first_stage_path", "resume", "clip_weights"):
         setattr(args, name, local_path(getattr(args, name)))
     find_problems(args).tell()
-    settings = Settings.of(args)
-    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
 
-    utils.seed_everything(args.seed)
+
+def train(args: argparse.Namespace, device: torch.device) -> int:
+    """Build everything, and train; returns the exit code."""
     with utils.user_errors():
         dataset = build_dataset(args)
         watched = args.background in ("video", "frame") and utils.rank() == 0
@@ -251,13 +247,10 @@ def main(args: argparse.Namespace) -> int:
         stepper = options.build_stepper(args, student, groups, device, total_batch, sampler.steps_per_epoch)
     describe(args, stepper, sampler, total_batch)
 
-    position = Position(args.start_epoch)
-    found = find_resume(args.output_dir, args.resume, args.auto_resume)
-    if found:
-        position = restore(found, student, stepper, sampler.samples_per_step)
-        options.tell_differences(args, stored_options(found[1]), str(found[0]), options.OPTIMIZER)
-        if args.first_stage_path:
-            logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
+    contents = {"model": student, "args": args}
+    position = resume(args, contents, stepper, sampler.samples_per_step)
+    if position and args.first_stage_path:
+        logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
     elif args.first_stage_path:
         load_strictly(student, args.first_stage_path)
     if args.compile:
@@ -270,11 +263,16 @@ def main(args: argparse.Namespace) -> int:
 
     if look:
         look.tell()
-    with Run(settings, position, loader, stepper, {"model": student, "args": args}) as run:
+    with Run(Settings.of(args), position or Position(args.start_epoch), loader, stepper, contents) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper.model, teacher, epoch, norm, args.multiple_sampling)
-    del lock
     return run.exit_code
+
+
+def main(args: argparse.Namespace) -> int:
+    """The program; returns the exit code."""
+    with set_up(args, check) as device:
+        return train(args, device)
 
 
 if __name__ == "__main__":

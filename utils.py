@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -98,6 +99,54 @@ def end_workers() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+class Control:
+    """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
+
+    Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
+    SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._group = cpu_group() if dist.is_initialized() else None
+
+    def listen(self) -> None:
+        """From now on take note of signals."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def agree(self, save: bool) -> tuple[bool, bool]:
+        """Whether any process was told to stop, and whether any wants to save; of several, the answer lags one step."""
+        if self._group is None:
+            return bool(self.signal), save
+        before = self._finish()
+        flags = torch.tensor([float(self.signal != 0), float(save)])
+        self._pending = (dist.all_reduce(flags, group=self._group, async_op=True), flags)
+        return before
+
+    def close(self) -> bool:
+        """Stop listening; returns whether any process has been told to stop by now."""
+        leave_on_signal()
+        self._finish()
+        return reduce_sum([float(self.signal != 0)], torch.device("cpu"), self._group)[0] > 0
+
+    def _finish(self) -> tuple[bool, bool]:
+        """The outcome of the exchange under way."""
+        if self._pending is None:
+            return False, False
+        work, flags = self._pending
+        work.wait()
+        self._pending = None
+        return bool(flags[0]), bool(flags[1])
 
 
 # Processes ------------------------------------------------------------------------------------------------------

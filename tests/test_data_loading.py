@@ -13,7 +13,8 @@ from fixtures_video import in_child, write_list
 from torch.utils.data import Dataset
 
 from datasets import MAX_BAD_IN_A_ROW, ChunkSampler, build_loader
-from training import BadFiles, epoch_batches
+from meters import BadFiles
+from training import epoch_batches
 from utils import RunError, run_main
 
 pytest_plugins = "fixtures_datasets"

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "video_transforms_finetune": {"video_transforms"},
     "datasets_finetune": {"datasets", "lists", "metrics", "video_reader", "video_transforms_finetune"},
     "meters": {"utils"},
-    "training": {"checkpoints", "datasets", "lists", "meters", "optim_factory", "options", "utils"},
+    "training": {"checkpoints", "datasets", "lists", "meters", "optim_factory", "options", "utils", "weights"},
     "engine_for_pretraining": {"modeling_finetune", "modeling_pretrain", "training"},
     "engine_for_finetuning": {"datasets", "modeling_finetune", "training"},
 }
