@@ -44,7 +44,7 @@ def find_images(folder: str) -> VideoList:
     """
     paths = find_files(folder, IMAGE_SUFFIXES)
     if not paths:
-        raise ValueError(f"--data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
     return list_of(folder, paths)
 
 
@@ -240,7 +240,7 @@ class PretrainDataset(VideoDataset):
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
         except RuntimeError as error:  # no usable object; not to be taken for a failed worker
-            raise RunError(str(error)) from error
+            raise RunError(f"--{error}") from error
         return self.masks(rng, boxes)
 
 

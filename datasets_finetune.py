@@ -116,22 +116,23 @@ def severe_subset(videos: VideoList, examples: int, num_classes: int) -> VideoLi
     return videos.subset(np.concatenate(drawn))
 
 
-def few_shot(videos: VideoList, seed: int, per_class: int = 0, total: int = 0) -> VideoList:
+def few_shot(videos: VideoList, seed: int, samples_per_class: int = 0, num_train_videos: int = 0) -> VideoList:
     """A fixed random part of a list: so many videos of each class, or so many in all, in the list's order.
 
     Raises:
         ValueError: more are asked for than there are.
     """
     order = np.random.default_rng(seed).permutation(len(videos))
-    if per_class:
-        of_class = [order[videos.labels[order] == label][:per_class] for label in np.unique(videos.labels)]
-        short = [int(videos.labels[part[0]]) for part in of_class if len(part) < per_class]
+    if samples_per_class:
+        of_class = [order[videos.labels[order] == label][:samples_per_class] for label in np.unique(videos.labels)]
+        short = [int(videos.labels[part[0]]) for part in of_class if len(part) < samples_per_class]
         if short:
-            raise ValueError(f"--samples_per_class {per_class}: class {short[0]} of {videos.source} has fewer videos")
+            told = f"class {short[0]} of {videos.source} has fewer videos"
+            raise ValueError(f"samples_per_class {samples_per_class}: {told}")
         order = np.concatenate(of_class)
-    if total > len(order):
-        raise ValueError(f"--num_train_videos {total}: {videos.source} has {len(order)}")
-    return videos.subset(np.sort(order[:total] if total else order))
+    if num_train_videos > len(order):
+        raise ValueError(f"num_train_videos {num_train_videos}: {videos.source} has {len(order)}")
+    return videos.subset(np.sort(order[:num_train_videos] if num_train_videos else order))
 
 
 def read_class_names(folder: str, num_classes: int) -> list[str] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule
-from utils import RunError, logger, warn_once
+from utils import RunError, logger, user_errors, warn_once
 from video_reader import READERS
 from weights import read_checkpoint, stored_options
 
@@ -241,11 +241,12 @@ class Problems:
         if wrong:
             self.found.append(message)
 
-    def attempt(self, check: Callable[..., Any], *values: Any) -> Any:
-        """What `check` returns of `values`, or None and its complaint noted."""
+    def attempt(self, check: Callable[..., Any], *values: Any, prefix: str = "") -> Any:
+        """Call `check`; None if it raises, whose message is noted. `prefix`: see utils.user_errors."""
         try:
-            return check(*values)
-        except (ValueError, OSError, RunError) as error:
+            with user_errors(prefix):
+                return check(*values)
+        except RunError as error:
             self.found.append(str(error))
 
     def numbers(self, lowest: int, *names: str) -> None:
@@ -298,13 +299,14 @@ def build_stepper(
     """Optimizer and schedules; learning rates scale with the total batch / 256.
 
     Raises:
-        ValueError: an optimizer that timm does not know.
+        RunError: an optimizer that timm does not know.
     """
     lr, warmup_lr, min_lr = (rate * total_batch / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
     total = args.epochs * steps_per_epoch
     warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
+    with user_errors("--"):
+        optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
     return Stepper(
         model,
         optimizer,

@@ -221,11 +221,12 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.numbers(1, "batch_size", "num_sample", "val_freq")
 
     if args.encoder:
-        problems.attempt(find_encoder, args.encoder, args.encoder_weights)
+        problems.attempt(find_encoder, args.encoder, args.encoder_weights, prefix="--encoder_")
     elif os.path.exists(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE", args.model_key)
-    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
-    problems.attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
+    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
+    augmentation = (args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
+    problems.attempt(TrainAugmentation, *augmentation, prefix="--")
     known = DATA_SETS[args.data_set].num_classes
     if not num_classes(args):
         problems.when(True, f"--data_set {args.data_set} needs --nb_classes")

@@ -58,7 +58,8 @@ def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
     probing = is_probe(args)
     encoder: Encoder
     if args.encoder:
-        encoder = build_encoder(args.encoder, args.encoder_weights)
+        with utils.user_errors("--encoder_"):
+            encoder = build_encoder(args.encoder, args.encoder_weights)
         heads = encoder.num_heads
     else:
         encoder = MODELS[args.model](
@@ -90,7 +91,8 @@ def train_videos(args: argparse.Namespace) -> VideoList:
     if args.examples:
         videos = severe_subset(videos, args.examples, num_classes(args))
     elif args.samples_per_class or args.num_train_videos:
-        videos = few_shot(videos, args.seed, args.samples_per_class, args.num_train_videos)
+        with utils.user_errors("--"):
+            videos = few_shot(videos, args.seed, args.samples_per_class, args.num_train_videos)
     if args.examples or args.samples_per_class or args.num_train_videos:
         logger.info("training on %d videos drawn from %s", len(videos), videos.source)
         if args.output_dir and not args.dry_run and utils.rank() == 0:

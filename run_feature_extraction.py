@@ -124,8 +124,9 @@ def check(args: argparse.Namespace) -> None:
     if is_windows(args) and (args.num_segment, args.num_crop, args.sampling, args.format) != (1, 1, "dense", "npy"):
         raise RunError("--stride: windows are dense and central, in .npy files; leave out the options of views")
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
-    with utils.user_errors():
+    with utils.user_errors("--"):
         token_grid(args.num_frames, args.input_size, args.input_size)
+    with utils.user_errors():
         read_list(args.data_path, label_text, args.data_root).check_files(args.max_bad_fraction)
 
 

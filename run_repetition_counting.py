@@ -199,7 +199,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems = Problems(args)
     problems.files("finetune", "resume")
     problems.numbers(1, "segments_per_video", "max_frames", "batch_size", "refine_steps", "val_freq")
-    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
     if os.path.exists(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     for name in ("val",) if args.eval else ("train", "val"):

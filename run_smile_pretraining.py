@@ -113,11 +113,11 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.numbers(0, "decoder_depth")
     problems.numbers(1, "num_rois")
 
-    grid = problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+    grid = problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
     if not 0 < args.mask_ratio < 1:
         problems.when(True, f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
     elif grid:
-        problems.attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio)
+        problems.attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio, prefix="--")
     unmask = args.traj_unmask_ratio
     problems.when(not 0 <= unmask <= 1, f"--traj_unmask_ratio {unmask}: must lie between 0 and 1")
     problems.when(
@@ -135,7 +135,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     )
     problems.when(args.speed < 0, f"--speed {args.speed}: must not be negative")
     if args.add_tubelets and args.use_objects:
-        problems.attempt(find_objects, args.objects_path, args.objects_list)
+        problems.attempt(find_objects, args.objects_path, args.objects_list, prefix="--")
     problems.when(
         args.use_objects and not args.add_tubelets, "--use_objects pastes them only with --add_tubelets: add it"
     )
@@ -148,9 +148,9 @@ def find_problems(args: argparse.Namespace) -> Problems:
     )
 
     if args.target_type == "clip":
-        problems.attempt(find_clip_weights, args.clip_model, args.clip_weights)
+        problems.attempt(find_clip_weights, args.clip_model, args.clip_weights, prefix="--clip_")
     if args.target_type == "timm":
-        problems.attempt(check_timm_weights, args.teacher_model, args.teacher_weights)
+        problems.attempt(check_timm_weights, args.teacher_model, args.teacher_weights, prefix="--teacher_")
     problems.when(
         args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS,
         f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}",
@@ -167,7 +167,8 @@ def read_videos(args: argparse.Namespace) -> VideoList:
             raise ValueError(f"--background {args.background} needs --epoch_size, clips an epoch")
         return list_of(f"--background {args.background}", [args.background] * args.epoch_size)
     if args.background == "image":
-        return find_images(args.data_path)
+        with utils.user_errors("--"):
+            return find_images(args.data_path)
     if not args.data_path:
         raise ValueError(f"--background {args.background} needs --data_path, a list of videos")
     return read_list(args.data_path, any_label, args.data_root)
@@ -180,7 +181,8 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
     if args.add_tubelets:
         library = None
         if args.use_objects:
-            names = find_objects(args.objects_path, args.objects_list)
+            with utils.user_errors("--"):
+                names = find_objects(args.objects_path, args.objects_list)
             library = ObjectLibrary(args.objects_path, names, max_side=round(320 * args.input_size / 224))
         overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois, args.speed)
     grid, ratio, patch = token_grid(args.num_frames, *size), args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE)
@@ -193,17 +195,18 @@ def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.M
     """The frozen network, or the pixels, that give the targets; its `out_dim` is the target's width."""
     if args.target_type == "pixel":
         return PixelTarget(PATCH_SIZE, TUBELET_SIZE).to(device)
-    model, weights = {
-        "clip": (args.clip_model, args.clip_weights),
-        "dino_v1": (args.distillation_teacher, args.dino_weights),
-        "timm": (args.teacher_model, args.teacher_weights),
+    model, weights, prefix = {
+        "clip": (args.clip_model, args.clip_weights, "--clip_"),
+        "dino_v1": (args.distillation_teacher, args.dino_weights, "--dino_"),
+        "timm": (args.teacher_model, args.teacher_weights, "--teacher_"),
     }[args.target_type]
     if weights == "random":
         logger.warning("THE TEACHER HAS RANDOM WEIGHTS: good for trying things out, useless for results")
     grid = token_grid(args.num_frames, args.input_size, args.input_size)[1:]
     fed = (args.teacher_norm, grid, args.teacher_size or None, args.teacher_stage)
     dtype = DTYPES[options.pick_precision(args.precision, device)]
-    return build_teacher(args.target_type, model, weights, *fed, dtype).to(device)
+    with utils.user_errors(prefix):
+        return build_teacher(args.target_type, model, weights, *fed, dtype).to(device)
 
 
 def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, total_batch: int) -> None:

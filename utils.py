@@ -41,12 +41,16 @@ class RunError(Exception):
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn the ValueErrors and OSErrors of set-up, which name their flag or file, into RunErrors."""
+def user_errors(prefix: str = "") -> Iterator[None]:
+    """Turn the ValueErrors and OSErrors of set-up into RunErrors.
+
+    Args:
+        prefix: makes the parameter that a message begins with a flag, such as ``--`` or ``--clip_``.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise RunError(str(error)) from error
+        raise RunError(prefix * isinstance(error, ValueError) + str(error)) from error
 
 
 def run_main(function: Any, *args: Any) -> None:
