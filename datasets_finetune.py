@@ -238,7 +238,7 @@ class FinetuneDataset(VideoDataset):
         clips = np.stack([self.augment(rng, found.frames) for _ in range(self.num_views)])
         return {
             "clips": clips,
-            "extra": np.stack([self.clip_label(self.videos, index, found)] * self.num_views),
+            "labels": np.stack([self.clip_label(self.videos, index, found)] * self.num_views),
             "erase": rng.integers(2**32, size=self.num_views),
             "path": self.videos.path(index),
             "bad": bad,

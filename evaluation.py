@@ -21,7 +21,7 @@ from lists import VideoList
 from meters import RunLog
 from metrics import ONE_LABEL, Task, VideoScore, gather_scores, judge, predict
 from modeling_finetune import channel_stats, normalize_clips
-from modeling_probe import Encoder, MeanTokens, ProbedEncoder, nearest_neighbours
+from modeling_probe import MeanTokens, ProbedEncoder, TokenEncoder, nearest_neighbours
 from optim_factory import autocast
 from training import loader_failure
 from utils import RunError, logger, progress, rank, warn_once, world_size
@@ -155,7 +155,7 @@ class Evaluator:
         scores = self.scores(model, self.loader(videos, self.test_views), "test")
         return [score.of_probe(model.best_probe) for score in scores] if isinstance(model, ProbedEncoder) else scores
 
-    def knn(self, encoder: Encoder, k: int, train: VideoList) -> int:
+    def knn(self, encoder: TokenEncoder, k: int, train: VideoList) -> int:
         """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report.
 
         Raises:

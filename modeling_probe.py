@@ -14,7 +14,9 @@ from modeling_finetune import LayerNorm, Mlp, VisionTransformer
 from modeling_image import FrameEncoder
 
 QUERIES = 64  # at a time, of nearest_neighbours; with 240,000 neighbours their similarities take 60 MB
-Encoder = VisionTransformer | FrameEncoder  # clips [B, 3, T, H, W] → tokens [B, N, D] by forward_tokens, D is embed_dim
+TokenEncoder = (
+    VisionTransformer | FrameEncoder
+)  # clips [B, 3, T, H, W] → tokens [B, N, D] by forward_tokens, D is embed_dim
 
 
 class LinearProbe(nn.Module):
@@ -67,7 +69,7 @@ class ProbedEncoder(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, num_heads: int, kind: str, num_classes: int, settings: list[tuple[float, float]]
+        self, encoder: TokenEncoder, num_heads: int, kind: str, num_classes: int, settings: list[tuple[float, float]]
     ):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
@@ -112,7 +114,7 @@ class ProbedEncoder(nn.Module):
 class MeanTokens(nn.Module):
     """Features for nearest neighbours: ``[B, 3, T, H, W]`` → mean of the encoder's tokens, ``[B, D]``."""
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: TokenEncoder):
         super().__init__()
         self.encoder = encoder
 

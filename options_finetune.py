@@ -11,6 +11,7 @@ import sys
 import options
 from checkpoints import BEST
 from datasets_finetune import DATA_SETS, find_several, read_class_names
+from deepspeed_stepper import ELEMENTWISE
 from lists import VIDEO_SUFFIXES, VideoList, any_label, find_files, frames_in, list_of, read_list, why_missing
 from metrics import SeveralLabels, Task
 from modeling_finetune import MODELS, token_grid
@@ -27,8 +28,8 @@ checkpoint on all views; --eval, --predict and --knn do no training.
 """
 
 # Options that say what the weights of a checkpoint belong to, beside the model's name.
-HOW_TRAINED = ("model_ema", "linear_probe", "linear_probe_recipe", "attentive_probe", "probe_lrs", "probe_wds",
-               "encoder", "encoder_weights")  # fmt: skip
+HOW_TRAINED = ("model_ema", "linear_probe", "attentive_probe", "probe_lrs", "probe_wds", "encoder",
+              "encoder", "encoder_weights")  # fmt: skip
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,8 +88,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     frozen = parser.add_argument_group("frozen evaluation")
     frozen.add_argument("--linear_probe", action="store_true", help="train linear classifiers on the frozen encoder")
-    recipes = "ours: many at once after a BatchNorm; sigma: SIGMA's, one after fc_norm, augmented as in fine-tuning"
-    frozen.add_argument("--linear_probe_recipe", choices=("ours", "sigma"), default="ours", help=recipes)
+    learn = "head: only fc_norm and the classifier, on a frozen encoder (SIGMA's linear probe)"
+    frozen.add_argument("--learn", choices=("all", "head"), default="all", help=learn)
     frozen.add_argument("--attentive_probe", action="store_true", help="the same, pooling with learned attention")
     frozen.add_argument("--probe_lrs", type=float, nargs="+", default=[1e-2, 3e-3, 1e-3], help="rates tried together")
     frozen.add_argument("--probe_wds", type=float, nargs="+", default=[0.0, 0.05], help="weight decays tried together")
@@ -113,15 +114,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_run_arguments(parser)
     deepspeed = parser.add_argument_group("DeepSpeed")
     deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
-    stages = "what processes share out: 0 nothing, 1 optimizer state, 2 gradients too"
+    stages = "what processes share out: 1 optimizer state, 2 gradients too; 0 (nothing) becomes 1"
     deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
     argv = sys.argv[1:] if argv is None else argv
     is_file = lambda word: word.lower().endswith(VIDEO_SUFFIXES) or os.path.isfile(word)
     argv = [f"./{word}" if word.startswith("-") and is_file(word) else word for word in argv]  # it is no option
     args = options.parse(parser, argv)
-    if args.linear_probe_recipe == "sigma":  # what it has other than fine-tuning
-        parser.set_defaults(epochs=30, num_sample=2, warmup_lr=1e-6)
-        args = options.parse(parser, argv)
     data_set = DATA_SETS[args.data_set]
     lists = [data_set.list_path(args.data_path, name) for name in (data_set.train_list, "val.csv", "test.csv")]
     args.several_labels = find_several(lists) if args.data_path and not data_set.num_classes else ""
@@ -169,14 +167,9 @@ def class_names(args: argparse.Namespace) -> list[str] | None:
     return read_class_names(args.data_path, num_classes(args)) if args.data_path else None
 
 
-def is_sigma(args: argparse.Namespace) -> bool:
-    """Whether only the classifier of the video model learns, in a training that is otherwise fine-tuning."""
-    return args.linear_probe and args.linear_probe_recipe == "sigma"
-
-
 def is_probe(args: argparse.Namespace) -> bool:
     """Whether probes are trained side by side on a frozen encoder."""
-    return (args.linear_probe or args.attentive_probe) and not is_sigma(args)
+    return args.linear_probe or args.attentive_probe
 
 
 def multi_label(args: argparse.Namespace) -> bool:
@@ -265,15 +258,21 @@ def find_problems(args: argparse.Namespace) -> Problems:
         args.knn > 0 and (evaluates or probe),
         "--knn is a test of its own: give it without --eval, --predict and probes",
     )
-    frozen = probe or is_sigma(args) or args.knn > 0
+    frozen = probe or args.learn == "head" or args.knn > 0
     weights = args.finetune or args.encoder or args.eval
     problems.when(frozen and not weights, "a frozen encoder needs weights: give --finetune, or --encoder")
     problems.when(
-        args.linear_probe_recipe == "sigma" and not is_sigma(args), "--linear_probe_recipe sigma: add --linear_probe"
+        args.learn == "head" and bool(probe or args.knn),
+        "--learn head fine-tunes the classifier: leave --linear_probe, --attentive_probe and --knn",
+    )
+    problems.when(
+        args.enable_deepspeed and args.opt not in ELEMENTWISE,
+        f"--opt {args.opt}: DeepSpeed cuts weights into flat pieces, which is known to be right for "
+        f"{', '.join(ELEMENTWISE)} only; leave --enable_deepspeed",
     )
     problems.when(
         bool(args.encoder) and not (probe or args.knn > 0),
-        f"--encoder {args.encoder}: add --linear_probe (with our recipe), --attentive_probe or --knn",
+        f"--encoder {args.encoder}: add --linear_probe, --attentive_probe or --knn",
     )
     problems.when(
         bool(args.encoder and args.finetune) and not evaluates,
@@ -309,6 +308,8 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
     if not os.path.exists(path):  # find_problems tells
         return
     stored = options.trained_with(path)
+    if stored.get("linear_probe_recipe") == "sigma":  # what --learn head was called
+        stored["linear_probe"] = False
     data_set = DATA_SETS.get(stored.get("data_set", ""))
     if not (evaluates or args.knn > 0):
         by_stride = DATA_SETS[args.data_set].sampling == "dense" and (not data_set or data_set.sampling == "dense")

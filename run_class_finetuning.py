@@ -29,7 +29,7 @@ from evaluation import Evaluator
 from lists import VideoList
 from modeling_finetune import MODELS, SIZES
 from modeling_image import build_encoder
-from modeling_probe import Encoder, ProbedEncoder, ProbeLoss
+from modeling_probe import ProbedEncoder, ProbeLoss, TokenEncoder
 from optim_factory import distribute, parameter_groups, share_buffers
 from options import Settings
 from options_finetune import (
@@ -39,7 +39,6 @@ from options_finetune import (
     follow_checkpoint,
     get_args,
     is_probe,
-    is_sigma,
     mixes,
     multi_label,
     num_classes,
@@ -53,10 +52,10 @@ from video_transforms_finetune import TrainAugmentation
 from weights import load_encoder, load_strictly, local_path
 
 
-def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
+def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
     """Classifier, or frozen encoder with probes; new weights, but of an image model."""
     probing = is_probe(args)
-    encoder: Encoder
+    encoder: TokenEncoder
     if args.encoder:
         with utils.user_errors("--encoder_"):
             encoder = build_encoder(args.encoder, args.encoder_weights)
@@ -72,7 +71,7 @@ def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
             use_checkpoint=args.use_checkpoint,
         )
         heads = next(size.num_heads for name, size in SIZES.items() if f"_{name}_" in args.model)
-    if is_sigma(args):
+    if args.learn == "head":
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     if not probing:
@@ -203,7 +202,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
             batch_size = args.batch_size * args.num_sample
-            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, args.opt, settings.output_dir)
+            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, settings.output_dir)
 
     best = Best(evaluator.task.metric)
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
@@ -265,6 +264,9 @@ def check(args: argparse.Namespace) -> None:
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     follow_checkpoint(args)
     find_problems(args).tell()
+    if args.enable_deepspeed and args.zero_stage == 0:
+        logger.info("--zero_stage 0 shares nothing out, as DDP: taking stage 1")
+        args.zero_stage = 1
     if args.several_labels:
         logger.info("several labels a video (%s): binary cross-entropy, mean average precision", args.several_labels)
 

@@ -33,7 +33,7 @@ from optim_factory import DTYPES, Stepper, distribute, parameter_groups
 from options import Problems, Settings
 from training import Run, resume, set_up
 from utils import logger
-from video_transforms import BACKGROUNDS, Background
+from video_transforms import BACKGROUNDS, ClipSource
 from weights import check_kind, load_strictly, local_path
 
 
@@ -187,8 +187,8 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
         overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois, args.speed)
     grid, ratio, patch = token_grid(args.num_frames, *size), args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE)
     masks = MaskGenerator(args.mask_type, grid, args.mask_ratio, args.sub_mask_type, ratio, patch, TUBELET_SIZE)
-    background = Background(size, args.num_frames, args.sampling_rate, args.background, args.pan, args.reader)
-    return PretrainDataset(read_videos(args), background, masks, overlay, args.num_sample, args.seed)
+    source = ClipSource(size, args.num_frames, args.sampling_rate, args.background, args.pan, args.reader)
+    return PretrainDataset(read_videos(args), source, masks, overlay, args.num_sample, args.seed)
 
 
 def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:

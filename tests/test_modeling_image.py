@@ -165,12 +165,10 @@ def test_an_image_model_goes_through_the_same_program(run, custom, tmp_path):
         (["--encoder", "test_vit"], "--encoder test_vit: add --linear_probe"),
         (["--encoder", "ViT-X", "--knn", "1"], "--encoder_model ViT-X: not a model"),
         (["--encoder", "test_vit", "--encoder_weights", "random", "--knn", "1", "--finetune", "{b}"], "leave one"),
-        (
-            ["--encoder", "test_vit", "--linear_probe", "--linear_probe_recipe", "sigma"],
-            "--encoder test_vit: add --linear_probe (with our recipe)",
-        ),
-        (["--linear_probe_recipe", "sigma", "--finetune", "{b}"], "--linear_probe_recipe sigma: add --linear_probe"),
-        (["--linear_probe", "--linear_probe_recipe", "sigma"], "a frozen encoder needs weights"),
+        (["--encoder", "test_vit", "--learn", "head"], "--encoder test_vit: add --linear_probe"),
+        (["--learn", "head", "--knn", "1", "--finetune", "{b}"], "--learn head fine-tunes the classifier: leave"),
+        (["--learn", "head"], "a frozen encoder needs weights"),
+        (["--enable_deepspeed", "--opt", "lamb"], "--opt lamb: DeepSpeed cuts weights into flat pieces"),
     ],
 )
 def test_what_does_not_go_together_is_told(data, tmp_path, words, message):

@@ -106,8 +106,8 @@ def test_clips_are_labelled_by_their_seconds(tmp_path, rate, codec):
     firsts = Counter()
     for epoch in range(12):
         sample = dataset[epoch, 0]
-        assert sample["extra"].shape == (2, 40) and (sample["extra"][0] == sample["extra"][1]).all()
-        seen = np.flatnonzero(sample["extra"][0])
+        assert sample["labels"].shape == (2, 40) and (sample["labels"][0] == sample["labels"][1]).all()
+        seen = np.flatnonzero(sample["labels"][0])
         indices = [dense_indices(np.random.default_rng((0, epoch, 0)), 40, 4, 3)[at] for at in (0, -1)]
         assert (seen == np.arange(max(1, indices[0]), indices[1] + 1)).all()
         firsts[int(seen[0])] += 1
@@ -125,7 +125,7 @@ def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
     assert args.several_labels == f"{tmp_path}/train.csv, line 2: {labels}"
     assert task(args).targets(read_data_list(args, "val.csv").labels).tolist() == [[0, 1, 0], [1, 0, 0]]
     sample = build_train_set(args)[0, 1]
-    assert sample["extra"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
+    assert sample["labels"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
     assert isinstance(build_loss(args, (torch.zeros(3), torch.ones(3)))[0], torch.nn.BCEWithLogitsLoss)
     write_lines(tmp_path, [f"{names[0]} 0,3"], "val.csv")
     assert "val.csv, line 1: label 3 is not in [0, 3)" in find_problems(args).found[0]
