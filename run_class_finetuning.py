@@ -27,7 +27,7 @@ from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, WeightedCrossEntropy, balanced_weights, train_one_epoch
 from evaluation import Evaluator
 from lists import VideoList
-from modeling_finetune import MODELS, SIZES
+from modeling_finetune import MODELS, SIZES, channel_stats
 from modeling_image import build_encoder
 from modeling_probe import ProbedEncoder, ProbeLoss, TokenEncoder
 from optim_factory import distribute, parameter_groups, share_buffers
@@ -124,7 +124,6 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
         device=device,
         precision=options.pick_precision(args.precision, device),
         num_classes=num_classes(args),
-        read_list=lambda name: read_data_list(args, name),
         val_views=view_reader(args, test=False),
         test_views=view_reader(args, test=True),
         num_workers=args.num_workers,
@@ -175,9 +174,9 @@ def waited_enough(args: argparse.Namespace, best: Best, epoch: int) -> bool:
     return best.epoch >= 0 and 0 < args.patience <= (epoch - best.epoch) // args.val_freq
 
 
-def validate(evaluator: Evaluator, model: nn.Module, epoch: Epoch, best: Best) -> None:
+def validate(evaluator: Evaluator, model: nn.Module, videos: VideoList, epoch: Epoch, best: Best) -> None:
     """Validate after an epoch, and save the weights if they are the best so far."""
-    metrics = evaluator.validate(model)
+    metrics = evaluator.validate(model, videos)
     best.update(epoch, metrics)
     found = "  ".join(f"{shown} {metrics[shown]:.2f}" for shown in evaluator.task.shown)
     logger.info("validation: %s  (best %.2f in epoch %d)", found, best.value, best.epoch)
@@ -188,7 +187,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
     settings = Settings.of(args)
     total_batch = args.batch_size * args.update_freq * utils.world_size()  # videos, as VideoMAE scales rates
     with utils.user_errors():
-        dataset = build_train_set(args)
+        dataset, val_videos = build_train_set(args), read_data_list(args, "val.csv")
         look = VideoCheck(dataset.videos, args.input_size, args.reader) if utils.rank() == 0 else None
         sampler = ChunkSampler(
             len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
@@ -223,7 +222,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
         stepper.model = distribute(model, device)
     pin_memory = args.pin_mem and device.type == "cuda"
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
-    criterion, augment = build_loss(args, evaluator.norm, dataset.videos.labels)
+    criterion, augment = build_loss(args, channel_stats("imagenet", device), dataset.videos.labels)
     if look:
         look.tell()
 
@@ -236,7 +235,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
                 share_buffers(model)
                 if ema:
                     share_buffers(ema.module)
-                validate(evaluator, ema.module if ema else model, epoch, best)
+                validate(evaluator, ema.module if ema else model, val_videos, epoch, best)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
     stepper.close(settings.output_dir)
     return run.exit_code
@@ -282,20 +281,20 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     with utils.user_errors():
         evaluator = build_evaluator(args, device)
         model = build_model(args).to(device)
+        videos = predict_videos(args) if args.predict else read_data_list(args, "test.csv")
     encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
-        watched = args.eval and utils.rank() == 0
-        look = VideoCheck(read_data_list(args, "test.csv"), args.input_size, args.reader) if watched else None
+        look = VideoCheck(videos, args.input_size, args.reader) if args.eval and utils.rank() == 0 else None
         load_for_test(args, model)
         if look:
             look.tell()
-        return evaluator.predict(model, predict_videos(args)) if args.predict else evaluator.test(model)
+        return evaluator.predict(model, videos) if args.predict else evaluator.test(model, videos)
     if args.finetune:
         load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)
     if args.knn:
         with utils.user_errors():
             neighbours = train_videos(args)
-        return evaluator.knn(encoder, args.knn, neighbours)
+        return evaluator.knn(encoder, args.knn, neighbours, videos)
     code = train(args, device, model, evaluator)
     if code == 0 and not args.dry_run:
         utils.barrier()  # the first process may still be writing the best checkpoint
@@ -303,7 +302,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             load_for_test(args, model, own=True)
         elif args.output_dir:
             logger.warning("no %s in %s: testing the last weights", BEST, args.output_dir)
-        code = evaluator.test(model)
+        code = evaluator.test(model, videos)
     return code
 
 

@@ -30,7 +30,7 @@ import torch.nn as nn
 import utils
 from datasets import VideoCheck
 from datasets_finetune import DATA_SETS, Span, ViewReader, WindowReader
-from evaluation import Evaluator
+from evaluation import load_views, score_videos
 from lists import VideoList, label_text, read_list
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
@@ -237,7 +237,14 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     return [line for line in lines if line[-1]]
 
 
-def extract(args: argparse.Namespace, videos: VideoList, evaluator: Evaluator, model: Features) -> list[Path]:
+def extract(
+    args: argparse.Namespace,
+    videos: VideoList,
+    views: ViewReader,
+    model: Features,
+    device: torch.device,
+    precision: str,
+) -> list[Path]:
     """Compute and write the files that are missing, each process its share of them; all files."""
     folder, size = Path(args.output_dir), args.shard_size
     t, h, w = token_grid(args.num_frames, args.input_size, args.input_size)
@@ -257,8 +264,8 @@ def extract(args: argparse.Namespace, videos: VideoList, evaluator: Evaluator, m
     mine = missing[utils.rank() :: utils.world_size()]
     file_of = {index: file for file in mine for index in files[file]}
     ready: dict[Path, list[VideoScore]] = {}
-    samples = evaluator.loader(videos, evaluator.test_views, list(file_of))
-    for score in evaluator.each_score(model, samples, "features"):
+    samples = load_views(videos, views, args.num_workers, args.worker_timeout, args.batch_size, list(file_of))
+    for score in score_videos(model, samples, device, precision, "features"):
         file = file_of[score.index]
         if is_windows(args):
             write_windows(file, folder, videos, score, args.dtype)
@@ -292,11 +299,9 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     if is_windows(args):
         every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
         views = WindowReader("dense", 0, 1, args.input_size, *frames, *every)
-    workers = {"num_workers": args.num_workers, "timeout": args.worker_timeout, "batch_size": args.batch_size}
-    evaluator = Evaluator(device, precision, 0, lambda name: videos, views, views, **workers)
     if look:
         look.tell()
-    files = extract(args, videos, evaluator, model)
+    files = extract(args, videos, views, model, device, precision)
     utils.barrier()
     if utils.rank() == 0:
         bad = write_index(args, files)

@@ -210,9 +210,9 @@ def noting_buffers(argv, output, env):
     """Be the program, which writes down the buffers that it validates with."""
     validate = Evaluator.validate
 
-    def noting(evaluator, model):
+    def noting(evaluator, model, videos):
         torch.save(dict(model.named_buffers()), f"{output}.buffers")
-        return validate(evaluator, model)
+        return validate(evaluator, model, videos)
 
     Evaluator.validate = noting
     program(argv, output, env)
