@@ -90,7 +90,7 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the steps of precision over recall, of the videos by falling score; equal scores are one step.
+    """Average precision; tied scores form one step.
 
     Args:
         scores: ``[n]``; NaN comes after all others.
@@ -149,7 +149,7 @@ def label_classes(text: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Task:
-    """A video shows one class: softmax, cross-entropy, accuracy. What differs with several is in SeveralLabels.
+    """Single-label task: softmax, cross-entropy, accuracy; SeveralLabels overrides it.
 
     Args:
         combine: mean | max: how the scores of a video's views become one.
@@ -225,7 +225,7 @@ class Task:
 
 @dataclass(frozen=True)
 class SeveralLabels(Task):
-    """A video shows any number of classes, labels ``[n, C]`` of 0 and 1: sigmoid, binary cross-entropy, mAP."""
+    """Multi-label task, labels ``[n, C]`` of 0 and 1: sigmoid, binary cross-entropy, mAP."""
 
     needs_seconds: bool = False  # of each label of a list
     metric: ClassVar[str] = "map"

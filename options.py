@@ -234,12 +234,11 @@ class Problems:
             while not os.path.exists(folder):
                 folder = os.path.dirname(folder)
             writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
-            self.when(not writable, f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written")
+            self.add({f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written": not writable})
 
-    def when(self, wrong: bool, message: str) -> None:
-        """Note `message` if something is wrong."""
-        if wrong:
-            self.found.append(message)
+    def add(self, messages: dict[str, Any]) -> None:
+        """Note each message whose value is true."""
+        self.found += [message for message, wrong in messages.items() if wrong]
 
     def attempt(self, check: Callable[..., Any], *values: Any, prefix: str = "") -> Any:
         """Call `check`; None if it raises, whose message is noted. `prefix`: see utils.user_errors."""
@@ -252,15 +251,13 @@ class Problems:
     def numbers(self, lowest: int, *names: str) -> None:
         """Options that must not be below `lowest`, 0 or 1."""
         limit = "must be at least 1" if lowest else "must not be negative"
-        for name in names:
-            value = getattr(self.args, name)
-            self.when(value < lowest, f"--{name} {value}: {limit}")
+        values = {name: getattr(self.args, name) for name in names}
+        self.add({f"--{name} {value}: {limit}": value < lowest for name, value in values.items()})
 
     def files(self, *names: str) -> None:
         """Options that name files, if given."""
-        for name in names:
-            path = getattr(self.args, name)
-            self.when(path and not os.access(path, os.R_OK), f"--{name} {path}: no such file, or not readable")
+        paths = {name: path for name in names if (path := getattr(self.args, name)) and not os.access(path, os.R_OK)}
+        self.found += [f"--{name} {path}: no such file, or not readable" for name, path in paths.items()]
 
     def tell(self) -> None:
         """Raise RunError with all of them, if there are any."""

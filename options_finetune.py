@@ -65,7 +65,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--aa", default="rand-m7-n4-mstd0.5-inc1", help="timm RandAugment policy; '' for none")
     filters = ("bilinear", "bicubic", "random")
-    augment.add_argument("--train_interpolation", choices=filters, default="bicubic", help="of RandAugment's turns")
+    augment.add_argument(
+        "--train_interpolation",
+        choices=filters,
+        default="bicubic",
+        help="interpolation of RandAugment's geometric operations",
+    )
     area = "smallest share of the frame's area that a random crop keeps"
     augment.add_argument("--crop_area", type=float, default=0.25, help=area)
     augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
@@ -76,7 +81,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     augment.add_argument("--cutmix_minmax", type=float, nargs=2, help="share of the side pasted, in place of alpha")
     augment.add_argument("--mixup_prob", type=float, default=1.0, help="of either")
     augment.add_argument("--mixup_switch_prob", type=float, default=0.5, help="of CutMix, where both are on")
-    augment.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="drawn once for what")
+    augment.add_argument(
+        "--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="granularity of the draw"
+    )
     augment.add_argument("--reprob", type=float, default=0.25, help="random erasing, probability")
     augment.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="filling of the erased")
     augment.add_argument("--recount", type=int, default=1, help="random erasing, rectangles")
@@ -210,7 +217,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.files("finetune", "resume")
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
     side = args.short_side_size
-    problems.when(0 < side < args.input_size, f"--short_side_size {side}: smaller than --input_size")
+    problems.add({f"--short_side_size {side}: smaller than --input_size": 0 < side < args.input_size})
     problems.numbers(1, "batch_size", "num_sample", "val_freq")
 
     if args.encoder:
@@ -220,72 +227,50 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
     augmentation = (args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
     problems.attempt(TrainAugmentation, *augmentation, prefix="--")
-    known = DATA_SETS[args.data_set].num_classes
-    if not num_classes(args):
-        problems.when(True, f"--data_set {args.data_set} needs --nb_classes")
-    elif known and args.nb_classes not in (0, known):
-        problems.when(
-            True,
-            f"--nb_classes {args.nb_classes}: {args.data_set} has {known} classes; other lists are --data_set custom",
-        )
-    else:
+    name, data_set = args.data_set, DATA_SETS[args.data_set]
+    known, head = data_set.num_classes, args.learn == "head"
+    other = known and args.nb_classes not in (0, known)
+    if num_classes(args) and not other:
         problems.attempt(class_names, args)
         problems.attempt(predict_videos, args) if args.predict else None
-        for name in needed_lists(args):
-            problems.attempt(check_list, args, name)
-    few = bool(args.samples_per_class) + bool(args.num_train_videos) + 2 * bool(args.examples)
-    problems.when(few > 2, "--examples draws by a rule of its own: leave --samples_per_class and --num_train_videos")
-    problems.when(
-        multi_label(args) and bool(args.samples_per_class or args.examples),
-        f"--samples_per_class and --examples draw class by class, but {args.data_set} has several labels a video",
+        for needed in needed_lists(args):
+            problems.attempt(check_list, args, needed)
+    few, draws = args.samples_per_class or args.num_train_videos, args.samples_per_class or args.examples
+    evaluates, odd = bool(args.eval or args.predict), args.batch_size * args.num_sample % 2 == 1
+    frozen, weights = probe or head or args.knn, args.finetune or args.encoder or args.eval
+    several = f"but {name} has several labels a video"
+    elementwise = ", ".join(ELEMENTWISE)
+    problems.add(
+        {
+            f"--data_set {name} needs --nb_classes": not num_classes(args),
+            f"--nb_classes {args.nb_classes}: {name} has {known} classes; other lists are --data_set custom": other,
+            "--examples draws by a rule of its own: leave --samples_per_class and --num_train_videos": args.examples
+            and few,
+            f"--samples_per_class and --examples draw class by class, {several}": multi_label(args) and draws,
+            f"--class_weights {args.class_weights}: for one class a video, {several}": data_set.multi_label
+            and args.class_weights != "none",
+            f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch": odd
+            and mixes(args),
+            "--dry_run tries a training step: leave it with --eval, --predict and --knn": args.dry_run
+            and (evaluates or args.knn),
+            "--linear_probe and --attentive_probe: choose one": args.linear_probe and args.attentive_probe,
+            "--knn is a test of its own: give it without --eval, --predict and probes": args.knn
+            and (evaluates or probe),
+            "a frozen encoder needs weights: give --finetune, or --encoder": frozen and not weights,
+            "--learn head fine-tunes the classifier: leave --linear_probe, --attentive_probe and --knn": head
+            and (probe or args.knn),
+            f"--opt {args.opt}: DeepSpeed cuts weights into flat pieces, which is known to be right for {elementwise} "
+            "only; leave --enable_deepspeed": args.enable_deepspeed and args.opt not in ELEMENTWISE,
+            f"--encoder {args.encoder}: add --linear_probe, --attentive_probe or --knn": args.encoder
+            and not (probe or args.knn),
+            "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: leave one": (
+                args.encoder and args.finetune and not evaluates
+            ),
+            "--clip_grad would couple the probes that are trained side by side: leave it": probe and args.clip_grad,
+            "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay": probe
+            and min(args.weight_decay, args.lr) <= 0,
+        }
     )
-    problems.when(
-        DATA_SETS[args.data_set].multi_label and args.class_weights != "none",
-        f"--class_weights {args.class_weights}: for one class a video, but {args.data_set} has several labels a video",
-    )
-    odd = args.batch_size * args.num_sample % 2 == 1
-    problems.when(
-        odd and mixes(args), f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch"
-    )
-
-    evaluates = bool(args.eval or args.predict)
-    problems.when(
-        args.dry_run and (evaluates or args.knn > 0),
-        "--dry_run tries a training step: leave it with --eval, --predict and --knn",
-    )
-    problems.when(args.linear_probe and args.attentive_probe, "--linear_probe and --attentive_probe: choose one")
-    problems.when(
-        args.knn > 0 and (evaluates or probe),
-        "--knn is a test of its own: give it without --eval, --predict and probes",
-    )
-    frozen = probe or args.learn == "head" or args.knn > 0
-    weights = args.finetune or args.encoder or args.eval
-    problems.when(frozen and not weights, "a frozen encoder needs weights: give --finetune, or --encoder")
-    problems.when(
-        args.learn == "head" and bool(probe or args.knn),
-        "--learn head fine-tunes the classifier: leave --linear_probe, --attentive_probe and --knn",
-    )
-    problems.when(
-        args.enable_deepspeed and args.opt not in ELEMENTWISE,
-        f"--opt {args.opt}: DeepSpeed cuts weights into flat pieces, which is known to be right for "
-        f"{', '.join(ELEMENTWISE)} only; leave --enable_deepspeed",
-    )
-    problems.when(
-        bool(args.encoder) and not (probe or args.knn > 0),
-        f"--encoder {args.encoder}: add --linear_probe, --attentive_probe or --knn",
-    )
-    problems.when(
-        bool(args.encoder and args.finetune) and not evaluates,
-        "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: leave one",
-    )
-    if probe:
-        problems.when(
-            bool(args.clip_grad), "--clip_grad would couple the probes that are trained side by side: leave it"
-        )
-        problems.when(
-            min(args.weight_decay, args.lr) <= 0,
-            "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay",
-        )
     return problems
 
 

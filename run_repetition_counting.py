@@ -204,7 +204,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     for name in ("val",) if args.eval else ("train", "val"):
         problems.attempt(read_split, args, name)
-    problems.when(args.eval and args.dry_run, "--dry_run tries a training step: leave it with --eval")
+    problems.add({"--dry_run tries a training step: leave it with --eval": args.eval and args.dry_run})
     return problems
 
 

@@ -1,7 +1,8 @@
-"""Pretrain SMILE: the command line, what is built from it, and the loop over epochs.
+"""Pretrain SMILE: the command line, the model and data built from it, and the loop over epochs.
 
 Stage 1 pastes moving objects (``--add_tubelets --mask_type tubelet``); stage 2 starts from its weights
-(``--first_stage_path``) on natural clips with a tube mask. Other backgrounds than videos are ``--background``.
+(``--first_stage_path``) on natural clips with a tube mask. In these two flags, as in the released code, a tubelet is a
+pasted object with its path; everywhere else it is VideoMAE's: the two frames of a patch that make a token.
 scripts/pretrain/ holds the recipes.
 """
 
@@ -44,7 +45,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = options.add_data_arguments(parser)
     path = "list file, `path label` a line (the label is not used); of --background image a folder; else none"
     data.add_argument("--data_path", default="", help=path)
-    kinds = "what objects move over: windows of videos, nothing, uniform noise, images, or one frame of each video"
+    kinds = "source of the base clip: window of a video, black, uniform noise, image, or one frame of a video"
     data.add_argument("--background", choices=BACKGROUNDS, default="video", help=kinds)
     data.add_argument("--epoch_size", type=int, default=0, help="clips an epoch, of --background black and noise")
     pan = "share of its short side that an image or frame moves in the course of a clip"
@@ -108,60 +109,49 @@ def clips_per_video(args: argparse.Namespace) -> int:
 
 def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems = Problems(args)
+    problems, tubelet, unmask = Problems(args), args.mask_type == "tubelet", args.traj_unmask_ratio
     problems.files("first_stage_path", "resume")
-    problems.numbers(0, "decoder_depth")
+    problems.numbers(0, "decoder_depth", "speed")
     problems.numbers(1, "num_rois")
 
     grid = problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
-    if not 0 < args.mask_ratio < 1:
-        problems.when(True, f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
-    elif grid:
+    if grid and 0 < args.mask_ratio < 1:
         problems.attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio, prefix="--")
-    unmask = args.traj_unmask_ratio
-    problems.when(not 0 <= unmask <= 1, f"--traj_unmask_ratio {unmask}: must lie between 0 and 1")
-    problems.when(
-        args.mask_type == "tubelet" and not args.add_tubelets,
-        "--mask_type tubelet follows pasted objects: add --add_tubelets",
-    )
-
-    kind, videos = args.background, problems.attempt(read_videos, args)
-    if kind not in ("black", "noise"):
-        problems.when(args.epoch_size != 0, f"--epoch_size: an epoch of --background {kind} is its list")
-        problems.attempt(videos.check_files, args.max_bad_fraction) if videos else None
-    problems.when(not 0 <= args.pan <= 0.5, f"--pan {args.pan}: must lie between 0 and 0.5")
-    problems.when(
-        args.pan > 0 and kind not in ("image", "frame"), f"--pan moves an image or frame, not --background {kind}"
-    )
-    problems.when(args.speed < 0, f"--speed {args.speed}: must not be negative")
+    kind, videos, views = args.background, problems.attempt(read_videos, args), clips_per_video(args)
+    if videos and kind not in ("black", "noise"):
+        problems.attempt(videos.check_files, args.max_bad_fraction)
     if args.add_tubelets and args.use_objects:
         problems.attempt(find_objects, args.objects_path, args.objects_list, prefix="--")
-    problems.when(
-        args.use_objects and not args.add_tubelets, "--use_objects pastes them only with --add_tubelets: add it"
+    problems.add(
+        {
+            f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1": not 0 < args.mask_ratio < 1,
+            f"--traj_unmask_ratio {unmask}: must lie between 0 and 1": not 0 <= unmask <= 1,
+            "--mask_type tubelet follows pasted objects: add --add_tubelets": tubelet and not args.add_tubelets,
+            "--use_objects pastes them only with --add_tubelets: add it": args.use_objects and not args.add_tubelets,
+            f"--epoch_size: an epoch of --background {kind} is its list": args.epoch_size
+            and kind not in ("black", "noise"),
+            f"--pan {args.pan}: must lie between 0 and 0.5": not 0 <= args.pan <= 0.5,
+            f"--pan moves an image or frame, not --background {kind}": args.pan > 0 and kind not in ("image", "frame"),
+            f"--scales {min(args.scales)}: must be at least 1": min(args.scales) < 1,
+            f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
+            "(--num_sample, and two masks with --multiple_sampling)": min(args.num_sample, args.batch_size) < 1
+            or args.batch_size % max(1, views) > 0,
+            f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}": args.target_type
+            == "dino_v1"
+            and args.distillation_teacher not in DINO_MODELS,
+        }
     )
-    problems.when(min(args.scales) < 1, f"--scales {min(args.scales)}: must be at least 1")
-    views = clips_per_video(args)
-    problems.when(
-        min(args.num_sample, args.batch_size) < 1 or args.batch_size % max(1, views) > 0,
-        f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
-        "(--num_sample, and two masks with --multiple_sampling)",
-    )
-
     if args.target_type == "clip":
         problems.attempt(find_clip_weights, args.clip_model, args.clip_weights, prefix="--clip_")
     if args.target_type == "timm":
         problems.attempt(check_timm_weights, args.teacher_model, args.teacher_weights, prefix="--teacher_")
-    problems.when(
-        args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS,
-        f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}",
-    )
     for path in filter(os.path.isfile, {args.first_stage_path, args.resume}):
         problems.attempt(check_kind, path, "encoder_to_decoder.weight", "pretraining")
     return problems
 
 
 def read_videos(args: argparse.Namespace) -> VideoList:
-    """What the clips of an epoch are made from: the videos of the list, images, or nothing so many times."""
+    """The videos or images that the clips of an epoch are made from; of black and noise --epoch_size entries."""
     if args.background in ("black", "noise"):
         if args.epoch_size < 1:
             raise ValueError(f"--background {args.background} needs --epoch_size, clips an epoch")

@@ -57,7 +57,7 @@ def set_up(
     device = utils.init_distributed(args.device, timeout_minutes)
     utils.setup_logging()
     if ignored := getattr(args, "not_needed", ()):
-        logger.info("always so here, and so not needed: %s", ", ".join(ignored))
+        logger.info("ignored, no effect in this code: %s", ", ".join(ignored))
     check(args)
     writes = args.output_dir and utils.rank() == 0 and not getattr(args, "dry_run", False)
     with checkpoints.lock_folder(args.output_dir) if writes else nullcontext():
