@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -193,6 +194,7 @@ class VideoStream(IterableDataset):
 # Pretraining ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class PretrainDataset(VideoDataset):
     """Clips with masks: decoding, crop, overlay, mask.
 
@@ -202,17 +204,12 @@ class PretrainDataset(VideoDataset):
         num_views: independent crops, overlays and masks of each decoded window (--num_sample).
     """
 
-    def __init__(
-        self,
-        videos: VideoList,
-        source: ClipSource,
-        masks: MaskGenerator,
-        overlay: ObjectOverlay | None,
-        num_views: int = 1,
-        seed: int = 0,
-    ):
-        self.videos, self.source, self.masks, self.overlay = videos, source, masks, overlay
-        self.num_views, self.seed = num_views, seed
+    videos: VideoList
+    source: ClipSource
+    masks: MaskGenerator
+    overlay: ObjectOverlay | None
+    num_views: int = 1
+    seed: int = 0
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)

@@ -200,6 +200,7 @@ def test_view_indices(total: int, num_frames: int, stride: int, views: int, samp
 # Samples --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class FinetuneDataset(VideoDataset):
     """Labelled training clips: decode, augment.
 
@@ -210,21 +211,15 @@ class FinetuneDataset(VideoDataset):
         reader: of videos, one of READERS.
     """
 
-    def __init__(
-        self,
-        videos: VideoList,
-        clip_label: Callable[[VideoList, int, Clip], Any],
-        augment: TrainAugmentation,
-        sampling: str,
-        num_frames: int = 16,
-        stride: int = 4,
-        num_views: int = 1,
-        seed: int = 0,
-        reader: str = "pyav",
-    ):
-        self.videos, self.clip_label, self.augment = videos, clip_label, augment
-        self.sampling, self.reader = sampling, reader
-        self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
+    videos: VideoList
+    clip_label: Callable[[VideoList, int, Clip], Any]
+    augment: TrainAugmentation
+    sampling: str
+    num_frames: int = 16
+    stride: int = 4
+    num_views: int = 1
+    seed: int = 0
+    reader: str = "pyav"
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)
@@ -236,14 +231,9 @@ class FinetuneDataset(VideoDataset):
 
         found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: read_clip(path, choose, self.reader))
         clips = np.stack([self.augment(rng, found.frames) for _ in range(self.num_views)])
-        return {
-            "clips": clips,
-            "labels": np.stack([self.clip_label(self.videos, index, found)] * self.num_views),
-            "erase": rng.integers(2**32, size=self.num_views),
-            "path": self.videos.path(index),
-            "bad": bad,
-            "num_bad_videos": len(bad),
-        }
+        labels = np.stack([self.clip_label(self.videos, index, found)] * self.num_views)
+        seeds, path = rng.integers(2**32, size=self.num_views), self.videos.path(index)
+        return {"clips": clips, "labels": labels, "erase": seeds, "path": path, "bad": bad, "num_bad_videos": len(bad)}
 
 
 class View(NamedTuple):

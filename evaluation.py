@@ -151,11 +151,11 @@ class Evaluator:
             return judge(scores, videos, self.num_classes, task=self.task)
         found = [
             judge([score.of_probe(p) for score in scores], videos, self.num_classes, task=self.task)
-            for p in range(len(model.settings))
+            for p in range(len(model.rates))
         ]
         best = max(range(len(found)), key=lambda p: found[p][self.task.metric])
         model.best_probe = best
-        return found[best] | {"probe_lr": model.settings[best][0], "probe_wd": model.settings[best][1]}
+        return found[best] | {"probe_lr": model.rates[best][0], "probe_wd": model.rates[best][1]}
 
     def test(self, model: nn.Module, videos: VideoList) -> int:
         """Test on all views; see report."""

@@ -65,16 +65,16 @@ class ProbedEncoder(nn.Module):
 
     Args:
         kind: linear | attentive.
-        settings: learning rate and weight decay of each probe.
+        rates: learning rate and weight decay of each probe.
     """
 
     def __init__(
-        self, encoder: TokenEncoder, num_heads: int, kind: str, num_classes: int, settings: list[tuple[float, float]]
+        self, encoder: TokenEncoder, num_heads: int, kind: str, num_classes: int, rates: list[tuple[float, float]]
     ):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
-        self.settings = settings
-        self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in settings)
+        self.rates = rates
+        self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in rates)
         self.register_buffer("best", torch.tensor(0))  # the probe that did best in validation
 
     @property
@@ -107,7 +107,7 @@ class ProbedEncoder(nn.Module):
                 "wd_scale": decay / weight_decay,
                 "lr_scale": rate / lr,
             }
-            for probe, (rate, decay) in zip(self.probes, self.settings)
+            for probe, (rate, decay) in zip(self.probes, self.rates)
         ]
 
 

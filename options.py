@@ -17,7 +17,7 @@ from weights import read_checkpoint, stored_options
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunOptions:
     """The options of a run that the loop needs; names and meaning are those of the flags."""
 
     output_dir: str
@@ -35,7 +35,7 @@ class Settings:
     dry_run: bool
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> "Settings":
+    def of(cls, args: argparse.Namespace) -> "RunOptions":
         """Taken from parsed arguments; a dry run writes nowhere, and logs every step."""
         values = {field.name: getattr(args, field.name) for field in fields(cls)}
         if args.dry_run:

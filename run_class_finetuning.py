@@ -31,7 +31,7 @@ from modeling_finetune import MODELS, SIZES, channel_stats
 from modeling_image import build_encoder
 from modeling_probe import ProbedEncoder, ProbeLoss, TokenEncoder
 from optim_factory import distribute, parameter_groups, share_buffers
-from options import Settings
+from options import RunOptions
 from options_finetune import (
     checkpoint_to_test,
     class_names,
@@ -53,7 +53,7 @@ from weights import load_encoder, load_strictly, local_path
 
 
 def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
-    """Classifier, or frozen encoder with probes; new weights, but of an image model."""
+    """Classifier, or frozen encoder with probes; randomly initialised, but image encoders come pretrained."""
     probing = is_probe(args)
     encoder: TokenEncoder
     if args.encoder:
@@ -76,8 +76,8 @@ def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     if not probing:
         return encoder
-    kind, settings = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
-    return ProbedEncoder(encoder, heads, kind, num_classes(args), settings)
+    kind, rates = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
+    return ProbedEncoder(encoder, heads, kind, num_classes(args), rates)
 
 
 def train_videos(args: argparse.Namespace) -> VideoList:
@@ -120,18 +120,10 @@ def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
     """What validates and tests on the lists of the data set."""
-    return Evaluator(
-        device=device,
-        precision=options.pick_precision(args.precision, device),
-        num_classes=num_classes(args),
-        val_views=view_reader(args, test=False),
-        test_views=view_reader(args, test=True),
-        num_workers=args.num_workers,
-        timeout=args.worker_timeout,
-        output_dir=args.output_dir,
-        classes=class_names(args),
-        task=task(args),
-    )
+    views = (view_reader(args, test=False), view_reader(args, test=True))
+    loading = (args.num_workers, args.worker_timeout)
+    precision, meaning = options.pick_precision(args.precision, device), (class_names(args), task(args))
+    return Evaluator(device, precision, num_classes(args), *views, *loading, args.output_dir, *meaning)
 
 
 def build_loss(
@@ -184,7 +176,7 @@ def validate(evaluator: Evaluator, model: nn.Module, videos: VideoList, epoch: E
 
 def train(args: argparse.Namespace, device: torch.device, model: nn.Module, evaluator: Evaluator) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
-    settings = Settings.of(args)
+    run_options = RunOptions.of(args)
     total_batch = args.batch_size * args.update_freq * utils.world_size()  # videos, as VideoMAE scales rates
     with utils.user_errors():
         dataset, val_videos = build_train_set(args), read_data_list(args, "val.csv")
@@ -192,29 +184,23 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
         sampler = ChunkSampler(
             len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
         )
-        groups = (
-            model.parameter_groups(args.lr, args.weight_decay)
-            if isinstance(model, ProbedEncoder)
-            else parameter_groups(model, args.weight_decay, args.layer_decay)
-        )
+        if isinstance(model, ProbedEncoder):
+            groups = model.parameter_groups(args.lr, args.weight_decay)
+        else:
+            groups = parameter_groups(model, args.weight_decay, args.layer_decay)
         stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
             batch_size = args.batch_size * args.num_sample
-            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, settings.output_dir)
+            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, run_options.output_dir)
 
     best = Best(evaluator.task.metric)
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
     position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
     logger.info(
         "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
-        total_batch,
-        args.num_sample,
-        sampler.steps_per_epoch,
-        args.epochs,
-        args.lr * total_batch / 256,
-        stepper.precision,
-        device,
+        *(total_batch, args.num_sample, sampler.steps_per_epoch, args.epochs),
+        *(args.lr * total_batch / 256, stepper.precision, device),
     )
     if args.compile:
         model.compile(dynamic=False)
@@ -226,7 +212,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
     if look:
         look.tell()
 
-    with Run(settings, position, loader, stepper, contents) as run:
+    with Run(run_options, position, loader, stepper, contents) as run:
         if not position.step and waited_enough(args, best, position.epoch - 1):
             run.stop_epoch = position.epoch  # it had stopped early
         for epoch in run.epochs():
@@ -237,7 +223,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
                     share_buffers(ema.module)
                 validate(evaluator, ema.module if ema else model, val_videos, epoch, best)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
-    stepper.close(settings.output_dir)
+    stepper.close(run_options.output_dir)
     return run.exit_code
 
 

@@ -42,7 +42,7 @@ from weights import check_kind, load_encoder, local_path
 
 # What must not change between a run and another one that goes on with it.
 CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
-SETTINGS = (
+UNCHANGED = (
     "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
 )  # fmt: skip
 WHOLE = re.compile("-?[0-9]{1,18}")
@@ -130,13 +130,13 @@ def check(args: argparse.Namespace) -> None:
         read_list(args.data_path, label_text, args.data_root).check_files(args.max_bad_fraction)
 
 
-def check_settings(args: argparse.Namespace, precision: str) -> None:
+def check_unchanged(args: argparse.Namespace, precision: str) -> None:
     """Leave ``settings.json`` in the folder, or compare with the one that is there.
 
     Raises:
         RunError: the folder holds features of another list, model or kind.
     """
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"precision": precision}
+    settings = {name: getattr(args, name) for name in UNCHANGED} | {"precision": precision}
     settings["data_path"] = hashlib.sha256(Path(args.data_path).read_bytes()).hexdigest()
     file = Path(args.output_dir) / "settings.json"
     if file.is_file():
@@ -237,15 +237,17 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     return [line for line in lines if line[-1]]
 
 
-def extract(
-    args: argparse.Namespace,
-    videos: VideoList,
-    views: ViewReader,
-    model: Features,
-    device: torch.device,
-    precision: str,
-) -> list[Path]:
-    """Compute and write the files that are missing, each process its share of them; all files."""
+def build_views(args: argparse.Namespace) -> ViewReader:
+    """The views, or the windows, of each video."""
+    frames = (args.num_frames, args.sampling_rate, 0, args.reader)
+    if is_windows(args):
+        every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
+        return WindowReader("dense", 0, 1, args.input_size, *frames, *every)
+    return ViewReader(args.sampling, args.num_segment, args.num_crop, args.input_size, *frames)
+
+
+def extract(args: argparse.Namespace, videos: VideoList, model: Features, device: torch.device) -> list[Path]:
+    """Compute and write the missing files, each process its share of them; returns all files."""
     folder, size = Path(args.output_dir), args.shard_size
     t, h, w = token_grid(args.num_frames, args.input_size, args.input_size)
     tokens = {"mean": (), "time": (t,), "token": (t * h * w,)}[args.features]
@@ -264,8 +266,9 @@ def extract(
     mine = missing[utils.rank() :: utils.world_size()]
     file_of = {index: file for file in mine for index in files[file]}
     ready: dict[Path, list[VideoScore]] = {}
-    samples = load_views(videos, views, args.num_workers, args.worker_timeout, args.batch_size, list(file_of))
-    for score in score_videos(model, samples, device, precision, "features"):
+    loading = (args.num_workers, args.worker_timeout, args.batch_size)
+    samples = load_views(videos, build_views(args), *loading, list(file_of))
+    for score in score_videos(model, samples, device, pick_precision(args.precision, device), "features"):
         file = file_of[score.index]
         if is_windows(args):
             write_windows(file, folder, videos, score, args.dtype)
@@ -286,22 +289,17 @@ def main(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Compute the shards that are missing, and join the index; returns the exit code."""
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
-    videos, precision = read_list(args.data_path, label_text, args.data_root), pick_precision(args.precision, device)
+    videos = read_list(args.data_path, label_text, args.data_root)
     utils.barrier()  # the first process has made the folder
-    check_settings(args, precision)
+    check_unchanged(args, pick_precision(args.precision, device))
 
     look = VideoCheck(videos, args.input_size, args.reader) if utils.rank() == 0 else None
     encoder = MODELS[args.model](num_classes=0)
     load_encoder(encoder, checkpoint)
     model = Features(encoder, args.features).to(device)
-    frames = (args.num_frames, args.sampling_rate, 0, args.reader)
-    views = ViewReader(args.sampling, args.num_segment, args.num_crop, args.input_size, *frames)
-    if is_windows(args):
-        every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
-        views = WindowReader("dense", 0, 1, args.input_size, *frames, *every)
     if look:
         look.tell()
-    files = extract(args, videos, views, model, device, precision)
+    files = extract(args, videos, model, device)
     utils.barrier()
     if utils.rank() == 0:
         bad = write_index(args, files)

@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 import torch
 
+import options
 import utils
 from checkpoints import BEST, Position
 from datasets import ChunkSampler, build_loader
@@ -42,19 +43,6 @@ from modeling_counting import (
 )
 from modeling_finetune import MODELS, token_grid
 from optim_factory import Stepper, autocast, distribute, parameter_groups
-from options import (
-    Problems,
-    Settings,
-    add_optimizer_arguments,
-    add_run_arguments,
-    build_stepper,
-    follow,
-    make_parser,
-    parse_given,
-    pick_precision,
-    tell_differences,
-    trained_with,
-)
 from training import Best, Epoch, Run, Step, resume, set_up
 from utils import RunError, logger
 from video_reader import READERS
@@ -63,7 +51,7 @@ from weights import check_kind, load_encoder, load_strictly, local_path
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = make_parser("SMILE repetition counting", __doc__)
+    parser = options.make_parser("SMILE repetition counting", __doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", default="", help="folder with the annotations train/*.mat and val/*.mat")
     data.add_argument("--data_root", default="", help="folder with the videos, <class>/<name>.avi or another suffix")
@@ -83,7 +71,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
     model.add_argument("--use_checkpoint", action="store_true", help="recompute activations to save memory")
 
-    optim = add_optimizer_arguments(parser)
+    optim = options.add_optimizer_arguments(parser)
     optim.add_argument("--batch_size", type=int, default=8, help="training segments a GPU and forward pass")
     optim.add_argument("--refine_steps", type=int, default=11, help="optimizer steps made with each batch of segments")
     optim.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate from a layer to that below")
@@ -93,8 +81,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test = parser.add_argument_group("validation and test")
     test.add_argument("--eval", action="store_true", help="only count val, with --finetune (or output_dir's best)")
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
-    add_run_arguments(parser)
-    return parse_given(parser, argv)
+    options.add_run_arguments(parser)
+    return options.parse_given(parser, argv)
 
 
 # Training and counting ------------------------------------------------------------------------------------------
@@ -136,7 +124,7 @@ def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: tor
             said = []
             for part, guess in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
                 windows = take_frames(frames, window_frames(part, guess, len(frames), args.num_frames))
-                with autocast(device, pick_precision(args.precision, device)):
+                with autocast(device, options.pick_precision(args.precision, device)):
                     prediction = model(windows.to(device))
                 said.append(Prediction(*(values.float().cpu() for values in prediction)))
             return Prediction(*(torch.cat(values) for values in zip(*said)))
@@ -194,9 +182,9 @@ def read_split(args: argparse.Namespace, name: str) -> AnnotationList:
     return read_annotations(os.path.join(args.data_path, name), args.data_root)
 
 
-def find_problems(args: argparse.Namespace) -> Problems:
+def find_problems(args: argparse.Namespace) -> options.Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems = Problems(args)
+    problems = options.Problems(args)
     problems.files("finetune", "resume")
     problems.numbers(1, "segments_per_video", "max_frames", "batch_size", "refine_steps", "val_freq")
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
@@ -229,7 +217,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
         )
         groups = parameter_groups(model.encoder, args.weight_decay, args.layer_decay)
         groups += parameter_groups(model.head, args.weight_decay)
-        stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
     best = Best("mae", float("inf"))
     contents = {"model": model, "args": args, "best": best}
     position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
@@ -242,7 +230,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
         model.compile()
     stepper.model = distribute(model, device)
     loader = build_loader(dataset, sampler, args.num_workers, False, args.worker_timeout, collate_segments)
-    with Run(Settings.of(args), position, loader, stepper, contents) as run:
+    with Run(options.RunOptions.of(args), position, loader, stepper, contents) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
             if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():
@@ -261,8 +249,8 @@ def check(args: argparse.Namespace) -> None:
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     weights = weights_to_load(args)
     if os.path.exists(weights):
-        compare = follow if args.eval else tell_differences
-        compare(args, trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
+        compare = options.follow if args.eval else options.tell_differences
+        compare(args, options.trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
     find_problems(args).tell()
 
 

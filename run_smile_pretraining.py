@@ -31,7 +31,7 @@ from modeling_teacher import (
 )
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, distribute, parameter_groups
-from options import Problems, Settings
+from options import Problems, RunOptions
 from training import Run, resume, set_up
 from utils import logger
 from video_transforms import BACKGROUNDS, ClipSource
@@ -229,12 +229,9 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         chunk = args.batch_size // clips_per_video(args)
         sampler = ChunkSampler(len(dataset), chunk, args.update_freq, utils.rank(), utils.world_size(), args.seed)
         teacher = choose_teacher(args, device)
-        student = MODELS[args.model](
-            decoder_depth=args.decoder_depth,
-            decoder_num_classes=teacher.out_dim,
-            drop_path_rate=args.drop_path,
-            use_checkpoint=args.use_checkpoint,
-        ).to(device)
+        sizes = {"decoder_depth": args.decoder_depth, "decoder_num_classes": teacher.out_dim}
+        student = MODELS[args.model](**sizes, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
+        student = student.to(device)
         total_batch = args.batch_size * args.update_freq * utils.world_size()
         groups = parameter_groups(student, args.weight_decay)
         stepper = options.build_stepper(args, student, groups, device, total_batch, sampler.steps_per_epoch)
@@ -256,7 +253,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
 
     if look:
         look.tell()
-    with Run(Settings.of(args), position or Position(args.start_epoch), loader, stepper, contents) as run:
+    with Run(RunOptions.of(args), position or Position(args.start_epoch), loader, stepper, contents) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper.model, teacher, epoch, norm, args.multiple_sampling)
     return run.exit_code

@@ -34,7 +34,7 @@ from datasets import Batch, ChunkSampler, VideoDataset
 from lists import VideoList
 from meters import BadFiles, RunLog, StepMeter
 from optim_factory import Stepper
-from options import OPTIMIZER, Settings, tell_differences
+from options import OPTIMIZER, RunOptions, tell_differences
 from utils import RunError, logger
 from weights import stored_options
 
@@ -172,7 +172,7 @@ class Epoch:
         self.run, self.index, self.started = run, run.position.epoch, time.time()
         self.shown: dict[str, Any] = {}
         self.is_last = self.index + 1 == run.stop_epoch
-        length, interval = (self.index, run.stop_epoch, run.steps_per_epoch), run.settings.log_interval
+        length, interval = (self.index, run.stop_epoch, run.steps_per_epoch), run.options.log_interval
         self.meter = StepMeter(run.log, run.stepper.device, *length, interval, run.position.meter)
         last = self.index * run.steps_per_epoch + max(0, run.position.step - 1)
         self.meter.constants |= run.stepper.schedule(last)  # for the log, if no step is left
@@ -200,7 +200,7 @@ class Epoch:
 
         From here to the end of the epoch a signal ends the program at once, and nothing is lost.
         """
-        if self.complete and not self.run.settings.dry_run:
+        if self.complete and not self.run.options.dry_run:
             self.run.save(checkpoints.LATEST, self.index, self.run.steps_per_epoch, self.meter.state())
             self.run.stopping = self.run.control.close()
             return not self.run.stopping
@@ -220,19 +220,19 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, position: Position, loader: DataLoader, stepper: Stepper, contents: dict[str, Any]
+        self, options: RunOptions, position: Position, loader: DataLoader, stepper: Stepper, contents: dict[str, Any]
     ):
-        self.settings, self.position, self.loader, self.stepper = settings, position, loader, stepper
+        self.options, self.position, self.loader, self.stepper = options, position, loader, stepper
         self.contents = contents
         assert isinstance(loader.batch_sampler, ChunkSampler) and isinstance(loader.dataset, VideoDataset)
         self.sampler, self.videos = loader.batch_sampler, loader.dataset.videos
         self.steps_per_epoch = self.sampler.steps_per_epoch
-        self.stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
-        saving = (settings.save_ckpt_minutes, settings.save_ckpt_steps, settings.keep_ckpts)
-        self.writer = checkpoints.CheckpointWriter(settings.output_dir, *saving)
+        self.stop_epoch = min(options.stop_epoch or options.epochs, options.epochs)
+        saving = (options.save_ckpt_minutes, options.save_ckpt_steps, options.keep_ckpts)
+        self.writer = checkpoints.CheckpointWriter(options.output_dir, *saving)
         step = position.epoch * self.steps_per_epoch + position.step
-        self.log = RunLog(settings.output_dir, settings.log_dir, position.epoch, step)
-        self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
+        self.log = RunLog(options.output_dir, options.log_dir, position.epoch, step)
+        self.bad = BadFiles(options.output_dir, options.max_bad_fraction)
         self.control = utils.Control()
         self.stopping, self.save_due = False, False
         self.dry_times: list[float] = []  # seconds of the steps of a dry run
@@ -258,7 +258,7 @@ class Run:
             epoch = Epoch(self)
             self.control.listen()
             yield epoch
-            if self.settings.dry_run:
+            if self.options.dry_run:
                 self.report_dry_run()
                 break
             if epoch.complete:
@@ -276,7 +276,7 @@ class Run:
 
     def chunk_key(self, epoch: int, step: int, micro_batch: int) -> tuple[int, int, int]:
         """What seeds a forward pass, the same for any division of the same chunks into processes and micro-batches."""
-        return self.settings.seed, epoch, self.sampler.chunk_id(step, micro_batch)
+        return self.options.seed, epoch, self.sampler.chunk_id(step, micro_batch)
 
     def save_or_stop(self, epoch: Epoch) -> bool:
         """After a step, save if it is time or if told to stop; returns whether the epoch ends here."""
@@ -285,7 +285,7 @@ class Run:
         if self.stopping or (self.save_due and done < self.steps_per_epoch):
             epoch.meter.flush(done - 1)
             self.save(checkpoints.LATEST, epoch.index, done, epoch.meter.state())
-        if self.settings.dry_run:
+        if self.options.dry_run:
             self.dry_times.append(epoch.meter.step_time)
         return self.stopping or len(self.dry_times) == DRY_STEPS
 
@@ -293,7 +293,7 @@ class Run:
         """Say what memory a dry run took, and how long the rest of the run takes at the speed of its last steps."""
         count, timed = len(self.dry_times), self.dry_times[WARM_UP:] or self.dry_times[-1:]
         steps = self.steps_per_epoch * (self.stop_epoch - self.position.epoch) - self.position.step + count
-        step, clips = float(np.median(timed)), self.settings.batch_size * self.stepper.update_freq * utils.world_size()
+        step, clips = float(np.median(timed)), self.options.batch_size * self.stepper.update_freq * utils.world_size()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self.stepper.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
@@ -311,7 +311,7 @@ class Run:
         numbers = epoch.meter.averages() | epoch.meter.constants | epoch.shown
         length = {"bad_clips": bad, "steps": self.steps_per_epoch, "seconds": time.time() - epoch.started}
         self.log.epoch({"epoch": epoch.index} | numbers | length)
-        if (epoch.index + 1) % self.settings.save_ckpt_freq == 0 or epoch.is_last:
+        if (epoch.index + 1) % self.options.save_ckpt_freq == 0 or epoch.is_last:
             if epoch.save(f"checkpoint-{epoch.index}.pth"):
                 self.writer.tidy()
         elif self.save_due:
@@ -320,7 +320,7 @@ class Run:
 
     def save(self, name: str, epoch: int, step: int, meter: dict[str, Any]) -> bool:
         """Write a checkpoint `step` steps into `epoch`, or after it if 0; returns whether it was written."""
-        self.stepper.save_shards(self.settings.output_dir, name)
+        self.stepper.save_shards(self.options.output_dir, name)
 
         def checkpoint() -> dict[str, Any]:
             held = {

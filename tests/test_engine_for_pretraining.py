@@ -17,7 +17,7 @@ from modeling_pretrain import MODELS
 from modeling_teacher import PixelTarget, build_clip
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, build_optimizer, parameter_groups
-from options import Settings
+from options import RunOptions
 from training import Run, epoch_batches
 from utils import RunError
 from video_transforms import ClipSource
@@ -104,8 +104,8 @@ def run_of(dataset, stepper, chunk, steps=1, first_step=0, seed=0, epoch=0):
     sampler = ChunkSampler(len(dataset), chunk, stepper.update_freq)
     assert steps <= sampler.steps_per_epoch
     sampler.steps_per_epoch = steps
-    values = {field.name: 0 for field in fields(Settings)} | {"epochs": epoch + 1, "seed": seed}
-    settings = Settings(**values | {"output_dir": "", "log_dir": "", "log_interval": 1, "save_ckpt_freq": 1})
+    values = {field.name: 0 for field in fields(RunOptions)} | {"epochs": epoch + 1, "seed": seed}
+    settings = RunOptions(**values | {"output_dir": "", "log_dir": "", "log_interval": 1, "save_ckpt_freq": 1})
     loader = build_loader(dataset, sampler, 0, False, 0)
     return Run(settings, Position(epoch, first_step), loader, stepper, {})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from options import Settings
+from options import RunOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
@@ -106,8 +106,8 @@ def test_a_reader_of_pretraining_meets_few_files():
 
 
 def names_read():
-    """Attributes read of anything called `args` in any module, and the fields that Settings copies."""
-    read = {field.name for field in fields(Settings)}
+    """Attributes read of anything called `args` in any module, and the fields that RunOptions copies."""
+    read = {field.name for field in fields(RunOptions)}
     for tree in TREES.values():
         for node in ast.walk(tree):
             match node:
@@ -159,5 +159,5 @@ def test_args_are_unpacked_in_programs_and_options_alone():
         and isinstance(node.annotation, ast.Attribute)
         and node.annotation.attr == "Namespace"
     }
-    others = {"options", "options_finetune", "training", "deepspeed_stepper"}  # Settings.of and with_deepspeed
+    others = {"options", "options_finetune", "training", "deepspeed_stepper"}  # RunOptions.of and with_deepspeed
     assert takes <= {*PROGRAMS, *others}
