@@ -120,19 +120,16 @@ class Evaluator:
         val_views, test_views: how videos are seen.
         timeout: seconds to wait for a video before stopping.
         output_dir: where the first process writes the scores of a test; empty: nowhere.
-        classes: their names, if known.
-        task: what labels mean.
+        task: meaning, number and names of the classes.
     """
 
     device: torch.device
     precision: str
-    num_classes: int
     val_views: ViewReader
     test_views: ViewReader
     num_workers: int = 0
     timeout: float = 0
     output_dir: str = ""
-    classes: list[str] | None = None
     task: Task = ONE_LABEL
 
     def outputs(self, model: nn.Module, videos: VideoList, views: ViewReader, title: str, **kind) -> list[VideoScore]:
@@ -148,11 +145,8 @@ class Evaluator:
         """Metrics of a list on centre clips; of probes, those of the best one, which the model then remembers."""
         scores = self.scores(model, videos, self.val_views, "validation")
         if not isinstance(model, ProbedEncoder):
-            return judge(scores, videos, self.num_classes, task=self.task)
-        found = [
-            judge([score.of_probe(p) for score in scores], videos, self.num_classes, task=self.task)
-            for p in range(len(model.rates))
-        ]
+            return judge(scores, videos, self.task)
+        found = [judge([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.rates))]
         best = max(range(len(found)), key=lambda p: found[p][self.task.metric])
         model.best_probe = best
         return found[best] | {"probe_lr": model.rates[best][0], "probe_wd": model.rates[best][1]}
@@ -186,7 +180,7 @@ class Evaluator:
         labels = torch.from_numpy(self.task.targets(train.labels[[score.index for score in bank]]))
         seen = [score for score in queries if not score.error]
         asked = torch.cat([known[:0], *(torch.from_numpy(score.views) for score in seen)])
-        votes = nearest_neighbours(known, labels, asked, k, self.num_classes).numpy()
+        votes = nearest_neighbours(known, labels, asked, k, self.task.num_classes).numpy()
         judged = [VideoScore(score.index, vote[None]) for score, vote in zip(seen, votes)]
         return self.report([score for score in queries if score.error] + judged, test)
 
@@ -197,7 +191,7 @@ class Evaluator:
         if self.task.unlabelled(videos):
             logger.info("%s: its videos have no label (-1), so there are predictions and no accuracy", videos.source)
             return self.report_predictions(scores, videos)
-        metrics = judge(scores, videos, self.num_classes, self.output_dir, self.classes, self.task)
+        metrics = judge(scores, videos, self.task, self.output_dir)
         logger.info("test: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         RunLog(self.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
         return 0
@@ -208,14 +202,10 @@ class Evaluator:
 
     def report_predictions(self, scores: list[VideoScore], videos: VideoList) -> int:
         """Print the five likeliest classes of a single video; write predictions of all. Returns the exit code."""
-        combined = predict(scores, videos, self.num_classes, self.output_dir, self.classes, self.task)
+        combined = predict(scores, videos, self.task, self.output_dir)
         if rank() == 0 and len(videos) == 1:
             for label in np.argsort(-combined[0])[:5]:
-                print(f"{combined[0, label]:.4f}  {self.classes[label] if self.classes else label}")
-        logger.info(
-            "%d videos: likeliest classes in %s, scores of all %d classes in predictions.npz beside it",
-            len(videos),
-            os.path.join(self.output_dir, "predictions.csv"),
-            self.num_classes,
-        )
+                print(f"{combined[0, label]:.4f}  {self.task.names[label] if self.task.names else label}")
+        told = "%d videos: likeliest classes in %s, scores of all %d classes in predictions.npz beside it"
+        logger.info(told, len(videos), os.path.join(self.output_dir, "predictions.csv"), self.task.num_classes)
         return 0

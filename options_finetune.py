@@ -186,9 +186,11 @@ def multi_label(args: argparse.Namespace) -> bool:
 
 def task(args: argparse.Namespace) -> Task:
     """What the labels of the data set mean."""
-    data_set, classes = DATA_SETS[args.data_set], num_classes(args) or None
-    combine = args.combine_views or data_set.combine
-    return SeveralLabels(combine, classes, data_set.multi_label) if multi_label(args) else Task(combine, classes)
+    data_set = DATA_SETS[args.data_set]
+    combine, classes = args.combine_views or data_set.combine, num_classes(args)
+    if multi_label(args):
+        return SeveralLabels(combine, classes, needs_seconds=data_set.multi_label)
+    return Task(combine, classes)
 
 
 def check_list(args: argparse.Namespace, name: str) -> None:

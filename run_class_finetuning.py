@@ -5,6 +5,7 @@ scripts/finetune/ and scripts/test/ hold the recipes; the options are in options
 
 import argparse
 import os
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import cast
@@ -120,10 +121,9 @@ def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
     """What validates and tests on the lists of the data set."""
+    precision, known = options.pick_precision(args.precision, device), replace(task(args), names=class_names(args))
     views = (view_reader(args, test=False), view_reader(args, test=True))
-    loading = (args.num_workers, args.worker_timeout)
-    precision, meaning = options.pick_precision(args.precision, device), (class_names(args), task(args))
-    return Evaluator(device, precision, num_classes(args), *views, *loading, args.output_dir, *meaning)
+    return Evaluator(device, precision, *views, args.num_workers, args.worker_timeout, args.output_dir, known)
 
 
 def build_loss(

@@ -19,6 +19,7 @@ from datasets_finetune import ViewReader
 from engine_for_finetuning import balanced_weights, erase, mix
 from evaluation import Evaluator, load_views, score_videos
 from lists import list_of
+from metrics import Task
 from modeling_finetune import MODELS, Size, VisionTransformer
 from optim_factory import Stepper, build_optimizer, parameter_groups
 from options_finetune import get_args
@@ -183,11 +184,10 @@ def evaluator(tmp_path):
     return Evaluator(
         CPU,
         "fp32",
-        4,
         ViewReader(segments=0, crops=1, **reader),
         ViewReader(segments=2, crops=3, **reader),
         output_dir=str(tmp_path),
-        classes=list("abcd"),
+        task=Task(num_classes=4, names=list("abcd")),
     )
 
 

@@ -178,7 +178,8 @@ def judged(tmp_path):
 @pytest.mark.parametrize("combine", ["max", "mean"])
 def test_the_mean_over_classes_equals_that_of_scikit_learn(judged, tmp_path, combine):
     videos, scores, labels, views = judged
-    metrics = judge(scores, videos, 12, str(tmp_path), [f"class {c}" for c in range(12)], SeveralLabels(combine, 12))
+    task = SeveralLabels(combine, 12, [f"class {c}" for c in range(12)])
+    metrics = judge(scores, videos, task, str(tmp_path))
     combined = getattr(views, combine)(axis=1)
     combined[[2, 9, 20]] = -1
     seen = [c for c in range(12) if labels[:, c].any()]
