@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from optim_factory import Stepper
-from utils import RunError, broadcast, logger, rank
+from utils import RunError, broadcast, logger, rank, write_whole
 from weights import read_checkpoint
 
 LATEST, BEST = "checkpoint-latest.pth", "checkpoint-best.pth"
@@ -27,16 +27,8 @@ LOCK_SECONDS = 10.0  # the run that another one replaces may still be dying
 
 
 def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write beside `path`, flush to the disk, then rename over it: `path` is whole at every moment."""
-    draft = path.with_suffix(".tmp")
-    try:
-        with open(draft, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    """Write a checkpoint; see utils.write_whole."""
+    write_whole(path, lambda file: torch.save(checkpoint, file))
 
 
 class CheckpointWriter:
@@ -165,7 +157,7 @@ class Position:
 
 
 def _furthest_of(folder: str) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint of a folder that lies furthest of those that load."""
+    """The furthest checkpoint of a folder that can be read."""
     readable = (found for found in map(_read_or_warn, resume_candidates(folder)) if found)
     chosen = next(readable, None)
     if chosen and chosen[0].name == LATEST:  # outdated, if the run died before it was removed

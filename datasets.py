@@ -50,14 +50,14 @@ def find_images(folder: str) -> VideoList:
 
 
 class VideoCheck:
-    """Looks at some videos of a list, evenly over it, while networks are being built; warns of wrong and of slow ones.
+    """Checks some videos, spread over the list, while networks are being built; warns of wrong and slow ones.
 
-    The look happens in a process of its own (video_check.py), as there are files on which the decoder hangs.
+    The check runs in a process of its own (video_check.py), as there are files on which the decoder hangs.
 
     Args:
         size: side of the clips, pixels.
         reader: of videos, one of READERS.
-        count: videos to look at, or as many as there is time for.
+        count: videos to check, or as many as there is time for.
         seconds: time for all of them together.
     """
 
@@ -69,7 +69,7 @@ class VideoCheck:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def tell(self) -> None:
-        """Warn of what was found, once the process has come to its end or been given one."""
+        """Warn of what was found, once the process has ended or its time is over."""
         try:
             answers, _ = self.process.communicate(timeout=max(0, self.end - time.monotonic()))
             lost = f"the process that read it ended with code {self.process.returncode}"
@@ -297,7 +297,7 @@ class ChunkSampler(Sampler[list[Key]]):
 
 
 def init_worker(worker: int) -> None:
-    """One thread a worker, as clips run in parallel; signals to the whole group are the main process's affair."""
+    """Use one thread in a worker, as workers run in parallel; leave signals to the main process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)

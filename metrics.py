@@ -29,7 +29,7 @@ ACTION = re.compile(r"(\d+)(?::(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?))?", re.ASCII)
 
 @dataclass(frozen=True)
 class VideoScore:
-    """What a model says of a video: its line in the list and class probabilities of its views.
+    """The output of a model for a video: its line in the list and class probabilities of its views.
 
     `views` is ``[V, C]``, or ``[V, P, C]`` from P probes; without rows if the video could not be read. `spans`: when
     each view is shown.

@@ -53,7 +53,7 @@ class PixelTarget(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def compile(self, **options) -> None:
-        """Nothing worth compiling."""
+        """Do nothing: there is no network."""
 
     @torch.inference_mode()
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class FusedAttention(nn.Module):
 
 
 class FrameTower(nn.Module):
-    """A frozen image encoder and the frames it is fed with.
+    """A frozen image encoder with the size and normalisation of its input.
 
     Args:
         tower: open_clip's or timm's image encoder.

@@ -114,8 +114,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     return run
 
 
-# Options of VideoMAE's and SMILE's command lines that have nothing to say here: those scripts run as they are.
-# Some take no value, some any, some only the one that is always so here, and some would change results.
+# Options of VideoMAE's and SMILE's scripts that have no effect here, accepted so that those scripts run unchanged:
+# some take no value, some any, some only the value that is fixed here. REFUSED ones would change results.
 NO_VALUE = ("--dist_on_itp", "--not_dist", "--imagenet_default_mean_and_std", "--dist_eval", "--use_mean_pooling",
             "--save_ckpt", "--resplit", "--model_ema_force_cpu")  # fmt: skip
 ANY_VALUE = ("--local_rank", "--local-rank", "--world_size", "--dist_url", "--color_jitter", "--crop_pct",
@@ -130,7 +130,7 @@ REFUSED = {"--use_cls": "the encoder has no class token", "--no_save_ckpt": "lea
 
 
 def drop_unneeded(argv: list[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """A command line without options that are always so here, and what was dropped.
+    """Split a command line into the options that have an effect here, and the ignored ones.
 
     Args:
         known: options that the program has itself, and so keeps.
@@ -191,7 +191,7 @@ def trained_with(path: str) -> dict[str, Any]:
 
 
 def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Complete a command line: options that were not given become those of `stored`; of others differences are told.
+    """Set options that were not given to those of `stored`, and log how the others differ.
 
     Args:
         stored: options of the run that wrote the checkpoint `source`.
@@ -206,7 +206,7 @@ def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names:
 
 
 def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Say in a line which options `names` are other ones than those of the run that wrote the checkpoint `source`."""
+    """Log which of the options `names` differ from those of the run that wrote the checkpoint `source`."""
     here = vars(args)
     others = [name for name in names if name in stored and name in here and stored[name] != here[name]]
     if others:

@@ -120,7 +120,7 @@ def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
 
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
-    """What validates and tests on the lists of the data set."""
+    """Validation and test of the data set."""
     precision, known = options.pick_precision(args.precision, device), replace(task(args), names=class_names(args))
     views = (view_reader(args, test=False), view_reader(args, test=True))
     return Evaluator(device, precision, *views, args.num_workers, args.worker_timeout, args.output_dir, known)
@@ -129,7 +129,7 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
 def build_loss(
     args: argparse.Namespace, norm: tuple[torch.Tensor, torch.Tensor], labels: np.ndarray
 ) -> tuple[nn.Module, BatchAugmentation]:
-    """The loss, and what happens to batches on the device: of probes, normalisation alone.
+    """The loss, and the augmentation of batches on the device; for probes, normalisation alone.
 
     Args:
         labels: of the training videos.

@@ -19,9 +19,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -149,16 +147,6 @@ def check_unchanged(args: argparse.Namespace, precision: str) -> None:
         file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file that is whole or not there."""
-    draft = path.with_suffix(".tmp")
-    with open(draft, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
 def write_part(path: Path, rows: list[list]) -> None:
     """Write a part of the index."""
     with open(path, "w", newline="") as file:
@@ -185,9 +173,9 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
     write_part(path.with_suffix(PART), lines)
     if path.suffix == ".npz":
         numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
-        write_whole(path, lambda file: np.savez(file, features=rows, labels=numbers, paths=paths))
+        utils.write_whole(path, lambda file: np.savez(file, features=rows, labels=numbers, paths=paths))
     else:
-        write_whole(path, lambda file: np.save(file, rows))
+        utils.write_whole(path, lambda file: np.save(file, rows))
 
 
 def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore, dtype: str) -> None:
@@ -198,7 +186,7 @@ def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore
     rows = [[*known, name, row, *span, ""] for row, span in enumerate(score.spans)]
     write_part(path.with_suffix(WINDOWS_PART), rows or [[*known, "", "", "", "", "", "", score.error]])
     if not score.error:
-        write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
+        utils.write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
 
 
 def name_files(folder: Path, videos: VideoList) -> list[Path]:

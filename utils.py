@@ -1,4 +1,4 @@
-"""What has no subject of its own: processes, logging, seeds, signals.
+"""Helpers for processes, logging, seeds, signals and files.
 
 Every helper works unchanged in a single process. Nothing here knows videos, masks or teachers; saving and
 loading a run is in checkpoints.py, its numbers are in meters.py.
@@ -18,8 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def run_main(function: Any, *args: Any) -> None:
 
 
 def first_to_say(message: str) -> bool:
-    """Whether to show an error: of several processes that end with the same one, the first to come does."""
+    """Whether this process prints an error: of several that end with the same message, the first one does."""
     if meeting_place is None:
         return True
     try:
@@ -106,7 +107,7 @@ def end_workers() -> None:
 
 
 class Control:
-    """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
+    """Agreement of all processes after each step: whether to stop (SIGTERM, SIGUSR1 or SIGINT came), or to save.
 
     Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
     SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
@@ -277,6 +278,22 @@ def seed_everything(*key: int) -> None:
     random.seed(state)
 
 
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write beside `path`, flush to the disk, then rename over it: `path` is whole at every moment."""
+    draft = path.with_suffix(".tmp")
+    try:
+        with open(draft, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 # Logging --------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +312,7 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 def progress(items: Iterable[T], title: str, unit: str, count: Callable[[T], int]) -> Iterator[T]:
-    """Pass items on beside a progress bar, which is gone afterwards; where there is no terminal, a line says it all.
+    """Yield items while showing a progress bar, cleared at the end; without a terminal, log one line instead.
 
     Args:
         unit: what is counted; count: how many of it an item holds.
