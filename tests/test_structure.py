@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from dataclasses import fields
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -100,6 +101,14 @@ def test_a_reader_of_pretraining_meets_few_files():
         seen.add(name)
         ahead += GRAPH[name] - seen
     assert len(seen) <= 18 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 5000
+
+
+def test_leaves_name_no_options():
+    """They name their parameters; the programs add the dashes (utils.user_errors)."""
+    leaves = [name for name in SOURCES if name.startswith(("modeling_", "masking_", "object_", "video_"))]
+    raised = [node for name in leaves for node in ast.walk(TREES[name]) if isinstance(node, ast.Raise)]
+    said = [part.value for node in raised for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    assert len(said) > 20 and not [text for text in said if re.search("--[a-z]", str(text))]
 
 
 # Options --------------------------------------------------------------------------------------------------------
