@@ -126,7 +126,9 @@ def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
     assert task(args).targets(read_data_list(args, "val.csv").labels).tolist() == [[0, 1, 0], [1, 0, 0]]
     sample = build_train_set(args)[0, 1]
     assert sample["labels"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
-    assert isinstance(build_loss(args, (torch.zeros(3), torch.ones(3)), np.zeros(0, int))[0], torch.nn.BCEWithLogitsLoss)
+    assert isinstance(
+        build_loss(args, (torch.zeros(3), torch.ones(3)), np.zeros(0, int))[0], torch.nn.BCEWithLogitsLoss
+    )
     write_lines(tmp_path, [f"{names[0]} 0,3"], "val.csv")
     assert "val.csv, line 1: label 3 is not in [0, 3)" in find_problems(args).found[0]
 
