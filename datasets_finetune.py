@@ -20,6 +20,7 @@ from video_reader import Clip, InexactError, Span, VideoError, open_video, read_
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
 SEVERE_SEED = 99999
+SAMPLINGS = ("dense", "segments")  # frames `stride` apart, or one of each equal segment
 
 # Data sets ------------------------------------------------------------------------------------------------------
 
@@ -36,7 +37,7 @@ class DataSet:
     """
 
     num_classes: int | None
-    sampling: str  # dense | segments
+    sampling: str  # one of SAMPLINGS
     flip: bool
     test_segments: int
     test_crops: int
@@ -180,6 +181,15 @@ def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int
     return np.arange(num_frames) * length + inside
 
 
+def clip_indices(
+    rng: np.random.Generator | None, total: int, num_frames: int, stride: int, sampling: str
+) -> np.ndarray:
+    """Frames ``[T]`` of a training clip, or without `rng` of a validation's, by the sampling of a data set."""
+    if sampling == "segments":
+        return segment_indices(rng, total, num_frames)
+    return dense_indices(rng, total, num_frames, stride)
+
+
 def test_view_indices(total: int, num_frames: int, stride: int, views: int, sampling: str) -> np.ndarray:
     """Frames of the temporal views of the multi-view test, ``[views, T]``; a single view is the centre.
 
@@ -206,7 +216,7 @@ class FinetuneDataset(VideoDataset):
 
     Args:
         clip_label: list, number of a video in it, clip of it → the clip's label (metrics.Task.clip_label).
-        sampling: ``dense`` (frames `stride` apart) or ``segments``.
+        sampling: one of SAMPLINGS.
         num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
         reader: of videos, one of READERS.
     """
@@ -223,12 +233,7 @@ class FinetuneDataset(VideoDataset):
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)
-
-        def choose(total: int) -> np.ndarray:
-            if self.sampling == "segments":
-                return segment_indices(rng, total, self.num_frames)
-            return dense_indices(rng, total, self.num_frames, self.stride)
-
+        choose = lambda total: clip_indices(rng, total, self.num_frames, self.stride, self.sampling)
         found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: read_clip(path, choose, self.reader))
         clips = np.stack([self.augment(rng, found.frames) for _ in range(self.num_views)])
         labels = np.stack([self.clip_label(self.videos, index, found)] * self.num_views)
@@ -248,7 +253,7 @@ class ViewReader:
     """Reads the views of a video one after the other, decoding it once; nothing is random.
 
     Args:
-        sampling: ``dense`` or ``segments``.
+        sampling: one of SAMPLINGS.
         segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
         size: side of the views, pixels.
         short_side: what the short side is resized to before cropping, at least `size`; 0: `size`.
@@ -269,9 +274,7 @@ class ViewReader:
         total = len(seconds)
         if self.segments:
             return test_view_indices(total, self.num_frames, self.stride, self.segments, self.sampling)
-        if self.sampling == "segments":
-            return segment_indices(None, total, self.num_frames)[None]
-        return dense_indices(None, total, self.num_frames, self.stride)[None]
+        return clip_indices(None, total, self.num_frames, self.stride, self.sampling)[None]
 
     def squares(self, frame: np.ndarray) -> np.ndarray:
         """The crops of a frame ``[H, W, 3]``, uint8 ``[crops, size, size, 3]``."""

@@ -26,6 +26,8 @@ from optim_factory import autocast
 from training import loader_failure
 from utils import RunError, logger, progress, rank, warn_once, world_size
 
+Finish = Callable[[torch.Tensor], torch.Tensor]
+
 
 def stream_samples(stream: VideoStream, num_workers: int, timeout: float) -> Iterator[Any]:
     """The samples of a stream; if a worker hangs or dies, the run stops and names the videos that it may have had.
@@ -84,7 +86,7 @@ def score_videos(
     device: torch.device,
     precision: str,
     title: str,
-    finish: Callable[[torch.Tensor], torch.Tensor] = lambda outputs: outputs,
+    finish: Finish | None = None,
 ) -> Iterator[VideoScore]:
     """The model's output for each video, as soon as all of its views have been seen.
 
@@ -92,7 +94,7 @@ def score_videos(
 
     Args:
         title: of the progress bar.
-        finish: turns the model's output into scores.
+        finish: turns the model's output into scores; None keeps it.
     """
     model.eval()
     norm = channel_stats("imagenet", device)
@@ -103,7 +105,8 @@ def score_videos(
         if not sample["error"]:
             clips = normalize_clips(sample["views"].to(device, non_blocking=True), *norm)
             with autocast(device, precision):
-                outputs[index].append(finish(model(clips).float()).cpu())
+                output = model(clips).float()
+                outputs[index].append((finish(output) if finish else output).cpu())
             spans[index] += sample["spans"]
         if sample["last"]:
             views, times = outputs.pop(index, []), spans.pop(index, [])
@@ -132,18 +135,16 @@ class Evaluator:
     output_dir: str = ""
     task: Task = ONE_LABEL
 
-    def outputs(self, model: nn.Module, videos: VideoList, views: ViewReader, title: str, **kind) -> list[VideoScore]:
+    def outputs(
+        self, model: nn.Module, videos: VideoList, views: ViewReader, title: str, finish: Finish | None = None
+    ) -> list[VideoScore]:
         """The model's output for this process's share of a list; see score_videos."""
         samples = load_views(videos, views, self.num_workers, self.timeout)
-        return list(score_videos(model, samples, self.device, self.precision, title, **kind))
-
-    def scores(self, model: nn.Module, videos: VideoList, views: ViewReader, title: str) -> list[VideoScore]:
-        """Class probabilities of each view of each video of this process."""
-        return self.outputs(model, videos, views, title, finish=self.task.probabilities)
+        return list(score_videos(model, samples, self.device, self.precision, title, finish))
 
     def validate(self, model: nn.Module, videos: VideoList) -> dict[str, float]:
         """Metrics of a list on centre clips; of probes, those of the best one, which the model then remembers."""
-        scores = self.scores(model, videos, self.val_views, "validation")
+        scores = self.outputs(model, videos, self.val_views, "validation", self.task.probabilities)
         if not isinstance(model, ProbedEncoder):
             return judge(scores, videos, self.task)
         found = [judge([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.rates))]
@@ -157,7 +158,7 @@ class Evaluator:
 
     def test_scores(self, model: nn.Module, videos: VideoList) -> list[VideoScore]:
         """Class probabilities on all views of this process's videos; of probes, the best one's."""
-        scores = self.scores(model, videos, self.test_views, "test")
+        scores = self.outputs(model, videos, self.test_views, "test", self.task.probabilities)
         return [score.of_probe(model.best_probe) for score in scores] if isinstance(model, ProbedEncoder) else scores
 
     def knn(self, encoder: TokenEncoder, k: int, train: VideoList, test: VideoList) -> int:

@@ -221,7 +221,6 @@ def find_problems(args: argparse.Namespace) -> Problems:
     side = args.short_side_size
     problems.add({f"--short_side_size {side}: smaller than --input_size": 0 < side < args.input_size})
     problems.numbers(1, "batch_size", "num_sample", "val_freq")
-
     if args.encoder:
         problems.attempt(find_encoder, args.encoder, args.encoder_weights, prefix="--encoder_")
     elif os.path.exists(args.finetune):
@@ -241,7 +240,6 @@ def find_problems(args: argparse.Namespace) -> Problems:
     evaluates, odd = bool(args.eval or args.predict), args.batch_size * args.num_sample % 2 == 1
     frozen, weights = probe or head or args.knn, args.finetune or args.encoder or args.eval
     several = f"but {name} has several labels a video"
-    elementwise = ", ".join(ELEMENTWISE)
     problems.add(
         {
             f"--data_set {name} needs --nb_classes": not num_classes(args),
@@ -261,8 +259,9 @@ def find_problems(args: argparse.Namespace) -> Problems:
             "a frozen encoder needs weights: give --finetune, or --encoder": frozen and not weights,
             "--learn head fine-tunes the classifier: leave --linear_probe, --attentive_probe and --knn": head
             and (probe or args.knn),
-            f"--opt {args.opt}: DeepSpeed cuts weights into flat pieces, which is known to be right for {elementwise} "
-            "only; leave --enable_deepspeed": args.enable_deepspeed and args.opt not in ELEMENTWISE,
+            f"--opt {args.opt}: DeepSpeed cuts weights into flat pieces, which is known to be right for "
+            f"{', '.join(ELEMENTWISE)} only; leave --enable_deepspeed": args.enable_deepspeed
+            and args.opt not in ELEMENTWISE,
             f"--encoder {args.encoder}: add --linear_probe, --attentive_probe or --knn": args.encoder
             and not (probe or args.knn),
             "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: leave one": (

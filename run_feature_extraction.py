@@ -27,7 +27,7 @@ import torch.nn as nn
 
 import utils
 from datasets import VideoCheck
-from datasets_finetune import DATA_SETS, Span, ViewReader, WindowReader
+from datasets_finetune import DATA_SETS, SAMPLINGS, Span, ViewReader, WindowReader
 from evaluation import load_views, score_videos
 from lists import VideoList, label_text, read_list
 from metrics import VideoScore
@@ -53,7 +53,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("SMILE features", __doc__)
     data = add_data_arguments(parser)
     data.add_argument("--data_path", default="", help="list with a line `path label` for each video")
-    data.add_argument("--sampling", choices=("dense", "segments"), default="dense", help="segments: as SSv2 is trained")
+    data.add_argument("--sampling", choices=SAMPLINGS, default="dense", help="segments: as SSv2 is trained")
     data.add_argument("--num_segment", type=int, default=1, help="views in time; 1: the centre")
     data.add_argument("--num_crop", type=int, default=1, help="views in space; 1: the centre")
     data.add_argument("--stride", type=int, default=0, help="a window every so many frames of the whole video; 0: no")
