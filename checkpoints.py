@@ -17,26 +17,18 @@ from typing import Any
 import torch
 
 from optim_factory import Stepper
-from utils import RunError, broadcast, logger, rank
-from weights import model_weights, read_checkpoint
+from utils import RunError, broadcast, logger, rank, write_whole
+from weights import read_checkpoint
 
-LATEST = "checkpoint-latest.pth"
+LATEST, BEST = "checkpoint-latest.pth", "checkpoint-best.pth"
 NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
 MAX_FAILED_SAVES = 3  # in a row
 LOCK_SECONDS = 10.0  # the run that another one replaces may still be dying
 
 
 def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write beside `path`, flush to the disk, then rename over it: `path` is whole at every moment."""
-    draft = path.with_suffix(".tmp")
-    try:
-        with open(draft, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    """Write a checkpoint; see utils.write_whole."""
+    write_whole(path, lambda file: torch.save(checkpoint, file))
 
 
 class CheckpointWriter:
@@ -132,7 +124,7 @@ def resume_candidates(folder: str) -> list[Path]:
     return [latest] * latest.exists() + [path for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True)]
 
 
-def progress(state: dict[str, Any], path: Path) -> tuple[int, int]:
+def resume_point(state: dict[str, Any], path: Path) -> tuple[int, int]:
     """Epoch and step at which the checkpoint at `path` goes on.
 
     Raises:
@@ -148,7 +140,7 @@ def _read_or_warn(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """A checkpoint, or None and a warning if it cannot be read."""
     try:
         state = read_checkpoint(path)
-        progress(state, path)
+        resume_point(state, path)
         return path, state
     except RunError as error:
         logger.warning("auto-resume skips %s", error)
@@ -165,12 +157,12 @@ class Position:
 
 
 def _furthest_of(folder: str) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint of a folder that lies furthest of those that load."""
+    """The furthest checkpoint of a folder that can be read."""
     readable = (found for found in map(_read_or_warn, resume_candidates(folder)) if found)
     chosen = next(readable, None)
     if chosen and chosen[0].name == LATEST:  # outdated, if the run died before it was removed
         rival = next(readable, None)
-        if rival and progress(rival[1], rival[0]) >= progress(chosen[1], chosen[0]):
+        if rival and resume_point(rival[1], rival[0]) >= resume_point(chosen[1], chosen[0]):
             return rival
     return chosen
 
@@ -188,7 +180,7 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict
     if rank() == 0:
         named = (Path(resume), read_checkpoint(resume)) if resume else None
         chosen = _furthest_of(folder) if auto_resume and folder else None
-        if named and (not chosen or progress(named[1], named[0]) >= progress(chosen[1], chosen[0])):
+        if named and (not chosen or resume_point(named[1], named[0]) >= resume_point(chosen[1], chosen[0])):
             chosen = named
         elif named and chosen:
             logger.warning(
@@ -201,15 +193,15 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict
 
 
 def restore(
-    found: tuple[Path, dict[str, Any]], model: torch.nn.Module, stepper: Stepper, samples_per_step: int
+    found: tuple[Path, dict[str, Any]], contents: dict[str, Any], stepper: Stepper, samples_per_step: int
 ) -> Position:
-    """Put a run's checkpoint back into model and stepper.
+    """Load a run's checkpoint into `contents`, as far as they have a load_state_dict, and into the stepper.
 
     Raises:
         RunError: of another model or program, or in mid-epoch with another number of samples a step.
     """
     path, state = found
-    position = Position(*progress(state, path), state.get("meter"))
+    position = Position(*resume_point(state, path), state.get("meter"))
     missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
     if missing:
         raise RunError(
@@ -221,8 +213,12 @@ def restore(
             f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
             f"{samples_per_step}: keep GPUs x batch_size x update_freq as they were"
         )
+    kept = [name for name, value in contents.items() if hasattr(value, "load_state_dict")]
+    if lacking := [name for name in kept if name not in state]:
+        raise RunError(f"{path} lacks {', '.join(lacking)}: it is of another program, or of a run without --model_ema")
     try:
-        model.load_state_dict(model_weights(state, path))
+        for name in kept:
+            contents[name].load_state_dict(state[name])
         stepper.load(state, path)
         if not isinstance(position.meter, dict):
             raise ValueError("its meter holds no sums")

@@ -13,8 +13,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import cv2
 import numpy as np
@@ -26,7 +27,7 @@ from masking_generator import MaskGenerator
 from object_overlay import IMAGE_SUFFIXES, ObjectOverlay
 from utils import RunError, logger
 from video_reader import Clip, VideoError
-from video_transforms import Background
+from video_transforms import ClipSource
 
 MAX_BAD_IN_A_ROW = 20
 CHECK_PROGRAM = str(Path(__file__).with_name("video_check.py"))
@@ -44,19 +45,19 @@ def find_images(folder: str) -> VideoList:
     """
     paths = find_files(folder, IMAGE_SUFFIXES)
     if not paths:
-        raise ValueError(f"--data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
     return list_of(folder, paths)
 
 
 class VideoCheck:
-    """Looks at some videos of a list, evenly over it, while networks are being built; warns of wrong and of slow ones.
+    """Checks some videos, spread over the list, while networks are being built; warns of wrong and slow ones.
 
-    The look happens in a process of its own (video_check.py), as there are files on which the decoder hangs.
+    The check runs in a process of its own (video_check.py), as there are files on which the decoder hangs.
 
     Args:
         size: side of the clips, pixels.
         reader: of videos, one of READERS.
-        count: videos to look at, or as many as there is time for.
+        count: videos to check, or as many as there is time for.
         seconds: time for all of them together.
     """
 
@@ -68,7 +69,7 @@ class VideoCheck:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def tell(self) -> None:
-        """Warn of what was found, once the process has come to its end or been given one."""
+        """Warn of what was found, once the process has ended or its time is over."""
         try:
             answers, _ = self.process.communicate(timeout=max(0, self.end - time.monotonic()))
             lost = f"the process that read it ended with code {self.process.returncode}"
@@ -103,46 +104,43 @@ class Sample(TypedDict):
     """What a dataset gives for a key; V views of one video."""
 
     clips: np.ndarray  # uint8 [V, T, H, W, 3]
-    extra: np.ndarray  # masks bool [V, N], or labels int [V], or several labels float [V, C]
+    masks: NotRequired[np.ndarray]  # of pretraining, bool [V, N]
+    labels: NotRequired[np.ndarray]  # of fine-tuning, int [V], or several of each video, float [V, C]
+    erase: NotRequired[np.ndarray]  # seeds of random erasing, int64 [V]
     path: str
     bad: list[tuple[str, str]]  # files that could not be used, and why; the videos among them come first
     num_bad_videos: int
-    erase: NotRequired[np.ndarray]  # seeds of random erasing, int64 [V]
 
 
 class Batch(TypedDict):
     """Samples stacked; B = samples times views."""
 
     clips: torch.Tensor  # uint8 [B, 3, T, H, W], colour innermost in memory
-    extra: torch.Tensor  # bool [B, N], or int64 [B], or float [B, C]
+    masks: NotRequired[torch.Tensor]  # bool [B, N]
+    labels: NotRequired[torch.Tensor]  # int64 [B], or float [B, C]
+    erase: NotRequired[torch.Tensor]  # int64 [B]
     paths: list[str]
     bad: list[tuple[str, str]]
     num_bad_videos: int
-    erase: NotRequired[torch.Tensor]  # int64 [B]
 
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch, views of a video side by side."""
-
-    def stack(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([sample[name] for sample in samples]))  # type: ignore[literal-required]
-
-    batch: Batch = {
-        "clips": stack("clips").permute(0, 4, 1, 2, 3),
-        "extra": stack("extra"),
+    arrays = [name for name, value in samples[0].items() if isinstance(value, np.ndarray)]
+    stacked = {name: torch.from_numpy(np.concatenate([dict(one)[name] for one in samples])) for name in arrays}
+    stacked["clips"] = stacked["clips"].permute(0, 4, 1, 2, 3)
+    others = {
         "paths": [sample["path"] for sample in samples],
         "bad": [entry for sample in samples for entry in sample["bad"]],
         "num_bad_videos": sum(sample["num_bad_videos"] for sample in samples),
     }
-    if "erase" in samples[0]:
-        batch["erase"] = stack("erase")
-    return batch
+    return cast(Batch, stacked | others)
 
 
 def read_or_replace(
     rng: np.random.Generator, videos: VideoList, index: int, read: Callable[[str], Clip]
 ) -> tuple[Clip, int, list[tuple[str, str]]]:
-    """What `read` finds at a video's path; one that cannot be read is replaced by another, drawn from `rng`.
+    """Read video `index`; on failure, another one drawn from `rng`.
 
     Returns:
         the frames, the index they come from, and the bad (path, reason) pairs on the way.
@@ -196,52 +194,54 @@ class VideoStream(IterableDataset):
 # Pretraining ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class PretrainDataset(VideoDataset):
-    """Clips with masks: background, crop, overlay, mask.
+    """Clips with masks: decoding, crop, overlay, mask.
 
     Args:
-        videos: what `background` reads.
+        videos: what `source` reads.
         overlay: pastes objects (stage 1); None leaves clips as they are.
         num_views: independent crops, overlays and masks of each decoded window (--num_sample).
     """
 
-    def __init__(
-        self,
-        videos: VideoList,
-        background: Background,
-        masks: MaskGenerator,
-        overlay: ObjectOverlay | None,
-        num_views: int = 1,
-        seed: int = 0,
-    ):
-        self.videos, self.background, self.masks, self.overlay = videos, background, masks, overlay
-        self.num_views, self.seed = num_views, seed
+    videos: VideoList
+    source: ClipSource
+    masks: MaskGenerator
+    overlay: ObjectOverlay | None
+    num_views: int = 1
+    seed: int = 0
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)
-        read = lambda path: self.background.read(rng, path)
-        found, index, bad = read_or_replace(rng, self.videos, key[1], read)
-        clips = np.empty((self.num_views, *self.background.shape), np.uint8)
-        masks = np.stack([self.view(rng, found.frames, clip) for clip in clips])
+        found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: self.source.read(rng, path))
+        clips = np.empty((self.num_views, *self.source.shape), np.uint8)
+        masks = np.stack([self.view(rng, found.frames, clip)[1] for clip in clips])
         num_bad_videos = len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
-        return {
-            "clips": clips,
-            "extra": masks,
-            "path": self.videos.path(index),
-            "bad": bad,
-            "num_bad_videos": num_bad_videos,
-        }
+        path = self.videos.path(index)
+        return {"clips": clips, "masks": masks, "path": path, "bad": bad, "num_bad_videos": num_bad_videos}
 
-    def view(self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray) -> np.ndarray:
-        """Make a training clip of decoded frames, written to uint8 ``[T, H, W, 3]``. Returns its mask, bool ``[N]``."""
-        self.background.crop(rng, frames, clip)
+    def view(
+        self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray, natural: np.ndarray | None = None
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Make a training clip of decoded frames.
+
+        Args:
+            clip, natural: written to, uint8 ``[T, H, W, 3]``: the clip, and if asked for the clip before the overlay.
+        Returns:
+            boxes of the objects ``[K, T, 4]``, None without overlay, and the mask, bool ``[N]``.
+        Raises:
+            RunError: no usable object.
+        """
+        self.source.crop(rng, frames, clip)
+        if natural is not None:
+            natural[:] = clip
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
-        except RuntimeError as error:  # no usable object; not to be taken for a failed worker
-            raise RunError(str(error)) from error
-        return self.masks(rng, boxes)
+        except RuntimeError as error:  # not to be taken for a failed worker
+            raise RunError(f"--{error}") from error
+        return boxes, self.masks(rng, boxes)
 
 
 # Order and loader -----------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class ChunkSampler(Sampler[list[Key]]):
 
 
 def init_worker(worker: int) -> None:
-    """One thread a worker, as clips run in parallel; signals to the whole group are the main process's affair."""
+    """Use one thread in a worker, as workers run in parallel; leave signals to the main process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)

@@ -136,16 +136,17 @@ def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -
     return bounds[begin[chosen] : end[chosen] + 1]
 
 
+@dataclass(eq=False)
 class TrainSegments(VideoDataset):
     """Random parts of the training videos, mirrored half of the time; sample i is of video i % videos."""
 
     videos: AnnotationList
 
-    def __init__(
-        self, videos: AnnotationList, per_video: int, max_frames: int, side: int, seed: int, reader: str = "pyav"
-    ):
-        self.videos, self.per_video, self.max_frames, self.side, self.seed = videos, per_video, max_frames, side, seed
-        self.reader = reader
+    per_video: int
+    max_frames: int
+    side: int
+    seed: int
+    reader: str = "pyav"
 
     def __len__(self) -> int:
         return self.per_video * len(self.videos)
@@ -174,13 +175,9 @@ class SegmentBatch(TypedDict):
 
 def collate_segments(samples: list[dict[str, Any]]) -> SegmentBatch:
     """A batch of samples."""
-    return {
-        "segments": [(sample["frames"], sample["bounds"]) for sample in samples],
-        "seeds": [sample["seed"] for sample in samples],
-        "paths": [sample["path"] for sample in samples],
-        "bad": [],
-        "num_bad_videos": 0,
-    }
+    seeds, paths = ([sample[name] for sample in samples] for name in ("seed", "path"))
+    segments = [(sample["frames"], sample["bounds"]) for sample in samples]
+    return {"segments": segments, "seeds": seeds, "paths": paths, "bad": [], "num_bad_videos": 0}
 
 
 class WholeSegments(VideoStream):

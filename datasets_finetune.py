@@ -20,6 +20,7 @@ from video_reader import Clip, InexactError, Span, VideoError, open_video, read_
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
 SEVERE_SEED = 99999
+SAMPLINGS = ("dense", "segments")  # frames `stride` apart, or one of each equal segment
 
 # Data sets ------------------------------------------------------------------------------------------------------
 
@@ -36,7 +37,7 @@ class DataSet:
     """
 
     num_classes: int | None
-    sampling: str  # dense | segments
+    sampling: str  # one of SAMPLINGS
     flip: bool
     test_segments: int
     test_crops: int
@@ -116,22 +117,23 @@ def severe_subset(videos: VideoList, examples: int, num_classes: int) -> VideoLi
     return videos.subset(np.concatenate(drawn))
 
 
-def few_shot(videos: VideoList, seed: int, per_class: int = 0, total: int = 0) -> VideoList:
+def few_shot(videos: VideoList, seed: int, samples_per_class: int = 0, num_train_videos: int = 0) -> VideoList:
     """A fixed random part of a list: so many videos of each class, or so many in all, in the list's order.
 
     Raises:
         ValueError: more are asked for than there are.
     """
     order = np.random.default_rng(seed).permutation(len(videos))
-    if per_class:
-        of_class = [order[videos.labels[order] == label][:per_class] for label in np.unique(videos.labels)]
-        short = [int(videos.labels[part[0]]) for part in of_class if len(part) < per_class]
+    if samples_per_class:
+        of_class = [order[videos.labels[order] == label][:samples_per_class] for label in np.unique(videos.labels)]
+        short = [int(videos.labels[part[0]]) for part in of_class if len(part) < samples_per_class]
         if short:
-            raise ValueError(f"--samples_per_class {per_class}: class {short[0]} of {videos.source} has fewer videos")
+            told = f"class {short[0]} of {videos.source} has fewer videos"
+            raise ValueError(f"samples_per_class {samples_per_class}: {told}")
         order = np.concatenate(of_class)
-    if total > len(order):
-        raise ValueError(f"--num_train_videos {total}: {videos.source} has {len(order)}")
-    return videos.subset(np.sort(order[:total] if total else order))
+    if num_train_videos > len(order):
+        raise ValueError(f"num_train_videos {num_train_videos}: {videos.source} has {len(order)}")
+    return videos.subset(np.sort(order[:num_train_videos] if num_train_videos else order))
 
 
 def read_class_names(folder: str, num_classes: int) -> list[str] | None:
@@ -179,6 +181,15 @@ def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int
     return np.arange(num_frames) * length + inside
 
 
+def clip_indices(
+    rng: np.random.Generator | None, total: int, num_frames: int, stride: int, sampling: str
+) -> np.ndarray:
+    """Frames ``[T]`` of a training clip, or without `rng` of a validation's, by the sampling of a data set."""
+    if sampling == "segments":
+        return segment_indices(rng, total, num_frames)
+    return dense_indices(rng, total, num_frames, stride)
+
+
 def test_view_indices(total: int, num_frames: int, stride: int, views: int, sampling: str) -> np.ndarray:
     """Frames of the temporal views of the multi-view test, ``[views, T]``; a single view is the centre.
 
@@ -199,50 +210,35 @@ def test_view_indices(total: int, num_frames: int, stride: int, views: int, samp
 # Samples --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class FinetuneDataset(VideoDataset):
     """Labelled training clips: decode, augment.
 
     Args:
         clip_label: list, number of a video in it, clip of it → the clip's label (metrics.Task.clip_label).
-        sampling: ``dense`` (frames `stride` apart) or ``segments``.
+        sampling: one of SAMPLINGS.
         num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
         reader: of videos, one of READERS.
     """
 
-    def __init__(
-        self,
-        videos: VideoList,
-        clip_label: Callable[[VideoList, int, Clip], Any],
-        augment: TrainAugmentation,
-        sampling: str,
-        num_frames: int = 16,
-        stride: int = 4,
-        num_views: int = 1,
-        seed: int = 0,
-        reader: str = "pyav",
-    ):
-        self.videos, self.clip_label, self.augment = videos, clip_label, augment
-        self.sampling, self.reader = sampling, reader
-        self.num_frames, self.stride, self.num_views, self.seed = num_frames, stride, num_views, seed
+    videos: VideoList
+    clip_label: Callable[[VideoList, int, Clip], Any]
+    augment: TrainAugmentation
+    sampling: str
+    num_frames: int = 16
+    stride: int = 4
+    num_views: int = 1
+    seed: int = 0
+    reader: str = "pyav"
 
     def __getitem__(self, key: Key) -> Sample:
         rng = sample_rng(self.seed, *key)
-
-        def choose(total: int) -> np.ndarray:
-            if self.sampling == "segments":
-                return segment_indices(rng, total, self.num_frames)
-            return dense_indices(rng, total, self.num_frames, self.stride)
-
+        choose = lambda total: clip_indices(rng, total, self.num_frames, self.stride, self.sampling)
         found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: read_clip(path, choose, self.reader))
         clips = np.stack([self.augment(rng, found.frames) for _ in range(self.num_views)])
-        return {
-            "clips": clips,
-            "extra": np.stack([self.clip_label(self.videos, index, found)] * self.num_views),
-            "erase": rng.integers(2**32, size=self.num_views),
-            "path": self.videos.path(index),
-            "bad": bad,
-            "num_bad_videos": len(bad),
-        }
+        labels = np.stack([self.clip_label(self.videos, index, found)] * self.num_views)
+        seeds, path = rng.integers(2**32, size=self.num_views), self.videos.path(index)
+        return {"clips": clips, "labels": labels, "erase": seeds, "path": path, "bad": bad, "num_bad_videos": len(bad)}
 
 
 class View(NamedTuple):
@@ -257,7 +253,7 @@ class ViewReader:
     """Reads the views of a video one after the other, decoding it once; nothing is random.
 
     Args:
-        sampling: ``dense`` or ``segments``.
+        sampling: one of SAMPLINGS.
         segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
         size: side of the views, pixels.
         short_side: what the short side is resized to before cropping, at least `size`; 0: `size`.
@@ -278,9 +274,7 @@ class ViewReader:
         total = len(seconds)
         if self.segments:
             return test_view_indices(total, self.num_frames, self.stride, self.segments, self.sampling)
-        if self.sampling == "segments":
-            return segment_indices(None, total, self.num_frames)[None]
-        return dense_indices(None, total, self.num_frames, self.stride)[None]
+        return clip_indices(None, total, self.num_frames, self.stride, self.sampling)[None]
 
     def squares(self, frame: np.ndarray) -> np.ndarray:
         """The crops of a frame ``[H, W, 3]``, uint8 ``[crops, size, size, 3]``."""

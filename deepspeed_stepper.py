@@ -1,4 +1,4 @@
-"""The optimizer step by DeepSpeed (``--enable_deepspeed``): ZeRO stages 0, 1 and 2 in fp32, bf16 or fp16.
+"""The optimizer step by DeepSpeed (``--enable_deepspeed``): ZeRO stages 1 and 2 in fp32, bf16 or fp16.
 
 Below fp32 the model itself is kept in low precision, its fp32 master weights by DeepSpeed's optimizer. Optimizer state
 goes to ``OUTPUT_DIR/deepspeed/``, a folder a checkpoint; the .pth beside it holds the weights and names its folder.
@@ -39,7 +39,6 @@ class DeepSpeedStepper(Stepper):
             "precision": self.precision,
             "processes": world_size(),
         }  # what shards can only be read with
-        self.by_hand = not self.layout["zero_stage"]  # what stage 0 leaves undone, see backward and step
         self.tag, self.failed, self.casts = "", False, []
         if self.precision != "fp32":  # clips in low precision, logits in fp32, in training and validation alike
             dtype = DTYPES[self.precision]
@@ -59,26 +58,13 @@ class DeepSpeedStepper(Stepper):
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss = spread_badness(loss)
-        if self.by_hand and self.precision == "fp16" and self.model.scale(loss) is loss:
-            loss = loss * self.model.optimizer.loss_scale  # DeepSpeed 0.19.8 divides by it, but does not multiply
-        self.model.backward(loss)
+        self.model.backward(spread_badness(loss))
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()  # only counts the micro-batch
 
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        engine = self.model
-        if self.by_hand and self.precision == "fp32":  # DeepSpeed would neither measure the gradient nor skip a step
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), float("inf"))
-            bad = not norm.isfinite()
-            engine.set_gradient_accumulation_boundary(False if bad else None)
-            engine.step()
-            engine.set_gradient_accumulation_boundary(None)
-            engine.zero_grad()
-        else:
-            scale = engine.optimizer.loss_scale if self.by_hand else 1.0
-            engine.step()
-            norm, bad = engine.get_global_grad_norm() / scale, engine.optimizer.overflow
+        self.model.step()
+        norm, bad = self.model.get_global_grad_norm(), self.model.optimizer.overflow
         if self.precision == "fp16":  # an overflow only lowers the scale and is no error
             bad = not loss.isfinite()
         values = {"grad_norm": float(norm), "bad": float(bad)}
@@ -157,21 +143,13 @@ def remove_unused(folder: str) -> None:
             shutil.rmtree(shards, ignore_errors=True)
 
 
-def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, opt: str, output_dir: str) -> DeepSpeedStepper:
+def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, output_dir: str) -> DeepSpeedStepper:
     """The same steps made by DeepSpeed, configured by ``output_dir/deepspeed_config.json``, which is written here.
 
     Args:
-        stepper: its model must have no DDP around it, and is changed.
+        stepper: its model must have no DDP around it, and is changed; its optimizer must be one of ELEMENTWISE.
         batch_size: clips a process and forward pass.
-        opt: name of the optimizer.
-    Raises:
-        ValueError: DeepSpeed cannot do this.
     """
-    if zero_stage and opt not in ELEMENTWISE:
-        raise ValueError(
-            f"--zero_stage {zero_stage} cuts weights into flat pieces, which is known to be right for "
-            f"--opt {', '.join(ELEMENTWISE)} only; --opt {opt} needs --zero_stage 0"
-        )
     os.environ.setdefault("DS_ACCELERATOR", stepper.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -195,7 +173,7 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, opt: str,
     if output_dir and rank() == 0:
         (Path(output_dir) / "deepspeed_config.json").write_text(json.dumps(config, indent=2) + "\n")
     for group in stepper.optimizer.param_groups:
-        group["lr"] = 0.0  # until scheduled: below fp32, stage 0 makes a step here to create the optimizer's state
+        group["lr"] = 0.0  # until scheduled: a step is made here to create the optimizer's state
     engine, *_ = deepspeed.initialize(model=stepper.model, optimizer=stepper.optimizer, config=config)
     stepper.optimizer.state.clear()
     return DeepSpeedStepper(engine, *(getattr(stepper, field.name) for field in fields(Stepper)[1:]))

@@ -59,7 +59,7 @@ class BatchAugmentation:
         """
         device = self.norm[0].device
         clips = normalize_clips(batch["clips"].to(device, non_blocking=True), *self.norm).contiguous()
-        labels = batch["extra"].to(device, non_blocking=True)
+        labels = batch["labels"].to(device, non_blocking=True)
         if self.eraser:
             erase(clips, batch["erase"], self.eraser)
         if self.mixup:

@@ -56,7 +56,7 @@ def train_one_epoch(
     device = norm[0].device
     for step in epoch.steps():
         for batch in step.micro_batches():  # in autocast; backward leaves it
-            clips, masks = batch["clips"], batch["extra"]
+            clips, masks = batch["clips"], batch["masks"]
             if multiple_sampling:
                 masks = with_second_masks(step.rng, masks)  # [2·B, N]
             num_masked = int(masks[0].sum())  # on the CPU, the same in every row

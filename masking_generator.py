@@ -133,7 +133,7 @@ class MaskGenerator:
             )
         if not 0 < num_masked(self.grid, self.ratio) < np.prod(self.grid):
             raise ValueError(
-                f"--mask_ratio {self.ratio} hides {num_masked(self.grid, self.ratio)} of "
+                f"mask_ratio {self.ratio} hides {num_masked(self.grid, self.ratio)} of "
                 f"{np.prod(self.grid)} tokens: some must be hidden and some visible"
             )
 
@@ -145,7 +145,7 @@ class MaskGenerator:
             return tube_mask(rng, self.grid, self.ratio)
         assert self.mask_type == "tubelet"
         if boxes is None:
-            raise ValueError("mask_type tubelet follows objects: it needs their boxes (--add_tubelets)")
+            raise ValueError("mask_type tubelet follows objects: it needs their boxes")
         return trajectory_mask(
             rng, boxes, self.grid, self.ratio, self.sub_type, self.unmask_ratio, self.patch_size, self.tubelet_size
         )

@@ -1,6 +1,9 @@
-"""The numbers of a run: averages over steps, console lines, a line of ``log.txt`` for each epoch, TensorBoard."""
+"""The log of a run: averages over steps, console lines, a line of ``log.txt`` for each epoch, TensorBoard, and the
+files that could not be read.
+"""
 
 import datetime
+import fcntl
 import json
 import math
 import time
@@ -184,3 +187,59 @@ class StepMeter:
         """What a checkpoint keeps of the epoch so far, or for the next one if it has `ended`."""
         sums = {} if ended else {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": self.skipped}
         return {"sums": {}, "counts": {}, "skipped": 0, "bad_in_a_row": self.bad_in_a_row} | sums
+
+
+class BadFiles:
+    """Writes each file that could not be read to ``bad_clips.txt``, once, and stops a run that has too many.
+
+    Processes append to the same file under a lock.
+    """
+
+    def __init__(self, output_dir: str, max_fraction: float):
+        self.file = Path(output_dir) / "bad_clips.txt" if output_dir else None
+        self.max_fraction, self.videos, self.bad = max_fraction, 0, 0
+        self.noted: set[str] = set()
+        self.first: list[str] = []
+
+    def watch(self, batches: Iterator, shown: dict[str, float]) -> Iterator:
+        """Yield the batches, note their bad files, and count the videos among them in `shown`.
+
+        Raises:
+            RunError: more than `max_fraction` of the videos, once this process has tried 100.
+        """
+        for batch in batches:
+            self.videos += len(batch["paths"]) + batch["num_bad_videos"]
+            self.bad += batch["num_bad_videos"]
+            for path, reason in batch["bad"]:
+                if path not in self.noted:
+                    self.note(path, reason)
+            if self.bad:
+                shown["bad_clips"] = self.bad
+            if self.videos >= 100:
+                self.check(self.bad, self.videos)
+            yield batch
+
+    def check(self, bad: float, videos: float) -> None:
+        """Raise RunError if too large a part of the videos could not be read."""
+        if bad > self.max_fraction * videos:
+            raise RunError(
+                f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
+                f"{self.max_fraction}; the first: {'; '.join(self.first)}"
+            )
+
+    def note(self, path: str, reason: str) -> None:
+        """Write a line, unless some process has written it."""
+        line = f"{path}\t{reason}".replace("\n", " ")
+        self.noted.add(path)
+        self.first = [*self.first, f"{path}: {reason}"][:3]
+        logger.warning("cannot use %s: %s", path, reason)
+        if not self.file:
+            return
+        try:
+            with open(self.file, "a+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
+                    file.write(line + "\n")
+        except OSError as error:
+            logger.warning("could not write to %s (%s)", self.file, error.strerror)

@@ -29,7 +29,7 @@ ACTION = re.compile(r"(\d+)(?::(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?))?", re.ASCII)
 
 @dataclass(frozen=True)
 class VideoScore:
-    """What a model says of a video: its line in the list and class probabilities of its views.
+    """The output of a model for a video: its line in the list and class probabilities of its views.
 
     `views` is ``[V, C]``, or ``[V, P, C]`` from P probes; without rows if the video could not be read. `spans`: when
     each view is shown.
@@ -90,7 +90,7 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the steps of precision over recall, of the videos by falling score; equal scores are one step.
+    """Average precision; tied scores form one step.
 
     Args:
         scores: ``[n]``; NaN comes after all others.
@@ -106,22 +106,22 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 # Labels ---------------------------------------------------------------------------------------------------------
 
 
-def class_label(text: str, num_classes: int | None = None) -> int:
+def class_label(text: str, num_classes: int = 0) -> int:
     """A class number.
 
     Raises:
-        ValueError: it is none, or not in [0, num_classes); None: any number is taken.
+        ValueError: it is none, or not in [0, num_classes); 0: any number is taken.
     """
     if not re.fullmatch(r"-?[0-9]+", text):
         hint = "; several labels a video need --data_set Charades or custom" if re.fullmatch(r"[\d,:.-]+", text) else ""
         raise ValueError(f"label {text!r} is not a whole number{hint}")
     number = int(text)
-    if abs(number) > MAX_LABEL or (num_classes is not None and not 0 <= number < num_classes):
+    if abs(number) > MAX_LABEL or (num_classes and not 0 <= number < num_classes):
         raise ValueError(f"label {text} is not in [0, {num_classes or MAX_LABEL})")
     return number
 
 
-def read_actions(text: str, num_classes: int | None = None) -> np.ndarray:
+def read_actions(text: str, num_classes: int = 0) -> np.ndarray:
     """Class, first and last second of each label of a video, float64 ``[A, 3]``; the whole video where none are given.
 
     Raises:
@@ -149,15 +149,17 @@ def label_classes(text: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Task:
-    """A video shows one class: softmax, cross-entropy, accuracy. What differs with several is in SeveralLabels.
+    """Single-label task: softmax, cross-entropy, accuracy; SeveralLabels overrides it.
 
     Args:
         combine: mean | max: how the scores of a video's views become one.
-        num_classes: labels of lists must lie in [0, num_classes); None: they are not checked.
+        num_classes: labels of lists must lie in [0, num_classes); 0: labels are not checked.
+        names: of the classes, if known, for tables and predictions.
     """
 
     combine: str = "mean"
-    num_classes: int | None = None
+    num_classes: int = 0
+    names: Sequence[str] | None = None
     metric: ClassVar[str] = "acc1"  # picks the best weights
     shown: ClassVar[tuple[str, ...]] = ("acc1", "acc5")
     no_label: ClassVar[int | bytes] = -1  # what stands for none in VideoList.labels
@@ -225,7 +227,7 @@ class Task:
 
 @dataclass(frozen=True)
 class SeveralLabels(Task):
-    """A video shows any number of classes, labels ``[n, C]`` of 0 and 1: sigmoid, binary cross-entropy, mAP."""
+    """Multi-label task, labels ``[n, C]`` of 0 and 1: sigmoid, binary cross-entropy, mAP."""
 
     needs_seconds: bool = False  # of each label of a list
     metric: ClassVar[str] = "map"
@@ -255,7 +257,6 @@ class SeveralLabels(Task):
 
     def seen(self, actions: np.ndarray, start: float = -np.inf, end: float = np.inf) -> np.ndarray:
         """The classes of actions ``[A, 3]`` seen at any moment from one second to another, float32 ``[C]``."""
-        assert self.num_classes
         label = np.zeros(self.num_classes, np.float32)
         label[actions[(actions[:, 1] <= end) & (actions[:, 2] >= start), 0].astype(int)] = 1
         return label
@@ -289,54 +290,35 @@ class SeveralLabels(Task):
 ONE_LABEL = Task()
 
 
-def judge(
-    scores: list[VideoScore],
-    videos: VideoList,
-    num_classes: int,
-    output_dir: str = "",
-    classes: list[str] | None = None,
-    task: Task = ONE_LABEL,
-) -> dict[str, float]:
+def judge(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> dict[str, float]:
     """Metrics of a list from the scores of this process, the same in all processes.
 
     Args:
         output_dir: where the first process writes ``test_predictions.npz`` and ``test_per_class.csv``; empty: nowhere.
-        classes: names for the table.
     Returns:
         those of the task, and the numbers of ``videos``, ``views`` and ``unreadable`` videos.
     """
     scores, metrics = gather_scores(scores), None
     if rank() == 0:
-        combined = combine_views(scores, num_classes, task.combine)
+        combined = combine_views(scores, task.num_classes, task.combine)
         metrics = task.measure(combined, task.targets(videos.labels[[score.index for score in scores]]))
         unreadable = [score for score in scores if score.error]
         for score in unreadable:
             warn_once(f"counted as wrong, {videos.path(score.index)} could not be read: {score.error}")
-        metrics |= {
-            "videos": len(scores),
-            "views": sum(len(score.views) for score in scores),
-            "unreadable": len(unreadable),
-        }
+        views = sum(len(score.views) for score in scores)
+        metrics |= {"videos": len(scores), "views": views, "unreadable": len(unreadable)}
         if output_dir:
-            write_test(Path(output_dir), scores, combined, videos, classes, task)
+            write_test(Path(output_dir), scores, combined, videos, task)
     return broadcast(metrics)
 
 
-def predict(
-    scores: list[VideoScore],
-    videos: VideoList,
-    num_classes: int,
-    output_dir: str = "",
-    classes: list[str] | None = None,
-    task: Task = ONE_LABEL,
-) -> np.ndarray:
+def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> np.ndarray:
     """Scores of unlabelled videos, combined over views, in the first process; NaN where a video could not be read.
 
     It writes ``predictions.csv``, the likeliest classes of each video, and ``predictions.npz``, the scores of all.
 
     Args:
-        output_dir: where to write them; empty: the folder of work.
-        classes: names, in place of numbers in the table.
+        output_dir: where to write them; empty: the current folder.
     Returns:
         ``[n, C]``; of other processes without rows.
     Raises:
@@ -350,28 +332,23 @@ def predict(
     if reason := broadcast(f"{videos.path(scores[0].index)}: {scores[0].error}" if failed else ""):
         raise RunError(f"{videos.source}: no video could be read, the first: {reason}")
     if rank() != 0:
-        return np.empty((0, num_classes))
-    combined = combine_views(scores, num_classes, task.combine)
-    paths, places = [videos.path(score.index) for score in scores], range(1, min(TOP, num_classes) + 1)
+        return np.empty((0, task.num_classes))
+    combined = combine_views(scores, task.num_classes, task.combine)
+    paths, places = [videos.path(score.index) for score in scores], range(1, min(TOP, task.num_classes) + 1)
     with open(Path(output_dir, "predictions.csv"), "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["path", *(f"{head}{place}" for place in places for head in ("class", "score"))])
         for score, path, row in zip(scores, paths, combined):
             best = np.argsort(-row, kind="stable")[: 0 if score.error else TOP]
-            table.writerow([path, *(cell for c in best for cell in (classes[c] if classes else c, f"{row[c]:.4f}"))])
-    names = classes or [str(c) for c in range(num_classes)]
+            table.writerow(
+                [path, *(cell for c in best for cell in (task.names[c] if task.names else c, f"{row[c]:.4f}"))]
+            )
+    names = task.names or [str(c) for c in range(task.num_classes)]
     np.savez(Path(output_dir, "predictions.npz"), video=paths, scores=combined.astype(np.float32), classes=names)
     return combined
 
 
-def write_test(
-    folder: Path,
-    scores: list[VideoScore],
-    combined: np.ndarray,
-    videos: VideoList,
-    classes: list[str] | None,
-    task: Task,
-) -> None:
+def write_test(folder: Path, scores: list[VideoScore], combined: np.ndarray, videos: VideoList, task: Task) -> None:
     """Scores of every video (per-view ones are NaN where it could not be read), and metrics by class."""
     num_views = max(len(score.views) for score in scores)
     views = np.full((len(scores), num_views, combined.shape[1]), np.nan, np.float32)
@@ -379,17 +356,12 @@ def write_test(
         if len(score.views):
             row[:] = score.views
     labels = task.targets(videos.labels[[score.index for score in scores]])
-    np.savez(
-        folder / "test_predictions.npz",
-        video=[videos.path(score.index) for score in scores],
-        label=labels,
-        scores=combined.astype(np.float32),
-        view_scores=views,
-    )
+    paths, mean = [videos.path(score.index) for score in scores], combined.astype(np.float32)
+    np.savez(folder / "test_predictions.npz", video=paths, label=labels, scores=mean, view_scores=views)
     heads, rows = task.class_table(combined, labels)
     with open(folder / "test_per_class.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["class", "name", *heads])
         for label, (number, *values) in rows.items():
-            name = classes[label] if classes else ""
+            name = task.names[label] if task.names else ""
             table.writerow([label, name, number, *(f"{value:.2f}" for value in values)])

@@ -49,10 +49,10 @@ def token_grid(
         ValueError: a side that the patch or tubelet does not divide.
     """
     if num_frames % tubelet_size or num_frames < tubelet_size:
-        raise ValueError(f"--num_frames {num_frames} is not divisible by the tubelet size {tubelet_size}")
+        raise ValueError(f"num_frames {num_frames} is not divisible by the tubelet size {tubelet_size}")
     for side in (height, width):
         if side % patch_size or side < patch_size:
-            raise ValueError(f"--input_size {side} is not divisible by the patch size {patch_size}")
+            raise ValueError(f"input_size {side} is not divisible by the patch size {patch_size}")
     return num_frames // tubelet_size, height // patch_size, width // patch_size
 
 

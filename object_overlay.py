@@ -32,33 +32,34 @@ IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-def find_objects(root: str, objects_list: str | None = None) -> list[str]:
-    """Object images ``<category>/<name>``, relative to `root`, sorted.
+def find_objects(objects_path: str, objects_list: str | None = None) -> list[str]:
+    """Object images ``<category>/<name>``, relative to the folder `objects_path`, sorted.
 
     Args:
         objects_list: optional text file with one such relative path a line; narrows the search to these.
     Raises:
-        ValueError: no such folder, nothing found, or a listed path that leaves `root`.
+        ValueError: no such folder, nothing found, or a listed path that leaves the folder.
     """
-    if not os.path.isdir(root):
-        raise ValueError(f"--objects_path {root}: no such folder (expected <category>/<name>.png below it)")
+    if not os.path.isdir(objects_path):
+        raise ValueError(f"objects_path {objects_path}: no such folder (expected <category>/<name>.png below it)")
     if objects_list:
         found = [line.strip() for line in Path(objects_list).read_text("utf-8-sig").splitlines() if line.strip()]
         for name in found:
             if os.path.isabs(name) or ".." in Path(name).parts:
-                raise ValueError(f"--objects_list {objects_list}: {name!r} leaves the objects folder")
-        if found and not any(os.path.isfile(os.path.join(root, name)) for name in found[:100]):
-            raise ValueError(f"--objects_list {objects_list}: no {found[0]} in {root}, nor the other first 100")
+                raise ValueError(f"objects_list {objects_list}: {name!r} leaves the objects folder")
+        if found and not any(os.path.isfile(os.path.join(objects_path, name)) for name in found[:100]):
+            raise ValueError(f"objects_list {objects_list}: no {found[0]} in {objects_path}, nor the other first 100")
     else:
         found = [
             f"{category.name}/{image}"
-            for category in os.scandir(root)
+            for category in os.scandir(objects_path)
             if category.is_dir()
             for image in os.listdir(category)
             if image.lower().endswith(IMAGE_SUFFIXES)
         ]
     if not found:
-        raise ValueError(f"{objects_list or root}: no object images (expected <category>/<name>.png)")
+        source = f"objects_list {objects_list}" if objects_list else f"objects_path {objects_path}"
+        raise ValueError(f"{source}: no object images (expected <category>/<name>.png)")
     return sorted(found)
 
 
@@ -96,7 +97,7 @@ def read_object(path: str, max_side: int) -> np.ndarray:
 
 
 class ObjectLibrary:
-    """Object images, found once, opened when drawn, the latest kept in memory.
+    """Lazily loaded object images with an LRU cache.
 
     Images that cannot be used are skipped, and noted in `skipped` (path → reason).
 
@@ -128,7 +129,7 @@ class ObjectLibrary:
                 except IMAGE_ERRORS as error:
                     self.skipped[path] = str(error) or type(error).__name__
         path, reason = next(iter(self.skipped.items()))
-        raise RuntimeError(f"--objects_path {self.root}: 100 unusable images in a row, among them {path}: {reason}")
+        raise RuntimeError(f"objects_path {self.root}: 100 unusable images in a row, among them {path}: {reason}")
 
     def take_skipped(self) -> list[tuple[str, str]]:
         """(path, reason) of the images skipped since the last call."""

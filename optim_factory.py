@@ -98,7 +98,7 @@ def build_optimizer(
         options["eps"] = eps
     groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     if opt.lower() not in list_optimizers():
-        raise ValueError(f"--opt {opt}: timm has no such optimizer")
+        raise ValueError(f"opt {opt}: timm has no such optimizer")
     return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, momentum=momentum, **options)
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule
-from utils import RunError, logger, warn_once
+from utils import RunError, logger, user_errors, warn_once
 from video_reader import READERS
 from weights import read_checkpoint, stored_options
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunOptions:
     """The options of a run that the loop needs; names and meaning are those of the flags."""
 
     output_dir: str
@@ -35,7 +35,7 @@ class Settings:
     dry_run: bool
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> "Settings":
+    def of(cls, args: argparse.Namespace) -> "RunOptions":
         """Taken from parsed arguments; a dry run writes nowhere, and logs every step."""
         values = {field.name: getattr(args, field.name) for field in fields(cls)}
         if args.dry_run:
@@ -114,8 +114,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     return run
 
 
-# Options of VideoMAE's and SMILE's command lines that have nothing to say here: those scripts run as they are.
-# Some take no value, some any, some only the one that is always so here, and some would change results.
+# Options of VideoMAE's and SMILE's scripts that have no effect here, accepted so that those scripts run unchanged:
+# some take no value, some any, some only the value that is fixed here. REFUSED ones would change results.
 NO_VALUE = ("--dist_on_itp", "--not_dist", "--imagenet_default_mean_and_std", "--dist_eval", "--use_mean_pooling",
             "--save_ckpt", "--resplit", "--model_ema_force_cpu")  # fmt: skip
 ANY_VALUE = ("--local_rank", "--local-rank", "--world_size", "--dist_url", "--color_jitter", "--crop_pct",
@@ -130,7 +130,7 @@ REFUSED = {"--use_cls": "the encoder has no class token", "--no_save_ckpt": "lea
 
 
 def drop_unneeded(argv: list[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """A command line without options that are always so here, and what was dropped.
+    """Split a command line into the options that have an effect here, and the ignored ones.
 
     Args:
         known: options that the program has itself, and so keeps.
@@ -191,7 +191,7 @@ def trained_with(path: str) -> dict[str, Any]:
 
 
 def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Complete a command line: options that were not given become those of `stored`; of others differences are told.
+    """Set options that were not given to those of `stored`, and log how the others differ.
 
     Args:
         stored: options of the run that wrote the checkpoint `source`.
@@ -206,7 +206,7 @@ def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names:
 
 
 def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Say in a line which options `names` are other ones than those of the run that wrote the checkpoint `source`."""
+    """Log which of the options `names` differ from those of the run that wrote the checkpoint `source`."""
     here = vars(args)
     others = [name for name in names if name in stored and name in here and stored[name] != here[name]]
     if others:
@@ -234,32 +234,30 @@ class Problems:
             while not os.path.exists(folder):
                 folder = os.path.dirname(folder)
             writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
-            self.when(not writable, f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written")
+            self.add({f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written": not writable})
 
-    def when(self, wrong: bool, message: str) -> None:
-        """Note `message` if something is wrong."""
-        if wrong:
-            self.found.append(message)
+    def add(self, messages: dict[str, Any]) -> None:
+        """Note each message whose value is true."""
+        self.found += [message for message, wrong in messages.items() if wrong]
 
-    def attempt(self, check: Callable[..., Any], *values: Any) -> Any:
-        """What `check` returns of `values`, or None and its complaint noted."""
+    def attempt(self, check: Callable[..., Any], *values: Any, prefix: str = "") -> Any:
+        """Call `check`; None if it raises, whose message is noted. `prefix`: see utils.user_errors."""
         try:
-            return check(*values)
-        except (ValueError, OSError, RunError) as error:
+            with user_errors(prefix):
+                return check(*values)
+        except RunError as error:
             self.found.append(str(error))
 
     def numbers(self, lowest: int, *names: str) -> None:
         """Options that must not be below `lowest`, 0 or 1."""
         limit = "must be at least 1" if lowest else "must not be negative"
-        for name in names:
-            value = getattr(self.args, name)
-            self.when(value < lowest, f"--{name} {value}: {limit}")
+        values = {name: getattr(self.args, name) for name in names}
+        self.add({f"--{name} {value}: {limit}": value < lowest for name, value in values.items()})
 
     def files(self, *names: str) -> None:
         """Options that name files, if given."""
-        for name in names:
-            path = getattr(self.args, name)
-            self.when(path and not os.access(path, os.R_OK), f"--{name} {path}: no such file, or not readable")
+        paths = {name: path for name in names if (path := getattr(self.args, name)) and not os.access(path, os.R_OK)}
+        self.found += [f"--{name} {path}: no such file, or not readable" for name, path in paths.items()]
 
     def tell(self) -> None:
         """Raise RunError with all of them, if there are any."""
@@ -298,13 +296,14 @@ def build_stepper(
     """Optimizer and schedules; learning rates scale with the total batch / 256.
 
     Raises:
-        ValueError: an optimizer that timm does not know.
+        RunError: an optimizer that timm does not know.
     """
     lr, warmup_lr, min_lr = (rate * total_batch / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
     total = args.epochs * steps_per_epoch
     warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
+    with user_errors("--"):
+        optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
     return Stepper(
         model,
         optimizer,

@@ -9,7 +9,9 @@ import os
 import sys
 
 import options
+from checkpoints import BEST
 from datasets_finetune import DATA_SETS, find_several, read_class_names
+from deepspeed_stepper import ELEMENTWISE
 from lists import VIDEO_SUFFIXES, VideoList, any_label, find_files, frames_in, list_of, read_list, why_missing
 from metrics import SeveralLabels, Task
 from modeling_finetune import MODELS, token_grid
@@ -25,11 +27,9 @@ scripts/finetune/ and scripts/test/ hold the recipes. Without further flags it f
 checkpoint on all views; --eval, --predict and --knn do no training.
 """
 
-
-BEST = "checkpoint-best.pth"
 # Options that say what the weights of a checkpoint belong to, beside the model's name.
-HOW_TRAINED = ("model_ema", "linear_probe", "linear_probe_recipe", "attentive_probe", "probe_lrs", "probe_wds",
-               "encoder", "encoder_weights")  # fmt: skip
+HOW_TRAINED = ("model_ema", "linear_probe", "attentive_probe", "probe_lrs", "probe_wds", "encoder",
+              "encoder", "encoder_weights")  # fmt: skip
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +65,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--aa", default="rand-m7-n4-mstd0.5-inc1", help="timm RandAugment policy; '' for none")
     filters = ("bilinear", "bicubic", "random")
-    augment.add_argument("--train_interpolation", choices=filters, default="bicubic", help="of RandAugment's turns")
+    augment.add_argument(
+        "--train_interpolation",
+        choices=filters,
+        default="bicubic",
+        help="interpolation of RandAugment's geometric operations",
+    )
     area = "smallest share of the frame's area that a random crop keeps"
     augment.add_argument("--crop_area", type=float, default=0.25, help=area)
     augment.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
@@ -76,7 +81,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     augment.add_argument("--cutmix_minmax", type=float, nargs=2, help="share of the side pasted, in place of alpha")
     augment.add_argument("--mixup_prob", type=float, default=1.0, help="of either")
     augment.add_argument("--mixup_switch_prob", type=float, default=0.5, help="of CutMix, where both are on")
-    augment.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="drawn once for what")
+    augment.add_argument(
+        "--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="granularity of the draw"
+    )
     augment.add_argument("--reprob", type=float, default=0.25, help="random erasing, probability")
     augment.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="filling of the erased")
     augment.add_argument("--recount", type=int, default=1, help="random erasing, rectangles")
@@ -88,8 +95,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     frozen = parser.add_argument_group("frozen evaluation")
     frozen.add_argument("--linear_probe", action="store_true", help="train linear classifiers on the frozen encoder")
-    recipes = "ours: many at once after a BatchNorm; sigma: SIGMA's, one after fc_norm, augmented as in fine-tuning"
-    frozen.add_argument("--linear_probe_recipe", choices=("ours", "sigma"), default="ours", help=recipes)
+    learn = "head: only fc_norm and the classifier, on a frozen encoder (SIGMA's linear probe)"
+    frozen.add_argument("--learn", choices=("all", "head"), default="all", help=learn)
     frozen.add_argument("--attentive_probe", action="store_true", help="the same, pooling with learned attention")
     frozen.add_argument("--probe_lrs", type=float, nargs="+", default=[1e-2, 3e-3, 1e-3], help="rates tried together")
     frozen.add_argument("--probe_wds", type=float, nargs="+", default=[0.0, 0.05], help="weight decays tried together")
@@ -114,15 +121,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_run_arguments(parser)
     deepspeed = parser.add_argument_group("DeepSpeed")
     deepspeed.add_argument("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
-    stages = "what processes share out: 0 nothing, 1 optimizer state, 2 gradients too"
+    stages = "what processes share out: 1 optimizer state, 2 gradients too; 0 (nothing) becomes 1"
     deepspeed.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
     argv = sys.argv[1:] if argv is None else argv
     is_file = lambda word: word.lower().endswith(VIDEO_SUFFIXES) or os.path.isfile(word)
     argv = [f"./{word}" if word.startswith("-") and is_file(word) else word for word in argv]  # it is no option
     args = options.parse(parser, argv)
-    if args.linear_probe_recipe == "sigma":  # what it has other than fine-tuning
-        parser.set_defaults(epochs=30, num_sample=2, warmup_lr=1e-6)
-        args = options.parse(parser, argv)
     data_set = DATA_SETS[args.data_set]
     lists = [data_set.list_path(args.data_path, name) for name in (data_set.train_list, "val.csv", "test.csv")]
     args.several_labels = find_several(lists) if args.data_path and not data_set.num_classes else ""
@@ -170,14 +174,9 @@ def class_names(args: argparse.Namespace) -> list[str] | None:
     return read_class_names(args.data_path, num_classes(args)) if args.data_path else None
 
 
-def is_sigma(args: argparse.Namespace) -> bool:
-    """Whether only the classifier of the video model learns, in a training that is otherwise fine-tuning."""
-    return args.linear_probe and args.linear_probe_recipe == "sigma"
-
-
 def is_probe(args: argparse.Namespace) -> bool:
     """Whether probes are trained side by side on a frozen encoder."""
-    return (args.linear_probe or args.attentive_probe) and not is_sigma(args)
+    return args.linear_probe or args.attentive_probe
 
 
 def multi_label(args: argparse.Namespace) -> bool:
@@ -187,9 +186,11 @@ def multi_label(args: argparse.Namespace) -> bool:
 
 def task(args: argparse.Namespace) -> Task:
     """What the labels of the data set mean."""
-    data_set, classes = DATA_SETS[args.data_set], num_classes(args) or None
-    combine = args.combine_views or data_set.combine
-    return SeveralLabels(combine, classes, data_set.multi_label) if multi_label(args) else Task(combine, classes)
+    data_set = DATA_SETS[args.data_set]
+    combine, classes = args.combine_views or data_set.combine, num_classes(args)
+    if multi_label(args):
+        return SeveralLabels(combine, classes, needs_seconds=data_set.multi_label)
+    return Task(combine, classes)
 
 
 def check_list(args: argparse.Namespace, name: str) -> None:
@@ -218,82 +219,60 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.files("finetune", "resume")
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
     side = args.short_side_size
-    problems.when(0 < side < args.input_size, f"--short_side_size {side}: smaller than --input_size")
+    problems.add({f"--short_side_size {side}: smaller than --input_size": 0 < side < args.input_size})
     problems.numbers(1, "batch_size", "num_sample", "val_freq")
-
     if args.encoder:
-        problems.attempt(find_encoder, args.encoder, args.encoder_weights)
+        problems.attempt(find_encoder, args.encoder, args.encoder_weights, prefix="--encoder_")
     elif os.path.exists(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE", args.model_key)
-    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
-    problems.attempt(TrainAugmentation, args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
-    known = DATA_SETS[args.data_set].num_classes
-    if not num_classes(args):
-        problems.when(True, f"--data_set {args.data_set} needs --nb_classes")
-    elif known and args.nb_classes not in (0, known):
-        problems.when(
-            True,
-            f"--nb_classes {args.nb_classes}: {args.data_set} has {known} classes; other lists are --data_set custom",
-        )
-    else:
+    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
+    augmentation = (args.input_size, args.aa, False, args.train_interpolation, args.crop_area)
+    problems.attempt(TrainAugmentation, *augmentation, prefix="--")
+    name, data_set = args.data_set, DATA_SETS[args.data_set]
+    known, head = data_set.num_classes, args.learn == "head"
+    other = known and args.nb_classes not in (0, known)
+    if num_classes(args) and not other:
         problems.attempt(class_names, args)
         problems.attempt(predict_videos, args) if args.predict else None
-        for name in needed_lists(args):
-            problems.attempt(check_list, args, name)
-    few = bool(args.samples_per_class) + bool(args.num_train_videos) + 2 * bool(args.examples)
-    problems.when(few > 2, "--examples draws by a rule of its own: leave --samples_per_class and --num_train_videos")
-    problems.when(
-        multi_label(args) and bool(args.samples_per_class or args.examples),
-        f"--samples_per_class and --examples draw class by class, but {args.data_set} has several labels a video",
+        for needed in needed_lists(args):
+            problems.attempt(check_list, args, needed)
+    few, draws = args.samples_per_class or args.num_train_videos, args.samples_per_class or args.examples
+    evaluates, odd = bool(args.eval or args.predict), args.batch_size * args.num_sample % 2 == 1
+    frozen, weights = probe or head or args.knn, args.finetune or args.encoder or args.eval
+    several = f"but {name} has several labels a video"
+    problems.add(
+        {
+            f"--data_set {name} needs --nb_classes": not num_classes(args),
+            f"--nb_classes {args.nb_classes}: {name} has {known} classes; other lists are --data_set custom": other,
+            "--examples draws by a rule of its own: leave --samples_per_class and --num_train_videos": args.examples
+            and few,
+            f"--samples_per_class and --examples draw class by class, {several}": multi_label(args) and draws,
+            f"--class_weights {args.class_weights}: for one class a video, {several}": multi_label(args)
+            and args.class_weights != "none",
+            f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch": odd
+            and mixes(args),
+            "--dry_run tries a training step: leave it with --eval, --predict and --knn": args.dry_run
+            and (evaluates or args.knn),
+            "--linear_probe and --attentive_probe: choose one": args.linear_probe and args.attentive_probe,
+            "--knn is a test of its own: give it without --eval, --predict and probes": args.knn
+            and (evaluates or probe),
+            "a frozen encoder needs weights: give --finetune, or --encoder": frozen and not weights,
+            "--learn head fine-tunes the classifier: leave --linear_probe, --attentive_probe and --knn": head
+            and (probe or args.knn),
+            f"--opt {args.opt}: DeepSpeed cuts weights into flat pieces, which is known to be right for "
+            f"{', '.join(ELEMENTWISE)} only; leave --enable_deepspeed": args.enable_deepspeed
+            and args.opt not in ELEMENTWISE,
+            f"--encoder {args.encoder}: add --linear_probe, --attentive_probe or --knn": args.encoder
+            and not (probe or args.knn),
+            "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: leave one": (
+                args.encoder and args.finetune and not evaluates
+            ),
+            "--clip_grad would couple the probes that are trained side by side: leave it": probe and args.clip_grad,
+            "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay": probe
+            and min(args.weight_decay, args.lr) <= 0,
+        }
     )
-    problems.when(
-        multi_label(args) and args.class_weights != "none",
-        f"--class_weights {args.class_weights}: for one class a video, but {args.data_set} has several labels a video",
-    )
-    odd = args.batch_size * args.num_sample % 2 == 1
-    problems.when(
-        odd and mixes(args), f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch"
-    )
-
-    evaluates = bool(args.eval or args.predict)
-    problems.when(
-        args.dry_run and (evaluates or args.knn > 0),
-        "--dry_run tries a training step: leave it with --eval, --predict and --knn",
-    )
-    find_frozen_problems(args, problems)
     return problems
-
-
-def find_frozen_problems(args: argparse.Namespace, problems: Problems) -> None:
-    """Note what is wrong with the arguments of frozen evaluation."""
-    evaluates, probe = bool(args.eval or args.predict), is_probe(args)
-    problems.when(args.linear_probe and args.attentive_probe, "--linear_probe and --attentive_probe: choose one")
-    problems.when(
-        args.knn > 0 and (evaluates or probe),
-        "--knn is a test of its own: give it without --eval, --predict and probes",
-    )
-    frozen = probe or is_sigma(args) or args.knn > 0
-    weights = args.finetune or args.encoder or args.eval
-    problems.when(frozen and not weights, "a frozen encoder needs weights: give --finetune, or --encoder")
-    problems.when(
-        args.linear_probe_recipe == "sigma" and not is_sigma(args), "--linear_probe_recipe sigma: add --linear_probe"
-    )
-    problems.when(
-        bool(args.encoder) and not (probe or args.knn > 0),
-        f"--encoder {args.encoder}: add --linear_probe (with our recipe), --attentive_probe or --knn",
-    )
-    problems.when(
-        bool(args.encoder and args.finetune) and not evaluates,
-        "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: leave one",
-    )
-    if probe:
-        problems.when(
-            bool(args.clip_grad), "--clip_grad would couple the probes that are trained side by side: leave it"
-        )
-        problems.when(
-            min(args.weight_decay, args.lr) <= 0,
-            "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay",
-        )
 
 
 def checkpoint_to_test(args: argparse.Namespace) -> str:
@@ -315,6 +294,8 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
     if not os.path.exists(path):  # find_problems tells
         return
     stored = options.trained_with(path)
+    if stored.get("linear_probe_recipe") == "sigma":  # what --learn head was called
+        stored["linear_probe"] = False
     data_set = DATA_SETS.get(stored.get("data_set", ""))
     if not (evaluates or args.knn > 0):
         by_stride = DATA_SETS[args.data_set].sampling == "dense" and (not data_set or data_set.sampling == "dense")

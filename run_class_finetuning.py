@@ -5,6 +5,7 @@ scripts/finetune/ and scripts/test/ hold the recipes; the options are in options
 
 import argparse
 import os
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import cast
@@ -20,27 +21,25 @@ from timm.utils import ModelEmaV3
 
 import options
 import utils
-from checkpoints import Position, find_resume, lock_folder, restore
+from checkpoints import BEST, Position
 from datasets import ChunkSampler, VideoCheck, build_loader
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, WeightedCrossEntropy, balanced_weights, train_one_epoch
 from evaluation import Evaluator
 from lists import VideoList
-from modeling_finetune import MODELS, SIZES
+from modeling_finetune import MODELS, SIZES, channel_stats
 from modeling_image import build_encoder
-from modeling_probe import Encoder, ProbedEncoder, ProbeLoss
-from optim_factory import Stepper, distribute, parameter_groups, share_buffers
-from options import Settings
+from modeling_probe import ProbedEncoder, ProbeLoss, TokenEncoder
+from optim_factory import distribute, parameter_groups, share_buffers
+from options import RunOptions
 from options_finetune import (
-    BEST,
     checkpoint_to_test,
     class_names,
     find_problems,
     follow_checkpoint,
     get_args,
     is_probe,
-    is_sigma,
     mixes,
     multi_label,
     num_classes,
@@ -48,18 +47,19 @@ from options_finetune import (
     read_data_list,
     task,
 )
-from training import Epoch, Run
+from training import Best, Epoch, Run, resume, set_up
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
-from weights import load_encoder, load_strictly, local_path, stored_options
+from weights import load_encoder, load_strictly, local_path
 
 
-def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
-    """Classifier, or frozen encoder with probes; new weights, but of an image model."""
+def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
+    """Classifier, or frozen encoder with probes; randomly initialised, but image encoders come pretrained."""
     probing = is_probe(args)
-    encoder: Encoder
+    encoder: TokenEncoder
     if args.encoder:
-        encoder = build_encoder(args.encoder, args.encoder_weights)
+        with utils.user_errors("--encoder_"):
+            encoder = build_encoder(args.encoder, args.encoder_weights)
         heads = encoder.num_heads
     else:
         encoder = MODELS[args.model](
@@ -72,13 +72,13 @@ def build_model(args: argparse.Namespace) -> Encoder | ProbedEncoder:
             use_checkpoint=args.use_checkpoint,
         )
         heads = next(size.num_heads for name, size in SIZES.items() if f"_{name}_" in args.model)
-    if is_sigma(args):
+    if args.learn == "head":
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     if not probing:
         return encoder
-    kind, settings = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
-    return ProbedEncoder(encoder, heads, kind, num_classes(args), settings)
+    kind, rates = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
+    return ProbedEncoder(encoder, heads, kind, num_classes(args), rates)
 
 
 def train_videos(args: argparse.Namespace) -> VideoList:
@@ -91,7 +91,8 @@ def train_videos(args: argparse.Namespace) -> VideoList:
     if args.examples:
         videos = severe_subset(videos, args.examples, num_classes(args))
     elif args.samples_per_class or args.num_train_videos:
-        videos = few_shot(videos, args.seed, args.samples_per_class, args.num_train_videos)
+        with utils.user_errors("--"):
+            videos = few_shot(videos, args.seed, args.samples_per_class, args.num_train_videos)
     if args.examples or args.samples_per_class or args.num_train_videos:
         logger.info("training on %d videos drawn from %s", len(videos), videos.source)
         if args.output_dir and not args.dry_run and utils.rank() == 0:
@@ -119,26 +120,16 @@ def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
 
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
-    """What validates and tests on the lists of the data set."""
-    return Evaluator(
-        device=device,
-        precision=options.pick_precision(args.precision, device),
-        num_classes=num_classes(args),
-        read_list=lambda name: read_data_list(args, name),
-        val_views=view_reader(args, test=False),
-        test_views=view_reader(args, test=True),
-        num_workers=args.num_workers,
-        timeout=args.worker_timeout,
-        output_dir=args.output_dir,
-        classes=class_names(args),
-        task=task(args),
-    )
+    """Validation and test of the data set."""
+    precision, known = options.pick_precision(args.precision, device), replace(task(args), names=class_names(args))
+    views = (view_reader(args, test=False), view_reader(args, test=True))
+    return Evaluator(device, precision, *views, args.num_workers, args.worker_timeout, args.output_dir, known)
 
 
 def build_loss(
     args: argparse.Namespace, norm: tuple[torch.Tensor, torch.Tensor], labels: np.ndarray
 ) -> tuple[nn.Module, BatchAugmentation]:
-    """The loss, and what happens to batches on the device: of probes, normalisation alone.
+    """The loss, and the augmentation of batches on the device; for probes, normalisation alone.
 
     Args:
         labels: of the training videos.
@@ -165,84 +156,51 @@ def build_loss(
     return loss, BatchAugmentation(norm, eraser, mixup)
 
 
-def resume(
-    args: argparse.Namespace, model: nn.Module, stepper: Stepper, sampler: ChunkSampler, ema: ModelEmaV3 | None
-) -> tuple[Position, dict[str, float]]:
-    """Where to go on, with the best validation so far: from a checkpoint, which is put back, or from the start.
-
-    Raises:
-        RunError: a checkpoint of another run.
-    """
-    found = find_resume(args.output_dir, args.resume, args.auto_resume)
-    if not found:
-        return Position(args.start_epoch), {task(args).metric: -1.0, "epoch": -1}
-    path, state = found
-    position = restore(found, model, stepper, sampler.samples_per_step)
-    options.tell_differences(args, stored_options(state), str(path), options.OPTIMIZER)
-    if "best" not in state:
-        raise RunError(f"{path} is not of fine-tuning")
-    if ema:
-        if "model_ema" not in state:
-            raise RunError(f"{path} has no averaged weights: it was trained without --model_ema")
-        ema.module.load_state_dict(state["model_ema"])
-    return position, state["best"]
-
-
 def is_validated(args: argparse.Namespace, epoch: Epoch) -> bool:
     """Whether a validation follows an epoch."""
     return epoch.is_last or not (args.disable_eval_during_finetuning or (epoch.index + 1) % args.val_freq)
 
 
-def waited_enough(args: argparse.Namespace, best: dict[str, float], epoch: int) -> bool:
-    """Whether there has been no better validation for --patience of them up to `epoch`."""
-    return best["epoch"] >= 0 and 0 < args.patience <= (epoch - best["epoch"]) // args.val_freq
+def waited_enough(args: argparse.Namespace, best: Best, epoch: int) -> bool:
+    """Whether the last --patience validations up to `epoch` were no better than those before."""
+    return best.epoch >= 0 and 0 < args.patience <= (epoch - best.epoch) // args.val_freq
 
 
-def validate(evaluator: Evaluator, model: nn.Module, epoch: Epoch, best: dict[str, float]) -> None:
-    """Validate after an epoch; the weights that did best so far are kept in BEST, their metrics in `best`."""
-    metrics, name = evaluator.validate(model), evaluator.task.metric
-    if metrics[name] > best[name]:
-        before = dict(best)
-        best.update({name: metrics[name], "epoch": epoch.index})  # goes into the file
-        if not utils.broadcast(epoch.save(BEST)):
-            best.update(before)
+def validate(evaluator: Evaluator, model: nn.Module, videos: VideoList, epoch: Epoch, best: Best) -> None:
+    """Validate after an epoch, and save the weights if they are the best so far."""
+    metrics = evaluator.validate(model, videos)
+    best.update(epoch, metrics)
     found = "  ".join(f"{shown} {metrics[shown]:.2f}" for shown in evaluator.task.shown)
-    logger.info("validation: %s  (best %.2f in epoch %d)", found, best[name], best["epoch"])
-    epoch.shown |= {f"val_{name}": value for name, value in metrics.items()}
+    logger.info("validation: %s  (best %.2f in epoch %d)", found, best.value, best.epoch)
 
 
-def train(
-    args: argparse.Namespace, settings: Settings, device: torch.device, model: nn.Module, evaluator: Evaluator
-) -> int:
+def train(args: argparse.Namespace, device: torch.device, model: nn.Module, evaluator: Evaluator) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
+    run_options = RunOptions.of(args)
     total_batch = args.batch_size * args.update_freq * utils.world_size()  # videos, as VideoMAE scales rates
     with utils.user_errors():
-        dataset = build_train_set(args)
+        dataset, val_videos = build_train_set(args), read_data_list(args, "val.csv")
         look = VideoCheck(dataset.videos, args.input_size, args.reader) if utils.rank() == 0 else None
         sampler = ChunkSampler(
             len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
         )
-        groups = (
-            model.parameter_groups(args.lr, args.weight_decay)
-            if isinstance(model, ProbedEncoder)
-            else parameter_groups(model, args.weight_decay, args.layer_decay)
-        )
+        if isinstance(model, ProbedEncoder):
+            groups = model.parameter_groups(args.lr, args.weight_decay)
+        else:
+            groups = parameter_groups(model, args.weight_decay, args.layer_decay)
         stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
             batch_size = args.batch_size * args.num_sample
-            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, args.opt, settings.output_dir)
+            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, run_options.output_dir)
 
-    position, best = resume(args, model, stepper, sampler, ema)
+    best = Best(evaluator.task.metric)
+    contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
+    position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
     logger.info(
         "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
-        total_batch,
-        args.num_sample,
-        sampler.steps_per_epoch,
-        args.epochs,
-        args.lr * total_batch / 256,
-        stepper.precision,
-        device,
+        *(total_batch, args.num_sample, sampler.steps_per_epoch, args.epochs),
+        *(args.lr * total_batch / 256, stepper.precision, device),
     )
     if args.compile:
         model.compile(dynamic=False)
@@ -250,12 +208,11 @@ def train(
         stepper.model = distribute(model, device)
     pin_memory = args.pin_mem and device.type == "cuda"
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
-    criterion, augment = build_loss(args, evaluator.norm, dataset.videos.labels)
+    criterion, augment = build_loss(args, channel_stats("imagenet", device), dataset.videos.labels)
     if look:
         look.tell()
 
-    contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
-    with Run(settings, position, loader, stepper, contents) as run:
+    with Run(run_options, position, loader, stepper, contents) as run:
         if not position.step and waited_enough(args, best, position.epoch - 1):
             run.stop_epoch = position.epoch  # it had stopped early
         for epoch in run.epochs():
@@ -264,9 +221,9 @@ def train(
                 share_buffers(model)
                 if ema:
                     share_buffers(ema.module)
-                validate(evaluator, ema.module if ema else model, epoch, best)
+                validate(evaluator, ema.module if ema else model, val_videos, epoch, best)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
-    stepper.close(settings.output_dir)
+    stepper.close(run_options.output_dir)
     return run.exit_code
 
 
@@ -287,46 +244,51 @@ def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False)
         load_encoder(model, path, need_head=True, key=key, prefix=prefix)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Check, build, and do the chosen job; returns the exit code."""
-    device = utils.init_distributed(args.device)
-    utils.setup_logging()
-    if args.not_needed:
-        logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     follow_checkpoint(args)
     find_problems(args).tell()
+    if args.enable_deepspeed and args.zero_stage == 0:
+        logger.info("--zero_stage 0 shares nothing out, as DDP: taking stage 1")
+        args.zero_stage = 1
     if args.several_labels:
         logger.info("several labels a video (%s): binary cross-entropy, mean average precision", args.several_labels)
-    settings = Settings.of(args)
-    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
-    utils.seed_everything(args.seed)
+
+
+def main(args: argparse.Namespace) -> int:
+    """The program; returns the exit code."""
+    with set_up(args, check) as device:
+        return run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Build the model, and do the chosen job; returns the exit code."""
     with utils.user_errors():
         evaluator = build_evaluator(args, device)
         model = build_model(args).to(device)
+        videos = predict_videos(args) if args.predict else read_data_list(args, "test.csv")
     encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
-        watched = args.eval and utils.rank() == 0
-        look = VideoCheck(read_data_list(args, "test.csv"), args.input_size, args.reader) if watched else None
+        look = VideoCheck(videos, args.input_size, args.reader) if args.eval and utils.rank() == 0 else None
         load_for_test(args, model)
         if look:
             look.tell()
-        return evaluator.predict(model, predict_videos(args)) if args.predict else evaluator.test(model)
+        return evaluator.predict(model, videos) if args.predict else evaluator.test(model, videos)
     if args.finetune:
         load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)
     if args.knn:
         with utils.user_errors():
             neighbours = train_videos(args)
-        return evaluator.knn(encoder, args.knn, neighbours)
-    code = train(args, settings, device, model, evaluator)
+        return evaluator.knn(encoder, args.knn, neighbours, videos)
+    code = train(args, device, model, evaluator)
     if code == 0 and not args.dry_run:
         utils.barrier()  # the first process may still be writing the best checkpoint
         if args.output_dir and os.path.isfile(os.path.join(args.output_dir, BEST)):
             load_for_test(args, model, own=True)
         elif args.output_dir:
             logger.warning("no %s in %s: testing the last weights", BEST, args.output_dir)
-        code = evaluator.test(model)
-    del lock
+        code = evaluator.test(model, videos)
     return code
 
 

@@ -19,30 +19,28 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 import utils
-from checkpoints import lock_folder
 from datasets import VideoCheck
-from datasets_finetune import DATA_SETS, Span, ViewReader, WindowReader
-from evaluation import Evaluator
+from datasets_finetune import DATA_SETS, SAMPLINGS, Span, ViewReader, WindowReader
+from evaluation import load_views, score_videos
 from lists import VideoList, label_text, read_list
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
 from optim_factory import DTYPES
 from options import add_data_arguments, follow, make_parser, parse_given, pick_precision, trained_with
+from training import set_up
 from utils import RunError, logger
 from weights import check_kind, load_encoder, local_path
 
 # What must not change between a run and another one that goes on with it.
 CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
-SETTINGS = (
+UNCHANGED = (
     "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
 )  # fmt: skip
 WHOLE = re.compile("-?[0-9]{1,18}")
@@ -55,7 +53,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("SMILE features", __doc__)
     data = add_data_arguments(parser)
     data.add_argument("--data_path", default="", help="list with a line `path label` for each video")
-    data.add_argument("--sampling", choices=("dense", "segments"), default="dense", help="segments: as SSv2 is trained")
+    data.add_argument("--sampling", choices=SAMPLINGS, default="dense", help="segments: as SSv2 is trained")
     data.add_argument("--num_segment", type=int, default=1, help="views in time; 1: the centre")
     data.add_argument("--num_crop", type=int, default=1, help="views in space; 1: the centre")
     data.add_argument("--stride", type=int, default=0, help="a window every so many frames of the whole video; 0: no")
@@ -109,12 +107,10 @@ def follow_checkpoint(args: argparse.Namespace, checkpoint: str) -> None:
         follow(args, stored, checkpoint, ("model", *CLIP))
 
 
-def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
-    """The list, after a look at everything that can be wrong with the arguments.
-
-    Raises:
-        RunError: something is.
-    """
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
+    checkpoint = local_path(args.checkpoint)
+    follow_checkpoint(args, checkpoint)
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
             raise RunError(f"--{name} is missing")
@@ -126,20 +122,19 @@ def check(args: argparse.Namespace, checkpoint: str) -> VideoList:
     if is_windows(args) and (args.num_segment, args.num_crop, args.sampling, args.format) != (1, 1, "dense", "npy"):
         raise RunError("--stride: windows are dense and central, in .npy files; leave out the options of views")
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
-    with utils.user_errors():
+    with utils.user_errors("--"):
         token_grid(args.num_frames, args.input_size, args.input_size)
-        videos = read_list(args.data_path, label_text, args.data_root)
-        videos.check_files(args.max_bad_fraction)
-    return videos
+    with utils.user_errors():
+        read_list(args.data_path, label_text, args.data_root).check_files(args.max_bad_fraction)
 
 
-def check_settings(args: argparse.Namespace, precision: str) -> None:
+def check_unchanged(args: argparse.Namespace, precision: str) -> None:
     """Leave ``settings.json`` in the folder, or compare with the one that is there.
 
     Raises:
         RunError: the folder holds features of another list, model or kind.
     """
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"precision": precision}
+    settings = {name: getattr(args, name) for name in UNCHANGED} | {"precision": precision}
     settings["data_path"] = hashlib.sha256(Path(args.data_path).read_bytes()).hexdigest()
     file = Path(args.output_dir) / "settings.json"
     if file.is_file():
@@ -150,16 +145,6 @@ def check_settings(args: argparse.Namespace, precision: str) -> None:
     utils.barrier()  # all have looked
     if utils.rank() == 0:
         file.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file that is whole or not there."""
-    draft = path.with_suffix(".tmp")
-    with open(draft, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def write_part(path: Path, rows: list[list]) -> None:
@@ -188,9 +173,9 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
     write_part(path.with_suffix(PART), lines)
     if path.suffix == ".npz":
         numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
-        write_whole(path, lambda file: np.savez(file, features=rows, labels=numbers, paths=paths))
+        utils.write_whole(path, lambda file: np.savez(file, features=rows, labels=numbers, paths=paths))
     else:
-        write_whole(path, lambda file: np.save(file, rows))
+        utils.write_whole(path, lambda file: np.save(file, rows))
 
 
 def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore, dtype: str) -> None:
@@ -201,7 +186,7 @@ def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore
     rows = [[*known, name, row, *span, ""] for row, span in enumerate(score.spans)]
     write_part(path.with_suffix(WINDOWS_PART), rows or [[*known, "", "", "", "", "", "", score.error]])
     if not score.error:
-        write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
+        utils.write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
 
 
 def name_files(folder: Path, videos: VideoList) -> list[Path]:
@@ -240,8 +225,17 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     return [line for line in lines if line[-1]]
 
 
-def extract(args: argparse.Namespace, videos: VideoList, evaluator: Evaluator, model: Features) -> list[Path]:
-    """Compute and write the files that are missing, each process its share of them; all files."""
+def build_views(args: argparse.Namespace) -> ViewReader:
+    """The views, or the windows, of each video."""
+    frames = (args.num_frames, args.sampling_rate, 0, args.reader)
+    if is_windows(args):
+        every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
+        return WindowReader("dense", 0, 1, args.input_size, *frames, *every)
+    return ViewReader(args.sampling, args.num_segment, args.num_crop, args.input_size, *frames)
+
+
+def extract(args: argparse.Namespace, videos: VideoList, model: Features, device: torch.device) -> list[Path]:
+    """Compute and write the missing files, each process its share of them; returns all files."""
     folder, size = Path(args.output_dir), args.shard_size
     t, h, w = token_grid(args.num_frames, args.input_size, args.input_size)
     tokens = {"mean": (), "time": (t,), "token": (t * h * w,)}[args.features]
@@ -260,8 +254,9 @@ def extract(args: argparse.Namespace, videos: VideoList, evaluator: Evaluator, m
     mine = missing[utils.rank() :: utils.world_size()]
     file_of = {index: file for file in mine for index in files[file]}
     ready: dict[Path, list[VideoScore]] = {}
-    samples = evaluator.loader(videos, evaluator.test_views, list(file_of))
-    for score in evaluator.each_score(model, samples, "features"):
+    loading = (args.num_workers, args.worker_timeout, args.batch_size)
+    samples = load_views(videos, build_views(args), *loading, list(file_of))
+    for score in score_videos(model, samples, device, pick_precision(args.precision, device), "features"):
         file = file_of[score.index]
         if is_windows(args):
             write_windows(file, folder, videos, score, args.dtype)
@@ -274,30 +269,25 @@ def extract(args: argparse.Namespace, videos: VideoList, evaluator: Evaluator, m
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, compute the shards that are missing, and join the index; returns the exit code."""
-    device = utils.init_distributed(args.device, timeout_minutes=24 * 60)  # processes may finish far apart
-    utils.setup_logging()
+    """The program; returns the exit code."""
+    with set_up(args, check, timeout_minutes=24 * 60) as device:  # processes may finish far apart
+        return run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Compute the shards that are missing, and join the index; returns the exit code."""
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
-    follow_checkpoint(args, checkpoint)
-    videos, precision = check(args, checkpoint), pick_precision(args.precision, device)
-    lock = lock_folder(args.output_dir) if utils.rank() == 0 else None
-    utils.barrier()
-    check_settings(args, precision)
+    videos = read_list(args.data_path, label_text, args.data_root)
+    utils.barrier()  # the first process has made the folder
+    check_unchanged(args, pick_precision(args.precision, device))
 
     look = VideoCheck(videos, args.input_size, args.reader) if utils.rank() == 0 else None
     encoder = MODELS[args.model](num_classes=0)
     load_encoder(encoder, checkpoint)
     model = Features(encoder, args.features).to(device)
-    frames = (args.num_frames, args.sampling_rate, 0, args.reader)
-    views = ViewReader(args.sampling, args.num_segment, args.num_crop, args.input_size, *frames)
-    if is_windows(args):
-        every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
-        views = WindowReader("dense", 0, 1, args.input_size, *frames, *every)
-    workers = {"num_workers": args.num_workers, "timeout": args.worker_timeout, "batch_size": args.batch_size}
-    evaluator = Evaluator(device, precision, 0, lambda name: videos, views, views, **workers)
     if look:
         look.tell()
-    files = extract(args, videos, evaluator, model)
+    files = extract(args, videos, model, device)
     utils.barrier()
     if utils.rank() == 0:
         bad = write_index(args, files)
@@ -307,7 +297,6 @@ def main(args: argparse.Namespace) -> int:
                 f"{len(bad)} of {len(videos)} videos could not be read, more than --max_bad_fraction "
                 f"{args.max_bad_fraction}; the first: {bad[0][1]}: {bad[0][-1]}"
             )
-    del lock
     return 0
 
 

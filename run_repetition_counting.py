@@ -16,8 +16,9 @@ from typing import cast
 import numpy as np
 import torch
 
+import options
 import utils
-from checkpoints import Position, find_resume, lock_folder, restore
+from checkpoints import BEST, Position
 from datasets import ChunkSampler, build_loader
 from datasets_counting import (
     AnnotationList,
@@ -42,31 +43,15 @@ from modeling_counting import (
 )
 from modeling_finetune import MODELS, token_grid
 from optim_factory import Stepper, autocast, distribute, parameter_groups
-from options import (
-    OPTIMIZER,
-    Problems,
-    Settings,
-    add_optimizer_arguments,
-    add_run_arguments,
-    build_stepper,
-    follow,
-    make_parser,
-    parse_given,
-    pick_precision,
-    tell_differences,
-    trained_with,
-)
-from training import Epoch, Run, Step
+from training import Best, Epoch, Run, Step, resume, set_up
 from utils import RunError, logger
 from video_reader import READERS
-from weights import check_kind, load_encoder, load_strictly, local_path, stored_options
-
-BEST = "checkpoint-best.pth"
+from weights import check_kind, load_encoder, load_strictly, local_path
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
-    parser = make_parser("SMILE repetition counting", __doc__)
+    parser = options.make_parser("SMILE repetition counting", __doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", default="", help="folder with the annotations train/*.mat and val/*.mat")
     data.add_argument("--data_root", default="", help="folder with the videos, <class>/<name>.avi or another suffix")
@@ -86,7 +71,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
     model.add_argument("--use_checkpoint", action="store_true", help="recompute activations to save memory")
 
-    optim = add_optimizer_arguments(parser)
+    optim = options.add_optimizer_arguments(parser)
     optim.add_argument("--batch_size", type=int, default=8, help="training segments a GPU and forward pass")
     optim.add_argument("--refine_steps", type=int, default=11, help="optimizer steps made with each batch of segments")
     optim.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate from a layer to that below")
@@ -96,8 +81,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test = parser.add_argument_group("validation and test")
     test.add_argument("--eval", action="store_true", help="only count val, with --finetune (or output_dir's best)")
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
-    add_run_arguments(parser)
-    return parse_given(parser, argv)
+    options.add_run_arguments(parser)
+    return options.parse_given(parser, argv)
 
 
 # Training and counting ------------------------------------------------------------------------------------------
@@ -139,7 +124,7 @@ def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: tor
             said = []
             for part, guess in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
                 windows = take_frames(frames, window_frames(part, guess, len(frames), args.num_frames))
-                with autocast(device, pick_precision(args.precision, device)):
+                with autocast(device, options.pick_precision(args.precision, device)):
                     prediction = model(windows.to(device))
                 said.append(Prediction(*(values.float().cpu() for values in prediction)))
             return Prediction(*(torch.cat(values) for values in zip(*said)))
@@ -168,7 +153,7 @@ def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.
     return utils.reduce_sum(counts, device)
 
 
-def judge(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
+def count_metrics(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
     """Metrics of the counts of `val`."""
     return counting_scores(counts, read_split(args, "val").labels.tolist())
 
@@ -176,7 +161,7 @@ def judge(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
 def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> int:
     """Count, log, and write ``test_counts.csv``; returns the exit code."""
     counts = count_all(args, model, device)
-    metrics = judge(args, counts)
+    metrics = count_metrics(args, counts)
     logger.info("test: mae %.4f  obo %.4f", metrics["mae"], metrics["obo"])
     RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
     if args.output_dir and utils.rank() == 0:
@@ -197,34 +182,31 @@ def read_split(args: argparse.Namespace, name: str) -> AnnotationList:
     return read_annotations(os.path.join(args.data_path, name), args.data_root)
 
 
-def find_problems(args: argparse.Namespace) -> Problems:
+def find_problems(args: argparse.Namespace) -> options.Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems = Problems(args)
+    problems = options.Problems(args)
     problems.files("finetune", "resume")
     problems.numbers(1, "segments_per_video", "max_frames", "batch_size", "refine_steps", "val_freq")
-    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
+    problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
     if os.path.exists(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     for name in ("val",) if args.eval else ("train", "val"):
         problems.attempt(read_split, args, name)
-    problems.when(args.eval and args.dry_run, "--dry_run tries a training step: leave it with --eval")
+    problems.add({"--dry_run tries a training step: leave it with --eval": args.eval and args.dry_run})
     return problems
 
 
-def validate(args: argparse.Namespace, model: RepetitionCounter, device, epoch: Epoch, best: dict[str, float]) -> None:
-    """Count `val` after an epoch; the weights that did best so far are kept in BEST, their error in `best`."""
-    metrics = judge(args, count_all(args, model, device))
-    if metrics["mae"] < best["mae"]:
-        before = dict(best)
-        best.update(mae=metrics["mae"], epoch=epoch.index)  # goes into the file
-        if not utils.broadcast(epoch.save(BEST)):
-            best.update(before)
-    shown = (metrics["mae"], metrics["obo"], best["mae"], best["epoch"])
+def validate(
+    args: argparse.Namespace, model: RepetitionCounter, device: torch.device, epoch: Epoch, best: Best
+) -> None:
+    """Count `val` after an epoch, and save the weights if they are the best so far."""
+    metrics = count_metrics(args, count_all(args, model, device))
+    best.update(epoch, metrics)
+    shown = (metrics["mae"], metrics["obo"], best.value, best.epoch)
     logger.info("validation: mae %.4f  obo %.4f  (best mae %.4f in epoch %d)", *shown)
-    epoch.shown |= {f"val_{name}": value for name, value in metrics.items()}
 
 
-def train(args: argparse.Namespace, settings: Settings, device: torch.device, model: RepetitionCounter) -> int:
+def train(args: argparse.Namespace, device: torch.device, model: RepetitionCounter) -> int:
     """Train, validating as it goes; returns the exit code."""
     total_batch = args.batch_size * args.update_freq * utils.world_size()
     with utils.user_errors():
@@ -235,13 +217,10 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         )
         groups = parameter_groups(model.encoder, args.weight_decay, args.layer_decay)
         groups += parameter_groups(model.head, args.weight_decay)
-        stepper = build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
-    position, best = Position(args.start_epoch), {"mae": float("inf"), "epoch": -1}
-    found = find_resume(args.output_dir, args.resume, args.auto_resume)
-    if found:
-        position = restore(found, model, stepper, sampler.samples_per_step)
-        tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
-        best = found[1].get("best", best)
+        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+    best = Best("mae", float("inf"))
+    contents = {"model": model, "args": args, "best": best}
+    position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
     logger.info(
         "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",
         *(total_batch, sampler.steps_per_epoch, args.refine_steps, args.epochs),
@@ -251,7 +230,7 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
         model.compile()
     stepper.model = distribute(model, device)
     loader = build_loader(dataset, sampler, args.num_workers, False, args.worker_timeout, collate_segments)
-    with Run(settings, position, loader, stepper, {"model": model, "args": args, "best": best}) as run:
+    with Run(options.RunOptions.of(args), position, loader, stepper, contents) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
             if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():
@@ -259,37 +238,46 @@ def train(args: argparse.Namespace, settings: Settings, device: torch.device, mo
     return run.exit_code
 
 
-def main(args: argparse.Namespace) -> int:
-    """Check, build, train and test; returns the exit code."""
-    device = utils.init_distributed(args.device)
-    utils.setup_logging()
-    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+def weights_to_load(args: argparse.Namespace) -> str:
+    """What to start from, or to test with --eval: --finetune, else for a test the best of output_dir."""
     best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
-    weights = (args.finetune or best) if args.eval else args.finetune
+    return args.finetune or (best if args.eval else "")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
+    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+    weights = weights_to_load(args)
     if os.path.exists(weights):
-        compare = follow if args.eval else tell_differences
-        compare(args, trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
+        compare = options.follow if args.eval else options.tell_differences
+        compare(args, options.trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
     find_problems(args).tell()
-    settings = Settings.of(args)
-    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
-    utils.seed_everything(args.seed)
+
+
+def main(args: argparse.Namespace) -> int:
+    """The program; returns the exit code."""
+    with set_up(args, check) as device:
+        return run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Build the model, train and test; returns the exit code."""
     encoder = MODELS[args.model](num_classes=0, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
     model = RepetitionCounter(encoder, encoder.embed_dim).to(device)
-    code = 0
+    weights = weights_to_load(args)
     if not args.eval:
-        if args.finetune:
-            load_encoder(model.encoder, args.finetune)
-        code = train(args, settings, device, model)
+        if weights:
+            load_encoder(model.encoder, weights)
+        code = train(args, device, model)
+        if code or args.dry_run:
+            return code
         utils.barrier()  # the first process may still be writing the best checkpoint
-    if code == 0 and not args.dry_run:
-        weights = weights if args.eval else best
-        if os.path.isfile(weights):
-            load_strictly(model, weights)
-        elif args.eval:
-            raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
-        code = test(args, model, device)
-    del lock
-    return code
+        weights = os.path.join(args.output_dir, BEST) if args.output_dir else ""
+    if os.path.isfile(weights):
+        load_strictly(model, weights)
+    elif args.eval:
+        raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
+    return test(args, model, device)
 
 
 if __name__ == "__main__":

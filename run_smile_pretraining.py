@@ -1,7 +1,8 @@
-"""Pretrain SMILE: the command line, what is built from it, and the loop over epochs.
+"""Pretrain SMILE: the command line, the model and data built from it, and the loop over epochs.
 
 Stage 1 pastes moving objects (``--add_tubelets --mask_type tubelet``); stage 2 starts from its weights
-(``--first_stage_path``) on natural clips with a tube mask. Other backgrounds than videos are ``--background``.
+(``--first_stage_path``) on natural clips with a tube mask. In these two flags, as in the released code, a tubelet is a
+pasted object with its path; everywhere else it is VideoMAE's: the two frames of a patch that make a token.
 scripts/pretrain/ holds the recipes.
 """
 
@@ -12,7 +13,7 @@ import torch
 
 import options
 import utils
-from checkpoints import Position, find_resume, lock_folder, restore
+from checkpoints import Position
 from datasets import ChunkSampler, PretrainDataset, VideoCheck, build_loader, find_images
 from engine_for_pretraining import train_one_epoch
 from lists import VideoList, any_label, list_of, read_list
@@ -30,11 +31,11 @@ from modeling_teacher import (
 )
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, Stepper, distribute, parameter_groups
-from options import Problems, Settings
-from training import Run
+from options import Problems, RunOptions
+from training import Run, resume, set_up
 from utils import logger
-from video_transforms import BACKGROUNDS, Background
-from weights import check_kind, load_strictly, local_path, stored_options
+from video_transforms import BACKGROUNDS, ClipSource
+from weights import check_kind, load_strictly, local_path
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +45,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = options.add_data_arguments(parser)
     path = "list file, `path label` a line (the label is not used); of --background image a folder; else none"
     data.add_argument("--data_path", default="", help=path)
-    kinds = "what objects move over: windows of videos, nothing, uniform noise, images, or one frame of each video"
+    kinds = "source of the base clip: window of a video, black, uniform noise, image, or one frame of a video"
     data.add_argument("--background", choices=BACKGROUNDS, default="video", help=kinds)
     data.add_argument("--epoch_size", type=int, default=0, help="clips an epoch, of --background black and noise")
     pan = "share of its short side that an image or frame moves in the course of a clip"
@@ -108,66 +109,56 @@ def clips_per_video(args: argparse.Namespace) -> int:
 
 def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems = Problems(args)
+    problems, tubelet, unmask = Problems(args), args.mask_type == "tubelet", args.traj_unmask_ratio
     problems.files("first_stage_path", "resume")
-    problems.numbers(0, "decoder_depth")
+    problems.numbers(0, "decoder_depth", "speed")
     problems.numbers(1, "num_rois")
 
-    grid = problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size)
-    if not 0 < args.mask_ratio < 1:
-        problems.when(True, f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
-    elif grid:
-        problems.attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio)
-    unmask = args.traj_unmask_ratio
-    problems.when(not 0 <= unmask <= 1, f"--traj_unmask_ratio {unmask}: must lie between 0 and 1")
-    problems.when(
-        args.mask_type == "tubelet" and not args.add_tubelets,
-        "--mask_type tubelet follows pasted objects: add --add_tubelets",
-    )
-
-    kind, videos = args.background, problems.attempt(read_videos, args)
-    if kind not in ("black", "noise"):
-        problems.when(args.epoch_size != 0, f"--epoch_size: an epoch of --background {kind} is its list")
-        problems.attempt(videos.check_files, args.max_bad_fraction) if videos else None
-    problems.when(not 0 <= args.pan <= 0.5, f"--pan {args.pan}: must lie between 0 and 0.5")
-    problems.when(
-        args.pan > 0 and kind not in ("image", "frame"), f"--pan moves an image or frame, not --background {kind}"
-    )
-    problems.when(args.speed < 0, f"--speed {args.speed}: must not be negative")
+    grid = problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
+    if grid and 0 < args.mask_ratio < 1:
+        problems.attempt(MaskGenerator, args.mask_type, grid, args.mask_ratio, prefix="--")
+    kind, videos, views = args.background, problems.attempt(read_videos, args), clips_per_video(args)
+    if videos and kind not in ("black", "noise"):
+        problems.attempt(videos.check_files, args.max_bad_fraction)
     if args.add_tubelets and args.use_objects:
-        problems.attempt(find_objects, args.objects_path, args.objects_list)
-    problems.when(
-        args.use_objects and not args.add_tubelets, "--use_objects pastes them only with --add_tubelets: add it"
+        problems.attempt(find_objects, args.objects_path, args.objects_list, prefix="--")
+    problems.add(
+        {
+            f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1": not 0 < args.mask_ratio < 1,
+            f"--traj_unmask_ratio {unmask}: must lie between 0 and 1": not 0 <= unmask <= 1,
+            "--mask_type tubelet follows pasted objects: add --add_tubelets": tubelet and not args.add_tubelets,
+            "--use_objects pastes them only with --add_tubelets: add it": args.use_objects and not args.add_tubelets,
+            f"--epoch_size: an epoch of --background {kind} is its list": args.epoch_size
+            and kind not in ("black", "noise"),
+            f"--pan {args.pan}: must lie between 0 and 0.5": not 0 <= args.pan <= 0.5,
+            f"--pan moves an image or frame, not --background {kind}": args.pan > 0 and kind not in ("image", "frame"),
+            f"--scales {min(args.scales)}: must be at least 1": min(args.scales) < 1,
+            f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
+            "(--num_sample, and two masks with --multiple_sampling)": min(args.num_sample, args.batch_size) < 1
+            or args.batch_size % max(1, views) > 0,
+            f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}": args.target_type
+            == "dino_v1"
+            and args.distillation_teacher not in DINO_MODELS,
+        }
     )
-    problems.when(min(args.scales) < 1, f"--scales {min(args.scales)}: must be at least 1")
-    views = clips_per_video(args)
-    problems.when(
-        min(args.num_sample, args.batch_size) < 1 or args.batch_size % max(1, views) > 0,
-        f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
-        "(--num_sample, and two masks with --multiple_sampling)",
-    )
-
     if args.target_type == "clip":
-        problems.attempt(find_clip_weights, args.clip_model, args.clip_weights)
+        problems.attempt(find_clip_weights, args.clip_model, args.clip_weights, prefix="--clip_")
     if args.target_type == "timm":
-        problems.attempt(check_timm_weights, args.teacher_model, args.teacher_weights)
-    problems.when(
-        args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS,
-        f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}",
-    )
+        problems.attempt(check_timm_weights, args.teacher_model, args.teacher_weights, prefix="--teacher_")
     for path in filter(os.path.isfile, {args.first_stage_path, args.resume}):
         problems.attempt(check_kind, path, "encoder_to_decoder.weight", "pretraining")
     return problems
 
 
 def read_videos(args: argparse.Namespace) -> VideoList:
-    """What the clips of an epoch are made from: the videos of the list, images, or nothing so many times."""
+    """The videos or images that the clips of an epoch are made from; of black and noise --epoch_size entries."""
     if args.background in ("black", "noise"):
         if args.epoch_size < 1:
             raise ValueError(f"--background {args.background} needs --epoch_size, clips an epoch")
         return list_of(f"--background {args.background}", [args.background] * args.epoch_size)
     if args.background == "image":
-        return find_images(args.data_path)
+        with utils.user_errors("--"):
+            return find_images(args.data_path)
     if not args.data_path:
         raise ValueError(f"--background {args.background} needs --data_path, a list of videos")
     return read_list(args.data_path, any_label, args.data_root)
@@ -180,30 +171,32 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
     if args.add_tubelets:
         library = None
         if args.use_objects:
-            names = find_objects(args.objects_path, args.objects_list)
+            with utils.user_errors("--"):
+                names = find_objects(args.objects_path, args.objects_list)
             library = ObjectLibrary(args.objects_path, names, max_side=round(320 * args.input_size / 224))
         overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois, args.speed)
     grid, ratio, patch = token_grid(args.num_frames, *size), args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE)
     masks = MaskGenerator(args.mask_type, grid, args.mask_ratio, args.sub_mask_type, ratio, patch, TUBELET_SIZE)
-    background = Background(size, args.num_frames, args.sampling_rate, args.background, args.pan, args.reader)
-    return PretrainDataset(read_videos(args), background, masks, overlay, args.num_sample, args.seed)
+    source = ClipSource(size, args.num_frames, args.sampling_rate, args.background, args.pan, args.reader)
+    return PretrainDataset(read_videos(args), source, masks, overlay, args.num_sample, args.seed)
 
 
 def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     """The frozen network, or the pixels, that give the targets; its `out_dim` is the target's width."""
     if args.target_type == "pixel":
         return PixelTarget(PATCH_SIZE, TUBELET_SIZE).to(device)
-    model, weights = {
-        "clip": (args.clip_model, args.clip_weights),
-        "dino_v1": (args.distillation_teacher, args.dino_weights),
-        "timm": (args.teacher_model, args.teacher_weights),
+    model, weights, prefix = {
+        "clip": (args.clip_model, args.clip_weights, "--clip_"),
+        "dino_v1": (args.distillation_teacher, args.dino_weights, "--dino_"),
+        "timm": (args.teacher_model, args.teacher_weights, "--teacher_"),
     }[args.target_type]
     if weights == "random":
         logger.warning("THE TEACHER HAS RANDOM WEIGHTS: good for trying things out, useless for results")
     grid = token_grid(args.num_frames, args.input_size, args.input_size)[1:]
     fed = (args.teacher_norm, grid, args.teacher_size or None, args.teacher_stage)
     dtype = DTYPES[options.pick_precision(args.precision, device)]
-    return build_teacher(args.target_type, model, weights, *fed, dtype).to(device)
+    with utils.user_errors(prefix):
+        return build_teacher(args.target_type, model, weights, *fed, dtype).to(device)
 
 
 def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, total_batch: int) -> None:
@@ -220,19 +213,15 @@ def describe(args: argparse.Namespace, stepper: Stepper, sampler: ChunkSampler, 
         logger.warning("--background black without --add_tubelets: there is nothing in the clips to be learned")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Check, build, train; returns the exit code."""
-    device = utils.init_distributed(args.device)
-    utils.setup_logging()
-    if args.not_needed:
-        logger.info("always so here, and so not needed: %s", ", ".join(args.not_needed))
+def check(args: argparse.Namespace) -> None:
+    """Fetch the weights that are named ``hf://…``, and raise RunError if anything is wrong with the arguments."""
     for name in ("first_stage_path", "resume", "clip_weights"):
         setattr(args, name, local_path(getattr(args, name)))
     find_problems(args).tell()
-    settings = Settings.of(args)
-    lock = lock_folder(settings.output_dir) if settings.output_dir and utils.rank() == 0 else None
 
-    utils.seed_everything(args.seed)
+
+def train(args: argparse.Namespace, device: torch.device) -> int:
+    """Build everything, and train; returns the exit code."""
     with utils.user_errors():
         dataset = build_dataset(args)
         watched = args.background in ("video", "frame") and utils.rank() == 0
@@ -240,24 +229,18 @@ def main(args: argparse.Namespace) -> int:
         chunk = args.batch_size // clips_per_video(args)
         sampler = ChunkSampler(len(dataset), chunk, args.update_freq, utils.rank(), utils.world_size(), args.seed)
         teacher = choose_teacher(args, device)
-        student = MODELS[args.model](
-            decoder_depth=args.decoder_depth,
-            decoder_num_classes=teacher.out_dim,
-            drop_path_rate=args.drop_path,
-            use_checkpoint=args.use_checkpoint,
-        ).to(device)
+        sizes = {"decoder_depth": args.decoder_depth, "decoder_num_classes": teacher.out_dim}
+        student = MODELS[args.model](**sizes, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
+        student = student.to(device)
         total_batch = args.batch_size * args.update_freq * utils.world_size()
         groups = parameter_groups(student, args.weight_decay)
         stepper = options.build_stepper(args, student, groups, device, total_batch, sampler.steps_per_epoch)
     describe(args, stepper, sampler, total_batch)
 
-    position = Position(args.start_epoch)
-    found = find_resume(args.output_dir, args.resume, args.auto_resume)
-    if found:
-        position = restore(found, student, stepper, sampler.samples_per_step)
-        options.tell_differences(args, stored_options(found[1]), str(found[0]), options.OPTIMIZER)
-        if args.first_stage_path:
-            logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
+    contents = {"model": student, "args": args}
+    position = resume(args, contents, stepper, sampler.samples_per_step)
+    if position and args.first_stage_path:
+        logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
     elif args.first_stage_path:
         load_strictly(student, args.first_stage_path)
     if args.compile:
@@ -270,11 +253,16 @@ def main(args: argparse.Namespace) -> int:
 
     if look:
         look.tell()
-    with Run(settings, position, loader, stepper, {"model": student, "args": args}) as run:
+    with Run(RunOptions.of(args), position or Position(args.start_epoch), loader, stepper, contents) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper.model, teacher, epoch, norm, args.multiple_sampling)
-    del lock
     return run.exit_code
+
+
+def main(args: argparse.Namespace) -> int:
+    """The program; returns the exit code."""
+    with set_up(args, check) as device:
+        return train(args, device)
 
 
 if __name__ == "__main__":

@@ -105,15 +105,10 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
         VideoError: unreadable. RunError: no usable object.
     """
     rng = sample_rng(dataset.seed, 0, index)
-    found = dataset.background.read(rng, dataset.videos.path(index))
-    clip = np.empty(dataset.background.shape, np.uint8)
-    dataset.background.crop(rng, found.frames, clip)
-    natural = clip.copy()
-    try:
-        boxes = dataset.overlay(rng, clip) if dataset.overlay else None
-    except RuntimeError as error:  # no usable object
-        raise RunError(str(error)) from error
-    return PretrainSample(natural, clip, boxes, dataset.masks(rng, boxes), captions_of(found))
+    found = dataset.source.read(rng, dataset.videos.path(index))
+    natural, clip = np.empty((2, *dataset.source.shape), np.uint8)
+    boxes, mask = dataset.view(rng, found.frames, clip, natural)
+    return PretrainSample(natural, clip, boxes, mask, captions_of(found))
 
 
 def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.device) -> tuple[VideoList, Drawer]:

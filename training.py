@@ -1,7 +1,8 @@
-"""The run around the engines: epochs, steps and micro-batches as iterators, with what happens between them.
+"""The run around the engines: its set-up, and epochs, steps and micro-batches as iterators.
 
-An engine loops over them and says what is computed. Rates, precision, seeds, logging, saving, stopping and resuming
-happen here, as the loop goes round; what comes after a `yield` would not happen if a loop were broken off:
+An engine loops over them and computes the loss. Learning rates, precision, seeds, logging, saving, stopping and
+resuming happen here, between iterations. Do not `break` out of these loops: logging and saving after the yield would be
+skipped.
 
     with Run(...) as run:
         for epoch in run.epochs():                 # logged and saved when the loop comes back
@@ -11,20 +12,19 @@ happen here, as the loop goes round; what comes after a `yield` would not happen
                 step.update()
 """
 
-import fcntl
+import argparse
 import itertools
 import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import checkpoints
@@ -32,12 +32,85 @@ import utils
 from checkpoints import Position
 from datasets import Batch, ChunkSampler, VideoDataset
 from lists import VideoList
-from meters import RunLog, StepMeter
+from meters import BadFiles, RunLog, StepMeter
 from optim_factory import Stepper
-from options import Settings
+from options import OPTIMIZER, RunOptions, tell_differences
 from utils import RunError, logger
+from weights import stored_options
 
 DRY_STEPS, WARM_UP = 5, 2  # steps of a dry run, and how many of them are not timed: start-up and compilation
+
+
+# Set-up ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def set_up(
+    args: argparse.Namespace, check: Callable[[argparse.Namespace], None], timeout_minutes: float = 30
+) -> Iterator[torch.device]:
+    """Join the other processes, check the command line, lock the output folder and seed; yields the device.
+
+    Args:
+        check: completes the arguments, or raises RunError if something is wrong with them.
+        timeout_minutes: how long processes wait for each other.
+    """
+    device = utils.init_distributed(args.device, timeout_minutes)
+    utils.setup_logging()
+    if ignored := getattr(args, "not_needed", ()):
+        logger.info("ignored, no effect in this code: %s", ", ".join(ignored))
+    check(args)
+    writes = args.output_dir and utils.rank() == 0 and not getattr(args, "dry_run", False)
+    with checkpoints.lock_folder(args.output_dir) if writes else nullcontext():
+        utils.seed_everything(getattr(args, "seed", 0))
+        yield device
+
+
+def resume(
+    args: argparse.Namespace, contents: dict[str, Any], stepper: Stepper, samples_per_step: int
+) -> Position | None:
+    """Load the checkpoint to resume from into `contents` (see Run) and `stepper`; None if the run starts anew.
+
+    Raises:
+        RunError: the checkpoint is of another run.
+    """
+    found = checkpoints.find_resume(args.output_dir, args.resume, args.auto_resume)
+    if not found:
+        return None
+    position = checkpoints.restore(found, contents, stepper, samples_per_step)
+    tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
+    return position
+
+
+class Best:
+    """The best validation so far, whose weights are in ``checkpoint-best.pth``; checkpoints hold it under ``best``.
+
+    Args:
+        metric: name of the number that decides.
+        worst: value that every other one is better than; above 0 if smaller is better.
+    """
+
+    def __init__(self, metric: str, worst: float = -1.0):
+        self.metric, self.smaller_wins, self.value, self.epoch = metric, worst > 0, worst, -1
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {self.metric: self.value, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a checkpoint."""
+        self.value, self.epoch = state[self.metric], int(state["epoch"])
+
+    def update(self, epoch: "Epoch", metrics: dict[str, float]) -> None:
+        """Log the metrics of a validation with its epoch, and save the weights if they are the best so far."""
+        before, value = self.state_dict(), metrics[self.metric]
+        if value < self.value if self.smaller_wins else value > self.value:
+            self.value, self.epoch = value, epoch.index  # goes into the file
+            if not utils.broadcast(epoch.save(checkpoints.BEST)):
+                self.load_state_dict(before)
+        epoch.shown |= {f"val_{name}": number for name, number in metrics.items()}
+
+
+# Iterators ------------------------------------------------------------------------------------------------------
 
 
 class Step:
@@ -99,7 +172,7 @@ class Epoch:
         self.run, self.index, self.started = run, run.position.epoch, time.time()
         self.shown: dict[str, Any] = {}
         self.is_last = self.index + 1 == run.stop_epoch
-        length, interval = (self.index, run.stop_epoch, run.steps_per_epoch), run.settings.log_interval
+        length, interval = (self.index, run.stop_epoch, run.steps_per_epoch), run.options.log_interval
         self.meter = StepMeter(run.log, run.stepper.device, *length, interval, run.position.meter)
         last = self.index * run.steps_per_epoch + max(0, run.position.step - 1)
         self.meter.constants |= run.stepper.schedule(last)  # for the log, if no step is left
@@ -123,18 +196,18 @@ class Epoch:
         return self.run.position.step == self.run.steps_per_epoch and not self.run.stopping
 
     def secure(self) -> bool:
-        """Before something long, such as a validation: save what has been trained. Whether the run goes on.
+        """Save before a long operation such as a validation; returns False if told to stop.
 
         From here to the end of the epoch a signal ends the program at once, and nothing is lost.
         """
-        if self.complete and not self.run.settings.dry_run:
+        if self.complete and not self.run.options.dry_run:
             self.run.save(checkpoints.LATEST, self.index, self.run.steps_per_epoch, self.meter.state())
             self.run.stopping = self.run.control.close()
             return not self.run.stopping
         return False
 
     def save(self, name: str) -> bool:
-        """Write a checkpoint of the whole epoch. Whether it was written."""
+        """Write a checkpoint of the whole epoch; returns whether it was written."""
         return self.run.save(name, self.index, 0, self.meter.state(ended=True))
 
 
@@ -143,24 +216,24 @@ class Run:
 
     Args:
         contents: what checkpoints hold beside optimizer and position, such as ``{'model': module, 'args': args}``;
-            of modules, their state.
+            of what has a state_dict, that.
     """
 
     def __init__(
-        self, settings: Settings, position: Position, loader: DataLoader, stepper: Stepper, contents: dict[str, Any]
+        self, options: RunOptions, position: Position, loader: DataLoader, stepper: Stepper, contents: dict[str, Any]
     ):
-        self.settings, self.position, self.loader, self.stepper = settings, position, loader, stepper
+        self.options, self.position, self.loader, self.stepper = options, position, loader, stepper
         self.contents = contents
         assert isinstance(loader.batch_sampler, ChunkSampler) and isinstance(loader.dataset, VideoDataset)
         self.sampler, self.videos = loader.batch_sampler, loader.dataset.videos
         self.steps_per_epoch = self.sampler.steps_per_epoch
-        self.stop_epoch = min(settings.stop_epoch or settings.epochs, settings.epochs)
-        saving = (settings.save_ckpt_minutes, settings.save_ckpt_steps, settings.keep_ckpts)
-        self.writer = checkpoints.CheckpointWriter(settings.output_dir, *saving)
+        self.stop_epoch = min(options.stop_epoch or options.epochs, options.epochs)
+        saving = (options.save_ckpt_minutes, options.save_ckpt_steps, options.keep_ckpts)
+        self.writer = checkpoints.CheckpointWriter(options.output_dir, *saving)
         step = position.epoch * self.steps_per_epoch + position.step
-        self.log = RunLog(settings.output_dir, settings.log_dir, position.epoch, step)
-        self.bad = BadFiles(settings.output_dir, settings.max_bad_fraction)
-        self.control = Control()
+        self.log = RunLog(options.output_dir, options.log_dir, position.epoch, step)
+        self.bad = BadFiles(options.output_dir, options.max_bad_fraction)
+        self.control = utils.Control()
         self.stopping, self.save_due = False, False
         self.dry_times: list[float] = []  # seconds of the steps of a dry run
 
@@ -185,7 +258,7 @@ class Run:
             epoch = Epoch(self)
             self.control.listen()
             yield epoch
-            if self.settings.dry_run:
+            if self.options.dry_run:
                 self.report_dry_run()
                 break
             if epoch.complete:
@@ -203,16 +276,16 @@ class Run:
 
     def chunk_key(self, epoch: int, step: int, micro_batch: int) -> tuple[int, int, int]:
         """What seeds a forward pass, the same for any division of the same chunks into processes and micro-batches."""
-        return self.settings.seed, epoch, self.sampler.chunk_id(step, micro_batch)
+        return self.options.seed, epoch, self.sampler.chunk_id(step, micro_batch)
 
     def save_or_stop(self, epoch: Epoch) -> bool:
-        """After a step: save if it is time, or if told to stop. Whether the epoch ends here."""
+        """After a step, save if it is time or if told to stop; returns whether the epoch ends here."""
         done = self.position.step
         self.stopping, self.save_due = self.control.agree(self.writer.due(epoch.index * self.steps_per_epoch + done))
         if self.stopping or (self.save_due and done < self.steps_per_epoch):
             epoch.meter.flush(done - 1)
             self.save(checkpoints.LATEST, epoch.index, done, epoch.meter.state())
-        if self.settings.dry_run:
+        if self.options.dry_run:
             self.dry_times.append(epoch.meter.step_time)
         return self.stopping or len(self.dry_times) == DRY_STEPS
 
@@ -220,7 +293,7 @@ class Run:
         """Say what memory a dry run took, and how long the rest of the run takes at the speed of its last steps."""
         count, timed = len(self.dry_times), self.dry_times[WARM_UP:] or self.dry_times[-1:]
         steps = self.steps_per_epoch * (self.stop_epoch - self.position.epoch) - self.position.step + count
-        step, clips = float(np.median(timed)), self.settings.batch_size * self.stepper.update_freq * utils.world_size()
+        step, clips = float(np.median(timed)), self.options.batch_size * self.stepper.update_freq * utils.world_size()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self.stepper.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
@@ -238,7 +311,7 @@ class Run:
         numbers = epoch.meter.averages() | epoch.meter.constants | epoch.shown
         length = {"bad_clips": bad, "steps": self.steps_per_epoch, "seconds": time.time() - epoch.started}
         self.log.epoch({"epoch": epoch.index} | numbers | length)
-        if (epoch.index + 1) % self.settings.save_ckpt_freq == 0 or epoch.is_last:
+        if (epoch.index + 1) % self.options.save_ckpt_freq == 0 or epoch.is_last:
             if epoch.save(f"checkpoint-{epoch.index}.pth"):
                 self.writer.tidy()
         elif self.save_due:
@@ -246,12 +319,12 @@ class Run:
         self.bad.check(bad, videos)
 
     def save(self, name: str, epoch: int, step: int, meter: dict[str, Any]) -> bool:
-        """Write a checkpoint: `step` steps into `epoch`, or after it if 0. Whether it was written."""
-        self.stepper.save_shards(self.settings.output_dir, name)
+        """Write a checkpoint `step` steps into `epoch`, or after it if 0; returns whether it was written."""
+        self.stepper.save_shards(self.options.output_dir, name)
 
         def checkpoint() -> dict[str, Any]:
             held = {
-                name: value.state_dict() if isinstance(value, torch.nn.Module) else value
+                name: value.state_dict() if hasattr(value, "state_dict") else value
                 for name, value in self.contents.items()
             }
             place = {"epoch": epoch, "step": step, "meter": meter, "samples_per_step": self.sampler.samples_per_step}
@@ -260,55 +333,7 @@ class Run:
         return self.writer.save(name, checkpoint)
 
 
-class Control:
-    """What all processes must decide alike after each step: stop (SIGTERM, SIGUSR1 or SIGINT came), or save.
-
-    Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
-    SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
-    """
-
-    def __init__(self):
-        self.signal = 0
-        self._pending: tuple[Any, torch.Tensor] | None = None
-        self._group = utils.cpu_group() if dist.is_initialized() else None
-
-    def listen(self) -> None:
-        """From now on take note of signals."""
-        for number in utils.STOP_SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT == number:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = number
-
-    def agree(self, save: bool) -> tuple[bool, bool]:
-        """Whether any process was told to stop, and whether any wants to save; several say so one step late."""
-        if self._group is None:
-            return bool(self.signal), save
-        before = self._finish()
-        flags = torch.tensor([float(self.signal != 0), float(save)])
-        self._pending = (dist.all_reduce(flags, group=self._group, async_op=True), flags)
-        return before
-
-    def close(self) -> bool:
-        """Stop listening. Whether any process has been told to stop by now."""
-        utils.leave_on_signal()
-        self._finish()
-        return utils.reduce_sum([float(self.signal != 0)], torch.device("cpu"), self._group)[0] > 0
-
-    def _finish(self) -> tuple[bool, bool]:
-        """The outcome of the exchange under way."""
-        if self._pending is None:
-            return False, False
-        work, flags = self._pending
-        work.wait()
-        self._pending = None
-        return bool(flags[0]), bool(flags[1])
-
-
-# What goes wrong with data --------------------------------------------------------------------------------------
+# Batches --------------------------------------------------------------------------------------------------------
 
 
 def last_line(error: Exception) -> str:
@@ -352,59 +377,3 @@ def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
             raise loader_failure(error, issued, videos) from error
         issued.popleft()
         yield batch
-
-
-class BadFiles:
-    """Notes files that could not be used, each once, in ``bad_clips.txt``, and stops a run that has too many.
-
-    Processes append to the same file under a lock.
-    """
-
-    def __init__(self, output_dir: str, max_fraction: float):
-        self.file = Path(output_dir) / "bad_clips.txt" if output_dir else None
-        self.max_fraction, self.videos, self.bad = max_fraction, 0, 0
-        self.noted: set[str] = set()
-        self.first: list[str] = []
-
-    def watch(self, batches: Iterator[Batch], shown: dict[str, float]) -> Iterator[Batch]:
-        """Pass batches on, taking note of their bad files and counting the videos among them in `shown`.
-
-        Raises:
-            RunError: more than `max_fraction` of the videos, once this process has tried 100.
-        """
-        for batch in batches:
-            self.videos += len(batch["paths"]) + batch["num_bad_videos"]
-            self.bad += batch["num_bad_videos"]
-            for path, reason in batch["bad"]:
-                if path not in self.noted:
-                    self.note(path, reason)
-            if self.bad:
-                shown["bad_clips"] = self.bad
-            if self.videos >= 100:
-                self.check(self.bad, self.videos)
-            yield batch
-
-    def check(self, bad: float, videos: float) -> None:
-        """Raise RunError if too large a part of the videos could not be read."""
-        if bad > self.max_fraction * videos:
-            raise RunError(
-                f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
-                f"{self.max_fraction}; the first: {'; '.join(self.first)}"
-            )
-
-    def note(self, path: str, reason: str) -> None:
-        """Write a line, unless some process has written it."""
-        line = f"{path}\t{reason}".replace("\n", " ")
-        self.noted.add(path)
-        self.first = [*self.first, f"{path}: {reason}"][:3]
-        logger.warning("cannot use %s: %s", path, reason)
-        if not self.file:
-            return
-        try:
-            with open(self.file, "a+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.seek(0)
-                if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
-                    file.write(line + "\n")
-        except OSError as error:
-            logger.warning("could not write to %s (%s)", self.file, error.strerror)

@@ -1,4 +1,4 @@
-"""What has no subject of its own: processes, logging, seeds, signals.
+"""Helpers for processes, logging, seeds, signals and files.
 
 Every helper works unchanged in a single process. Nothing here knows videos, masks or teachers; saving and
 loading a run is in checkpoints.py, its numbers are in meters.py.
@@ -18,7 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -40,12 +42,16 @@ class RunError(Exception):
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn the ValueErrors and OSErrors of set-up, which name their flag or file, into RunErrors."""
+def user_errors(prefix: str = "") -> Iterator[None]:
+    """Turn the ValueErrors and OSErrors of set-up into RunErrors.
+
+    Args:
+        prefix: makes the parameter that a message begins with a flag, such as ``--`` or ``--clip_``.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise RunError(str(error)) from error
+        raise RunError(prefix * isinstance(error, ValueError) + str(error)) from error
 
 
 def run_main(function: Any, *args: Any) -> None:
@@ -73,7 +79,7 @@ def run_main(function: Any, *args: Any) -> None:
 
 
 def first_to_say(message: str) -> bool:
-    """Whether to show an error: of several processes that end with the same one, the first to come does."""
+    """Whether this process prints an error: of several that end with the same message, the first one does."""
     if meeting_place is None:
         return True
     try:
@@ -98,6 +104,54 @@ def end_workers() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+class Control:
+    """Agreement of all processes after each step: whether to stop (SIGTERM, SIGUSR1 or SIGINT came), or to save.
+
+    Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
+    SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._group = cpu_group() if dist.is_initialized() else None
+
+    def listen(self) -> None:
+        """From now on take note of signals."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def agree(self, save: bool) -> tuple[bool, bool]:
+        """Whether any process was told to stop, and whether any wants to save; of several, the answer lags one step."""
+        if self._group is None:
+            return bool(self.signal), save
+        before = self._finish()
+        flags = torch.tensor([float(self.signal != 0), float(save)])
+        self._pending = (dist.all_reduce(flags, group=self._group, async_op=True), flags)
+        return before
+
+    def close(self) -> bool:
+        """Stop listening; returns whether any process has been told to stop by now."""
+        leave_on_signal()
+        self._finish()
+        return reduce_sum([float(self.signal != 0)], torch.device("cpu"), self._group)[0] > 0
+
+    def _finish(self) -> tuple[bool, bool]:
+        """The outcome of the exchange under way."""
+        if self._pending is None:
+            return False, False
+        work, flags = self._pending
+        work.wait()
+        self._pending = None
+        return bool(flags[0]), bool(flags[1])
 
 
 # Processes ------------------------------------------------------------------------------------------------------
@@ -224,6 +278,22 @@ def seed_everything(*key: int) -> None:
     random.seed(state)
 
 
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write beside `path`, flush to the disk, then rename over it: `path` is whole at every moment."""
+    draft = path.with_suffix(".tmp")
+    try:
+        with open(draft, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 # Logging --------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +312,7 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 def progress(items: Iterable[T], title: str, unit: str, count: Callable[[T], int]) -> Iterator[T]:
-    """Pass items on beside a progress bar, which is gone afterwards; where there is no terminal, a line says it all.
+    """Yield items while showing a progress bar, cleared at the end; without a terminal, log one line instead.
 
     Args:
         unit: what is counted; count: how many of it an item holds.

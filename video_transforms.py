@@ -79,8 +79,8 @@ def multi_scale_crop(
 
 
 @dataclass(frozen=True)
-class Background:
-    """What objects move over: windows of videos, or what takes their place.
+class ClipSource:
+    """Source of the base clip: video, still image, noise or black.
 
     Args:
         size: (width, height) of the clips, pixels.

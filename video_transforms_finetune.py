@@ -54,7 +54,7 @@ class TrainAugmentation:
         self, size: int, auto_augment: str, flip: bool, interpolation: str = "bicubic", min_area: float = 0.25
     ):
         if not 0 < min_area <= 1:
-            raise ValueError(f"--crop_area {min_area}: must be above 0 and at most 1")
+            raise ValueError(f"crop_area {min_area}: must be above 0 and at most 1")
         self.size, self.flip, self.area = size, flip, (min_area, 1.0)
         self.rand_augment: Any = None
         if auto_augment:
@@ -65,7 +65,7 @@ class TrainAugmentation:
                 self.rand_augment = rand_augment_transform(auto_augment, options)
             except (AssertionError, ValueError, KeyError) as error:
                 raise ValueError(
-                    f"--aa {auto_augment}: not a RandAugment policy of timm, such as rand-m7-n4-mstd0.5-inc1"
+                    f"aa {auto_augment}: not a RandAugment policy of timm, such as rand-m7-n4-mstd0.5-inc1"
                 ) from error
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ from optim_factory import DTYPES, Stepper, build_optimizer, parameter_groups
 from training import epoch_batches
 from utils import run_main
 from video_reader import open_video, read_clip, read_frames
-from video_transforms import Background, pretrain_indices
+from video_transforms import ClipSource, pretrain_indices
 from video_transforms_finetune import long_side_crop, short_side_resize
 
 Numbers = dict[str, float]
@@ -120,8 +120,8 @@ def build_data(args: argparse.Namespace, videos: VideoList, objects: str, num_vi
     size = (args.input_size, args.input_size)
     overlay = ObjectOverlay(size, ObjectLibrary(objects, find_objects(objects, args.objects_list)))
     masks = MaskGenerator("tubelet", token_grid(args.num_frames, *size), 0.8)
-    background = Background(size, args.num_frames, args.sampling_rate)
-    return PretrainDataset(videos, background, masks, overlay, num_views)
+    source = ClipSource(size, args.num_frames, args.sampling_rate)
+    return PretrainDataset(videos, source, masks, overlay, num_views)
 
 
 def prepared(videos: VideoList, folder: Path, settings: Settings) -> VideoList:
@@ -179,7 +179,7 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
         with patch.object(video_reader, "NEVER_SKIPS", av.codecs_available):
             times["decode, PyAV, every frame"], _ = cpu(lambda: read_frames(path, choose))
         times["decode"], frames = cpu(lambda: read_frames(path, choose))
-        times["crop"], _ = cpu(lambda: data.background.crop(rng, frames, clip))
+        times["crop"], _ = cpu(lambda: data.source.crop(rng, frames, clip))
         times["overlay"], boxes = cpu(lambda: data.overlay(rng, clip))
         times["mask"], _ = cpu(lambda: data.masks(rng, boxes))
         times["whole"], sample = cpu(lambda: data[(round_number, index)])
@@ -195,7 +195,7 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
     parts["decode / decode, decord"] = parts["decode"] / parts["decode, decord"]
     parts["(whole + collate) / decode"] = (parts["whole"] + parts["collate"]) / parts["decode"]
     batch = collate([data[(0, 0)]])
-    parts["megabytes a clip"] = sum(batch[name].nbytes for name in ("clips", "extra")) / 1e6
+    parts["megabytes a clip"] = sum(batch[name].nbytes for name in ("clips", "masks")) / 1e6
     return parts
 
 

@@ -19,7 +19,7 @@ case $RECIPE in
     ;;
   sigma)
     : "${BATCH_SIZE:=24}" "${TOTAL_BATCH:=384}"
-    PROBE=(--linear_probe --linear_probe_recipe sigma --num_sample 2 --weight_decay 0.05 --drop_path 0.1
+    PROBE=(--learn head --num_sample 2 --weight_decay 0.05 --drop_path 0.1
       --warmup_epochs 5 --warmup_lr 1e-6 --aa rand-m7-n4-mstd0.5-inc1 --reprob 0.25 --mixup 0.8 --cutmix 1.0
       --smoothing 0.1)
     ;;

@@ -11,7 +11,7 @@ from datasets import ChunkSampler, PretrainDataset, build_loader
 from masking_generator import MaskGenerator
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from training import epoch_batches
-from video_transforms import Background
+from video_transforms import ClipSource
 
 pytest_plugins = "fixtures_video"
 GRID, FRAMES, SIDE = (2, 4, 4), 4, 64
@@ -22,8 +22,8 @@ def make_dataset(list_path, objects=None, **options):
     overlay, mask = None, "tube"
     if objects:
         overlay, mask = ObjectOverlay((SIDE, SIDE), ObjectLibrary(str(objects), find_objects(str(objects)))), "tubelet"
-    background = Background((SIDE, SIDE), FRAMES, 2)
-    return PretrainDataset(video_list(list_path), background, MaskGenerator(mask, GRID, 0.75), overlay, **options)
+    source = ClipSource((SIDE, SIDE), FRAMES, 2)
+    return PretrainDataset(video_list(list_path), source, MaskGenerator(mask, GRID, 0.75), overlay, **options)
 
 
 @pytest.fixture
@@ -42,6 +42,6 @@ def load_epoch(dataset, epoch, num_workers=0, chunk=2, **split):
     batches = list(epoch_batches(loader, dataset.videos))
     assert all(len(batch["paths"]) == chunk for batch in batches)
     clips = torch.cat([batch["clips"] for batch in batches])
-    masks = torch.cat([batch["extra"] for batch in batches])
+    masks = torch.cat([batch["masks"] for batch in batches])
     assert len(clips) == len(masks) == len(keys)
     return dict(zip(keys, zip(clips, masks)))

@@ -11,7 +11,7 @@ import run_visualization
 from datasets import find_images, sample_rng
 from utils import RunError
 from video_reader import VideoError
-from video_transforms import IMAGE_SHARE, Background, glide, read_picture
+from video_transforms import IMAGE_SHARE, ClipSource, glide, read_picture
 
 pytest_plugins = "fixtures_video"
 FRAMES, SIDE = 8, 64
@@ -86,7 +86,7 @@ def test_one_frame_of_each_video_is_its_middle_one(clips, broken, tmp_path):
     for index, name in enumerate(names):
         middle = decode_all(clips[name])
         number = len(middle) // 2
-        found = dataset.background.read(sample_rng(0, 0, index), str(clips[name]))
+        found = dataset.source.read(sample_rng(0, 0, index), str(clips[name]))
         assert (found.frames == found.frames[0]).all() and found.indices.tolist() == [number] * FRAMES
         assert np.abs(found.frames[0].astype(int) - middle[number]).mean() < 1.5
         sample = dataset[7, index]
@@ -101,7 +101,7 @@ def test_images_of_a_folder(pictures):
     assert [dataset.videos.path(i) for i in range(4)] == [find_images(str(pictures)).path(i) for i in range(4)]
     index = [dataset.videos.path(i) for i in range(4)].index(str(pictures / "ramp.png"))
     side = round(IMAGE_SHARE * SIDE)
-    found = dataset.background.read(sample_rng(0, 0, 0), dataset.videos.path(index))
+    found = dataset.source.read(sample_rng(0, 0, 0), dataset.videos.path(index))
     with Image.open(pictures / "ramp.png") as image:
         expected = np.asarray(image.resize((round(200 * side / 150), side), Image.Resampling.BILINEAR))
     assert found.frames.shape == (FRAMES, *expected.shape) and (found.frames == found.frames[0]).all()
@@ -154,11 +154,11 @@ def test_pan_moves_the_clips(pictures):
 def test_a_clip_is_a_copy_of_the_frames():
     """The overlay writes to it, and the frames may be needed for another view."""
     for kind in ("black", "noise"):
-        background = Background((SIDE, SIDE), FRAMES, kind=kind)
+        source = ClipSource((SIDE, SIDE), FRAMES, kind=kind)
         rng = np.random.default_rng(0)
-        frames = background.read(rng, kind).frames
-        clip = np.empty(background.shape, np.uint8)
-        background.crop(rng, frames, clip)
+        frames = source.read(rng, kind).frames
+        clip = np.empty(source.shape, np.uint8)
+        source.crop(rng, frames, clip)
         assert clip.shape == (FRAMES, SIDE, SIDE, 3) and clip.any() == (kind == "noise")
         clip[:] = 200
         assert not frames.any()

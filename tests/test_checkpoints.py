@@ -1,5 +1,6 @@
 """Saving and loading: whole files at every moment, nothing in a file is run, the furthest readable one is found."""
 
+import argparse
 import multiprocessing
 import resource
 import subprocess
@@ -13,7 +14,16 @@ from fixtures_video import in_child
 from test_weights import flip_a_bit, tiny
 
 import checkpoints
-from checkpoints import LATEST, CheckpointWriter, find_resume, lock_folder, numbered_checkpoints, write_atomically
+from checkpoints import (
+    LATEST,
+    CheckpointWriter,
+    find_resume,
+    lock_folder,
+    numbered_checkpoints,
+    restore,
+    write_atomically,
+)
+from optim_factory import Stepper
 from utils import RunError
 from weights import read_checkpoint
 
@@ -216,3 +226,20 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     with pytest.raises(RunError, match="--output_dir .*cannot be written"):
         lock_folder(str(tmp_path / "file" / "run"))
     assert lock_folder(str(tmp_path / "new" / "run"))
+
+
+def test_a_run_with_averaged_weights_resumes_both(tmp_path):
+    """The weights that are trained are not replaced by their average."""
+    saved, ema, args = tiny(), tiny(), argparse.Namespace(model_ema=True, max_bad_fraction=0.0)
+    build = lambda model: Stepper(
+        model, torch.optim.SGD(model.parameters()), torch.device("cpu"), "fp32", 1, lambda step: 0.1, lambda step: 0.1
+    )
+    place = {"epoch": 0, "step": 2, "samples_per_step": 4, "meter": {}, "args": args}
+    state = {"model": saved.state_dict(), "model_ema": ema.state_dict(), **build(saved).state(), **place}
+    model, average = tiny(), tiny()
+    contents = {"model": model, "model_ema": average, "args": args}
+    assert restore((tmp_path / "x.pth", state), contents, build(model), 4).step == 2
+    assert torch.equal(model[0].weight, saved[0].weight) and torch.equal(average[0].weight, ema[0].weight)
+    del state["model_ema"]
+    with pytest.raises(RunError, match="lacks model_ema: .* without --model_ema"):
+        restore((tmp_path / "x.pth", state), contents, build(model), 4)

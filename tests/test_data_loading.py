@@ -13,7 +13,8 @@ from fixtures_video import in_child, write_list
 from torch.utils.data import Dataset
 
 from datasets import MAX_BAD_IN_A_ROW, ChunkSampler, build_loader
-from training import BadFiles, epoch_batches
+from meters import BadFiles
+from training import epoch_batches
 from utils import RunError, run_main
 
 pytest_plugins = "fixtures_datasets"
@@ -56,7 +57,7 @@ def test_objects_that_cannot_be_used_are_not_blamed_on_the_video(clips, tmp_path
     dataset = make_dataset(write_list(tmp_path / "list.csv", [clips["bikes.mp4"]] * 4), tmp_path / "objects")
     for num_workers in (0, 1):
         loader = build_loader(dataset, ChunkSampler(4, 2), num_workers, False, 60)
-        with pytest.raises(RunError, match="objects") as error:
+        with pytest.raises(RunError, match="^--objects_path .*: 100 unusable images") as error:
             list(epoch_batches(loader, dataset.videos))
         assert "bikes.mp4" not in str(error.value) and "--worker_timeout" not in str(error.value)
 

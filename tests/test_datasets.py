@@ -105,7 +105,7 @@ def test_a_sample_depends_on_seed_epoch_and_index(mixed_list, objects_folder):
     dataset = make_dataset(mixed_list, objects_folder, seed=3)
     first = dataset[5, 2]
     again = make_dataset(mixed_list, objects_folder, seed=3)[5, 2]
-    assert np.array_equal(first["clips"], again["clips"]) and np.array_equal(first["extra"], again["extra"])
+    assert np.array_equal(first["clips"], again["clips"]) and np.array_equal(first["masks"], again["masks"])
     others = [dataset[6, 2], make_dataset(mixed_list, objects_folder, seed=4)[5, 2]]
     assert all(not np.array_equal(first["clips"], other["clips"]) for other in others)
     draws = {sample_rng(*key).integers(1 << 60) for key in [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1)]}
@@ -117,8 +117,8 @@ def test_a_batch_is_uint8_with_exact_masks(mixed_list):
     loader = build_loader(dataset, ChunkSampler(len(dataset), 3), 1, False, 60)
     batch = next(iter(epoch_batches(loader, dataset.videos)))
     assert batch["clips"].dtype == torch.uint8 and batch["clips"].shape == (3, 3, FRAMES, SIDE, SIDE)
-    assert batch["extra"].dtype == torch.bool and batch["extra"].shape == (3, np.prod(GRID))
-    assert (batch["extra"].sum(dim=1) == num_masked(GRID, 0.75)).all() and len(batch["paths"]) == 3
+    assert batch["masks"].dtype == torch.bool and batch["masks"].shape == (3, np.prod(GRID))
+    assert (batch["masks"].sum(dim=1) == num_masked(GRID, 0.75)).all() and len(batch["paths"]) == 3
 
 
 def test_views_of_a_video_differ_and_lie_side_by_side(clips, objects_folder, tmp_path):
@@ -126,12 +126,12 @@ def test_views_of_a_video_differ_and_lie_side_by_side(clips, objects_folder, tmp
     dataset = make_dataset(path, objects_folder, num_views=3)
     loader = build_loader(dataset, ChunkSampler(2, 2), 0, False, 0)
     batch = next(iter(epoch_batches(loader, dataset.videos)))
-    assert batch["clips"].shape == (6, 3, FRAMES, SIDE, SIDE) and batch["extra"].shape == (6, 32)
-    assert len(batch["paths"]) == 2 and (batch["extra"].sum(dim=1) == num_masked(GRID, 0.75)).all()
+    assert batch["clips"].shape == (6, 3, FRAMES, SIDE, SIDE) and batch["masks"].shape == (6, 32)
+    assert len(batch["paths"]) == 2 and (batch["masks"].sum(dim=1) == num_masked(GRID, 0.75)).all()
     samples = [dataset[0, index] for index in (0, 1)]
     stacked = {sample["path"]: torch.from_numpy(sample["clips"]).permute(0, 4, 1, 2, 3) for sample in samples}
     assert torch.equal(batch["clips"], torch.cat([stacked[path] for path in batch["paths"]]))
-    for views, masks in zip(batch["clips"].split(3), batch["extra"].split(3)):
+    for views, masks in zip(batch["clips"].split(3), batch["masks"].split(3)):
         for a, b in ((0, 1), (0, 2), (1, 2)):
             assert not torch.equal(views[a], views[b]) and not torch.equal(masks[a], masks[b])
 

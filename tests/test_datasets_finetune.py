@@ -267,7 +267,7 @@ def labelled_list(clips, tmp_path):
 def test_a_sample_depends_on_seed_epoch_and_index_only(labelled_list):
     first, again = (make_dataset(labelled_list, seed=3)[5, 2] for _ in range(2))
     assert np.array_equal(first["clips"], again["clips"]) and np.array_equal(first["erase"], again["erase"])
-    assert first["clips"].shape == (1, 4, 32, 32, 3) and first["extra"].tolist() == [2]
+    assert first["clips"].shape == (1, 4, 32, 32, 3) and first["labels"].tolist() == [2]
     for other in (make_dataset(labelled_list, seed=3)[6, 2], make_dataset(labelled_list, seed=4)[5, 2]):
         assert not np.array_equal(first["clips"], other["clips"]) and first["erase"] != other["erase"]
 
@@ -276,7 +276,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(labelled_list):
 def test_repeated_augmentation_decodes_once_and_augments_each_time(labelled_list, sampling):
     dataset = make_dataset(labelled_list, num_views=3, sampling=sampling)
     sample = dataset[0, 4]
-    assert sample["clips"].shape == (3, 4, 32, 32, 3) and sample["extra"].tolist() == [4] * 3
+    assert sample["clips"].shape == (3, 4, 32, 32, 3) and sample["labels"].tolist() == [4] * 3
     assert len(set(sample["erase"].tolist())) == 3
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert not np.array_equal(sample["clips"][a], sample["clips"][b])
@@ -306,9 +306,9 @@ def test_a_batch_has_labels_and_is_the_same_with_workers(labelled_list):
     label_of = {videos.path(i): videos.labels[i] for i in range(len(videos))}
     for one, other in zip(*batches, strict=True):
         assert one["clips"].dtype == torch.uint8 and one["clips"].shape == (10, 3, 4, 32, 32)
-        assert one["extra"].dtype == torch.int64 and one["erase"].shape == (10,)
-        assert one["extra"].tolist() == [label_of[path] for path in one["paths"] for _ in range(2)]
-        assert all(torch.equal(one[name], other[name]) for name in ("clips", "extra", "erase"))
+        assert one["labels"].dtype == torch.int64 and one["erase"].shape == (10,)
+        assert one["labels"].tolist() == [label_of[path] for path in one["paths"] for _ in range(2)]
+        assert all(torch.equal(one[name], other[name]) for name in ("clips", "labels", "erase"))
 
 
 def test_a_replaced_video_brings_its_own_label(labelled_list, broken, tmp_path):
@@ -319,7 +319,7 @@ def test_a_replaced_video_brings_its_own_label(labelled_list, broken, tmp_path):
     for epoch in range(12):
         sample = dataset[epoch, 0]
         assert sample["bad"][0][0] == str(broken["text"]) and sample["num_bad_videos"] == len(sample["bad"])
-        [label] = sample["extra"].tolist()
+        [label] = sample["labels"].tolist()
         assert sample["path"] in [videos.path(i) for i in range(1, 11) if videos.labels[i] == label]
         seen.add(label)
     assert len(seen) > 2

@@ -72,50 +72,10 @@ def run(clips, tmp_path_factory):
     for name, count in (("train", 10), ("val", 2), ("test", 3)):
         lines = [f"{video} {number % 3}\n" for number, video in enumerate(videos[:count])]
         (root / f"{name}.csv").write_text("".join(lines))
-    options = [
-        "--data_set",
-        "custom",
-        "--nb_classes",
-        "3",
-        "--data_path",
-        str(root),
-        "--model",
-        "vit_tiny_patch16_224",
-        "--input_size",
-        "32",
-        "--num_frames",
-        "4",
-        "--sampling_rate",
-        "2",
-        "--num_workers",
-        "0",
-        "--aa",
-        "",
-        "--mixup",
-        "0",
-        "--cutmix",
-        "0",
-        "--reprob",
-        "0",
-        "--batch_size",
-        "1",
-        "--epochs",
-        "1",
-        "--lr",
-        "0.1",
-        "--warmup_epochs",
-        "0",
-        "--init_scale",
-        "1",
-        "--clip_grad",
-        "1",
-        "--log_interval",
-        "1",
-        "--test_num_segment",
-        "1",
-        "--test_num_crop",
-        "1",
-    ]
+    options = f"""--data_set custom --nb_classes 3 --data_path {root} --model vit_tiny_patch16_224 --input_size 32
+        --num_frames 4 --sampling_rate 2 --num_workers 0 --aa= --mixup 0 --cutmix 0 --reprob 0 --batch_size 1 --epochs 1
+        --lr 0.1 --warmup_epochs 0 --init_scale 1 --clip_grad 1 --log_interval 1 --test_num_segment 1
+        --test_num_crop 1""".split()
 
     def run(name, *argv, processes=1, event="", code=0):
         folder, output = root / name, root / f"{name}.out"
@@ -170,7 +130,7 @@ def test_one_process_learns_what_it_learns_without_deepspeed(run, plain, stage1,
     for name in ("train_loss", "train_grad_norm", "train_acc1", "lr", "weight_decay", "val_acc1", "skipped_steps"):
         assert one[name] == pytest.approx(other[name], rel=1e-4), name
     config = json.loads((folder / "deepspeed_config.json").read_text())
-    assert config["zero_optimization"]["stage"] == stage and config["gradient_accumulation_steps"] == 2
+    assert config["zero_optimization"]["stage"] == max(1, stage) and config["gradient_accumulation_steps"] == 2
     assert config["train_micro_batch_size_per_gpu"] == 1 and config["gradient_clipping"] == 1
     assert not config["fp16"]["enabled"] and not config["bf16"]["enabled"]
     assert not (plain / "deepspeed_config.json").exists()
@@ -255,17 +215,20 @@ def test_shards_without_a_checkpoint_are_removed(tmp_path):
 # The stepper by itself ------------------------------------------------------------------------------------------
 
 
-def stepper_of(stage, precision="fp32", opt="adamw", output_dir="", fp16_on_cpu=False):
+def plain_stepper(precision="fp32"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
+    optimizer = build_optimizer(parameter_groups(model, 0.05), "adamw", 1e-2)
+    return Stepper(model, optimizer, torch.device("cpu"), precision, 1, lambda step: 1e-2, lambda step: 0.05, 0.5)
+
+
+def stepper_of(stage, precision="fp32", output_dir="", fp16_on_cpu=False):
     torch.set_num_threads(1)
     if fp16_on_cpu:  # DeepSpeed refuses it there for its slowness
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         CPU_Accelerator.is_fp16_supported = lambda self: True
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
-    optimizer = build_optimizer(parameter_groups(model, 0.05), opt, 1e-2)
-    stepper = Stepper(model, optimizer, torch.device("cpu"), precision, 1, lambda step: 1e-2, lambda step: 0.05, 0.5)
-    return with_deepspeed(stepper, stage, 4, opt, output_dir)
+    return with_deepspeed(plain_stepper(precision), stage, 4, output_dir)
 
 
 def one_step(stepper, factor=1.0):
@@ -282,7 +245,7 @@ def copy_of(stepper):
 
 def skipping():
     outcome = []
-    for precision, stage in product(("fp32", "bf16"), (0, 1, 2)):
+    for precision, stage in product(("fp32", "bf16"), (1, 2)):
         stepper = stepper_of(stage, precision)
         start = copy_of(stepper)
         bad = one_step(stepper, float("nan"))
@@ -295,13 +258,13 @@ def skipping():
 
 def test_a_step_that_is_not_finite_changes_nothing():
     outcome, error = in_child(skipping)
-    assert error is None and outcome == [(1, True, 0, True, True)] * 6
+    assert error is None and outcome == [(1, True, 0, True, True)] * 4
 
 
 def norms_and_weights():
     outcome = []
-    for precision, stage in product(("fp32", "bf16", "fp16"), (0, 1, 2)):
-        stepper = stepper_of(stage, precision, fp16_on_cpu=True)
+    for precision, stage in [("fp32", 0), *product(("fp32", "bf16", "fp16"), (1, 2))]:
+        stepper = stepper_of(stage, precision, fp16_on_cpu=True) if stage else plain_stepper()
         norms = [one_step(stepper)["grad_norm"] for step in range(4)]
         outcome.append((norms, nn.utils.parameters_to_vector(stepper.module.parameters()).detach().float().numpy()))
     return outcome
@@ -344,8 +307,6 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
 
 
 def test_what_cannot_be_done_is_said():
-    _, error = in_child(stepper_of, 1, "fp32", "lamb")
-    assert error.startswith("ValueError: --zero_stage 1") and "--opt lamb needs --zero_stage 0" in error
     _, error = in_child(load_ordinary)
     assert error.startswith("utils.RunError: x.pth is of a run without DeepSpeed, this run has {'zero_stage': 1")
 

@@ -17,8 +17,9 @@ from timm.data.random_erasing import RandomErasing
 
 from datasets_finetune import ViewReader
 from engine_for_finetuning import balanced_weights, erase, mix
-from evaluation import Evaluator
+from evaluation import Evaluator, load_views, score_videos
 from lists import list_of
+from metrics import Task
 from modeling_finetune import MODELS, Size, VisionTransformer
 from optim_factory import Stepper, build_optimizer, parameter_groups
 from options_finetune import get_args
@@ -26,6 +27,7 @@ from run_class_finetuning import build_loss
 from utils import RunError
 
 pytest_plugins = "fixtures_video"
+CPU = torch.device("cpu")
 
 
 # Erasing --------------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ def test_rate_and_decay_of_every_parameter_of_vit_b(layer_decay):
     groups = parameter_groups(model, 0.05, layer_decay)
     optimizer = build_optimizer(groups, "adamw", 1e-3, (0.9, 0.999), 1e-8)
     rates = [2e-4, 5e-5]
-    stepper = Stepper(model, optimizer, torch.device("cpu"), "fp32", 1, lambda step: rates[step], lambda step: 0.05)
+    stepper = Stepper(model, optimizer, CPU, "fp32", 1, lambda step: rates[step], lambda step: 0.05)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for step, rate in enumerate(rates):
         stepper.schedule(step)
@@ -170,20 +172,22 @@ def test_losses_are_weighted_by_class(how):
 
 
 @pytest.fixture
-def evaluator(clips, broken, tmp_path):
-    """Of five good videos and one that is none."""
+def videos(clips, broken, tmp_path):
+    """Five good videos and one that is none."""
     names = [*list(clips.values())[:3], broken["text"], *list(clips.values())[3:5]]
-    lists = {name: video_list(write_list(tmp_path / name, names, 2), 4) for name in ("val.csv", "test.csv")}
+    return video_list(write_list(tmp_path / "test.csv", names, 2), 4)
+
+
+@pytest.fixture
+def evaluator(tmp_path):
     reader = {"sampling": "dense", "size": 32, "num_frames": 4, "stride": 2}
     return Evaluator(
-        torch.device("cpu"),
+        CPU,
         "fp32",
-        4,
-        lists.get,
         ViewReader(segments=0, crops=1, **reader),
         ViewReader(segments=2, crops=3, **reader),
         output_dir=str(tmp_path),
-        classes=list("abcd"),
+        task=Task(num_classes=4, names=list("abcd")),
     )
 
 
@@ -193,11 +197,10 @@ def model():
     return VisionTransformer(Size(24, 2, 3, 24, 3), num_classes=4, init_scale=50, drop_path_rate=0.5).train()
 
 
-def test_scores_are_softmax_of_normalised_views_in_eval_mode(evaluator, model):
-    videos = evaluator.read_list("test.csv")
-    for batch_size in (16, 4, 1):
-        evaluator.batch_size = batch_size  # views of a video that come and are judged together
-        scores = evaluator.scores(model, evaluator.loader(videos, evaluator.test_views), "test")
+def test_scores_are_softmax_of_normalised_views_in_eval_mode(evaluator, model, videos):
+    for batch_size in (16, 4, 1):  # views of a video that come and are judged together
+        samples = load_views(videos, evaluator.test_views, batch_size=batch_size)
+        scores = list(score_videos(model, samples, CPU, "fp32", "test", evaluator.task.probabilities))
         assert [score.index for score in scores] == list(range(6))
         assert [bool(score.error) for score in scores] == [False] * 3 + [True] + [False] * 2
         for score in scores:
@@ -213,8 +216,8 @@ def test_scores_are_softmax_of_normalised_views_in_eval_mode(evaluator, model):
         model.train()
 
 
-def test_a_test_reports_what_its_files_hold(evaluator, model, tmp_path):
-    assert evaluator.test(model) == 0
+def test_a_test_reports_what_its_files_hold(evaluator, model, videos, tmp_path):
+    assert evaluator.test(model, videos) == 0
     with np.load(tmp_path / "test_predictions.npz") as file:
         right = file["scores"].argmax(axis=1) == file["label"]
         right[3] = False
@@ -223,7 +226,7 @@ def test_a_test_reports_what_its_files_hold(evaluator, model, tmp_path):
     log = json.loads(line)
     assert log["test_acc1"] == pytest.approx(100 * right.mean()) and log["test_videos"] == 6
     assert log["test_views"] == 30 and log["test_unreadable"] == 1
-    assert evaluator.validate(model)["views"] == 5
+    assert evaluator.validate(model, videos)["views"] == 5
 
 
 def test_predict_names_the_classes_from_the_likeliest_on(evaluator, model, clips, broken, capsys):
@@ -231,14 +234,14 @@ def test_predict_names_the_classes_from_the_likeliest_on(evaluator, model, clips
     assert evaluator.predict(model, list_of("--predict", [path])) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     sample = {"index": 0, "views": evaluator.test_views(path), "spans": [], "error": "", "last": True}
-    mean = evaluator.scores(model, [sample], "")[0].views.mean(axis=0)
+    mean = next(score_videos(model, [sample], CPU, "fp32", "", evaluator.task.probabilities)).views.mean(axis=0)
     assert [row[1] for row in rows] == ["abcd"[c] for c in np.argsort(-mean)] and len(rows) == 4
     assert [float(row[0]) for row in rows] == pytest.approx(sorted(mean, reverse=True), abs=1e-4)
     with pytest.raises(RunError, match="--predict: no video could be read, the first: .*text.mp4"):
         evaluator.predict(model, list_of("--predict", [str(broken["text"])]))
 
 
-def test_a_model_without_a_number_is_wrong(evaluator, model):
+def test_a_model_without_a_number_is_wrong(evaluator, model, videos):
     """NaN logits must not pass for an answer."""
     nn.init.constant_(model.head.bias, float("nan"))
-    assert evaluator.validate(model)["acc5"] == 0
+    assert evaluator.validate(model, videos)["acc5"] == 0

@@ -17,10 +17,10 @@ from modeling_pretrain import MODELS
 from modeling_teacher import PixelTarget, build_clip
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, build_optimizer, parameter_groups
-from options import Settings
+from options import RunOptions
 from training import Run, epoch_batches
 from utils import RunError
-from video_transforms import Background
+from video_transforms import ClipSource
 
 pytest_plugins = "fixtures_video"
 CPU = torch.device("cpu")
@@ -104,8 +104,8 @@ def run_of(dataset, stepper, chunk, steps=1, first_step=0, seed=0, epoch=0):
     sampler = ChunkSampler(len(dataset), chunk, stepper.update_freq)
     assert steps <= sampler.steps_per_epoch
     sampler.steps_per_epoch = steps
-    values = {field.name: 0 for field in fields(Settings)} | {"epochs": epoch + 1, "seed": seed}
-    settings = Settings(**values | {"output_dir": "", "log_dir": "", "log_interval": 1, "save_ckpt_freq": 1})
+    values = {field.name: 0 for field in fields(RunOptions)} | {"epochs": epoch + 1, "seed": seed}
+    settings = RunOptions(**values | {"output_dir": "", "log_dir": "", "log_interval": 1, "save_ckpt_freq": 1})
     loader = build_loader(dataset, sampler, 0, False, 0)
     return Run(settings, Position(epoch, first_step), loader, stepper, {})
 
@@ -125,7 +125,7 @@ def dataset(clips, objects_folder, tmp_path_factory):
     path = write_list(tmp_path_factory.mktemp("list") / "list.csv", list(clips.values()) * 2)
     overlay = ObjectOverlay((32, 32), ObjectLibrary(str(objects_folder), find_objects(str(objects_folder))))
     masks = MaskGenerator("tubelet", (2, 2, 2), 0.5)
-    return PretrainDataset(video_list(path), Background((32, 32), 4, 2), masks, overlay)
+    return PretrainDataset(video_list(path), ClipSource((32, 32), 4, 2), masks, overlay)
 
 
 def batches_of(dataset, chunk, steps):
@@ -158,7 +158,7 @@ def test_the_loss_is_that_of_both_masks_together(dataset):
     teacher, [batch] = PixelTarget(), batches_of(dataset, 4, 1)
     student = student_of(teacher).eval()
     clips = normalize_clips(batch["clips"], *NORM)
-    masks = with_second_masks(np.random.default_rng((0, 0, 0)), batch["extra"])
+    masks = with_second_masks(np.random.default_rng((0, 0, 0)), batch["masks"])
     with torch.no_grad():
         predictions = torch.cat([student(clips, masks[:4]), student(clips, masks[4:])])
         targets = teacher(clips).repeat(2, 1, 1)
@@ -222,7 +222,7 @@ def test_autocast_ends_with_the_forward_pass(dataset):
             for step in epoch.steps():
                 for batch in step.micro_batches():
                     seen.append(torch.is_autocast_enabled("cpu"))
-                    loss = stepper.model(normalize_clips(batch["clips"], *NORM), batch["extra"]).float().mean()
+                    loss = stepper.model(normalize_clips(batch["clips"], *NORM), batch["masks"]).float().mean()
                     loss.register_hook(lambda grad: seen.append(torch.is_autocast_enabled("cpu")))
                     step.backward(loss)
                 seen.append(torch.is_autocast_enabled("cpu"))

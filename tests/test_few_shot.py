@@ -25,29 +25,29 @@ def content(videos):
 
 def test_so_many_videos_of_each_class(uneven):
     for number in (1, 5, 8):
-        part = content(few_shot(uneven, 0, per_class=number))
+        part = content(few_shot(uneven, 0, samples_per_class=number))
         assert Counter(label for _, label in part) == {0: number, 1: number, 2: number}
         assert part == [line for line in content(uneven) if line in part]  # the list's order, no video twice
-    with pytest.raises(ValueError, match="--samples_per_class 9: class 2 .*train.csv"):
-        few_shot(uneven, 0, per_class=9)
+    with pytest.raises(ValueError, match="samples_per_class 9: class 2 .*train.csv"):
+        few_shot(uneven, 0, samples_per_class=9)
 
 
 def test_so_many_videos_in_all(uneven):
-    part = content(few_shot(uneven, 0, total=30))
+    part = content(few_shot(uneven, 0, num_train_videos=30))
     assert len(set(part)) == 30 and part == [line for line in content(uneven) if line in part]
-    assert len(few_shot(uneven, 0, total=78)) == 78
-    with pytest.raises(ValueError, match="--num_train_videos 79: .*train.csv has 78"):
-        few_shot(uneven, 0, total=79)
-    both = Counter(label for _, label in content(few_shot(uneven, 0, per_class=6, total=10)))
+    assert len(few_shot(uneven, 0, num_train_videos=78)) == 78
+    with pytest.raises(ValueError, match="num_train_videos 79: .*train.csv has 78"):
+        few_shot(uneven, 0, num_train_videos=79)
+    both = Counter(label for _, label in content(few_shot(uneven, 0, samples_per_class=6, num_train_videos=10)))
     assert sum(both.values()) == 10 and max(both.values()) <= 6
 
 
 def test_the_subset_is_fixed_by_the_seed(uneven, tmp_path):
-    one, again, other = (content(few_shot(uneven, seed, per_class=4)) for seed in (7, 7, 8))
+    one, again, other = (content(few_shot(uneven, seed, samples_per_class=4)) for seed in (7, 7, 8))
     assert one == again != other
-    few_shot(uneven, 7, per_class=4).write(str(tmp_path / "subset.csv"))
+    few_shot(uneven, 7, samples_per_class=4).write(str(tmp_path / "subset.csv"))
     assert content(video_list(str(tmp_path / "subset.csv"), 3)) == one
-    drawn = Counter(path for seed in range(400) for path, _ in content(few_shot(uneven, seed, total=20)))
+    drawn = Counter(path for seed in range(400) for path, _ in content(few_shot(uneven, seed, num_train_videos=20)))
     assert len(drawn) == 78 and min(drawn.values()) > 60 and max(drawn.values()) < 150
 
 

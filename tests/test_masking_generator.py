@@ -255,7 +255,7 @@ def test_seed_decides_the_mask(mask_type, sub_type):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.004, 1.0, 1.5])
 def test_ratio_that_hides_nothing_or_everything_is_refused(ratio):
-    with pytest.raises(ValueError, match=f"--mask_ratio {ratio}"):
+    with pytest.raises(ValueError, match=f"mask_ratio {ratio}"):
         MaskGenerator("tube", GRID, ratio)
 
 

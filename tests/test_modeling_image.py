@@ -85,7 +85,7 @@ def test_a_file_without_the_projection_is_refused(small_clip, tmp_path):
     save_file(
         {k: v.contiguous() for k, v in model.visual.state_dict().items() if k != "proj"}, tmp_path / "tower.safetensors"
     )
-    with pytest.raises(ValueError, match=r"--encoder_weights .*tower.safetensors: of another model .*proj"):
+    with pytest.raises(ValueError, match=r"weights .*tower.safetensors: of another model .*proj"):
         build_encoder(SMALL, str(tmp_path / "tower.safetensors"))
 
 
@@ -124,12 +124,12 @@ def test_a_probe_sees_the_mean_of_the_frames():
 @pytest.mark.parametrize(
     "name, weights, message",
     [
-        ("ViT-X", "", "--encoder ViT-X: not a model of open_clip or timm"),
-        ("timm/ViT-B-16", "", "--encoder timm/ViT-B-16: not a model of timm"),
-        ("convnext_tiny", "", "--encoder convnext_tiny: open_clip and timm both have one"),
-        ("ViT-B-16", "none.pt", "--encoder_weights none.pt: no such file"),
-        ("resnet18", "none.pt", "--encoder_weights none.pt: no such file"),
-        ("open_clip/convnext_tiny", "", "--encoder_weights openai: no such file"),
+        ("ViT-X", "", "model ViT-X: not a model of open_clip or timm"),
+        ("timm/ViT-B-16", "", "model timm/ViT-B-16: not a model of timm"),
+        ("convnext_tiny", "", "model convnext_tiny: open_clip and timm both have one"),
+        ("ViT-B-16", "none.pt", "weights none.pt: no such file"),
+        ("resnet18", "none.pt", "weights none.pt: no such file"),
+        ("open_clip/convnext_tiny", "", "weights openai: no such file"),
     ],
 )
 def test_names_that_mean_nothing_are_told(name, weights, message):
@@ -163,14 +163,12 @@ def test_an_image_model_goes_through_the_same_program(run, custom, tmp_path):
     "words, message",
     [
         (["--encoder", "test_vit"], "--encoder test_vit: add --linear_probe"),
-        (["--encoder", "ViT-X", "--knn", "1"], "--encoder ViT-X: not a model"),
+        (["--encoder", "ViT-X", "--knn", "1"], "--encoder_model ViT-X: not a model"),
         (["--encoder", "test_vit", "--encoder_weights", "random", "--knn", "1", "--finetune", "{b}"], "leave one"),
-        (
-            ["--encoder", "test_vit", "--linear_probe", "--linear_probe_recipe", "sigma"],
-            "--encoder test_vit: add --linear_probe (with our recipe)",
-        ),
-        (["--linear_probe_recipe", "sigma", "--finetune", "{b}"], "--linear_probe_recipe sigma: add --linear_probe"),
-        (["--linear_probe", "--linear_probe_recipe", "sigma"], "a frozen encoder needs weights"),
+        (["--encoder", "test_vit", "--learn", "head"], "--encoder test_vit: add --linear_probe"),
+        (["--learn", "head", "--knn", "1", "--finetune", "{b}"], "--learn head fine-tunes the classifier: leave"),
+        (["--learn", "head"], "a frozen encoder needs weights"),
+        (["--enable_deepspeed", "--opt", "lamb"], "--opt lamb: DeepSpeed cuts weights into flat pieces"),
     ],
 )
 def test_what_does_not_go_together_is_told(data, tmp_path, words, message):

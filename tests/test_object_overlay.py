@@ -46,7 +46,7 @@ def test_folder_without_objects_is_an_error(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(ValueError, match=str(tmp_path)):
         find_objects(str(tmp_path))
-    with pytest.raises(ValueError, match="--objects_path .*nowhere"):
+    with pytest.raises(ValueError, match="objects_path .*nowhere"):
         find_objects(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="empty.txt"):
         find_objects(str(tmp_path), write(tmp_path, "empty.txt", b"\n"))
@@ -170,7 +170,7 @@ def test_library_of_bad_images_raises(tmp_path):
     bad_files(tmp_path)
     (tmp_path / "tmp.png").unlink()
     library = ObjectLibrary(str(tmp_path), find_objects(str(tmp_path)))
-    with pytest.raises(RuntimeError, match=f"--objects_path {tmp_path}"):
+    with pytest.raises(RuntimeError, match=f"objects_path {tmp_path}"):
         library.draw(np.random.default_rng(0))
 
 

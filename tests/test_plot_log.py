@@ -12,7 +12,7 @@ from fixtures_video import video_list
 from PIL import Image
 
 from meters import RunLog
-from metrics import VideoScore, judge
+from metrics import Task, VideoScore, judge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import plot_log
@@ -44,7 +44,7 @@ def tested(tmp_path):
     scores = [VideoScore(i, views[i]) for i in range(40)]
     scores[4] = scores[9] = VideoScore(0, np.empty((0, 3), np.float32), "no such file")
     scores = [VideoScore(i, score.views, score.error) for i, score in enumerate(scores)]
-    metrics = judge(scores, video_list(str(folder / "test.csv")), 3, str(folder), CLASSES)
+    metrics = judge(scores, video_list(str(folder / "test.csv")), Task(num_classes=3, names=CLASSES), str(folder))
     return folder, labels, views.mean(axis=1), metrics
 
 

@@ -197,6 +197,8 @@ def test_options_of_a_checkpoint_complete_a_command_line(tmp_path):
     probe = ["--attentive_probe", "--probe_lrs", "0.5", "--model_ema", "--data_set", "custom", "--nb_classes", "9"]
     args = completed(vars(get_args(probe)), "--predict", "x.mp4")
     assert args.attentive_probe and args.model_ema and (args.probe_lrs, args.nb_classes) == ([0.5], 9)
+    sigma = of_ssv2 | {"linear_probe": True, "linear_probe_recipe": "sigma"}  # what --learn head was called
+    assert completed(sigma, "--eval").linear_probe is False
     pretrained = vars(run_smile_pretraining.get_args(["--model", "pretrain_videomae_small_patch16_224"]))
     args = completed(pretrained | {"input_size": 112}, "--knn", "5", "--data_set", "UCF101")
     assert (args.model, args.input_size, args.data_set) == ("vit_small_patch16_224", 112, "UCF101")
@@ -227,9 +229,9 @@ def noting_buffers(argv, output, env):
     """Be the program, which writes down the buffers that it validates with."""
     validate = Evaluator.validate
 
-    def noting(evaluator, model):
+    def noting(evaluator, model, videos):
         torch.save(dict(model.named_buffers()), f"{output}.buffers")
-        return validate(evaluator, model)
+        return validate(evaluator, model, videos)
 
     Evaluator.validate = noting
     program(argv, output, env)
@@ -548,7 +550,7 @@ def test_probes_learn_and_leave_the_encoder_alone(run, custom, trained, tmp_path
 
 def test_sigmas_linear_probe(run, custom, trained, tmp_path):
     """Head and fc_norm learn, everything else stays as it was; the rate goes by videos."""
-    recipe = ["--linear_probe", "--linear_probe_recipe", "sigma", "--output_dir", tmp_path / "run"]
+    recipe = ["--learn", "head", "--num_sample", 2, "--output_dir", tmp_path / "run"]
     options = [*custom, *TINY, *PLAIN, *recipe, "--batch_size", 3, "--lr", 25.6, "--warmup_epochs", 0]
     found = run(*options, "--finetune", trained.best, "--epochs", 3)
     assert found.code == 0, found.all
@@ -560,18 +562,3 @@ def test_sigmas_linear_probe(run, custom, trained, tmp_path):
     again = run(*options, "--eval", "--epochs", 3)
     metrics = test_metrics_of(log_of(tmp_path / "run"))
     assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1], again.all
-
-
-def test_sigmas_recipe_is_fine_tuning_but_for_a_few_numbers():
-    sigma = vars(get_args(["--linear_probe", "--linear_probe_recipe", "sigma"]))
-    ours = vars(get_args(["--linear_probe"]))
-    assert sigma.pop("given") == ["linear_probe", "linear_probe_recipe"]
-    assert {name: value for name, value in sigma.items() if value != ours[name]} == {
-        "linear_probe_recipe": "sigma",
-        "epochs": 30,
-        "num_sample": 2,
-        "warmup_lr": 1e-6,
-    }
-    assert (ours["lr"], ours["weight_decay"], ours["warmup_epochs"], ours["drop_path"]) == (1e-3, 0.05, 5, 0.1)
-    given = get_args(["--linear_probe", "--linear_probe_recipe=sigma", "--epochs", "7", "--num_sample", "1"])
-    assert (given.epochs, given.num_sample) == (7, 1)

@@ -96,7 +96,7 @@ PROBES = [path for path in FINETUNE if path.stem.startswith("linear_probe")]
 def test_linear_probe_by_sigmas_recipe(run_script, tmp_path, script):
     """AdamW at 1e-3 for 256 videos, 24 x 8 x 2 of them a step, 30 epochs, 2 augmentations; the rest as fine-tuning."""
     args, command = finetune_args(run_script, tmp_path, script, RECIPE="sigma")
-    assert args.linear_probe and args.linear_probe_recipe == "sigma" and not args.encoder
+    assert args.learn == "head" and not args.linear_probe and not args.encoder
     gpus = int(launcher_option(command, "--nproc_per_node"))
     assert (gpus, args.batch_size, args.update_freq, args.num_sample) == (8, 24, 2, 2)
     assert (args.opt, args.opt_betas, args.lr, args.min_lr, args.weight_decay) == (

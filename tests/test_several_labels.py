@@ -106,8 +106,8 @@ def test_clips_are_labelled_by_their_seconds(tmp_path, rate, codec):
     firsts = Counter()
     for epoch in range(12):
         sample = dataset[epoch, 0]
-        assert sample["extra"].shape == (2, 40) and (sample["extra"][0] == sample["extra"][1]).all()
-        seen = np.flatnonzero(sample["extra"][0])
+        assert sample["labels"].shape == (2, 40) and (sample["labels"][0] == sample["labels"][1]).all()
+        seen = np.flatnonzero(sample["labels"][0])
         indices = [dense_indices(np.random.default_rng((0, epoch, 0)), 40, 4, 3)[at] for at in (0, -1)]
         assert (seen == np.arange(max(1, indices[0]), indices[1] + 1)).all()
         firsts[int(seen[0])] += 1
@@ -125,8 +125,10 @@ def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
     assert args.several_labels == f"{tmp_path}/train.csv, line 2: {labels}"
     assert task(args).targets(read_data_list(args, "val.csv").labels).tolist() == [[0, 1, 0], [1, 0, 0]]
     sample = build_train_set(args)[0, 1]
-    assert sample["extra"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
-    assert isinstance(build_loss(args, (torch.zeros(3), torch.ones(3)), np.array(()))[0], torch.nn.BCEWithLogitsLoss)
+    assert sample["labels"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
+    assert isinstance(
+        build_loss(args, (torch.zeros(3), torch.ones(3)), np.zeros(0, int))[0], torch.nn.BCEWithLogitsLoss
+    )
     write_lines(tmp_path, [f"{names[0]} 0,3"], "val.csv")
     assert "val.csv, line 1: label 3 is not in [0, 3)" in find_problems(args).found[0]
 
@@ -178,7 +180,8 @@ def judged(tmp_path):
 @pytest.mark.parametrize("combine", ["max", "mean"])
 def test_the_mean_over_classes_equals_that_of_scikit_learn(judged, tmp_path, combine):
     videos, scores, labels, views = judged
-    metrics = judge(scores, videos, 12, str(tmp_path), [f"class {c}" for c in range(12)], SeveralLabels(combine, 12))
+    task = SeveralLabels(combine, 12, [f"class {c}" for c in range(12)])
+    metrics = judge(scores, videos, task, str(tmp_path))
     combined = getattr(views, combine)(axis=1)
     combined[[2, 9, 20]] = -1
     seen = [c for c in range(12) if labels[:, c].any()]

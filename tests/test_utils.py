@@ -20,8 +20,7 @@ import torch
 from fixtures_video import in_child
 
 import utils
-from training import Control
-from utils import EXIT_REQUEUE, RunError, seed_everything
+from utils import EXIT_REQUEUE, Control, RunError, seed_everything
 
 CPU = torch.device("cpu")
 
@@ -75,7 +74,6 @@ import os, sys
 import torch
 sys.path.insert(0, {root!r})
 import meters
-import training
 import utils
 from optim_factory import Stepper, build_optimizer, distribute, parameter_groups
 device = utils.init_distributed("cpu", 1)
@@ -84,7 +82,7 @@ meter = meters.StepMeter(log, device, 0, 1, 2, 2)
 for step in range(2):
     values = {{"loss": torch.tensor(1.0 + utils.rank() + step), "bad": torch.tensor(float(utils.rank() * step))}}
     meter.update(step, values, ["x"])
-control = training.Control()
+control = utils.Control()
 control.listen()
 heard = []
 for step in range(4):

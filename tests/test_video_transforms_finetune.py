@@ -60,7 +60,7 @@ def test_a_crop_keeps_as_much_as_it_is_told():
     frames = textured(2, 64, 64)
     rng, whole = np.random.default_rng(0), TrainAugmentation(64, "", False, min_area=1)
     assert np.array_equal(whole(rng, frames), frames), "only the whole square has all of the area"
-    with pytest.raises(ValueError, match="--crop_area 0: must be"):
+    with pytest.raises(ValueError, match="crop_area 0: must be"):
         TrainAugmentation(64, "", False, min_area=0)
 
 

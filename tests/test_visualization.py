@@ -273,7 +273,7 @@ def test_the_clip_and_the_mask_are_those_of_training(pretrained):
     for index in range(4):
         sample, trained_on = run_visualization.draw_sample(dataset, index), dataset[(0, index)]
         np.testing.assert_array_equal(sample.clip, trained_on["clips"][0])
-        np.testing.assert_array_equal(sample.mask, trained_on["extra"][0])
+        np.testing.assert_array_equal(sample.mask, trained_on["masks"][0])
         assert (sample.natural != sample.clip).any() and sample.boxes.shape == (2, 4, 4)
 
 

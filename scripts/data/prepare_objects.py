@@ -139,7 +139,7 @@ def cutout_jobs(images: str, pools: str, output: Path) -> list[Job]:
         try:
             names = find_objects(str(root))
         except ValueError as error:
-            raise RunError(str(error).replace("--objects_path ", "")) from error
+            raise RunError(str(error).removeprefix("objects_path ")) from error
     return [Job(str(root / name), "", output / "images" / stem) for name, stem in zip(names, without_suffixes(names))]
 
 

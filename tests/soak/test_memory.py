@@ -12,7 +12,7 @@ from masking_generator import MaskGenerator
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from soak.runs import make_videos
 from training import epoch_batches
-from video_transforms import Background
+from video_transforms import ClipSource
 
 SIDE, FRAMES, CLIPS = 64, 8, 3000
 
@@ -49,7 +49,7 @@ def test_a_worker_after_3000_clips(list_file, objects, figure):
     overlay = ObjectOverlay((SIDE, SIDE), ObjectLibrary(str(objects), find_objects(str(objects)), max_side=91))
     videos = video_list(str(list_file))
     masks = MaskGenerator("tubelet", (FRAMES // 2, 4, 4), 0.75)
-    dataset = PretrainDataset(videos, Background((SIDE, SIDE), FRAMES, 1), masks, overlay)
+    dataset = PretrainDataset(videos, ClipSource((SIDE, SIDE), FRAMES, 1), masks, overlay)
     sampler = ChunkSampler(len(videos), 1)
     loader = build_loader(dataset, sampler, 1, False, 120)
     sizes = {}
