@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch.utils.checkpoint import checkpoint
 
 PATCH_SIZE, TUBELET_SIZE = 16, 2
@@ -134,20 +134,6 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU between, ratio 4."""
-
-    def __init__(self, dim: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(4 * dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.fc2(self.act(self.fc1(x))))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block, ``[B, N, D]`` → ``[B, N, D]``."""
 
@@ -156,7 +142,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads, attn_drop, drop)
         self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, drop)
+        self.mlp = Mlp(dim, 4 * dim, drop=(0.0, drop))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -198,7 +184,7 @@ class VisionTransformer(nn.Module):
         use_checkpoint: bool = False,
     ):
         super().__init__()
-        self.embed_dim, self.depth, self.use_checkpoint = size.embed_dim, size.depth, use_checkpoint
+        self.embed_dim, self.use_checkpoint = size.embed_dim, use_checkpoint
         self.patch_embed = TubeletEmbed(size.embed_dim)
         self.blocks = make_blocks(
             size.embed_dim, size.depth, size.num_heads, drop_path_rate, drop=drop_rate, attn_drop=attn_drop_rate
@@ -218,6 +204,10 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """The layers of timm's layer-wise decay: embedding, each block, and all else (norm and head)."""
+        return {"stem": r"^patch_embed\.", "blocks": r"^blocks\.(\d+)\."}
 
     def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, 3, T, H, W]`` → tokens after the last block, ``[B, N, D]``."""

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import Mlp
 
-from modeling_finetune import LayerNorm, Mlp, VisionTransformer
+from modeling_finetune import LayerNorm, VisionTransformer
 from modeling_image import FrameEncoder
 
 QUERIES = 64  # at a time, of nearest_neighbours; with 240,000 neighbours their similarities take 60 MB
@@ -40,7 +41,7 @@ class AttentiveProbe(nn.Module):
         self.norm = LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.mlp_norm = LayerNorm(dim)
-        self.mlp = Mlp(dim)
+        self.mlp = Mlp(dim, 4 * dim)
         self.head_norm = LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         for weight in (self.query, self.head.weight):

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import (
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import world_size
 
-NO_DECAY = ("mask_token", "pos_embed", "cls_token")
+NO_DECAY = ("*mask_token",)  # besides what has one dimension
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FUSED = ("adamw", "adam")  # fused SGD starts from garbage if its first step is skipped
 
@@ -41,41 +46,22 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Depth of a parameter: 0 for the embedding and tokens, k + 1 for block k, depth + 1 for the rest."""
-    if name.startswith(("patch_embed", *NO_DECAY)):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
-
-
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups by layer and decay, each with its ``lr_scale`` and ``wd_scale``.
+    """Groups by layer and decay, each with its ``names``, ``lr_scale`` and ``wd_scale``.
 
-    One-dimensional parameters (biases, norms), the mask token and positions do not decay. The rate of layer i of
-    a model with `depth` blocks is scaled by ``layer_decay ** (depth + 1 - i)`` (BEiT's layer-wise decay).
+    One-dimensional parameters (biases, norms) and the mask token do not decay. Below 1, `layer_decay` scales the rate of
+    a layer by its power of the layers above it (BEiT's layer-wise decay); the model's ``group_matcher`` names layers.
     """
-    depth = getattr(model, "depth", 0)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
-        layer = layer_of(name, depth) if layer_decay < 1 else depth + 1
-        group = groups.setdefault(
-            (layer, decays),
-            {
-                "params": [],
-                "names": [],
-                "weight_decay": weight_decay * decays,
-                "wd_scale": float(decays),
-                "lr_scale": layer_decay ** (depth + 1 - layer),
-            },
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return list(groups.values())
+    if layer_decay < 1:
+        groups = param_groups_layer_decay(model, 1.0, NO_DECAY, layer_decay=layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=NO_DECAY)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in groups:
+        group["names"] = [names[parameter] for parameter in group["params"]]
+        group["wd_scale"], group["lr_scale"] = group["weight_decay"], group.get("lr_scale", 1.0)
+        group["weight_decay"] *= weight_decay
+    return groups
 
 
 def build_optimizer(
