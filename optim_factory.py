@@ -15,12 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.optim import (
-    create_optimizer_v2,
-    list_optimizers,
-    param_groups_layer_decay,
-    param_groups_weight_decay,
-)
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import world_size
@@ -49,8 +44,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Groups by layer and decay, each with its ``names``, ``lr_scale`` and ``wd_scale``.
 
-    One-dimensional parameters (biases, norms) and the mask token do not decay. Below 1, `layer_decay` scales the rate of
-    a layer by its power of the layers above it (BEiT's layer-wise decay); the model's ``group_matcher`` names layers.
+    One-dimensional parameters (biases, norms) and the mask token do not decay. A `layer_decay` below 1 multiplies the
+    learning rate once for every layer above (BEiT's layer-wise decay); the model's ``group_matcher`` names the layers.
     """
     if layer_decay < 1:
         groups = param_groups_layer_decay(model, 1.0, NO_DECAY, layer_decay=layer_decay)
