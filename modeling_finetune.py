@@ -1,7 +1,8 @@
 """The video vision transformer: normalisation of its input, tubelet embedding, blocks, sizes, and the classifier.
 
-modeling_pretrain.py builds its encoder and decoder from the same parts. Parameter names are those of the
-released VideoMAE and SMILE checkpoints. Shapes: B clips, N = t·h·w tokens in the order time, row, column, D width.
+modeling_pretrain.py builds its encoder and decoder from the same parts. Parameter names are those of the released
+VideoMAE and SMILE checkpoints. Shapes: B clips, N = t·h·w tokens in the order time, row, column, D width. A tubelet is
+the cube of 2 x 16 x 16 pixels that becomes one token; the flag --add_tubelets means pasted moving objects instead.
 """
 
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def sinusoid_positions(
     One dimension over all tokens, not one per axis: kept for the released weights.
     """
     positions = _positions(num_tokens, dim, device, dtype)
-    if type(positions) is not torch.Tensor:  # a stand-in without values, made under torch.export: not to be kept
+    if type(positions) is not torch.Tensor:  # a fake tensor of torch.export must not stay in the cache
         _positions.cache_clear()
     return positions
 
@@ -92,8 +93,8 @@ def _positions(num_tokens: int, dim: int, device: torch.device | str, dtype: tor
 class TubeletEmbed(nn.Module):
     """Cut a clip into tubelets and project each: ``[B, 3, T, H, W]`` → ``[B, N, D]``.
 
-    `proj` is a Conv3d for the sake of the released weights; since its kernel is its stride it is computed as the
-    matrix product it amounts to, which is faster and can be limited to some of the tubelets.
+    `proj` is a Conv3d so that released weights load. As its kernel equals its stride, it is computed as a matrix
+    product, which is faster and can be applied to some of the tubelets only.
     """
 
     def __init__(self, embed_dim: int, in_chans: int = 3):
@@ -157,17 +158,17 @@ def make_blocks(dim: int, depth: int, num_heads: int, drop_path_rate: float = 0.
 
 
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, use_checkpoint: bool) -> torch.Tensor:
-    """Apply blocks in order, optionally keeping only their inputs for the backward pass."""
+    """Apply blocks in order, optionally with activation checkpointing."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if use_checkpoint and x.requires_grad else block(x)
     return x
 
 
 class VisionTransformer(nn.Module):
-    """The encoder on all tokens, mean over them, LayerNorm, linear head.
+    """Classifier: encoder on all tokens, mean over tokens, LayerNorm, linear head.
 
     Args:
-        num_classes: 0 gives pooled features instead of logits.
+        num_classes: 0 returns pooled features instead of logits.
         drop_rate, attn_drop_rate, drop_path_rate: dropout of the blocks; fc_drop_rate: before the head.
         init_scale: factor on the head's initial weights.
     """
@@ -206,7 +207,7 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """The layers of timm's layer-wise decay: embedding, each block, and all else (norm and head)."""
+        """Layers for timm's layer-wise decay: the embedding, each block, and the rest (norm and head)."""
         return {"stem": r"^patch_embed\.", "blocks": r"^blocks\.(\d+)\."}
 
     def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
