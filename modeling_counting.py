@@ -1,15 +1,15 @@
-"""Counting repetitions: a head that finds the cycle before and the cycle after a moment, and the count made of them.
+"""Counting repetitions: a head that predicts the lengths of the previous and the next cycle, and the count.
 
-After Zhang et al., Context-aware and scale-insensitive temporal repetition counting (CVPR 2020). No files here, and
-no words of the command line; run_repetition_counting.py reads videos and trains.
+After Zhang et al., Context-aware and scale-insensitive temporal repetition counting (CVPR 2020).
+run_repetition_counting.py reads videos and trains.
 
-A *segment* has F frames, numbered from 0. At each *moment* m, one of them, there are two *sides*: 0, the cycle that
-ends in m, and 1, the cycle that begins there. The *offset* of a side is the number of frames from m to the same phase
-of the neighbouring cycle, its *length* is offset + 1: the frames that the cycle touches, both ends included.
+A *segment* has F frames, numbered from 0. A *moment* m is one of its frames; it has two *sides*: 0, the cycle that ends
+at m, and 1, the cycle that begins at m. The *offset* of a side is the number of frames from m to the same phase of the
+neighbouring cycle; its *length* is offset + 1, the number of frames of the cycle including both ends.
 
-Nobody knows the lengths in the beginning. So the network is shown a window on each side, cut for a guess of the
-length, and says for each of seven *anchors*, factors on the guess, whether it comes near the truth, and by how much
-the logarithm has to be corrected. The corrected length is the next guess (`decode`).
+Lengths are refined iteratively. The network sees a window on each side, whose size follows the current guess of the
+length. For each of seven *anchors* (factors on the guess) it predicts whether the anchor is close to the true length,
+and a correction of the logarithm. The corrected length is the next guess (`decode`).
 """
 
 import math
@@ -25,38 +25,38 @@ from einops import rearrange
 from modeling_finetune import channel_stats, normalize_clips
 
 ANCHORS = torch.tensor([0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0])
-MIDDLE = 3  # the anchor that leaves a guess as it is
+MIDDLE = 3  # the anchor with factor 1
 NO_NEIGHBOUR = -1.0  # in place of an offset
-MIN_IOU = 0.5  # of an anchor with the truth, from which on it is near
+MIN_IOU = 0.5  # of anchor and true length: anchors are positive from here
 BOX_WEIGHT = 50.0
-BOX_LIMIT = 0.5  # largest correction of a logarithm that is believed
+BOX_LIMIT = 0.5  # corrections of the logarithm are clipped to this
 MIN_LENGTH, MIN_CYCLES = 4.0, 2  # of a cycle, of a segment
-START_SCALES = (0.03, 0.35, 30)  # first guesses: from, to (shares of the segment), how many
-MERGE = 0.5  # weight of a new length against the guess, while the first one settles
-STRIDE_SHARES = (5, 21)  # a walk in training takes a fifth to a twentieth of the segment a step
-LEVELS = ((1, 4), (4, 4), (8, 2), (16, 1), (32, 1))  # of the count: moments, corrections
+START_SCALES = (0.03, 0.35, 30)  # first guesses: lowest, highest (fractions of the segment), number
+MERGE = 0.5  # weight of a new length against the guess, on the first level
+STRIDE_SHARES = (5, 21)  # training moves a fifth to a twentieth of the segment per step
+LEVELS = ((1, 4), (4, 4), (8, 2), (16, 1), (32, 1))  # of counting: number of moments, corrections
 MEAN_COLOUR = (255 * channel_stats("imagenet")[0].flatten()).round().to(torch.uint8)
 
 
 class Prediction(NamedTuple):
-    """What the head says of B windows."""
+    """Predictions for B windows."""
 
-    logits: torch.Tensor  # [B, 2 sides, 7 anchors, 2 (far, near)]
-    boxes: torch.Tensor  # [B, 2, 7], correction of each anchor's logarithm
+    logits: torch.Tensor  # [B, 2 sides, 7 anchors, 2 (negative, positive)]
+    boxes: torch.Tensor  # [B, 2, 7], correction of the logarithm of each anchor
 
 
-# Truth ----------------------------------------------------------------------------------------------------------
+# Targets --------------------------------------------------------------------------------------------------------
 
 
 def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
-    """Offsets of every frame from the first boundary to the last, float ``[F, 2]``; NO_NEIGHBOUR where there is none.
+    """Offsets of all frames from the first boundary to the last, float ``[F, 2]``; NO_NEIGHBOUR if there is none.
 
-    A frame's phase is its place between the boundaries around it; the same phase in another cycle lies at the same
-    share of that one (linear interpolation). Neighbours that differ by more than 2 frames and by more than a factor
-    of 1.3 are no repetition of each other (the rule of UCFRep's annotations).
+    The phase of a frame is its relative position between the boundaries around it (linear interpolation). Neighbouring
+    cycles that differ by more than 2 frames and by more than a factor of 1.3 do not count as repetitions of each other
+    (the rule of UCFRep's annotations).
 
     Args:
-        bounds: frames where a cycle ends and the next one begins, rising, ``[C + 1]``.
+        bounds: frames where one cycle ends and the next begins, increasing, ``[C + 1]``.
     """
     bounds = bounds.double()
     lengths = bounds.diff()
@@ -75,14 +75,14 @@ def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
 
 
 def anchor_targets(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head should say of windows cut for a guess.
+    """Training targets for windows of a guessed length.
 
     Args:
-        offsets: true ones at the moments, ``[B, 2]``.
-        lengths: the guess, frames, ``[B, 2]``.
+        offsets: true offsets at the moments, ``[B, 2]``.
+        lengths: guessed lengths, frames, ``[B, 2]``.
     Returns:
-        classes int ``[B, 2, 7]``: 1 near, 0 far, -1 nothing to learn (no neighbour); boxes float ``[B, 2, 7]``,
-        to be learned where the class is 1.
+        classes int ``[B, 2, 7]``: 1 positive, 0 negative, -1 ignored (no neighbour); boxes float ``[B, 2, 7]``,
+        used where the class is 1.
     """
     ratio = (offsets + 1)[..., None] / (ANCHORS.to(lengths) * lengths[..., None])
     near = torch.minimum(ratio, 1 / ratio) >= MIN_IOU
@@ -91,9 +91,9 @@ def anchor_targets(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.
 
 
 def decode(prediction: Prediction, lengths: torch.Tensor) -> torch.Tensor:
-    """Lengths ``[B, 2]`` from what the head says of the guess `lengths` ``[B, 2]``: the inverse of anchor_targets.
+    """Lengths ``[B, 2]`` from the prediction for the guess `lengths` ``[B, 2]``: the inverse of anchor_targets.
 
-    The likeliest anchor wins; of equally likely ones that which needs the smallest correction.
+    Uses the most probable anchor; among equally probable ones, the one with the smallest correction.
     """
     near = prediction.logits.float().softmax(dim=-1)[..., 1]
     boxes = prediction.boxes.float()
@@ -107,10 +107,10 @@ def counting_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Cross-entropy of the classes plus BOX_WEIGHT times smooth L1 of the boxes, each summed over both sides.
 
-    Boxes of anchors that are not near are replaced by the prediction itself: they count in the mean and teach nothing.
+    Targets of negative anchors are the (detached) predictions: they count in the mean but have no gradient.
 
     Returns:
-        the loss, and its parts for the log.
+        the loss, and its terms for the log.
     """
     class_losses, box_losses = [], []
     for side in range(2):
@@ -129,13 +129,13 @@ def counting_loss(
 def window_frames(
     moments: torch.Tensor, lengths: torch.Tensor, total: torch.Tensor | int, num_frames: int
 ) -> torch.Tensor:
-    """Frames of the windows on both sides, int ``[B, 2, T]``; -1 where a window hangs over its segment.
+    """Frame indices of the windows on both sides, int ``[B, 2, T]``; -1 outside the segment.
 
-    Each window is twice as long as the guess, so that the largest anchor still fits: T frames evenly from
+    Each window is twice as long as the guess, so that the largest anchor fits: T evenly spaced frames from
     m - 2·length + 1 to m, and from m + 1 to m + 2·length.
 
     Args:
-        total: frames of the segments, ``[B]``, or of all.
+        total: number of frames of each segment, ``[B]``, or of all.
     """
     share = torch.linspace(0, 1, num_frames)
     before = moments[:, None] - (2 * lengths[:, :1] - 1) * (1 - share)
@@ -145,7 +145,7 @@ def window_frames(
 
 
 def take_frames(frames: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Pixels ``[..., H, W, 3]`` of a segment uint8 ``[F, H, W, 3]`` at window_frames; MEAN_COLOUR where it is -1."""
+    """Frames ``[..., H, W, 3]`` of a segment uint8 ``[F, H, W, 3]`` at the indices; MEAN_COLOUR where they are -1."""
     windows = frames[index.clamp(min=0)]
     windows[index < 0] = MEAN_COLOUR
     return windows
@@ -170,9 +170,7 @@ class CountingHead(nn.Module):
 
 
 class RepetitionCounter(nn.Module):
-    """The encoder on each window, and the head on both.
-
-    The encoder sees a window as a clip of its own, T frames, as in its pretraining.
+    """The encoder on each window as a clip of T frames, and the head on the features of both.
 
     Args:
         encoder: normalised ``[B, 3, T, H, W]`` → pooled features ``[B, D]``.
@@ -195,20 +193,21 @@ class RepetitionCounter(nn.Module):
         return self.head(rearrange(features, "(b s) d -> b (s d)", s=2))
 
 
-# Training: a walk through a segment -----------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------------------------
 
 
 class Walks:
-    """A batch of training segments on their way: at each step the head corrects the windows, and the moments move on.
+    """State of the iterative refinement of a batch of segments.
 
-    So training meets the guesses that counting will meet: wrong ones first, then the head's own. Half of the walks
-    begin with a first guess of a count, the others near the truth. A guess so wrong that no anchor is near would teach
-    no more corrections: it is replaced by the truth times a factor, drawn beforehand.
+    In each step the head corrects the lengths, and the moments move on. Training sees the same guesses as counting:
+    first wrong ones, then the head's own. Half of the segments start with a first guess as in counting, the others near
+    the true length. A guess without a positive anchor gives no target for the correction; it is replaced by the true
+    length times a factor drawn in advance.
 
     Args:
         segments: (frames uint8 ``[F, H, W, 3]``, boundaries of its cycles ``[C + 1]``) of B segments.
-        rngs: a generator for each.
-        steps: corrections that each can make, R.
+        rngs: one generator for each segment.
+        steps: number of refinement steps, R.
     """
 
     def __init__(self, segments: list[tuple[np.ndarray, np.ndarray]], rngs: list[np.random.Generator], steps: int):
@@ -230,20 +229,20 @@ class Walks:
         self.step = 0
 
     def windows(self, num_frames: int) -> torch.Tensor:
-        """uint8 ``[B, 2, T, H, W, 3]``."""
+        """Current windows, uint8 ``[B, 2, T, H, W, 3]``."""
         index = window_frames(self.moments, self.lengths, self.totals, num_frames)
         return torch.stack([take_frames(frames, i) for frames, i in zip(self.frames, index)])
 
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the head should say of the windows: anchor_targets."""
+        """anchor_targets of the current windows."""
         return anchor_targets(self.truth(), self.lengths)
 
     def truth(self) -> torch.Tensor:
-        """Offsets at the moments, ``[B, 2]``."""
+        """True offsets at the moments, ``[B, 2]``."""
         return torch.stack([offsets[moment] for offsets, moment in zip(self.offsets, self.moments.tolist())])
 
     def move(self, lengths: torch.Tensor) -> None:
-        """On to the next moments (after the last frame comes the first), with the `lengths` that the head gave."""
+        """Take the `lengths` that the head predicted, and move to the next moments (cyclically)."""
         self.moments = (self.moments + self.strides) % self.totals
         self.lengths = within(lengths, self.totals)
         lost = (self.targets()[0] == 0).all(dim=-1)
@@ -255,35 +254,35 @@ class Walks:
 
 
 def within(lengths: torch.Tensor, total: torch.Tensor | int) -> torch.Tensor:
-    """Lengths ``[B, 2]`` limited to what segments of `total` frames with at least MIN_CYCLES can hold."""
+    """Clamp lengths ``[B, 2]`` to what is possible in segments of `total` frames with at least MIN_CYCLES cycles."""
     return lengths.clamp(min=MIN_LENGTH).clamp(max=(torch.as_tensor(total)[..., None] - 1) / MIN_CYCLES + 1)
 
 
 def agree(moments: torch.Tensor, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which sides have a whole cycle within the segment; those that have none take the length of the other side.
+    """Replace the length of a side without a whole cycle in the segment by that of the other side.
 
-    Of at least two cycles one fits on the side with more room, so that this side's length decides for both.
+    With at least two cycles, one fits on the side with more room; its length decides for both sides.
 
     Returns:
-        lengths ``[M, 2]``, bool ``[M, 2]``.
+        lengths ``[M, 2]``, and whether each side has a whole cycle, bool ``[M, 2]``.
     """
     room = torch.stack([moments, total - 1 - moments], dim=1)
     roomy = room.argmax(dim=1, keepdim=True)
     trusted = lengths.gather(1, roomy)
-    inside = (room >= trusted).scatter(1, roomy, True)  # a frame to spare: the last cycle's first frame has no next
+    inside = (room >= trusted).scatter(1, roomy, True)  # one frame more, to reach the same phase
     return torch.where(inside, lengths, trusted), inside
 
 
 def count_cycles(predict: Callable[[torch.Tensor, torch.Tensor], Prediction], total: int) -> float:
     """The number of cycles in a segment, not rounded.
 
-    From coarse to fine: in the middle, the best of 30 first guesses; then more and more moments, each beginning with
-    the lengths of the moment nearest to it on the level above. The count is the mean frequency times the duration:
-    C cycles of p frames touch C·p + 1 frames.
+    Works from coarse to fine: the best of 30 first guesses in the middle, then more and more moments, each starting
+    from the lengths of the nearest moment of the previous level. The count is the mean frequency times the duration: C
+    cycles of p frames span C·p + 1 frames.
 
     Args:
         predict: moments int ``[M]``, lengths ``[M, 2]`` → the head's Prediction for these windows, on the CPU.
-        total: frames of the segment.
+        total: number of frames of the segment.
     """
     middle = torch.tensor([total // 2])
     guesses = within(torch.linspace(*START_SCALES)[:, None].expand(-1, 2) * total, total)
@@ -302,7 +301,7 @@ def count_cycles(predict: Callable[[torch.Tensor, torch.Tensor], Prediction], to
 
 
 def counting_scores(counts: list[float], truth: list[int]) -> dict[str, float]:
-    """``mae``: mean of |round(count) - truth| / truth; ``obo``: share of counts at most one off."""
+    """``mae``: mean of |round(count) - truth| / truth; ``obo``: fraction of counts with an error of at most one."""
     errors = [abs(math.floor(count + 0.5) - true) for count, true in zip(counts, truth)]
     return {
         "mae": sum(error / true for error, true in zip(errors, truth)) / len(truth),

@@ -1,7 +1,8 @@
 """The video vision transformer: normalisation of its input, tubelet embedding, blocks, sizes, and the classifier.
 
-modeling_pretrain.py builds its encoder and decoder from the same parts. Parameter names are those of the
-released VideoMAE and SMILE checkpoints. Shapes: B clips, N = t·h·w tokens in the order time, row, column, D width.
+modeling_pretrain.py builds its encoder and decoder from the same parts. Parameter names are those of the released
+VideoMAE and SMILE checkpoints. Shapes: B clips, N = t·h·w tokens in the order time, row, column, D width. A tubelet is
+the cube of 2 x 16 x 16 pixels that becomes one token; the flag --add_tubelets means pasted moving objects instead.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch.utils.checkpoint import checkpoint
 
 PATCH_SIZE, TUBELET_SIZE = 16, 2
@@ -75,7 +76,7 @@ def sinusoid_positions(
     One dimension over all tokens, not one per axis: kept for the released weights.
     """
     positions = _positions(num_tokens, dim, device, dtype)
-    if type(positions) is not torch.Tensor:  # a stand-in without values, made under torch.export: not to be kept
+    if type(positions) is not torch.Tensor:  # a fake tensor of torch.export must not stay in the cache
         _positions.cache_clear()
     return positions
 
@@ -92,8 +93,8 @@ def _positions(num_tokens: int, dim: int, device: torch.device | str, dtype: tor
 class TubeletEmbed(nn.Module):
     """Cut a clip into tubelets and project each: ``[B, 3, T, H, W]`` → ``[B, N, D]``.
 
-    `proj` is a Conv3d for the sake of the released weights; since its kernel is its stride it is computed as the
-    matrix product it amounts to, which is faster and can be limited to some of the tubelets.
+    `proj` is a Conv3d so that released weights load. As its kernel equals its stride, it is computed as a matrix
+    product, which is faster and can be applied to some of the tubelets only.
     """
 
     def __init__(self, embed_dim: int, in_chans: int = 3):
@@ -134,20 +135,6 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU between, ratio 4."""
-
-    def __init__(self, dim: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(4 * dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.fc2(self.act(self.fc1(x))))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block, ``[B, N, D]`` → ``[B, N, D]``."""
 
@@ -156,7 +143,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads, attn_drop, drop)
         self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, drop)
+        self.mlp = Mlp(dim, 4 * dim, drop=(0.0, drop))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,17 +158,17 @@ def make_blocks(dim: int, depth: int, num_heads: int, drop_path_rate: float = 0.
 
 
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, use_checkpoint: bool) -> torch.Tensor:
-    """Apply blocks in order, optionally keeping only their inputs for the backward pass."""
+    """Apply blocks in order, optionally with activation checkpointing."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if use_checkpoint and x.requires_grad else block(x)
     return x
 
 
 class VisionTransformer(nn.Module):
-    """The encoder on all tokens, mean over them, LayerNorm, linear head.
+    """Classifier: encoder on all tokens, mean over tokens, LayerNorm, linear head.
 
     Args:
-        num_classes: 0 gives pooled features instead of logits.
+        num_classes: 0 returns pooled features instead of logits.
         drop_rate, attn_drop_rate, drop_path_rate: dropout of the blocks; fc_drop_rate: before the head.
         init_scale: factor on the head's initial weights.
     """
@@ -198,7 +185,7 @@ class VisionTransformer(nn.Module):
         use_checkpoint: bool = False,
     ):
         super().__init__()
-        self.embed_dim, self.depth, self.use_checkpoint = size.embed_dim, size.depth, use_checkpoint
+        self.embed_dim, self.use_checkpoint = size.embed_dim, use_checkpoint
         self.patch_embed = TubeletEmbed(size.embed_dim)
         self.blocks = make_blocks(
             size.embed_dim, size.depth, size.num_heads, drop_path_rate, drop=drop_rate, attn_drop=attn_drop_rate
@@ -218,6 +205,10 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layers for timm's layer-wise decay: the embedding, each block, and the rest (norm and head)."""
+        return {"stem": r"^patch_embed\.", "blocks": r"^blocks\.(\d+)\."}
 
     def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, 3, T, H, W]`` → tokens after the last block, ``[B, N, D]``."""

@@ -1,7 +1,6 @@
-"""Frozen evaluation: probes on an encoder that does not learn, and nearest neighbours.
+"""Evaluation of a frozen encoder: linear and attentive probes, and nearest neighbours.
 
-Many probes, one for each learning rate and weight decay, are trained side by side on the same features. Their
-number is written P.
+P probes, one for each learning rate and weight decay, are trained side by side on the same features.
 """
 
 from collections.abc import Callable
@@ -9,14 +8,13 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import Mlp
 
-from modeling_finetune import LayerNorm, Mlp, VisionTransformer
+from modeling_finetune import LayerNorm, VisionTransformer
 from modeling_image import FrameEncoder
 
-QUERIES = 64  # at a time, of nearest_neighbours; with 240,000 neighbours their similarities take 60 MB
-TokenEncoder = (
-    VisionTransformer | FrameEncoder
-)  # clips [B, 3, T, H, W] → tokens [B, N, D] by forward_tokens, D is embed_dim
+QUERIES = 64  # test features per block of nearest_neighbours: 60 MB of similarities to 240,000 training features
+TokenEncoder = VisionTransformer | FrameEncoder  # forward_tokens: clips [B, 3, T, H, W] → tokens [B, N, D]
 
 
 class LinearProbe(nn.Module):
@@ -42,7 +40,7 @@ class AttentiveProbe(nn.Module):
         self.norm = LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.mlp_norm = LayerNorm(dim)
-        self.mlp = Mlp(dim)
+        self.mlp = Mlp(dim, 4 * dim)
         self.head_norm = LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         for weight in (self.query, self.head.weight):
@@ -75,11 +73,11 @@ class ProbedEncoder(nn.Module):
         self.encoder = encoder.requires_grad_(False)
         self.rates = rates
         self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in rates)
-        self.register_buffer("best", torch.tensor(0))  # the probe that did best in validation
+        self.register_buffer("best", torch.tensor(0))  # index of the probe with the best validation result
 
     @property
     def best_probe(self) -> int:
-        """Number of the probe that did best in validation; kept with the weights."""
+        """Index of the probe with the best validation result; saved with the weights."""
         return int(self.get_buffer("best"))
 
     @best_probe.setter
@@ -87,19 +85,19 @@ class ProbedEncoder(nn.Module):
         self.get_buffer("best").fill_(probe)
 
     def train(self, mode: bool = True) -> "ProbedEncoder":
-        """The encoder stays in eval mode."""
+        """Set the mode of the probes; the encoder stays in eval mode."""
         super().train(mode)
         self.encoder.eval()
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, T, H, W]`` → logits of all probes, ``[B, P, C]``."""
+        """``[B, 3, T, H, W]`` → logits of all probes ``[B, P, C]``."""
         with torch.no_grad():
             tokens = self.encoder.forward_tokens(x)
         return torch.stack([probe(tokens) for probe in self.probes], dim=1)
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
-        """A group for each probe, whose rate and decay are multiples of the scheduled `lr` and `weight_decay`."""
+        """One group per probe, with its rate and decay as multiples of the scheduled `lr` and `weight_decay`."""
         return [
             {
                 "params": list(probe.parameters()),
@@ -112,7 +110,7 @@ class ProbedEncoder(nn.Module):
 
 
 class MeanTokens(nn.Module):
-    """Features for nearest neighbours: ``[B, 3, T, H, W]`` → mean of the encoder's tokens, ``[B, D]``."""
+    """Features for nearest neighbours: ``[B, 3, T, H, W]`` → mean of the encoder's tokens ``[B, D]``."""
 
     def __init__(self, encoder: TokenEncoder):
         super().__init__()
@@ -123,10 +121,10 @@ class MeanTokens(nn.Module):
 
 
 class ProbeLoss(nn.Module):
-    """Sum of the probes' own losses, so that each has its own gradient: logits ``[B, P, C]``, labels ``[B]``.
+    """Sum of the losses of all probes, so that each gets the gradient of its own: logits ``[B, P, C]``, labels ``[B]``.
 
     Args:
-        losses: logits ``[n, C]`` and labels ``[n]`` or ``[n, C]`` → loss of each, ``[n]``.
+        losses: logits ``[n, C]`` and labels ``[n]`` or ``[n, C]`` → loss of each sample, ``[n]``.
     """
 
     def __init__(self, losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
@@ -144,9 +142,9 @@ def nearest_neighbours(
     """Weighted k-NN vote by cosine similarity, weights exp(similarity / temperature) (Wu et al. 2018; DINO).
 
     Args:
-        train: features ``[n, D]`` with labels ``[n]``, or several ``[n, num_classes]`` of 0 and 1; test: ``[m, D]``.
+        train: features ``[n, D]`` with labels ``[n]``, or multi-hot labels ``[n, num_classes]``; test: ``[m, D]``.
     Returns:
-        Class scores ``[m, num_classes]``: the share of the votes for it; of one label they sum to 1.
+        Class scores ``[m, num_classes]``: share of the votes; with single labels they sum to 1.
     """
     train, parts = F.normalize(train, dim=1), []
     for queries in F.normalize(test, dim=1).split(QUERIES):

@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from open_clip.factory import load_state_dict
 from open_clip.model import resize_pos_embed
-from safetensors.torch import load_file
 from timm.layers import to_2tuple
 
 from modeling_finetune import NORMS, channel_stats
@@ -178,19 +178,21 @@ class FrameTeacher(FrameTower):
 def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     """Image-tower weights from a local file, with bare keys (``conv1.weight``, ``transformer.resblocks…``).
 
-    Takes OpenAI's JIT archive, a state dict of the whole model (``visual.`` keys, also under ``state_dict`` and
-    ``module.``), of the image tower alone, or safetensors of either.
+    Takes OpenAI's TorchScript archive, a state dict of the whole model (``visual.`` keys, also under ``state_dict`` and
+    ``module.``), of the image tower alone, or safetensors of either. TorchScript is a program: torch.jit.load runs code
+    of such an archive, so it must come from someone you trust. Nothing in the other files is run.
 
     Returns:
-        The state dict, and whether it is OpenAI's (then the tower's activation is QuickGELU).
+        The state dict, fp32, and whether it is OpenAI's (then the tower's activation is QuickGELU).
     Raises:
         ValueError: not a file, unreadable, or no image tower in it.
     """
     try:
-        state, archive = _read_tensors(path)
+        archive = _is_torchscript(path)
+        state = torch.jit.load(path, map_location="cpu").state_dict() if archive else load_state_dict(path)
+        state = {key: value.float() for key, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # pickle, zip, safetensors and TorchScript each fail in their own ways
         raise ValueError(f"weights {path}: not a weight file ({_first_line(error)})") from error
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     whole_model = any(key.startswith("visual.") for key in state)
     # OpenAI's archives carry these three beside the weights; a bare tower is the form of SMILE's release.
     openai = archive or not whole_model or "input_resolution" in state
@@ -199,18 +201,6 @@ def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     if not any(key in state for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
         raise ValueError(f"weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
     return state, openai
-
-
-def _read_tensors(path: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """All tensors of a weight file, fp32, and whether it was a TorchScript archive."""
-    if path.endswith(".safetensors"):
-        state, archive = load_file(path), False
-    elif _is_torchscript(path):
-        state, archive = torch.jit.load(path, map_location="cpu").state_dict(), True
-    else:
-        state, archive = torch.load(path, map_location="cpu", weights_only=True), False
-        state = state.get("state_dict", state)
-    return {key: value.float() for key, value in state.items() if isinstance(value, torch.Tensor)}, archive
 
 
 def _is_torchscript(path: str) -> bool:

@@ -1,7 +1,7 @@
-"""Optimizers: schedules, which parameters decay, how fast each layer learns, and the step itself.
+"""Optimizers: schedules, parameter groups, and the optimizer step.
 
-The optimizers are timm's; precision, accumulation, clipping and the guard against non-finite gradients are in
-`Stepper`, which both engines use.
+Optimizers and groups are timm's. `Stepper`, which both engines use, handles precision, accumulation, clipping and
+non-finite gradients.
 """
 
 import copy
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import world_size
 
-NO_DECAY = ("mask_token", "pos_embed", "cls_token")
+NO_DECAY = ("*mask_token",)  # besides what has one dimension
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FUSED = ("adamw", "adam")  # fused SGD starts from garbage if its first step is skipped
+FUSED = ("adamw", "adam")  # a fused SGD whose first step is skipped has uninitialised momentum
 
 
 def cosine_schedule(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
@@ -37,45 +37,26 @@ def cosine_schedule(step: int, base: float, final: float, total: int, warmup: in
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Context of a forward pass in fp32, bf16 or fp16."""
+    """Context manager for a forward pass in fp32, bf16 or fp16."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Depth of a parameter: 0 for the embedding and tokens, k + 1 for block k, depth + 1 for the rest."""
-    if name.startswith(("patch_embed", *NO_DECAY)):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
-
-
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups by layer and decay, each with its ``lr_scale`` and ``wd_scale``.
+    """Groups by layer and decay, each with its ``names``, ``lr_scale`` and ``wd_scale``.
 
-    One-dimensional parameters (biases, norms), the mask token and positions do not decay. The rate of layer i of
-    a model with `depth` blocks is scaled by ``layer_decay ** (depth + 1 - i)`` (BEiT's layer-wise decay).
+    One-dimensional parameters (biases, norms) and the mask token do not decay. A `layer_decay` below 1 multiplies the
+    learning rate once for every layer above (BEiT's layer-wise decay); the model's ``group_matcher`` names the layers.
     """
-    depth = getattr(model, "depth", 0)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
-        layer = layer_of(name, depth) if layer_decay < 1 else depth + 1
-        group = groups.setdefault(
-            (layer, decays),
-            {
-                "params": [],
-                "names": [],
-                "weight_decay": weight_decay * decays,
-                "wd_scale": float(decays),
-                "lr_scale": layer_decay ** (depth + 1 - layer),
-            },
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return list(groups.values())
+    if layer_decay < 1:
+        groups = param_groups_layer_decay(model, 1.0, NO_DECAY, layer_decay=layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=NO_DECAY)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in groups:
+        group["names"] = [names[parameter] for parameter in group["params"]]
+        group["wd_scale"], group["lr_scale"] = group["weight_decay"], group.get("lr_scale", 1.0)
+        group["weight_decay"] *= weight_decay
+    return groups
 
 
 def build_optimizer(
@@ -86,7 +67,7 @@ def build_optimizer(
     eps: float | None = None,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """A timm optimizer by name, its fused form where torch has one.
+    """Create an optimizer of timm by name, in its fused form where torch has one.
 
     Raises:
         ValueError: timm does not know `opt`.
@@ -103,7 +84,7 @@ def build_optimizer(
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around a model, if there are several processes."""
+    """Wrap a model in DDP if there are several processes."""
     if world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -111,28 +92,28 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give all processes the first one's buffers: each has running statistics of its own part of the data."""
+    """Copy the buffers of process 0 to all others: running statistics differ, as each process sees other data."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def spread_badness(loss: torch.Tensor) -> torch.Tensor:
-    """The same loss, whose gradient is not finite where it is not: the gradient of an infinite one can be finite."""
+    """Return the loss, with a non-finite gradient if it is not finite (an infinite loss can have a finite gradient)."""
     return loss * (1 + 0 * loss.detach())
 
 
 @dataclass
 class Stepper:
-    """One optimizer step: precision, accumulation, clipping, schedules; never waits for the device if it can.
+    """One optimizer step: precision, accumulation, clipping and schedules, without waiting for the device if possible.
 
-    A step whose loss or gradient is not finite changes nothing, in no process: a bad loss makes its gradient bad, which
-    processes share. Fused optimizers decide that on the device.
+    If loss or gradient is not finite, the step is skipped in all processes: a non-finite loss gives a non-finite
+    gradient, which processes average. Fused optimizers check this on the device.
 
     Args:
-        model: what is called in the forward pass, DDP or not.
-        update_freq: micro-batches a step.
-        lr, weight_decay: value by optimizer step of the whole run.
+        model: the module called in the forward pass, with or without DDP.
+        update_freq: micro-batches per step.
+        lr, weight_decay: functions of the optimizer step, counted over the whole run.
         clip_grad: largest gradient norm, None for no clipping.
     """
 
@@ -154,11 +135,11 @@ class Stepper:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def autocast(self) -> AbstractContextManager:
-        """Context of the forward pass."""
+        """Context manager for the forward pass."""
         return autocast(self.device, self.precision)
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Set learning rate and weight decay for an optimizer step; returns them for the log."""
+        """Set learning rate and weight decay of an optimizer step and return them for the log."""
         lr, weight_decay = self.lr(step), self.weight_decay(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -166,11 +147,11 @@ class Stepper:
         return {"lr": lr, "weight_decay": weight_decay}
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's share of the gradient."""
+        """Accumulate the gradient of a micro-batch."""
         self.scaler.scale(spread_badness(loss) / self.update_freq).backward()
 
     def sync(self, micro_batch: int) -> AbstractContextManager:
-        """Context of forward and backward: processes exchange gradients with the step's last micro-batch only."""
+        """Context manager for forward and backward: gradients are only averaged in the step's last micro-batch."""
         if isinstance(self.model, DistributedDataParallel) and micro_batch < self.update_freq - 1:
             return self.model.no_sync()
         return nullcontext()
@@ -189,11 +170,11 @@ class Stepper:
         finite = norm.isfinite()
         bad = (~finite).float()
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips by itself; an overflow only lowers the scale and is no error
+            self.scaler.step(self.optimizer)  # skips the step on overflow, which lowers the scale and is no error
             self.scaler.update()
             bad = (~loss.isfinite()).float()
         elif self.optimizer.defaults.get("fused"):
-            # As GradScaler tells fused optimizers.
+            # the way GradScaler passes it to fused optimizers
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
             self.optimizer.step()
         elif finite:
@@ -202,7 +183,7 @@ class Stepper:
         return {"grad_norm": norm, "bad": bad}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """State for a checkpoint."""
         optimizer = self.optimizer.state_dict() | {"names": self.parameter_names()}
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
@@ -212,7 +193,7 @@ class Stepper:
         return [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Put the `state` of the checkpoint at `path` back; options of the optimizer stay those of this run."""
+        """Restore the `state` of the checkpoint at `path`; the optimizer keeps the options of this run."""
         saved, own, names = state["optimizer"], self.optimizer.state_dict(), self.parameter_names()
         if "deepspeed" in saved:
             raise ValueError("its optimizer state is DeepSpeed's: go on with --enable_deepspeed")
@@ -220,13 +201,13 @@ class Stepper:
         before = {name: number for number, name in enumerate(saved.get("names", names))}
         if before.keys() != set(names) or ("names" not in saved and sizes[0] != sizes[1]):
             raise ValueError("its optimizer has other parameters")
-        moved = {number: before[name] for number, name in enumerate(names)}  # as layers are grouped by --layer_decay
+        moved = {number: before[name] for number, name in enumerate(names)}  # the order depends on --layer_decay
         own["state"] = {new: saved["state"][old] for new, old in moved.items() if old in saved["state"]}
         counts = {key: value for key, value in saved["param_groups"][0].items() if key.endswith("step")}
-        for group in own["param_groups"]:  # where some of timm's optimizers count their steps
+        for group in own["param_groups"]:  # some of timm's optimizers count steps here
             group.update(copy.deepcopy(counts))
         self.optimizer.load_state_dict(own)
-        for parameter, values in self.optimizer.state.items():  # which torch does not compare
+        for parameter, values in self.optimizer.state.items():  # torch does not compare shapes
             for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
                 if values.get(name) is not None and values[name].shape != parameter.shape:
                     raise ValueError(f"{name} is {list(values[name].shape)} for a weight {list(parameter.shape)}")
@@ -234,7 +215,7 @@ class Stepper:
             self.scaler.load_state_dict(state["scaler"])
 
     def close(self, folder: str) -> None:
-        """After training: the model as any other again, and nothing unused left in `folder` (DeepSpeed)."""
+        """After training: restore the plain model and remove unused files from `folder` (DeepSpeed)."""
 
     def save_shards(self, folder: str, name: str) -> None:
-        """For optimizers whose state lies in several processes (DeepSpeed); called in all of them before a save."""
+        """Save state that is divided among processes (DeepSpeed); called in all processes before a checkpoint."""

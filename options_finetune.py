@@ -215,7 +215,7 @@ def check_list(args: argparse.Namespace, name: str) -> None:
 
 def find_problems(args: argparse.Namespace) -> Problems:
     """Everything wrong with the arguments that can be seen without building a model."""
-    problems = Problems(args)
+    problems, probe = Problems(args), is_probe(args)
     problems.files("finetune", "resume")
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
     side = args.short_side_size

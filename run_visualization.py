@@ -16,7 +16,6 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import modeling_finetune
 import modeling_pretrain
@@ -238,9 +237,9 @@ def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> t
 def write_drawing(args: argparse.Namespace, stem: Path, title: tuple[str, str], drawing: Drawing) -> None:
     """Write the picture and the movie."""
     still, moving = stem.with_name(stem.name + ".png"), stem.with_name(f"{stem.name}.{args.movie}")
-    page, pages = Image.fromarray(picture(title, *drawing)), list(movie(title, *drawing))
+    figure, pages = picture(title, *drawing), list(movie(title, *drawing))
     with user_errors():
-        page.save(still)
+        figure.savefig(still)
         write_movie(moving, pages, args.fps)
     logger.info("%s, %s", still, moving)
 

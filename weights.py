@@ -1,6 +1,7 @@
-"""Reading weights: files of this project and of others, fetched if need be, under the names that models here have.
+"""Reading weight files of this project and of others, and loading them into models.
 
-Files are read with weights_only=True: nothing in them is ever run. Saving and resuming are in checkpoints.py.
+Files are read with weights_only=True, so no code in them is executed. (CLIP files are read by modeling_teacher.py.)
+Saving and resuming are in checkpoints.py.
 """
 
 import argparse
@@ -22,7 +23,7 @@ MODEL_KEYS = ("model", "module", "state_dict", "model_state")
 HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
 FOLDER_FILES = ("model*.safetensors", "pytorch_model*.bin")  # of transformers
 
-# transformers' names of what has another one here: of modules, and of the parts of a block.
+# Names of transformers that differ from ours: of modules, and of the parts of a block.
 THEIR_MODULES = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "encoder.layer": "blocks",
@@ -48,11 +49,11 @@ BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)\.(\w+
 
 
 def local_path(path: str) -> str:
-    """Where a weight file lies: `path` itself, or for ``hf://owner/repo[@revision]/file`` a place in huggingface_hub's
-    cache, after fetching it if need be. Its own variables apply: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+    """Local path of a weight file: `path` itself, or for ``hf://owner/repo[@revision]/file`` the file in the cache of
+    huggingface_hub, downloaded if necessary. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN apply.
 
     Raises:
-        RunError: not of this form, or neither cached nor to be fetched.
+        RunError: malformed ``hf://`` name, or neither cached nor available for download.
     """
     match = HUB.fullmatch(path)
     if not match:
@@ -73,7 +74,7 @@ def local_path(path: str) -> str:
 
 
 class _NumpyType:
-    """Stands for numpy.dtype while a checkpoint is read: NumPy's own code is not let loose on what a file says."""
+    """Replaces numpy.dtype while a checkpoint is read, so that NumPy's code does not process untrusted values."""
 
     def __init__(self, code: str, *_: Any):
         self.code, self.order = code, "<"
@@ -83,7 +84,7 @@ class _NumpyType:
 
 
 class _NumpyArray:
-    """Stands for numpy.ndarray; what is in it is not needed."""
+    """Replaces numpy.ndarray; its contents are not needed."""
 
     def __init__(self, *_: Any):
         pass
@@ -93,20 +94,20 @@ class _NumpyArray:
 
 
 def _numpy_number(kind: _NumpyType, content: bytes) -> Any:
-    """The number that NumPy wrote as bytes."""
+    """Decode a NumPy scalar."""
     if not re.fullmatch(r"[biufcSU]\d+", kind.code):
         raise ValueError(f"a NumPy value of type {kind.code}")
     return np.frombuffer(content, kind.order.replace("|", "") + kind.code)[0].item()
 
 
 def _called(name: str, value: Any) -> Any:
-    """`value`, to be taken for what a file calls `name`."""
+    """Give `value` the qualified name that a file uses for it."""
     value.__module__, _, value.__name__ = name.rpartition(".")
     value.__qualname__ = value.__name__
     return value
 
 
-# What a checkpoint may hold beside tensors and plain values. NumPy 2 moved its insides from core to _core.
+# What a checkpoint may contain besides tensors and plain values. NumPy 2 renamed core to _core.
 ALLOWED = [argparse.Namespace, _called("numpy.dtype", _NumpyType), _called("numpy.ndarray", _NumpyArray)]
 for _core in ("numpy.core", "numpy._core"):
     ALLOWED.append(_called(f"{_core}.multiarray.scalar", lambda kind, content: _numpy_number(kind, content)))
@@ -114,15 +115,15 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
-    """Read a .pth or .safetensors file, or a folder of transformers, to the CPU without running anything in it.
+    """Read a .pth or .safetensors file, or a folder of transformers, to the CPU without executing code in it.
 
-    Released files hold an ``argparse.Namespace`` under ``args``; nothing else but tensors, plain values and NumPy's
-    numbers is allowed.
+    Released files have an ``argparse.Namespace`` under ``args``; apart from it only tensors, plain values and NumPy
+    scalars are allowed.
 
     Args:
-        whole: False for a look at names and options: checksums are not compared, and tensors stay on the disk.
+        whole: False to read only names and options: checksums are not verified, and tensors stay on disk.
     Raises:
-        RunError: no such file, damaged, or with forbidden contents.
+        RunError: no such file, damaged, or with contents that are not allowed.
     """
     path = Path(path)
     if path.is_dir():
@@ -138,7 +139,7 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
             return {"model": load_file(path)}
         zipped = zipfile.is_zipfile(path)
         if zipped and whole:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums it writes
+            with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
                 damaged = archive.testzip()
             if damaged:
                 raise RunError(f"{path}: damaged checkpoint (checksum of {damaged})")
@@ -154,7 +155,7 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """What to tell of a file that was not read, and what to do about it."""
+    """Error message for a file that could not be read, with the remedy."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__)
     forbidden = re.search(r"(?:GLOBAL|class|type) ([\w.]+) (?:was not an allowed|whose module)", text)
     if not forbidden:
@@ -173,22 +174,22 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The options of the run that wrote a checkpoint of this project; none of other programs, which mean others."""
+    """Options of the run that wrote a checkpoint; empty if another program wrote it, whose options differ."""
     args = checkpoint.get("args")
     known = vars(args) if isinstance(args, argparse.Namespace) else {}
     return known if "max_bad_fraction" in known else {}
 
 
 def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", key: str = "") -> Weights:
-    """The state dict in a checkpoint, under the names that models here have.
+    """The state dict in a checkpoint, with the names of the models here.
 
-    Prefixes of DDP and torch.compile are taken away, and names of transformers' VideoMAE are translated.
+    Prefixes of DDP and torch.compile are removed, and names of transformers' VideoMAE are translated.
 
     Args:
-        key: where it lies, or several places with ``|`` between; empty: the usual ones, or where the run also averaged
-            its weights (--model_ema) the average, which is what it tested.
+        key: its key in the checkpoint, or several keys separated by ``|``. If empty, the usual keys; for a run with
+            --model_ema, the averaged weights, which are the ones it tested.
     Raises:
-        RunError: no state dict there.
+        RunError: no state dict under these keys.
     """
     usual = ("model_ema",) if stored_options(checkpoint).get("model_ema") else MODEL_KEYS
     keys = tuple(key.split("|")) if key else usual
@@ -203,7 +204,7 @@ def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", k
 
 
 def our_name(theirs: str) -> str:
-    """The name here of a weight of transformers; query, key and value stay apart."""
+    """Translate a name of transformers; query, key and value stay separate."""
     block = BLOCK.fullmatch(theirs)
     if block:
         stack, number, part, leaf = block.groups()
@@ -213,9 +214,9 @@ def our_name(theirs: str) -> str:
 
 
 def from_transformers(theirs: Weights) -> Weights:
-    """Weights of transformers' VideoMAE under the names here; any others as they are.
+    """Translate weights of transformers' VideoMAE; return other weights unchanged.
 
-    Those of its classifier become a classifier's, all others a pretraining model's, whose encoder is ``encoder.``.
+    A classification model becomes a classifier; other models become a pretraining model, with the prefix ``encoder.``.
     """
     bare = {name.removeprefix("videomae."): value for name, value in theirs.items()}
     if "embeddings.patch_embeddings.projection.weight" not in bare:
@@ -231,12 +232,12 @@ def from_transformers(theirs: Weights) -> Weights:
 
 
 def check_kind(path: str, name: str, kind: str, key: str = "") -> None:
-    """Make sure that a checkpoint is of the right kind before anything is built: that it has weights called `name`.
+    """Check that a checkpoint has weights called `name`, before anything is built.
 
     Args:
         key: see model_weights.
     Raises:
-        RunError: unreadable, or without them.
+        RunError: unreadable, or without such weights.
     """
     if not any(name in own for own in model_weights(read_checkpoint(path, whole=False), path, key)):
         raise RunError(f"{path} is not a {kind} checkpoint: it has no {name}")
@@ -246,10 +247,10 @@ def check_kind(path: str, name: str, kind: str, key: str = "") -> None:
 
 
 def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> None:
-    """Load all weights of a checkpoint (those under `key`) into a model of the very same shape.
+    """Load the weights of a checkpoint (those under `key`) into a model with exactly these weights.
 
     Raises:
-        RunError: unreadable, or of another model.
+        RunError: unreadable, or missing, unknown or differently shaped weights.
     """
     weights = model_weights(read_checkpoint(path), path, key)
     own = model.state_dict()
@@ -272,15 +273,15 @@ def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> No
 def load_encoder(
     model: torch.nn.Module, path: str | Path, need_head: bool = False, key: str = "", prefix: str = ""
 ) -> None:
-    """Load what fits from a pretraining or a fine-tuned checkpoint into a classifier, and say what did.
+    """Load the matching weights of a pretraining or fine-tuned checkpoint into a classifier, and log which.
 
-    From a pretraining checkpoint the encoder is taken (``encoder.`` or ``backbone.`` prefix). A head for another
-    number of classes is left out.
+    From a pretraining checkpoint the encoder is loaded (``encoder.`` or ``backbone.`` prefix). A head with another
+    number of classes is skipped.
 
     Args:
-        need_head: the model is to be used as it is, so that head and final norm must be there.
-        key: where in the file the weights are, or several places with ``|`` between; empty looks.
-        prefix: what their names begin with, besides.
+        need_head: head and final norm must be in the checkpoint, since the model is used without training.
+        key: see model_weights.
+        prefix: additional prefix of the names in the file.
     Raises:
         RunError: unreadable, of another size, or without an encoder.
     """
@@ -311,5 +312,5 @@ def load_encoder(
 
 
 def _names(names: list[str]) -> str:
-    """A list of names, cut short."""
+    """The first names of a list, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"

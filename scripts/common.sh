@@ -1,11 +1,17 @@
 # shellcheck shell=bash
-# Sourced by scripts/pretrain/*.sh once their variables are set.
+# Sourced by the recipes in scripts/pretrain, finetune, test and severe after they set their own variables.
 #
-# Sets ROOT (the repository), UPDATE_FREQ (accumulation that keeps the total batch of the recipe) and LAUNCH (the
-# command that starts one process a GPU), and defines require_paths. More variables, all from the environment:
-: "${TOTAL_BATCH:=256}"   # clips an optimizer step, masks counted
-: "${MAX_RESTARTS:=3}"    # times torchrun starts the processes again after a failure; the run then resumes
-: "${LAUNCHER:=torchrun}" # or srun, inside a Slurm job (scripts/slurm)
+# Sets ROOT (the repository), UPDATE_FREQ (accumulation that keeps the recipe's total batch) and LAUNCH (the command that
+# starts one process per GPU), and defines require_paths. Variables that are the same for all recipes; set them in the
+# environment:
+: "${NODES:=1}"
+: "${NODE_RANK:=0}"           # of this node, from 0
+: "${MASTER_ADDR:=127.0.0.1}" # of node 0
+: "${MASTER_PORT:=29500}"     # a free port on node 0
+: "${NUM_WORKERS:=10}"        # loader processes per GPU
+: "${TOTAL_BATCH:=256}"       # clips per optimizer step, masks counted
+: "${MAX_RESTARTS:=3}"        # how often torchrun restarts failed processes; the run then resumes
+: "${LAUNCHER:=torchrun}"     # or srun, inside a Slurm job (scripts/slurm)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -14,7 +20,7 @@ die() {
   exit 1
 }
 
-# require_paths NAME...: the files or folders that these variables name must exist, unless they lie on the hub.
+# require_paths NAME...: stops unless the path in each of these variables exists or is on the Hugging Face hub (hf://).
 require_paths() {
   local name
   for name in "$@"; do
@@ -25,10 +31,10 @@ require_paths() {
 per_pass=$((GPUS * NODES * BATCH_SIZE))
 ((per_pass > 0 && TOTAL_BATCH % per_pass == 0)) ||
   die "GPUS $GPUS x NODES $NODES x BATCH_SIZE $BATCH_SIZE = $per_pass does not divide TOTAL_BATCH $TOTAL_BATCH"
-# shellcheck disable=SC2034 # the recipes use it
+# shellcheck disable=SC2034 # used by the recipes
 UPDATE_FREQ=$((TOTAL_BATCH / per_pass))
 
-# The environment that quickstart.sh made, if no other is active.
+# Use the environment that quickstart.sh made if no other is active.
 if ! command -v torchrun >/dev/null && [[ -x $ROOT/.venv/bin/torchrun ]]; then
   PATH=$ROOT/.venv/bin:$PATH
 fi
@@ -37,7 +43,7 @@ case $LAUNCHER in
     LAUNCH=(torchrun --nnodes "$NODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
       --master_port "$MASTER_PORT" --nproc_per_node "$GPUS" --max-restarts "$MAX_RESTARTS")
     ;;
-  srun) # Without --kill-on-bad-exit, so that every process gets to save itself when the job has to stop.
+  srun) # --kill-on-bad-exit=0: each process saves its state when the job has to stop
     LAUNCH=(srun --nodes "$NODES" --ntasks-per-node "$GPUS" --kill-on-bad-exit=0 --wait=60 python -u)
     ;;
   *) die "LAUNCHER=$LAUNCHER: choose torchrun or srun" ;;

@@ -1,16 +1,14 @@
 # shellcheck shell=bash
-# Sourced by scripts/finetune/linear_probe_*.sh before common.sh.
+# Sourced by scripts/finetune/linear_probe_*.sh: turns RECIPE and ENCODER into options (PROBE) and sources common.sh.
 #
-# Of RECIPE and ENCODER it makes PROBE (options) and SOURCE_PATHS (variables whose paths must exist), and sets
-# BATCH_SIZE and TOTAL_BATCH unless they are given.
-#   ours   Ten classifiers, one for each learning rate and weight decay, learn side by side after a BatchNorm on the
-#          same features of crops and flips; the best by validation is tested.
-#   sigma  SIGMA's, the only one of this family that is published: the final LayerNorm and one classifier learn, with
-#          all augmentation of fine-tuning; 24 videos on each of 8 GPUs, 2 passes a step, 2 augmentations of each video.
-# ENCODER names an image model of open_clip or timm that takes the place of MODEL_PATH, such as ViT-B-16 for CLIP's: a
-# video is the mean of its frames' features. With --attentive_probe in place of --linear_probe, tokens are pooled by
-# learned attention.
-: "${ENCODER_WEIGHTS:=}"                          # of ENCODER; empty: openai, or timm's own
+# RECIPE=ours   Trains ten linear classifiers side by side, one for each learning rate and weight decay, on BatchNorm of
+#               the frozen features of crops and flips. Tests the classifier with the best validation accuracy.
+# RECIPE=sigma  SIGMA's recipe, the only published one of this family: trains the final LayerNorm and one classifier with
+#               the augmentation of fine-tuning: 8 GPUs x 24 videos x 2 passes, 2 augmentations of each video.
+# ENCODER       An image model of open_clip or timm to probe instead of MODEL_PATH, for example ViT-B-16 for CLIP; video
+#               features are the mean over frames. Only with RECIPE=ours.
+# Add --attentive_probe to pool tokens with learned attention instead of their mean.
+: "${ENCODER_WEIGHTS:=}" # of ENCODER; empty: openai for CLIP, else timm's default
 
 case $RECIPE in
   ours)
@@ -30,9 +28,10 @@ case $RECIPE in
 esac
 if [[ -n $ENCODER ]]; then
   PROBE+=(--encoder "$ENCODER" --encoder_weights "$ENCODER_WEIGHTS")
-  SOURCE_PATHS=(DATA_PATH)
+  required=(DATA_PATH)
 else
   PROBE+=(--finetune "$MODEL_PATH")
-  # shellcheck disable=SC2034 # the recipes use it
-  SOURCE_PATHS=(DATA_PATH MODEL_PATH)
+  required=(DATA_PATH MODEL_PATH)
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+require_paths "${required[@]}"

@@ -121,7 +121,7 @@ def test_names_and_shapes_equal_the_released_ones(size):
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     assert ours == released_shapes(width, depth, 400) and len(ours) == number
     assert {block.attn.num_heads for block in model.blocks} == {heads}  # they leave no trace in the shapes
-    assert (model.embed_dim, model.depth) == (width, depth)
+    assert (model.embed_dim, len(model.blocks)) == (width, depth)
 
 
 def test_our_names_are_not_in_the_registry_of_timm():

@@ -1,5 +1,6 @@
 """Teachers from timm against timm itself, the demo teacher against two photographs, and teachers in half precision."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def test_the_demo_teacher_knows_what_is_in_a_photograph():
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         with torch.no_grad():
             assert int(network((pixels - 0.5) / 0.5).argmax()) in classes
+
+
+def test_the_written_file_is_a_teacher(tmp_path):
+    path = tmp_path / "teacher.pth"
+    demo_teacher.main(argparse.Namespace(output=path))
+    teacher = build_teacher("timm", "tf_efficientnet_lite0", str(path), "own", (4, 4), 96)
+    weights = demo_teacher.demo_weights()
+    assert all(torch.equal(value, weights[name]) for name, value in teacher.tower.state_dict().items())
+    assert teacher(random_clips(2, side=64)).shape == (1, 16, 320)
 
 
 @pytest.mark.parametrize("state", ["missing", "empty", "damaged"])

@@ -42,6 +42,7 @@ def test_recipe_without_video(run_script, tmp_path, stage, kind):
     blank = kind in ("black", "noise")
     expected = vars(program_args(command)) | {
         "background": kind,
+        "given": args.given,  # which options were named: not the same ones
         "data_path": "" if blank else str(tmp_path / "my train.csv"),
         "epoch_size": 77270 if blank else 0,
         "target_type": "pixel",

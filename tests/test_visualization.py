@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
@@ -132,38 +133,16 @@ def test_frames_are_lit_by_attention(rng):
 # Layout ---------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_become_the_colours_of_the_bar():
-    row = Row("", np.array([[[0.0, 2.0], [1.0, np.nan]]]), Scale(0.0, 2.0, ""))
-    cells = visualization.cells(row, 40)
-    inferno = matplotlib.colormaps["inferno"]
-    for place, value in {(10, 10): 0.0, (10, 30): 1.0, (30, 10): 0.5}.items():
-        np.testing.assert_array_equal(cells[0][place], inferno(value, bytes=True)[:3])
-    assert (cells[0, 20:, 20:] == visualization.UNKNOWN).all()
-    assert len(np.unique(cells[0].reshape(-1, 3), axis=0)) == 4  # sharp squares
-
-
-@pytest.mark.parametrize("size, tokens", [(224, 14), (80, 5), (384, 24), (112, 7)])
-def test_tokens_are_squares_of_whole_pixels(size, tokens):
-    rows = [Row("", np.zeros((2, size, size, 3), np.uint8)), Row("", np.zeros((2, tokens, tokens)), Scale(0, 1, ""))]
-    side = visualization.cell_side(rows, 150)
-    assert side % tokens == 0 and 120 < side < 180
-
-
 @pytest.fixture
-def sheets(monkeypatch):
-    """Sheets as they are drawn, and their pixels before the cells go onto them."""
-    drawn, pixels = [], visualization.Sheet.pixels
-
-    def keep(sheet):
-        drawn.append((sheet, pixels(sheet)))
-        return drawn[-1][1].copy()
-
-    monkeypatch.setattr(visualization.Sheet, "pixels", keep)
-    return drawn
+def drawn(monkeypatch):
+    """Figures in the order of their pages."""
+    figures, pixels = [], visualization.pixels
+    monkeypatch.setattr(visualization, "pixels", lambda figure: figures.append(figure) or pixels(figure))
+    return figures
 
 
 @pytest.mark.parametrize("steps, students", [(2, True), (16, True), (2, False)])
-def test_nothing_overlaps(rng, sheets, steps, students):
+def test_nothing_overlaps(rng, drawn, steps, students):
     grid, frames = (steps, 3, 3), 2 * steps
     clip, mask = rng.integers(0, 200, (frames, 48, 48, 3), dtype=np.uint8), np.tile(rng.permutation(9) < 6, steps)
     boxes = np.tile([[[10, 5, 30, 25]]], (1, frames, 1))
@@ -171,36 +150,36 @@ def test_nothing_overlaps(rng, sheets, steps, students):
     rows = visualization.pretraining_rows(clip, clip, boxes, mask, rng.normal(size=(9 * steps, 8)), grid, predictions)
     others = visualization.attention_rows(clip, np.full(9 * steps, 1 / (9 * steps)), grid)
     title = ("a-checkpoint, sample 3", "/a/very/long/path/" * 20 + "video.mp4")
-    for make in (visualization.picture, lambda *args: next(visualization.movie(*args))):
-        for arguments in ((rows,), (others, GUESSES)):
-            page = make(title, arguments[0], np.arange(frames) * 40 + 1000, *arguments[1:])
-            sheet, before = sheets.pop()
-            texts = check_texts(sheet.figure)
+    captions = [f"frame {number}, 9.99 s" for number in np.arange(frames) * 40 + 1000]
+    for arguments in ((rows, captions), (others, captions, GUESSES)):
+        next(visualization.movie(title, *arguments))
+        for figure in (visualization.picture(title, *arguments), drawn.pop()):
+            texts = check_texts(figure)
             assert {title[0], *(row.title for row in arguments[0])} <= set(texts)
-            assert any(text.startswith("…") and text.endswith("video.mp4") for text in texts)
-            assert page.shape == before.shape == (sheet.height, sheet.width, 3)
-            changed = (page != before).any(axis=2)
-            assert changed.mean() > 0.3 and (before[changed] == 255).all()  # cells lie on white paper
+            assert any("…" in text and text.endswith("video.mp4") for text in texts)
+            assert len(arguments) == 2 or {"93.0%", "4.0%", "other"} <= set(texts)
+            cells = [axes.get_window_extent() for axes in figure.axes if axes.images]
+            assert cells and not any(a.overlaps(b) for a, b in combinations(cells, 2))
 
 
-def test_a_picture_shows_the_right_step_in_each_column(rng, sheets):
+def test_every_cell_shows_its_step_in_its_column_under_its_caption():
+    """In the pixels of the page: frames of one grey each, numbers in the colours of the bar, unknown ones grey."""
     frames = np.arange(0, 240, 15, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
     steps = np.arange(8, dtype=float)[:, None, None] * np.ones((1, 2, 2))
-    page = visualization.picture(
-        ("", ""), [Row("f", frames), Row("t", steps, Scale(0.0, 7.0, ""))], [f"frame {n}" for n in range(100, 116)]
-    )
-    sheet, before = sheets.pop()
-    columns = (page != before).any(axis=(0, 2))
-    middles = [int(np.mean(part)) for part in np.split(*spans(columns))]
-    assert [page[150, x, 0] for x in middles] == list(frames[::2, 0, 0, 0])
-    texts = [text.get_text() for text in sheet.figure.texts]
-    assert [text for text in texts if text.startswith("frame")] == [f"frame {n}" for n in range(100, 116, 2)]
-
-
-def spans(columns):
-    """Arguments of np.split that give the indices of each run of True."""
-    indices = np.flatnonzero(columns)
-    return indices, np.flatnonzero(np.diff(indices) > 1) + 1
+    steps[2] = np.nan
+    rows = [Row("f", frames), Row("t", steps, Scale(0.0, 7.0, ""))]
+    figure = visualization.picture(("", ""), rows, [f"frame {n}" for n in range(100, 116)])
+    page = visualization.pixels(figure)
+    cells = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in cells[:8]] == [f"frame {n}" for n in range(100, 116, 2)]
+    places = np.array([axes.get_window_extent().get_points().mean(axis=0) for axes in cells])  # x, y from below
+    x, y = np.split(places.reshape(2, 8, 2).round().astype(int), 2, axis=2)
+    assert (x[0] == x[1]).all() and (np.diff(x[0, :, 0]) > 50).all() and (y[0] > y[1]).all()
+    shown = page[figure.bbox.height.astype(int) - y[..., 0], x[..., 0]]
+    np.testing.assert_array_equal(shown[0], frames[::2, 0, 0])
+    expected = matplotlib.colormaps["inferno"](np.arange(8) / 7, bytes=True)[:, :3]
+    expected[2] = visualization.UNKNOWN
+    np.testing.assert_array_equal(shown[1], expected)
 
 
 # Files ----------------------------------------------------------------------------------------------------------

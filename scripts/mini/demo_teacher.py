@@ -53,10 +53,10 @@ def demo_weights() -> dict[str, torch.Tensor]:
     Raises:
         RunError: there is no package, or its file is damaged.
     """
-    path = package_weights()
-    try:
-        state = rename_lite0(timm.models.load_state_dict(str(path)))
-        timm.create_model(MODEL).load_state_dict(state)
+    path, network = package_weights(), timm.create_model(MODEL)
+    try:  # both list the same tensors in the order of the network
+        state = timm.models.remap_state_dict(timm.models.load_state_dict(str(path)), network, allow_reshape=False)
+        network.load_state_dict(state)
     except Exception as error:  # pickle, zip and torch each fail in their own ways
         raise RunError(f"{path}: the demo teacher's weights are damaged: {REMEDY}") from error
     return state

@@ -3,8 +3,7 @@
 #
 # 150 of 801 scheduled epochs. Every clip is trained with two masks, so the paper counts them as 300; with
 # stage 2 they make its "600 epochs" model. For "1200 epochs": STOP_EPOCH=400 here and 200 in stage 2.
-# Ends with checkpoint-149.pth: epochs are numbered from 0. Started again, it goes on where it stopped.
-# Options of run_smile_pretraining.py may follow: bash scripts/pretrain/k400_vit_b_1st_stage.sh --dry_run
+# Last checkpoint: checkpoint-149.pth (epochs count from 0). Run again to resume. Options may follow, such as --dry_run.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/k400/train.csv}"      # a line `path label` for each video (annotation_files/README.md)
@@ -12,13 +11,8 @@ set -euo pipefail
 : "${OUTPUT_DIR:=output/k400_vit_b_1st_stage}" # checkpoints, log.txt, TensorBoard
 : "${CLIP_WEIGHTS:=openai}"                    # fetched by open_clip; or a local file
 : "${STOP_EPOCH:=150}"                         # passes over the list
-: "${GPUS:=8}"                                 # of each node
-: "${NODES:=1}"
-: "${NODE_RANK:=0}"                            # of this node, from 0
-: "${MASTER_ADDR:=127.0.0.1}"                  # of node 0
-: "${MASTER_PORT:=29500}"                      # a free one there
-: "${BATCH_SIZE:=32}"                          # clips a GPU and pass; gradients accumulate to 256
-: "${NUM_WORKERS:=10}"                         # loader processes a GPU
+: "${GPUS:=8}"                                 # per node; for several nodes see scripts/common.sh
+: "${BATCH_SIZE:=32}"                          # clips per GPU and pass; gradients accumulate to 256
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths DATA_PATH OBJECTS_PATH
@@ -34,5 +28,4 @@ require_paths DATA_PATH OBJECTS_PATH
   --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
   --opt adamw --opt_betas 0.9 0.95 --lr 1.5e-4 --min_lr 1e-5 --weight_decay 0.05 \
   --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
-  "$@"
+  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"

@@ -5,9 +5,7 @@
 # one of each video of the list DATA_PATH). The paper's table has ViT-S and pixels as target; it does not say epochs,
 # learning rate and the length of an epoch: these are k400_vit_s's, and Mini-Kinetics' number of clips.
 # The table has no second stage that we know of: this script alone may be what it compares.
-# Ends with checkpoint-199.pth: epochs are numbered from 0. Started again, it goes on where it stopped.
-# Options of run_smile_pretraining.py may follow:
-# BACKGROUND=black bash scripts/pretrain/no_video_vit_s_1st_stage.sh --dry_run
+# Last checkpoint: checkpoint-199.pth (epochs count from 0). Run again to resume. Options may follow, such as --dry_run.
 set -euo pipefail
 
 : "${BACKGROUND:=noise}"                       # black, noise, image or frame
@@ -16,13 +14,8 @@ set -euo pipefail
 : "${OBJECTS_PATH:=/path/to/objects}"          # cut-outs: <category>/<name>.png (INSTALL.md)
 : "${OUTPUT_DIR:=output/no_video_vit_s_1st_stage}" # checkpoints, log.txt, TensorBoard
 : "${STOP_EPOCH:=200}"                         # passes over the list
-: "${GPUS:=8}"                                 # of each node
-: "${NODES:=1}"
-: "${NODE_RANK:=0}"                            # of this node, from 0
-: "${MASTER_ADDR:=127.0.0.1}"                  # of node 0
-: "${MASTER_PORT:=29500}"                      # a free one there
-: "${BATCH_SIZE:=32}"                          # clips a GPU and pass; gradients accumulate to 256
-: "${NUM_WORKERS:=10}"                         # loader processes a GPU
+: "${GPUS:=8}"                                 # per node; for several nodes see scripts/common.sh
+: "${BATCH_SIZE:=32}"                          # clips per GPU and pass; gradients accumulate to 256
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths OBJECTS_PATH
@@ -45,5 +38,4 @@ esac
   --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
   --opt adamw --opt_betas 0.9 0.95 --lr 1.5e-4 --min_lr 1e-5 --weight_decay 0.05 \
   --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
-  "$@"
+  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"

@@ -3,8 +3,7 @@
 #
 # The paper's model has "800 epochs" (both masks of a clip counted), so 400 here. We do not know how these divide
 # between the stages: 200 and 200 is our assumption, and so are the learning rate and warm-up of Kinetics.
-# Ends with checkpoint-199.pth: epochs are numbered from 0. Started again, it goes on where it stopped.
-# Options of run_smile_pretraining.py may follow: bash scripts/pretrain/ssv2_vit_b_2nd_stage.sh --dry_run
+# Last checkpoint: checkpoint-199.pth (epochs count from 0). Run again to resume. Options may follow, such as --dry_run.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ssv2/train.csv}"            # a line `path label` for each video (annotation_files/README.md)
@@ -12,13 +11,8 @@ set -euo pipefail
 : "${FIRST_STAGE_CKPT:=output/ssv2_vit_b_1st_stage/checkpoint-199.pth}" # where stage 1 ended
 : "${CLIP_WEIGHTS:=openai}"                          # fetched by open_clip; or a local file
 : "${STOP_EPOCH:=200}"                               # passes over the list
-: "${GPUS:=8}"                                       # of each node
-: "${NODES:=1}"
-: "${NODE_RANK:=0}"                                  # of this node, from 0
-: "${MASTER_ADDR:=127.0.0.1}"                        # of node 0
-: "${MASTER_PORT:=29500}"                            # a free one there
-: "${BATCH_SIZE:=32}"                                # clips a GPU and pass; gradients accumulate to 256
-: "${NUM_WORKERS:=10}"                               # loader processes a GPU
+: "${GPUS:=8}"                                       # per node; for several nodes see scripts/common.sh
+: "${BATCH_SIZE:=32}"                                # clips per GPU and pass; gradients accumulate to 256
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths DATA_PATH FIRST_STAGE_CKPT
@@ -34,5 +28,4 @@ require_paths DATA_PATH FIRST_STAGE_CKPT
   --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
   --opt adamw --opt_betas 0.9 0.95 --lr 1.5e-4 --min_lr 1e-5 --weight_decay 0.05 \
   --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
-  "$@"
+  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"

@@ -2,23 +2,16 @@
 # SEVERE, similar actions: fine-tune ViT-B on UB-S1, fifteen circles of Gym-99's uneven bars, and test it.
 #
 # The recipe is ours, that of Gym-99 with more epochs.
-# SEVERE.md says what is the benchmark's and what is not.
-# Validates as it trains, then tests the best weights (checkpoint-best.pth) on 5 x 3 views, and prints the cell's row.
-# Started again, it goes on where it stopped. Options of run_class_finetuning.py may follow:
-# bash scripts/severe/ub_s1.sh --dry_run
+# Validates during training, then tests the best checkpoint on 5 x 3 views, and prints the cell's row.
+# SEVERE.md: what is the benchmark's, what is ours. Run again to resume. Options may follow, such as --dry_run.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ub_s1}"       # folder with train.csv, val.csv, test.csv (make_lists.py finegym --part ub-s1)
 : "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
 : "${OUTPUT_DIR:=output/severe/ub_s1}" # checkpoints, log.txt, TensorBoard, scores of the test
-: "${GPUS:=4}"                         # of each node
-: "${NODES:=1}"
-: "${NODE_RANK:=0}"                    # of this node, from 0
-: "${MASTER_ADDR:=127.0.0.1}"          # of node 0
-: "${MASTER_PORT:=29500}"              # a free one there
-: "${BATCH_SIZE:=8}"                   # videos a GPU and pass
-: "${TOTAL_BATCH:=32}"                 # videos an optimizer step; gradients accumulate to it
-: "${NUM_WORKERS:=10}"                 # loader processes a GPU
+: "${GPUS:=4}"                         # per node; for several nodes see scripts/common.sh
+: "${BATCH_SIZE:=8}"                   # videos per GPU and pass
+: "${TOTAL_BATCH:=32}"                 # videos per optimizer step; gradients accumulate to it
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths DATA_PATH MODEL_PATH
@@ -32,6 +25,5 @@ require_paths DATA_PATH MODEL_PATH
   --drop_path 0.1 --fc_drop_rate 0 \
   --warmup_epochs 5 --epochs 100 --save_ckpt_freq 20 \
   --aa rand-m7-n4-mstd0.5-inc1 --reprob 0.25 --smoothing 0.1 --mixup 0.8 --cutmix 1.0 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
-  "$@"
+  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
 python "$ROOT/scripts/severe/severe_table.py" "ub_s1=$OUTPUT_DIR"

@@ -3,23 +3,16 @@
 #
 # Which 1,010 is the benchmark's choice; they are written to train_subset.csv. The recipe is ours, that of
 # scripts/finetune/finetune_ucf101_vit_b.sh.
-# SEVERE.md says what is the benchmark's and what is not.
-# Validates as it trains, then tests the best weights (checkpoint-best.pth) on 5 x 3 views, and prints the cell's row.
-# Started again, it goes on where it stopped. Options of run_class_finetuning.py may follow:
-# bash scripts/severe/ucf101_1k.sh --dry_run
+# Validates during training, then tests the best checkpoint on 5 x 3 views, and prints the cell's row.
+# SEVERE.md: what is the benchmark's, what is ours. Run again to resume. Options may follow, such as --dry_run.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ucf101}"          # folder with train.csv, val.csv, test.csv (make_lists.py ucf101 --fold 1)
 : "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
 : "${OUTPUT_DIR:=output/severe/ucf101_1k}" # checkpoints, log.txt, TensorBoard, scores of the test
-: "${GPUS:=4}"                             # of each node
-: "${NODES:=1}"
-: "${NODE_RANK:=0}"                        # of this node, from 0
-: "${MASTER_ADDR:=127.0.0.1}"              # of node 0
-: "${MASTER_PORT:=29500}"                  # a free one there
-: "${BATCH_SIZE:=8}"                       # videos a GPU and pass
-: "${TOTAL_BATCH:=64}"                     # videos an optimizer step; gradients accumulate to it
-: "${NUM_WORKERS:=10}"                     # loader processes a GPU
+: "${GPUS:=4}"                             # per node; for several nodes see scripts/common.sh
+: "${BATCH_SIZE:=8}"                       # videos per GPU and pass
+: "${TOTAL_BATCH:=64}"                     # videos per optimizer step; gradients accumulate to it
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths DATA_PATH MODEL_PATH
@@ -33,6 +26,5 @@ require_paths DATA_PATH MODEL_PATH
   --drop_path 0.2 --fc_drop_rate 0.5 \
   --warmup_epochs 5 --epochs 100 --val_freq 5 --save_ckpt_freq 20 \
   --aa rand-m7-n4-mstd0.5-inc1 --reprob 0.25 --smoothing 0.1 --mixup 0.8 --cutmix 1.0 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
-  "$@"
+  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
 python "$ROOT/scripts/severe/severe_table.py" "ucf101_1k=$OUTPUT_DIR"

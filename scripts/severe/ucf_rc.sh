@@ -1,24 +1,19 @@
 #!/usr/bin/env bash
 # SEVERE, another task: train ViT-B to count repetitions (UCFRep), and count those of the val set.
 #
-# The schedule is the benchmark's; SEVERE.md says what is and what is not.
-# Counts val after each epoch, at the end with the best weights (checkpoint-best.pth), and prints the cell's row.
-# Started again, it goes on where it stopped. Options of run_repetition_counting.py may follow:
-# bash scripts/severe/ucf_rc.sh --dry_run
+# The schedule is the benchmark's.
+# Counts val after each epoch, at the end with the best checkpoint, and prints the cell's row.
+# SEVERE.md: what is the benchmark's, what is ours. Run again to resume. Options may follow, such as --dry_run.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ucfrep}"       # annotations: folder with train/*.mat and val/*.mat (ucf526_annotations.zip)
 : "${DATA_ROOT:=/path/to/UCF-101}"      # the videos of UCF101, <class>/<name>.avi
 : "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
 : "${OUTPUT_DIR:=output/severe/ucf_rc}" # checkpoints, log.txt, TensorBoard, counts of the test
-: "${GPUS:=4}"                          # of each node
-: "${NODES:=1}"
-: "${NODE_RANK:=0}"                     # of this node, from 0
-: "${MASTER_ADDR:=127.0.0.1}"           # of node 0
-: "${MASTER_PORT:=29500}"               # a free one there
-: "${BATCH_SIZE:=8}"                    # training segments a GPU and pass
+: "${GPUS:=4}"                          # per node; for several nodes see scripts/common.sh
+: "${BATCH_SIZE:=8}"                    # training segments per GPU and pass
 : "${TOTAL_BATCH:=32}"                  # of an optimizer step; gradients accumulate to it
-: "${NUM_WORKERS:=4}"                   # loader processes a GPU
+: "${NUM_WORKERS:=4}"                   # loader processes per GPU
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths DATA_PATH DATA_ROOT MODEL_PATH
@@ -30,6 +25,5 @@ require_paths DATA_PATH DATA_ROOT MODEL_PATH
   --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
   --opt adam --opt_betas 0.9 0.999 --lr 4e-4 --min_lr 4e-4 --weight_decay 1e-3 --layer_decay 1 \
   --epochs 100 --save_ckpt_freq 20 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" \
-  "$@"
+  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
 python "$ROOT/scripts/severe/severe_table.py" "ucf_rc=$OUTPUT_DIR"
