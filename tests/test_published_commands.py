@@ -121,10 +121,7 @@ def test_torch_distributed_launch(clips, tmp_path):
         *options_of(VIDEOMAE, DATA=data, OUT=tmp_path),
         *TINY,
         *SMALL,
-        "--batch_size",
-        "4",
-        "--target_type",
-        "pixel",
+        *"--batch_size 4 --target_type pixel".split(),
     ]
     result = subprocess.run(
         [sys.executable, *launcher, NAME, *options], cwd=ROOT, capture_output=True, text=True, timeout=300

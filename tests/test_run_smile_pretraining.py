@@ -101,11 +101,7 @@ def two_processes(data_args, reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
+        *"-m torch.distributed.run --standalone --nproc_per_node 2".split(),
         ROOT / NAME,
         *TINY,
         *TRAIN,

@@ -117,10 +117,7 @@ def test_a_batch_that_does_not_fit_is_one_clear_line(run_script):
 def test_everything_comes_from_the_environment(run_script, tmp_path):
     _, (command,) = run_script(
         RECIPES[0],
-        "--seed",
-        "7",
-        "--stop_epoch",
-        "3",
+        *"--seed 7 --stop_epoch 3".split(),
         OUTPUT_DIR="out dir",
         CLIP_WEIGHTS="/w/ViT-B-16.pt",
         STOP_EPOCH="400",
