@@ -27,7 +27,7 @@ from fixtures_scripts import (
     program_of,
     write_stubs,
 )
-from fixtures_video import ROOT, free_port, write_list
+from fixtures_video import ROOT, write_list
 
 from modeling_finetune import MODELS
 
@@ -283,16 +283,6 @@ def test_fine_tuning_commands_run(trainings, run, clips, tmp_path):
     for options in trainings["run_class_finetuning.py"].values():
         result = run(*options, *small, "--batch_size", "2", "--short_side_size", "32")
         assert result.code == 0 and "steps went well" in result.out, f"{options}\n{result.err}"
-
-
-def test_torch_distributed_launch(clips, tmp_path):
-    """The launcher of the published scripts, which torch still has."""
-    data = write_list(tmp_path / "list.csv", clips.values())
-    launcher = f"-m torch.distributed.launch --use_env --nproc_per_node 1 --master_port {free_port()}".split()
-    options = [*VIDEOMAE.split(), *TINY, *SMALL, "--batch_size", "4", "--target_type", "pixel", "--data_path", data]
-    command = [sys.executable, *launcher, NAME, *options]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and "steps went well" in result.stdout, result.stderr
 
 
 # Links --------------------------------------------------------------------------------------------------------------

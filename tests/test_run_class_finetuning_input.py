@@ -255,20 +255,9 @@ def test_a_few_videos_of_many_may_be_missing(run, data, trained, tmp_path):
     for name in ("train", "val", "test"):
         lines = (data / "val.csv").read_text().splitlines() * 8
         (tmp_path / "data" / f"{name}.csv").write_text("\n".join([*lines[:20], "gone.mp4 1", *lines[20:]]))
-    few = ["--epochs", "1", "--num_sample", "1", "--test_num_segment", "1", "--test_num_crop", "1"]
-    found = run(
-        *CUSTOM,
-        *TRAIN,
-        *few,
-        "--data_path",
-        tmp_path / "data",
-        "--finetune",
-        trained.best,
-        "--lr",
-        "0",
-        "--output_dir",
-        tmp_path / "run",
-    )
+    few = "--epochs 1 --num_sample 1 --test_num_segment 1 --test_num_crop 1 --lr 0".split()
+    paths = ["--data_path", tmp_path / "data", "--finetune", trained.best, "--output_dir", tmp_path / "run"]
+    found = run(*CUSTOM, *TRAIN, *few, *paths)
     assert found.code == 0 and "counted as wrong, gone.mp4 could not be read: no such file" in found.out, found.all
     log = log_of(tmp_path / "run")
     assert test_metrics_of(log)[0]["videos"] == 49 and test_metrics_of(log)[0]["unreadable"] == 1
