@@ -55,6 +55,13 @@ def launcher_option(command, name):
     return command[command.index(name) + 1]
 
 
+def check_defaults(args, recipe):
+    """`recipe`: name and value in turn, as words."""
+    for name, value in zip(recipe[::2], recipe[1::2], strict=True):
+        held = getattr(args, name)
+        assert str(held).replace(" ", "") == value or held == float(value), (name, held)
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """A function that runs a script with stubs and variables; gives the result and the commands it started."""

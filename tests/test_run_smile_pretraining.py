@@ -183,6 +183,17 @@ def test_a_run_that_is_told_to_stop_saves_itself_and_goes_on_exactly(start, data
     assert same_as(reference, tmp_path) and not (tmp_path / LATEST).exists()
 
 
+def test_a_run_goes_on_with_options_that_were_changed(start, data_args, reference, tmp_path):
+    """Between epochs: the batch and the rate are those of the new command, the weights those of the checkpoint."""
+    shutil.copy(reference.folder / "checkpoint-0.pth", tmp_path)
+    changed = "--lr 0 --min_lr 0 --batch_size 8 --update_freq 2".split()
+    result = start(*TINY, *TRAIN, *data_args, *changed, "--output_dir", tmp_path).end()
+    assert result.code == 0 and "checkpoint-0.pth at epoch 1, step 0" in result.out, result.err
+    [line] = log_of(tmp_path)
+    assert (line["epoch"], line["steps"], line["lr"]) == (1, STEPS // 2, 0) and line["train_loss"] > 0
+    assert largest_difference(last_weights(tmp_path), weights_of(tmp_path / "checkpoint-0.pth")) == 0
+
+
 def test_a_run_in_fp16_goes_on_with_its_loss_scale(start, data_args, tmp_path):
     """What `--precision auto` is on a V100."""
     options = [*TINY, *TRAIN, *data_args, "--update_freq", 2, "--precision", "fp16"]
