@@ -20,40 +20,14 @@ from meters import RunLog
 
 pytest_plugins = "fixtures_video"
 NAME = "run_class_finetuning.py"
-TINY = [
-    "--model",
-    "vit_tiny_patch16_224",
-    "--input_size",
-    "32",
-    "--num_frames",
-    "4",
-    "--sampling_rate",
-    "2",
-    "--num_workers",
-    "0",
-    "--log_interval",
-    "1",
-]
+TINY = """--model vit_tiny_patch16_224 --input_size 32 --num_frames 4 --sampling_rate 2 --num_workers 0
+    --log_interval 1""".split()
 PLAIN = ["--aa", "", "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--smoothing", "0", "--drop_path", "0"]
 TRAIN = [
     *TINY,
     *PLAIN,
-    "--batch_size",
-    "3",
-    "--num_sample",
-    "4",
-    "--lr",
-    "0.08",
-    "--layer_decay",
-    "1",
-    "--init_scale",
-    "1",
-    "--warmup_epochs",
-    "1",
-    "--test_num_segment",
-    "2",
-    "--test_num_crop",
-    "3",
+    *"""--batch_size 3 --num_sample 4 --lr 0.08 --layer_decay 1 --init_scale 1 --warmup_epochs 1
+    --test_num_segment 2 --test_num_crop 3""".split(),
 ]
 CUSTOM = ["--data_set", "custom", "--nb_classes", "3"]
 EPOCHS = 20
@@ -90,17 +64,21 @@ def server():
 
 @pytest.fixture
 def run(server, tmp_path):
-    """Run the program to its end, in one or more processes: code, and the first one's stdout and stderr."""
+    """Run the program to its end, in one or more processes: code, and the first one's stdout and stderr.
 
-    def run(*argv, processes=1, start_only=False, file=NAME, killed_at=None):
+    `others`: options that follow in all processes but the first.
+    """
+
+    def run(*argv, processes=1, start_only=False, file=NAME, killed_at=None, others=()):
         env = [{}]
         if processes > 1:
             shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             env = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         outputs = [tmp_path / f"rank{rank}" for rank in range(processes)]
+        argvs = [[str(a) for a in (*argv, *(others if rank else ()))] for rank in range(processes)]
         started = [
-            server.Process(target=program, args=([str(a) for a in argv], output, e, file, killed_at))
-            for output, e in zip(outputs, env)
+            server.Process(target=program, args=(words, output, e, file, killed_at))
+            for words, output, e in zip(argvs, outputs, env)
         ]
         for process in started:
             process.start()

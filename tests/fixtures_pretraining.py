@@ -21,46 +21,14 @@ from weights import read_checkpoint
 pytest_plugins = "fixtures_video"
 NAME = "run_smile_pretraining.py"
 STEPS, EPOCHS = 12, 2
-TINY = [
-    "--model",
-    "pretrain_videomae_tiny_patch16_224",
-    "--decoder_depth",
-    "1",
-    "--target_type",
-    "pixel",
-    "--num_frames",
-    "4",
-    "--sampling_rate",
-    "2",
-    "--input_size",
-    "48",
-    "--mask_ratio",
-    "0.7",
-    "--drop_path",
-    "0.2",
-    "--num_workers",
-    "1",
-    "--log_interval",
-    "1",
-    "--save_ckpt_freq",
-    "1",
-    "--max_bad_fraction",
-    "0.5",
-]
+TINY = """--model pretrain_videomae_tiny_patch16_224 --decoder_depth 1 --target_type pixel --num_frames 4
+    --sampling_rate 2 --input_size 48 --mask_ratio 0.7 --drop_path 0.2 --num_workers 1
+    --log_interval 1 --save_ckpt_freq 1 --max_bad_fraction 0.5""".split()
 TRAIN = [
-    "--multiple_sampling",
-    "--batch_size",
-    "4",
-    "--epochs",
-    "3",
+    *"--multiple_sampling --batch_size 4 --epochs 3".split(),
     "--stop_epoch",
     str(EPOCHS),
-    "--warmup_epochs",
-    "1",
-    "--lr",
-    "0.05",
-    "--weight_decay_end",
-    "0.1",
+    *"--warmup_epochs 1 --lr 0.05 --weight_decay_end 0.1".split(),
 ]
 
 

@@ -1,7 +1,6 @@
-"""Shell scripts of the project, run with stubs in place of what they start.
+"""Commands that shell scripts and documents start, caught by stubs in place of the programs.
 
-A pytest plugin (``pytest_plugins = "fixtures_scripts"``). torchrun, srun and scontrol are stubs that write down their
-arguments. No test here: PYTEST_DONT_REWRITE.
+A pytest plugin (``pytest_plugins = "fixtures_scripts"``). No test here: PYTEST_DONT_REWRITE.
 """
 
 import os
@@ -9,57 +8,80 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from fixtures_video import ROOT
 
-from run_smile_pretraining import get_args
+import run_class_finetuning
+import run_smile_pretraining
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = ROOT / "scripts"
+PRETRAIN, FINETUNE, TEST = (sorted((SCRIPTS / folder).glob("*.sh")) for folder in ("pretrain", "finetune", "test"))
+SEVERE = sorted(path for path in (SCRIPTS / "severe").glob("*.sh") if path.stem != "run_all")
+PROGRAMS = {module.__name__ + ".py": module for module in (run_smile_pretraining, run_class_finetuning)}
 STUB = """#!/usr/bin/env bash
-printf '%s\\0' "$(basename "$0")" "$@" >> "$STUB_LOG"
-printf '\\n' >> "$STUB_LOG"
+printf '%s\\0' "$(basename "$0")" "$@" $'\\n' >> "$STUB_LOG"
 [[ $(basename "$0") == scontrol ]] || exit "${STUB_EXIT:-0}"
 """
+
+
+def write_stubs(folder, *names):
+    """A folder of programs that only write down how they were called."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(STUB)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def caught(log):
+    """The commands that stubs wrote down, as lists of words."""
+    return [line.split("\0")[:-1] for line in log.read_text().split("\n\0") if line]
+
+
+def program_of(words):
+    """The Python file that a command starts, and the options that follow it; (None, words) if it starts none."""
+    for place, word in enumerate(words):
+        if word.endswith(".py") and "=" not in word:
+            return Path(word), words[place + 1 :]
+    return None, words
+
+
+def program_args(command):
+    """What the program of a caught command makes of its options."""
+    program, options = program_of(command)
+    return PROGRAMS[program.name].get_args(options)
+
+
+def launcher_option(command, name):
+    return command[command.index(name) + 1]
+
+
+def check_defaults(args, recipe):
+    """`recipe`: name and value in turn, as words."""
+    for name, value in zip(recipe[::2], recipe[1::2], strict=True):
+        held = getattr(args, name)
+        assert str(held).replace(" ", "") == value or held == float(value), (name, held)
 
 
 @pytest.fixture
 def run_script(tmp_path):
     """A function that runs a script with stubs and variables; gives the result and the commands it started."""
-    stubs = tmp_path / "bin"
-    stubs.mkdir()
-    for name in ("torchrun", "srun", "scontrol"):
-        (stubs / name).write_text(STUB)
-        (stubs / name).chmod(0o755)
-    for name in ("my train.csv", "stage1.pth"):
+    stubs, log = write_stubs(tmp_path / "bin", "torchrun", "srun", "scontrol"), tmp_path / "commands"
+    for name in ("my train.csv", "stage1.pth", "my model.pth"):
         (tmp_path / name).touch()
     (tmp_path / "objects").mkdir()
-    log = tmp_path / "commands"
     env = {
         "PATH": f"{stubs}:{os.environ['PATH']}",
         "STUB_LOG": str(log),
         "DATA_PATH": str(tmp_path / "my train.csv"),
         "OBJECTS_PATH": str(tmp_path / "objects"),
         "FIRST_STAGE_CKPT": str(tmp_path / "stage1.pth"),
+        "MODEL_PATH": str(tmp_path / "my model.pth"),
     }
 
     def call(script, *options, **variables):
         log.write_text("")
-        result = subprocess.run(
-            ["bash", str(script), *options],
-            env=env | variables,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        return result, [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+        words = ["bash", str(script), *options]
+        result = subprocess.run(words, env=env | variables, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return result, caught(log)
 
     return call
-
-
-def program_args(command):
-    """What run_smile_pretraining.py makes of a recorded command."""
-    program = next(i for i, word in enumerate(command) if word.endswith("/run_smile_pretraining.py"))
-    return get_args(command[program + 1 :])
-
-
-def launcher_option(command, name):
-    return command[command.index(name) + 1]

@@ -1,7 +1,6 @@
 """The fine-tuning program as it is used: training, resuming, testing and probing.
 
-Most runs are processes of a fork server (fixtures_finetuning.py); some are started from the command line, by python and
-by torchrun.
+Runs are processes of a fork server (fixtures_finetuning.py).
 """
 
 import csv
@@ -9,15 +8,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from fixtures_finetuning import CUSTOM, EPOCHS, NAME, PLAIN, ROOT, TINY, TRAIN, log_of, program, test_metrics_of
+from fixtures_finetuning import CUSTOM, EPOCHS, PLAIN, TINY, TRAIN, log_of, program, test_metrics_of
 from fixtures_video import free_port
 
 import run_smile_pretraining
@@ -81,26 +78,9 @@ def test_a_killed_run_goes_on_where_it_was(run, custom, trained, tmp_path):
 
 def test_two_processes_train_as_one_that_accumulates(run, custom, tmp_path):
     """With all augmentation: RandAugment, erasing, Mixup, drop path. And both test the best weights."""
-    options = [
-        *custom,
-        *TINY,
-        "--batch_size",
-        "2",
-        "--lr",
-        "0.2",
-        "--epochs",
-        "2",
-        "--warmup_epochs",
-        "1",
-        "--test_num_segment",
-        "1",
-        "--num_sample",
-        "2",
-        "--init_scale",
-        "1",
-        "--reprob",
-        "0.9",
-    ]
+    options = """--batch_size 2 --lr 0.2 --epochs 2 --warmup_epochs 1 --test_num_segment 1 --num_sample 2
+        --init_scale 1 --reprob 0.9""".split()
+    options = [*custom, *TINY, *options]
     one = run(*options, "--update_freq", "2", "--output_dir", tmp_path / "one")
     two = run(*options, "--output_dir", tmp_path / "two", processes=2)
     assert one.code == 0 and two.codes == [0, 0], one.all + two.all
@@ -122,21 +102,8 @@ def test_all_processes_test_the_best_weights_that_the_first_one_wrote(run, custo
 
 def test_an_average_of_the_weights_is_validated_and_tested(run, custom, trained, tmp_path):
     folder = tmp_path / "ema"
-    options = [
-        *custom,
-        *TRAIN,
-        "--finetune",
-        trained.best,
-        "--model_ema",
-        "--model_ema_decay",
-        "0.5",
-        "--lr",
-        "1e-3",
-        "--epochs",
-        "2",
-        "--output_dir",
-        folder,
-    ]
+    average = "--model_ema --model_ema_decay 0.5 --lr 1e-3 --epochs 2".split()
+    options = [*custom, *TRAIN, *average, "--finetune", trained.best, "--output_dir", folder]
     assert (found := run(*options)).code == 0, found.all
     best = read(folder / "checkpoint-best.pth")
     assert best["model"].keys() == best["model_ema"].keys()
@@ -329,30 +296,13 @@ def test_a_signal_ends_a_validation_which_is_made_later(run, custom, data, tmp_p
 # Testing --------------------------------------------------------------------------------------------------------
 
 
-def command_line(*argv, cwd, launcher=()):
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, *launcher, ROOT / NAME, *map(str, argv)],
-        cwd=cwd,
-        text=True,
-        timeout=300,
-        capture_output=True,
-        env={**env, "OMP_NUM_THREADS": "1"},
-    )
-
-
 def test_processes_that_do_not_divide_the_list_find_the_same(run, custom, trained, tmp_path):
-    """7 videos by 1, 3 and 2 processes, the last by torchrun: the same metrics and scores to the last digit."""
+    """7 videos by 1, 3 and 2 processes: the same metrics and scores to the last digit."""
     metrics, scores = [], []
     for processes in (1, 3, 2):
         folder = tmp_path / str(processes)
         argv = [*custom, *TRAIN, "--eval", "--finetune", trained.best, "--output_dir", folder]
-        if processes != 2:
-            assert (found := run(*argv, processes=processes)).code == 0, found.all
-        else:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            found = command_line(*argv, cwd=tmp_path, launcher=launcher)
-            assert found.returncode == 0, found.stdout + found.stderr
+        assert (found := run(*argv, processes=processes)).code == 0, found.all
         metrics += test_metrics_of(log_of(folder))
         with np.load(folder / "test_predictions.npz") as file:
             scores.append({name: file[name] for name in file})
@@ -378,18 +328,8 @@ def test_the_protocols_of_k400_and_ssv2(run, data, tmp_path):
         folder.mkdir()
         torch.save({"model": MODELS["vit_tiny_patch16_224"](num_classes=classes).state_dict()}, folder / "model.pth")
         (folder / "test.csv").write_text((data / "test.csv").read_text())
-        found = run(
-            "--data_set",
-            data_set,
-            "--data_path",
-            folder,
-            *TINY,
-            "--eval",
-            "--finetune",
-            folder / "model.pth",
-            "--output_dir",
-            folder,
-        )
+        given = ["--data_path", folder, "--finetune", folder / "model.pth", "--output_dir", folder]
+        found = run("--data_set", data_set, *TINY, "--eval", *given)
         assert found.code == 0, found.all
         with np.load(folder / "test_predictions.npz") as file:
             assert file["view_scores"].shape == (7, views, classes)
@@ -403,11 +343,11 @@ def test_another_input_than_the_checkpoints(run, custom, trained, tmp_path, size
     assert found.code == 0 and test_metrics_of(log_of(tmp_path / "run"))[0]["acc1"] > 40, found.all
 
 
-def test_predict_prints_the_likeliest_classes(custom, trained, data, tmp_path):
+def test_predict_prints_the_likeliest_classes(run, custom, trained, data):
     argv = [*custom, *TRAIN, "--finetune", trained.best, "--predict"]
-    found = command_line(*argv, data / "carphone_pristine 0.mp4", cwd=tmp_path)
-    rows = [line.split("  ", 1) for line in found.stdout.splitlines() if line[:2] in ("0.", "1.")]
-    assert found.returncode == 0 and len(rows) == 3 and rows[0][1] == "phoning", found.stdout + found.stderr
+    found = run(*argv, data / "carphone_pristine 0.mp4")
+    rows = [line.split("  ", 1) for line in found.out.splitlines() if line[:2] in ("0.", "1.")]
+    assert found.code == 0 and len(rows) == 3 and rows[0][1] == "phoning", found.all
     assert {row[1] for row in rows} == {"riding a bike", "a rabbit", "phoning"}
     values = [float(row[0]) for row in rows]
     assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(1, abs=2e-4)
@@ -490,18 +430,8 @@ def test_neighbours_of_a_trained_encoder_are_of_the_same_class(run, custom, trai
 
 def test_neighbours_among_few_videos(run, custom, trained, data, tmp_path):
     """One of all training videos is left, so that all answers are its class."""
-    found = run(
-        *custom,
-        *TRAIN,
-        "--knn",
-        3,
-        "--num_train_videos",
-        "1",
-        "--finetune",
-        trained.best,
-        "--output_dir",
-        tmp_path / "few",
-    )
+    few = ["--knn", 3, "--num_train_videos", 1, "--output_dir", tmp_path / "few"]
+    found = run(*custom, *TRAIN, *few, "--finetune", trained.best)
     assert found.code == 0, found.all
     [(_, label)] = [line.rsplit(" ", 1) for line in (tmp_path / "few" / "train_subset.csv").read_text().splitlines()]
     table = (tmp_path / "few" / "test_per_class.csv").read_text().splitlines()[1:]
@@ -520,18 +450,8 @@ def test_no_training_video_can_be_read(run, trained, broken, data, tmp_path):
 
 @pytest.mark.parametrize("kind, rates", [("--linear_probe", ("3", "1e-7")), ("--attentive_probe", ("0.1", "1e-9"))])
 def test_probes_learn_and_leave_the_encoder_alone(run, custom, trained, tmp_path, kind, rates):
-    probe = [
-        *custom,
-        *TRAIN,
-        kind,
-        "--probe_lrs",
-        *rates[::-1],
-        "--probe_wds",
-        "0",
-        "0.05",
-        "--output_dir",
-        tmp_path / "run",
-    ]
+    grid = ["--probe_lrs", *rates[::-1], "--probe_wds", "0", "0.05"]
+    probe = [*custom, *TRAIN, kind, *grid, "--output_dir", tmp_path / "run"]
     found = run(*probe, "--finetune", trained.best, "--epochs", "10")
     assert found.code == 0, found.all
     log = log_of(tmp_path / "run")

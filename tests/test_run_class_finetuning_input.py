@@ -1,10 +1,9 @@
 """What the fine-tuning program is given: checkpoints in every form, options, and what it says when it cannot go on."""
 
-import importlib
-
 import pytest
 import torch
 from fixtures_finetuning import CUSTOM, TRAIN, log_of, test_metrics_of
+from fixtures_scripts import check_defaults
 from safetensors.torch import save_file
 
 from modeling_finetune import MODELS
@@ -36,12 +35,7 @@ def write_pretrained(path, size="tiny"):
 
 def wrapped(form, weights, path):
     """Write weights as others do."""
-    prefix = {
-        "module.": "module.",
-        "backbone.": "backbone.",
-        "encoder.": "encoder.",
-        "module.encoder.": "module.encoder.",
-    }.get(form, "")
+    prefix = form if form.endswith(".") else ""
     weights = {prefix + name: value for name, value in weights.items()}
     if form == "safetensors":
         save_file(weights, path.with_suffix(".safetensors"))
@@ -249,26 +243,22 @@ def test_processes_say_it_once(run, traps, tmp_path):
     assert found.codes == [1, 1] and found.all.count("error: ") == 1 and "Traceback" not in found.all, found.all
 
 
+def test_a_mistake_that_another_process_alone_sees_is_told(run, custom, tmp_path):
+    """As when a folder is missing on the second node."""
+    found = run(*custom, *TRAIN, processes=2, others=["--data_path", tmp_path])
+    assert 0 not in found.codes and "Traceback" not in found.all, found.all
+    assert found.all.count(f"error: {tmp_path}/train.csv: no such list file") == 1, found.all
+
+
 def test_a_few_videos_of_many_may_be_missing(run, data, trained, tmp_path):
     """They are replaced in training, and counted as wrong in a test."""
     (tmp_path / "data").mkdir()
     for name in ("train", "val", "test"):
         lines = (data / "val.csv").read_text().splitlines() * 8
         (tmp_path / "data" / f"{name}.csv").write_text("\n".join([*lines[:20], "gone.mp4 1", *lines[20:]]))
-    few = ["--epochs", "1", "--num_sample", "1", "--test_num_segment", "1", "--test_num_crop", "1"]
-    found = run(
-        *CUSTOM,
-        *TRAIN,
-        *few,
-        "--data_path",
-        tmp_path / "data",
-        "--finetune",
-        trained.best,
-        "--lr",
-        "0",
-        "--output_dir",
-        tmp_path / "run",
-    )
+    few = "--epochs 1 --num_sample 1 --test_num_segment 1 --test_num_crop 1 --lr 0".split()
+    paths = ["--data_path", tmp_path / "data", "--finetune", trained.best, "--output_dir", tmp_path / "run"]
+    found = run(*CUSTOM, *TRAIN, *few, *paths)
     assert found.code == 0 and "counted as wrong, gone.mp4 could not be read: no such file" in found.out, found.all
     log = log_of(tmp_path / "run")
     assert test_metrics_of(log)[0]["videos"] == 49 and test_metrics_of(log)[0]["unreadable"] == 1
@@ -279,46 +269,17 @@ def test_a_few_videos_of_many_may_be_missing(run, data, trained, tmp_path):
 
 
 def test_defaults_are_the_recipe_of_k400():
-    """the recipe."""
-    args = importlib.import_module("run_class_finetuning").get_args([])
-    expected = {
-        "model": "vit_base_patch16_224",
-        "data_set": "Kinetics-400",
-        "num_frames": 16,
-        "sampling_rate": 4,
-        "input_size": 224,
-        "batch_size": 4,
-        "lr": 1e-3,
-        "min_lr": 1e-6,
-        "warmup_lr": 0,
-        "warmup_epochs": 5,
-        "epochs": 100,
-        "opt": "adamw",
-        "opt_betas": [0.9, 0.999],
-        "weight_decay": 0.05,
-        "layer_decay": 0.75,
-        "drop_path": 0.1,
-        "fc_drop_rate": 0,
-        "smoothing": 0.1,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "mixup_switch_prob": 0.5,
-        "mixup_prob": 1,
-        "aa": "rand-m7-n4-mstd0.5-inc1",
-        "reprob": 0.25,
-        "remode": "pixel",
-        "recount": 1,
-        "num_sample": 1,
-        "init_scale": 0.001,
-        "clip_grad": None,
-        "update_freq": 1,
-    }
-    assert {name: getattr(args, name) for name in expected} == expected
+    recipe = """model vit_base_patch16_224 data_set Kinetics-400 num_frames 16 sampling_rate 4 input_size 224
+        batch_size 4 lr 1e-3 min_lr 1e-6 warmup_lr 0 warmup_epochs 5 epochs 100 opt adamw opt_betas [0.9,0.999]
+        weight_decay 0.05 layer_decay 0.75 drop_path 0.1 fc_drop_rate 0 smoothing 0.1 mixup 0.8 cutmix 1.0
+        mixup_switch_prob 0.5 mixup_prob 1 aa rand-m7-n4-mstd0.5-inc1 reprob 0.25 remode pixel recount 1 num_sample 1
+        init_scale 0.001 clip_grad None update_freq 1""".split()
+    check_defaults(get_args([]), recipe)
 
 
 def test_abbreviations_are_refused():
     with pytest.raises(SystemExit):
-        importlib.import_module("run_class_finetuning").get_args(["--fine", "x"])
+        get_args(["--fine", "x"])
 
 
 # Published command lines ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pytest
 import torch
 from fixtures_finetuning import log_of
 from fixtures_pretraining import EPOCHS, NAME, ROOT, STEPS, TINY, TRAIN, last_weights, weights_of
+from fixtures_video import free_port
 from tensorboardX.proto.event_pb2 import Event
 
 from checkpoints import LATEST
@@ -64,18 +65,8 @@ def test_what_a_run_logs(reference):
     log = log_of(reference.folder)
     assert [line["epoch"] for line in log] == [0, 1] and all(line["steps"] == STEPS for line in log)
     for line in log:
-        assert all(
-            np.isfinite(line[name])
-            for name in (
-                "train_loss",
-                "train_grad_norm",
-                "train_pred_std",
-                "train_target_std",
-                "lr",
-                "weight_decay",
-                "seconds",
-            )
-        )
+        names = "train_loss train_grad_norm train_pred_std train_target_std lr weight_decay seconds".split()
+        assert all(np.isfinite(line[name]) for name in names)
     assert 0.5 < log[1]["train_loss"] < log[0]["train_loss"] < 4  # it learns
     assert "1 process(es) x 4 clips x 2 accumulated = total batch 8, fp32 on cpu" in reference.out
     assert f"2 clips of each: {STEPS} steps an epoch" in reference.out
@@ -97,33 +88,16 @@ def test_the_same_command_again_has_nothing_to_do(start, data_args, reference):
 
 @pytest.fixture(scope="module")
 def two_processes(data_args, reference, tmp_path_factory):
-    """The reference run over again from the command line, over Gloo and with half the accumulation."""
+    """The reference run over again from the command line, over Gloo and with half the accumulation.
+
+    By the launcher that SMILE and VideoMAE start with, which is torchrun under an older name.
+    """
     folder = tmp_path_factory.mktemp("two")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        ROOT / NAME,
-        *TINY,
-        *TRAIN,
-        *data_args,
-        "--update_freq",
-        1,
-        "--output_dir",
-        folder,
-        "--log_dir",
-        folder / "tb",
-    ]
-    result = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    launcher = f"-m torch.distributed.launch --use_env --nproc_per_node 2 --master_port {free_port()}".split()
+    folders = ["--output_dir", folder, "--log_dir", folder / "tb"]
+    command = [sys.executable, *launcher, ROOT / NAME, *TINY, *TRAIN, *data_args, "--update_freq", 1, *folders]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr
     return SimpleNamespace(folder=folder, out=result.stdout)
 
@@ -209,9 +183,20 @@ def test_a_run_that_is_told_to_stop_saves_itself_and_goes_on_exactly(start, data
     assert same_as(reference, tmp_path) and not (tmp_path / LATEST).exists()
 
 
+def test_a_run_goes_on_with_options_that_were_changed(start, data_args, reference, tmp_path):
+    """Between epochs: the batch and the rate are those of the new command, the weights those of the checkpoint."""
+    shutil.copy(reference.folder / "checkpoint-0.pth", tmp_path)
+    changed = "--lr 0 --min_lr 0 --batch_size 8 --update_freq 2".split()
+    result = start(*TINY, *TRAIN, *data_args, *changed, "--output_dir", tmp_path).end()
+    assert result.code == 0 and "checkpoint-0.pth at epoch 1, step 0" in result.out, result.err
+    [line] = log_of(tmp_path)
+    assert (line["epoch"], line["steps"], line["lr"]) == (1, STEPS // 2, 0) and line["train_loss"] > 0
+    assert largest_difference(last_weights(tmp_path), weights_of(tmp_path / "checkpoint-0.pth")) == 0
+
+
 def test_a_run_in_fp16_goes_on_with_its_loss_scale(start, data_args, tmp_path):
     """What `--precision auto` is on a V100."""
-    options = [*TINY, *TRAIN, *data_args, "--update_freq", 2, "--precision", "fp16"]
+    options = [*TINY, *TRAIN, *data_args, "--update_freq", 2, "--precision", "fp16", "--stop_epoch", 1]
     whole, told = ([*options, "--output_dir", tmp_path / name] for name in "ab")
     undisturbed = start(*whole).end()
     assert undisturbed.code == 0 and "fp16 on cpu" in undisturbed.out, undisturbed.err
@@ -220,7 +205,7 @@ def test_a_run_in_fp16_goes_on_with_its_loss_scale(start, data_args, tmp_path):
     early = read_checkpoint(tmp_path / "b" / LATEST)["scaler"]
     assert early["scale"] > 1 and early["_growth_tracker"] > 0
     assert start(*told).end().code == 0
-    one, other = (read_checkpoint(tmp_path / name / f"checkpoint-{EPOCHS - 1}.pth") for name in "ab")
+    one, other = (read_checkpoint(tmp_path / name / "checkpoint-0.pth") for name in "ab")
     assert one["scaler"] == other["scaler"] and one["scaler"]["_growth_tracker"] > early["_growth_tracker"]
     assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
     assert all(np.isfinite(line["train_loss"]) for line in log_of(tmp_path / "b"))
@@ -255,24 +240,9 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(start, data_args, tm
 
 def test_stage_2_starts_with_the_weights_of_stage_1(start, data_args, reference, tmp_path):
     """With a learning rate of 0 they are still there at the end, next to an optimizer that has made 12 steps."""
-    command = [
-        *TINY,
-        *data_args[:2],
-        "--batch_size",
-        4,
-        "--epochs",
-        1,
-        "--warmup_epochs",
-        0,
-        "--lr",
-        0,
-        "--min_lr",
-        0,
-        "--output_dir",
-        tmp_path,
-        "--first_stage_path",
-        reference.folder / "checkpoint-1.pth",
-    ]
+    still = "--batch_size 4 --epochs 1 --warmup_epochs 0 --lr 0 --min_lr 0".split()
+    first = ["--first_stage_path", reference.folder / "checkpoint-1.pth"]
+    command = [*TINY, *data_args[:2], *still, "--output_dir", tmp_path, *first]
     result = start(*command).end()
     assert result.code == 0 and f"tensors from {reference.folder / 'checkpoint-1.pth'}" in result.out
     state = read_checkpoint(tmp_path / "checkpoint-0.pth")
@@ -283,19 +253,9 @@ def test_stage_2_starts_with_the_weights_of_stage_1(start, data_args, reference,
 
 
 def test_stage_2_trains(start, data_args, reference, tmp_path):
-    result = start(
-        *TINY,
-        *TRAIN,
-        *data_args[:2],
-        "--output_dir",
-        tmp_path,
-        "--mask_type",
-        "tube",
-        "--first_stage_path",
-        reference.folder / "checkpoint-1.pth",
-        "--stop_epoch",
-        1,
-    ).end()
+    first = ["--first_stage_path", reference.folder / "checkpoint-1.pth"]
+    more = ["--output_dir", tmp_path, "--mask_type", "tube", *first, "--stop_epoch", 1]
+    result = start(*TINY, *TRAIN, *data_args[:2], *more).end()
     assert result.code == 0, result.err
     assert largest_difference(weights_of(tmp_path / "checkpoint-0.pth"), last_weights(reference.folder)) > 1e-4
 

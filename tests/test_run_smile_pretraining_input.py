@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_pretraining import NAME, ROOT, TINY, TRAIN, last_weights
+from fixtures_scripts import check_defaults
 from fixtures_video import write_list
 
 from datasets import ChunkSampler
@@ -89,24 +90,11 @@ def test_right_input_has_no_problems(data_args, objects_folder, tmp_path):
 
 
 def test_all_problems_are_told_at_once_on_the_command_line(wrong_files):
-    command = [
-        sys.executable,
-        NAME,
-        *TINY,
-        "--data_path",
-        wrong_files / "label.csv",
-        "--mask_ratio",
-        "1.2",
-        "--add_tubelets",
-        "--use_objects",
-        "--objects_path",
-        wrong_files / "none",
-        "--first_stage_path",
-        "x.pth",
-        "--output_dir",
-        wrong_files / "run",
-    ]
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    wrong = "--mask_ratio 1.2 --add_tubelets --use_objects --first_stage_path x.pth".split()
+    paths = {"--data_path": "label.csv", "--objects_path": "none", "--output_dir": "run"}
+    paths = [word for flag, name in paths.items() for word in (flag, str(wrong_files / name))]
+    command = [sys.executable, NAME, *TINY, *wrong, *paths]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     lines = result.stderr.splitlines()
     assert result.returncode == 1 and lines[0].startswith("error: ") and len(lines) == 4
     for word in ("label.csv, line 2", "--mask_ratio 1.2", "--objects_path", "--first_stage_path x.pth"):
@@ -165,21 +153,8 @@ def test_what_is_found_while_building_is_one_line_too(case, start, data_args, re
 )
 def test_rates_follow_the_released_recipe_in_real_steps(data_args, more, total, steps):
     """lr x total batch / 256, linear warm-up from 0, cosine; per optimizer step that is made."""
-    args = get_args(
-        [
-            *(str(word) for word in data_args),
-            *TINY,
-            "--batch_size",
-            "8",
-            "--epochs",
-            "7",
-            "--warmup_epochs",
-            "2",
-            "--weight_decay_end",
-            "0.2",
-            *more,
-        ]
-    )
+    schedule = "--batch_size 8 --epochs 7 --warmup_epochs 2 --weight_decay_end 0.2".split()
+    args = get_args([*map(str, data_args), *TINY, *schedule, *more])
     chunk = args.batch_size // clips_per_video(args)
     assert ChunkSampler(len(build_dataset(args)), chunk, args.update_freq).steps_per_epoch == steps
     model = torch.nn.Linear(2, 2)
@@ -196,83 +171,18 @@ def test_rates_follow_the_released_recipe_in_real_steps(data_args, more, total, 
 
 
 def test_defaults_are_the_recipe_of_the_paper():
-    args = get_args(["--data_path", "x"])
-    recipe = {
-        "opt": "adamw",
-        "opt_betas": [0.9, 0.95],
-        "opt_eps": 1e-8,
-        "weight_decay": 0.05,
-        "lr": 1.5e-4,
-        "min_lr": 1e-5,
-        "warmup_epochs": 40,
-        "warmup_lr": 0,
-        "epochs": 801,
-        "batch_size": 32,
-        "mask_ratio": 0.8,
-        "decoder_depth": 4,
-        "num_frames": 16,
-        "sampling_rate": 4,
-        "input_size": 224,
-        "traj_unmask_ratio": 0.1,
-        "clip_grad": None,
-        "motion_type": "gaussian",
-        "scales": [32, 48, 56, 64, 96, 128],
-        "num_rois": 2,
-        "sub_mask_type": "tube+traj_mask",
-        "teacher_norm": "imagenet",
-        "clip_model": "ViT-B-16",
-        "clip_weights": "openai",
-    }
-    assert {name: getattr(args, name) for name in recipe} == recipe
+    recipe = """opt adamw opt_betas [0.9,0.95] opt_eps 1e-8 weight_decay 0.05 lr 1.5e-4 min_lr 1e-5 warmup_epochs 40
+        warmup_lr 0 epochs 801 batch_size 32 mask_ratio 0.8 decoder_depth 4 num_frames 16 sampling_rate 4
+        input_size 224 traj_unmask_ratio 0.1 clip_grad None motion_type gaussian scales [32,48,56,64,96,128]
+        num_rois 2 sub_mask_type tube+traj_mask teacher_norm imagenet clip_model ViT-B-16 clip_weights openai""".split()
+    check_defaults(get_args(["--data_path", "x"]), recipe)
 
 
-FLAGS = [
-    "data_path",
-    "mask_type",
-    "sub_mask_type",
-    "target_type",
-    "distillation_teacher",
-    "mask_ratio",
-    "traj_unmask_ratio",
-    "model",
-    "decoder_depth",
-    "batch_size",
-    "num_frames",
-    "sampling_rate",
-    "opt",
-    "opt_betas",
-    "warmup_epochs",
-    "save_ckpt_freq",
-    "epochs",
-    "add_tubelets",
-    "use_objects",
-    "motion_type",
-    "scales",
-    "log_dir",
-    "output_dir",
-    "objects_path",
-    "multiple_sampling",
-    "first_stage_path",
-    "input_size",
-    "drop_path",
-    "opt_eps",
-    "clip_grad",
-    "weight_decay",
-    "weight_decay_end",
-    "lr",
-    "warmup_lr",
-    "min_lr",
-    "warmup_steps",
-    "use_checkpoint",
-    "seed",
-    "resume",
-    "auto_resume",
-    "no_auto_resume",
-    "start_epoch",
-    "num_workers",
-    "pin_mem",
-    "device",
-]
+FLAGS = """data_path mask_type sub_mask_type target_type distillation_teacher mask_ratio traj_unmask_ratio model
+    decoder_depth batch_size num_frames sampling_rate opt opt_betas warmup_epochs save_ckpt_freq epochs
+    add_tubelets use_objects motion_type scales log_dir output_dir objects_path multiple_sampling first_stage_path
+    input_size drop_path opt_eps clip_grad weight_decay weight_decay_end lr warmup_lr min_lr warmup_steps
+    use_checkpoint seed resume auto_resume no_auto_resume start_epoch num_workers pin_mem device""".split()
 
 
 def test_help_knows_every_flag_of_the_released_script_in_groups(capsys):

@@ -16,49 +16,10 @@ from fixtures_video import free_port, source_frames, write_list, write_mp4
 ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"epoch (\d+) \[(\d+)/\d+\]  loss (\S+)")
 RESUME = re.compile(r"resuming from \S+ at epoch (\d+), step (\d+)")
-OPTIONS = [
-    "--model",
-    "pretrain_videomae_tiny_patch16_224",
-    "--target_type",
-    "pixel",
-    "--decoder_depth",
-    "1",
-    "--input_size",
-    "32",
-    "--num_frames",
-    "4",
-    "--sampling_rate",
-    "1",
-    "--add_tubelets",
-    "--scales",
-    "32",
-    "48",
-    "64",
-    "--mask_type",
-    "tubelet",
-    "--mask_ratio",
-    "0.75",
-    "--batch_size",
-    "2",
-    "--epochs",
-    "2",
-    "--warmup_epochs",
-    "1",
-    "--lr",
-    "0.1",
-    "--num_workers",
-    "2",
-    "--device",
-    "cpu",
-    "--log_interval",
-    "1",
-    "--save_ckpt_freq",
-    "1",
-    "--save_ckpt_minutes",
-    "0",
-    "--save_ckpt_steps",
-    "2",
-]
+OPTIONS = """--model pretrain_videomae_tiny_patch16_224 --target_type pixel --decoder_depth 1 --input_size 32
+    --num_frames 4 --sampling_rate 1 --add_tubelets --scales 32 48 64 --mask_type tubelet
+    --mask_ratio 0.75 --batch_size 2 --epochs 2 --warmup_epochs 1 --lr 0.1 --num_workers 2
+    --device cpu --log_interval 1 --save_ckpt_freq 1 --save_ckpt_minutes 0 --save_ckpt_steps 2""".split()
 
 
 def make_videos(folder, count, name="bikes"):
