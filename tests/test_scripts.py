@@ -12,6 +12,7 @@ pytest_plugins = "fixtures_scripts"
 RECIPES = sorted((SCRIPTS / "pretrain").glob("*.sh"))
 NATURAL = [path for path in RECIPES if not path.stem.startswith("no_video")]
 SBATCH = SCRIPTS / "slurm" / "recipe.sbatch"
+PREPARE = SCRIPTS / "slurm" / "prepare.sbatch"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_a_missing_path_is_named_before_anything_starts(run_script, variable):
     assert result.stderr.count("\n") == 1
 
 
-def submit(run_script, *arguments, **variables):
+def submit(run_script, *arguments, script=SBATCH, **variables):
     """The batch script as Slurm runs it: from the folder of sbatch, with the job's variables."""
     job = {
         "SLURM_SUBMIT_DIR": str(SCRIPTS.parent),
@@ -161,7 +162,7 @@ def submit(run_script, *arguments, **variables):
         "SLURM_NTASKS_PER_NODE": "4",
         "SLURM_CPUS_PER_TASK": "6",
     }
-    return run_script(SBATCH, *arguments, **job | variables)
+    return run_script(script, *arguments, **job | variables)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -174,11 +175,17 @@ def test_slurm_runs_a_recipe_under_srun(run_script, recipe):
     assert (args.num_workers, args.seed) == (6, 5)
 
 
-def test_slurm_queues_the_job_again_only_when_the_run_asks_for_it(run_script):
-    result, commands = submit(run_script, f"pretrain/{RECIPES[0].stem}", STUB_EXIT=str(EXIT_REQUEUE))
+PREPARED = ("resize_videos.py", "lists/a b.csv", "--output", "out")
+
+
+@pytest.mark.parametrize(
+    "script, arguments", [(SBATCH, (f"pretrain/{RECIPES[0].stem}",)), (PREPARE, PREPARED)], ids=["recipe", "prepare"]
+)
+def test_slurm_queues_the_job_again_only_when_the_run_asks_for_it(run_script, script, arguments):
+    result, commands = submit(run_script, *arguments, script=script, STUB_EXIT=str(EXIT_REQUEUE))
     assert result.returncode == EXIT_REQUEUE and commands[1:] == [["scontrol", "requeue", "42"]]
     for code in (0, 1):
-        result, commands = submit(run_script, f"pretrain/{RECIPES[0].stem}", STUB_EXIT=str(code))
+        result, commands = submit(run_script, *arguments, script=script, STUB_EXIT=str(code))
         assert result.returncode == code and len(commands) == 1
 
 
@@ -191,6 +198,12 @@ def test_slurm_runs_the_other_recipes_too(run_script, tmp_path):
         assert any(word.endswith("/run_class_finetuning.py") for word in command)
 
 
-def test_slurm_directives_ask_for_a_warning_and_a_requeue():
-    directives = [line for line in SBATCH.read_text().splitlines() if line.startswith("#SBATCH")]
+def test_slurm_runs_a_data_tool_in_one_process_a_node(run_script):
+    _, commands = submit(run_script, *PREPARED, script=PREPARE)
+    assert commands == [["srun", "--wait=0", "python", "scripts/data/resize_videos.py", *PREPARED[1:]]]
+
+
+@pytest.mark.parametrize("script", [SBATCH, PREPARE], ids=["recipe", "prepare"])
+def test_slurm_directives_ask_for_a_warning_and_a_requeue(script):
+    directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --requeue" in directives and "#SBATCH --signal=USR1@120" in directives
