@@ -156,12 +156,14 @@ class Window(io.RawIOBase):
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a member of a shard for reading.
+    """Open a file, or a member of a shard, for reading.
 
     Raises:
-        ShardError: no such member, or a shard that is not as its index says.
+        OSError: no such file. ShardError, which is one: no such member, or a shard that is not as its index says.
     """
-    shard, name = split(path) or (path, "")
+    if not (parts := split(path)):
+        return open(path, "rb")
+    shard, name = parts
     member = find(shard, name)
     try:
         descriptor = os.open(shard, os.O_RDONLY)

@@ -4,6 +4,7 @@ A run can be killed at any moment. Results are written elsewhere and moved into 
 the same command, started again, finds only whole ones and goes on from there.
 """
 
+import argparse
 import ctypes
 import fcntl
 import json
@@ -93,6 +94,25 @@ def fits_a_list(path: str) -> bool:
 def write_list(path: Path, lines: Sequence[Line]) -> None:
     """Write a list, all of it or nothing."""
     write_text(path, "".join(f"{name} {label}\n" for name, label in lines))
+
+
+def names_differ(parser: argparse.ArgumentParser, paths: Sequence[str]) -> None:
+    """End with an error if two lists have the same name, and so would the new ones."""
+    name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
+    if count > 1:
+        parser.error(f"two lists are called {name}")
+
+
+def common_folder(sources: list[str]) -> str:
+    """The deepest folder that all sources lie below."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(source)) for source in sources])
+
+
+def copy_classes(list_path: str, folder: str) -> None:
+    """Copy classes.txt from beside a list to a folder, if there is one."""
+    classes = Path(list_path).parent / "classes.txt"
+    if classes.exists():
+        write_text(Path(folder) / "classes.txt", read_text(classes))
 
 
 # Files that are whole or not there ------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ measurement (DATASET.md, scripts/data/measure_resizing.py).
 
 import argparse
 import os
-from collections import Counter
 from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
@@ -23,16 +22,17 @@ from data_tools import (
     Line,
     RunError,
     Team,
+    common_folder,
+    copy_classes,
     in_processes,
     is_made,
+    names_differ,
     output_folder,
     put_in_place,
     read_list,
-    read_text,
     without_suffixes,
     write_list,
     write_table,
-    write_text,
 )
 from video_writing import USUAL_RATE, Settings, Written, write_resized
 
@@ -85,15 +85,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--short_side must be at least 16, --key_frames and --workers 1, --crf in [0, 51]")
     if not -1 <= args.b_frames <= 16:
         parser.error(f"--b_frames {args.b_frames}: must lie in [-1, 16]")
-    names = Counter(Path(path).name for path in args.lists)
-    if max(names.values()) > 1:
-        parser.error(f"two lists are called {names.most_common(1)[0][0]}")
+    names_differ(parser, args.lists)
     return args
-
-
-def common_folder(sources: list[str]) -> str:
-    """The deepest folder that all sources lie below."""
-    return os.path.commonpath([os.path.dirname(os.path.abspath(source)) for source in sources])
 
 
 def plan(sources: list[str], root: str, videos: Path) -> dict[str, Path]:
@@ -169,9 +162,7 @@ def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], targets:
             raise RunError(f"{new}: not written, all of its videos failed (see {args.output}/failed.tsv)")
         write_list(new, kept)
         print(f"{new}: {len(kept)} of {len(lines)} videos")
-        classes = Path(path).parent / "classes.txt"
-        if classes.exists():
-            write_text(Path(args.output) / "classes.txt", read_text(classes))
+        copy_classes(path, args.output)
 
 
 def main(argv: list[str] | None = None) -> None:
