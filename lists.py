@@ -10,12 +10,14 @@ import io
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+
+from shards import problem_of, split
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts",
                   ".mts", ".m2ts", ".vob", ".ogv", ".m2v", ".mpe", ".3g2", ".asf", ".f4v", ".divx")  # fmt: skip
@@ -75,6 +77,10 @@ class VideoList:
         """The list of these videos alone."""
         return replace(self, paths=self.paths[indices], labels=self.labels[indices], lines=self.lines[indices])
 
+    def missing(self, indices: Iterable[int]) -> list[int]:
+        """Those of these videos that are no file, and no member of a shard."""
+        return [index for index in indices if problem_of(self.path(index))]
+
     def check_files(self, max_bad_fraction: float, look_at: int = 200) -> None:
         """Look for some of the files, evenly over the list, so that a wrong folder shows before anything is computed.
 
@@ -82,7 +88,7 @@ class VideoList:
             ValueError: more than this fraction of them is missing.
         """
         looked = np.unique(np.linspace(0, len(self) - 1, look_at).astype(int))
-        missing = [index for index in looked if not os.path.isfile(self.path(index))]
+        missing = self.missing(looked)
         if len(missing) > max_bad_fraction * len(looked):
             raise ValueError(
                 f"{self.where(missing[0])}: {why_missing(self.path(missing[0]))} "
@@ -106,6 +112,8 @@ def list_of(source: str, paths: list[str]) -> VideoList:
 
 def why_missing(path: str) -> str:
     """What to do about a path of a list that is no file: it may be a folder, or its line more than path and label."""
+    if split(path):
+        return problem_of(path)
     words = path.split(" ")
     begins = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
     found = next((begin for begin in begins if begin and os.path.exists(begin)), "")

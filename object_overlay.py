@@ -21,6 +21,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from shards import ShardError, names_below, opened, problem_of, split
+
 REFERENCE_SIZE = 224  # pixels; the frame size all constants below are given for
 SCALES = (32, 48, 56, 64, 96, 128)  # side of a box
 ASPECT_RATIOS = (0.5, 0.67, 0.75, 1.0, 1.33, 1.5, 2.0)  # width / height
@@ -36,19 +38,26 @@ def find_objects(objects_path: str, objects_list: str | None = None) -> list[str
     """Object images ``<category>/<name>``, relative to the folder `objects_path`, sorted.
 
     Args:
+        root: a folder, or a tar file with its index beside it (shards.py), or a folder in a tar file.
         objects_list: optional text file with one such relative path a line; narrows the search to these.
     Raises:
         ValueError: no such folder, nothing found, or a listed path that leaves the folder.
     """
-    if not os.path.isdir(objects_path):
+    try:
+        in_shard = names_below(objects_path) if split(os.path.join(objects_path, "")) else None
+    except ShardError as error:
+        raise ValueError(f"objects_path {objects_path}: {error}") from error
+    if in_shard is None and not os.path.isdir(objects_path):
         raise ValueError(f"objects_path {objects_path}: no such folder (expected <category>/<name>.png below it)")
     if objects_list:
         found = [line.strip() for line in Path(objects_list).read_text("utf-8-sig").splitlines() if line.strip()]
         for name in found:
             if os.path.isabs(name) or ".." in Path(name).parts:
                 raise ValueError(f"objects_list {objects_list}: {name!r} leaves the objects folder")
-        if found and not any(os.path.isfile(os.path.join(objects_path, name)) for name in found[:100]):
+        if found and all(problem_of(os.path.join(objects_path, name)) for name in found[:100]):
             raise ValueError(f"objects_list {objects_list}: no {found[0]} in {objects_path}, nor the other first 100")
+    elif in_shard is not None:
+        found = [name for name in in_shard if name.count("/") == 1 and name.lower().endswith(IMAGE_SUFFIXES)]
     else:
         found = [
             f"{category.name}/{image}"
@@ -69,7 +78,7 @@ def read_image(path: str) -> np.ndarray:
     Raises:
         one of IMAGE_ERRORS: unreadable, or too large.
     """
-    with Image.open(path) as file:
+    with opened(path) as source, Image.open(source) as file:
         image: Image.Image = file
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
             raise ValueError(f"{image.width} x {image.height} pixels: too large")

@@ -17,6 +17,7 @@ from metrics import SeveralLabels, Task
 from modeling_finetune import MODELS, token_grid
 from modeling_image import find_encoder
 from options import Problems
+from shards import problem_of
 from video_transforms_finetune import TrainAugmentation
 from weights import check_kind
 
@@ -153,7 +154,7 @@ def predict_videos(args: argparse.Namespace) -> VideoList:
                 why = frames_in(name) or f"no videos in it ({' '.join(VIDEO_SUFFIXES)})"
                 raise ValueError(f"--predict {name}: {why}")
             paths += found
-        elif not os.path.isfile(name):
+        elif problem_of(name):
             raise ValueError(f"--predict {name}: {why_missing(name)}")
         elif name.lower().endswith(LIST_SUFFIXES):
             videos = read_list(name, any_label, args.data_root)
@@ -201,7 +202,7 @@ def check_list(args: argparse.Namespace, name: str) -> None:
     """
     videos = read_data_list(args, name)
     if args.examples and name == DATA_SETS[args.data_set].train_list:
-        missing = [index for index in range(len(videos)) if not os.path.isfile(videos.path(index))]
+        missing = videos.missing(range(len(videos)))
         if missing:
             raise ValueError(
                 f"{videos.where(missing[0])}: no such file: {videos.path(missing[0])} ({len(missing)} of {len(videos)} "

@@ -15,6 +15,7 @@ from itertools import islice
 import av
 import numpy as np
 
+from shards import opened
 from video_reader import PyAVVideo, VideoError, read_clip, to_rgb
 
 # A clip begins at a random frame, and decoding at the key frame before it: with a gap of 128 frames that is 64 more on
@@ -32,7 +33,7 @@ SECONDS = 8.0  # for all of them
 
 def ffmpeg_frames(path: str) -> Iterator[av.VideoFrame]:
     """The frames of a video as FFmpeg decodes them from its start; packets that do not decode are dropped."""
-    with av.open(path, metadata_errors="replace") as container:
+    with opened(path) as source, av.open(source, "r", metadata_errors="replace") as container:
         for packet in container.demux(container.streams.best("video")):
             try:
                 yield from packet.decode()  # type: ignore[misc] # they are of a video

@@ -9,11 +9,13 @@ trusted to give that order (`is_exact`), the file is decoded from its start and 
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from typing import NamedTuple, Protocol, cast
 
 import av
 import numpy as np
+
+from shards import ShardError, opened, split
 
 READERS = ("pyav", "decord")
 NEVER_SKIPS = ("libdav1d",)  # decoders that take skip_frame at the start alone
@@ -107,7 +109,7 @@ def take_clip(video: Video, choose: Choose, change: Change) -> Clip:
 
 
 def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> AbstractContextManager[Video]:
-    """Open a video for reading frames, in a ``with`` block.
+    """Open a video, a file or a member of a shard, for reading frames, in a ``with`` block.
 
     Args:
         reader: one of READERS.
@@ -117,7 +119,7 @@ def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> Abstr
     """
     if os.path.isdir(path):
         raise VideoError("is a folder; of a folder of frames, make a video first: ffmpeg -i FOLDER/%05d.jpg VIDEO.mp4")
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) and not split(path):
         raise VideoError("no such file")
     video: Video = DecordVideo(path) if reader == "decord" else PyAVVideo(path, in_order)
     if len(video.seconds) == 0:
@@ -213,9 +215,12 @@ class PyAVVideo:
 
     def open(self) -> None:
         """Open the file, at its start. Raises VideoError."""
+        self.opened = ExitStack()
         try:
-            self.container = av.open(self.path, metadata_errors="replace")
+            source = self.opened.enter_context(opened(self.path))
+            self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
         except DECODER_ERRORS as error:
+            self.close()
             raise VideoError(decoder_reason(error, self.path)) from error
         stream, problem = self.container.streams.best("video"), ""
         if not isinstance(stream, av.VideoStream):
@@ -234,7 +239,7 @@ class PyAVVideo:
         self.start = (self.container.start_time or 0) / av.time_base if any_start else 0.0
 
     def close(self) -> None:
-        self.container.close()
+        self.opened.close()
 
     def reopen(self) -> None:
         """Go back to the start, with a new decoder."""
@@ -373,6 +378,8 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 def decoder_reason(error: Exception, path: str) -> str:
     """A decoder's error in one line that is the same every time: without clock times, places in its source, path."""
+    if isinstance(error, ShardError):
+        return str(error)
     line = getattr(error, "strerror", None) or next((line for line in str(error).splitlines() if line.strip()), "")
     for code, meaning in DECORD_CODES.items():
         line = meaning if f"({code} vs. 0)" in line else line
@@ -390,9 +397,11 @@ class DecordVideo:
         # Not at the top: its FFmpeg and C++ libraries must come after those of torch and PyAV.
         import decord
 
-        self.path, self.errors = path, (decord.DECORDError, RuntimeError, IndexError, TypeError, UnicodeEncodeError)
+        self.path = path
+        self.errors = (decord.DECORDError, RuntimeError, IndexError, TypeError, UnicodeEncodeError, ShardError)
         try:
-            self.reader = decord.VideoReader(path, num_threads=1)
+            with opened(path) as source:
+                self.reader = decord.VideoReader(source, num_threads=1)
             total = len(self.reader)
             starts = self.reader.get_frame_timestamp(np.arange(total)) if total else np.empty((0, 2))
             self.seconds = starts[:, 0].astype(float)

@@ -7,6 +7,7 @@ imported torch already, which saves seconds each. No test here: PYTEST_DONT_REWR
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from weights import read_checkpoint
 
 pytest_plugins = "fixtures_video"
 NAME = "run_smile_pretraining.py"
+DATA_TOOLS = ROOT / "scripts" / "data"
 STEPS, EPOCHS = 12, 2
 TINY = """--model pretrain_videomae_tiny_patch16_224 --decoder_depth 1 --target_type pixel --num_frames 4
     --sampling_rate 2 --input_size 48 --mask_ratio 0.7 --drop_path 0.2 --num_workers 1
@@ -110,6 +112,19 @@ def data_args(clips, broken, objects_folder, tmp_path_factory):
         "--mask_type",
         "tubelet",
     ]
+
+
+@pytest.fixture(scope="session")
+def shard_args(data_args, tmp_path_factory):
+    """The same options, with videos and objects in tar files."""
+    folder, args = tmp_path_factory.mktemp("shards"), [str(word) for word in data_args]
+    listed, objects = (args[args.index(flag) + 1] for flag in ("--data_path", "--objects_path"))
+    subprocess.run(["tar", "-cf", folder / "objects.tar", "-C", objects, "."], check=True)
+    pack = [DATA_TOOLS / "pack_videos.py", listed, "--output", folder, "--shard_size", "50KB"]
+    for program in (pack, [DATA_TOOLS / "index_shards.py", folder / "objects.tar"]):
+        subprocess.run([sys.executable, *program], check=True, capture_output=True)
+    changed = {listed: folder / Path(listed).name, objects: folder / "objects.tar"}
+    return [str(changed.get(word, word)) for word in args]
 
 
 @pytest.fixture(scope="session")

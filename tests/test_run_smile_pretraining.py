@@ -87,15 +87,15 @@ def test_the_same_command_again_has_nothing_to_do(start, data_args, reference):
 
 
 @pytest.fixture(scope="module")
-def two_processes(data_args, reference, tmp_path_factory):
-    """The reference run over again from the command line, over Gloo and with half the accumulation.
+def two_processes(shard_args, reference, tmp_path_factory):
+    """The reference run over again from the command line, over Gloo, with half the accumulation and from tar files.
 
     By the launcher that SMILE and VideoMAE start with, which is torchrun under an older name.
     """
     folder = tmp_path_factory.mktemp("two")
     launcher = f"-m torch.distributed.launch --use_env --nproc_per_node 2 --master_port {free_port()}".split()
     folders = ["--output_dir", folder, "--log_dir", folder / "tb"]
-    command = [sys.executable, *launcher, ROOT / NAME, *TINY, *TRAIN, *data_args, "--update_freq", 1, *folders]
+    command = [sys.executable, *launcher, ROOT / NAME, *TINY, *TRAIN, *shard_args, "--update_freq", 1, *folders]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr
@@ -161,8 +161,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(start, data_args, reference,
     assert same_as(reference, tmp_path)
 
 
-def test_a_run_killed_in_mid_epoch_goes_on_from_the_latest_file(start, data_args, reference, tmp_path):
-    command = [*TINY, *TRAIN, *data_args, "--update_freq", 2, "--output_dir", tmp_path, "--save_ckpt_steps", 5]
+def test_a_run_killed_in_mid_epoch_goes_on_from_the_latest_file_and_tar_files(start, shard_args, reference, tmp_path):
+    """With videos and objects in tar files: the clips are, bit by bit, those of the reference's files."""
+    command = [*TINY, *TRAIN, *shard_args, "--update_freq", 2, "--output_dir", tmp_path, "--save_ckpt_steps", 5]
     stopped(start, signal.SIGKILL, f"epoch 0 [8/{STEPS}]", tmp_path, *command)
     again = start(*command).end()
     assert again.code == 0 and re.search(rf"{LATEST} at epoch 0, step (5|10)\n", again.out)

@@ -134,18 +134,22 @@ def test_linear_probes_of_sigma_and_of_image_models(run_script, tmp_path, script
 
 
 SBATCH = SCRIPTS / "slurm" / "recipe.sbatch"
+PREPARE = SCRIPTS / "slurm" / "prepare.sbatch"
+PREPARED = ("resize_videos.py", "lists/a b.csv", "--output", "out")
 JOB = {"SLURM_JOB_ID": "42", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
 
 
-def submit(run_script, recipe, *options, **variables):
+def submit(run_script, *arguments, script=SBATCH, **variables):
     """The batch script as Slurm runs it: from the folder of sbatch, with the job's variables."""
     job = JOB | {"SLURM_SUBMIT_DIR": str(SCRIPTS.parent)}
-    return run_script(SBATCH, f"{recipe.parent.name}/{recipe.stem}", *options, **job | variables)
+    return run_script(script, *arguments, **job | variables)
 
 
 @pytest.mark.parametrize("recipe", [*PRETRAIN, FINETUNE[-6], TEST[1]], **by_name)
 def test_slurm_runs_a_recipe_under_srun(run_script, recipe):
-    result, (command,) = submit(run_script, recipe, "--seed", "5", BATCH_SIZE="4", TOTAL_BATCH="256")
+    result, (command,) = submit(
+        run_script, f"{recipe.parent.name}/{recipe.stem}", "--seed", "5", BATCH_SIZE="4", TOTAL_BATCH="256"
+    )
     args = program_args(command)
     assert result.returncode == 0 and command[0] == "srun", result.stderr
     assert launcher_option(command, "--nodes") == "2" and launcher_option(command, "--ntasks-per-node") == "4"
@@ -153,9 +157,21 @@ def test_slurm_runs_a_recipe_under_srun(run_script, recipe):
     assert recipe in TEST or args.batch_size * args.update_freq * 8 == 256
 
 
-def test_slurm_queues_the_job_again_only_when_the_run_asks_for_it(run_script):
+@pytest.mark.parametrize(
+    "script, arguments", [(SBATCH, (f"pretrain/{PRETRAIN[0].stem}",)), (PREPARE, PREPARED)], ids=["recipe", "prepare"]
+)
+def test_slurm_queues_the_job_again_only_when_the_run_asks_for_it(run_script, script, arguments):
     for code, requeued in ((EXIT_REQUEUE, [["scontrol", "requeue", "42"]]), (0, []), (1, [])):
-        result, commands = submit(run_script, PRETRAIN[0], STUB_EXIT=str(code))
+        result, commands = submit(run_script, *arguments, script=script, STUB_EXIT=str(code))
         assert result.returncode == code and commands[1:] == requeued
-    directives = [line for line in SBATCH.read_text().splitlines() if line.startswith("#SBATCH")]
+
+
+def test_slurm_runs_a_data_tool_in_one_process_a_node(run_script):
+    _, commands = submit(run_script, *PREPARED, script=PREPARE)
+    assert commands == [["srun", "--wait=0", "python", "scripts/data/resize_videos.py", *PREPARED[1:]]]
+
+
+@pytest.mark.parametrize("script", [SBATCH, PREPARE], ids=["recipe", "prepare"])
+def test_slurm_directives_ask_for_a_warning_and_a_requeue(script):
+    directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --requeue" in directives and "#SBATCH --signal=USR1@120" in directives

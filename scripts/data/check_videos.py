@@ -12,15 +12,18 @@ process is a bad one. The same command, started again, looks only at what it has
 """
 
 import argparse
+import glob
 import json
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data_tools import Line, RunError, in_processes, read_list, write_list, write_table
+from data_tools import Line, RunError, Team, in_processes, read_list, write_list, write_table, write_text
 
+from shards import problem_of, status
 from utils import run_main
 from video_check import slow_reasons, wrong_frames
 from video_reader import READERS, VideoError
@@ -74,10 +77,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def state_of(path: str, *settings: Any) -> State | None:
     """The state of a file, None if there is none."""
     try:
-        status = os.stat(path)
+        return State(*status(path), *settings)
     except OSError:
         return None
-    return State(status.st_size, status.st_mtime_ns, *settings)
 
 
 def look(path: str, full: bool, size: int, reader: str) -> Verdict:
@@ -89,10 +91,10 @@ def look(path: str, full: bool, size: int, reader: str) -> Verdict:
         return Verdict(str(error))
 
 
-def read_seen(path: Path) -> dict[str, tuple[State, Verdict]]:
+def read_seen(journals: Iterable[Path]) -> dict[str, tuple[State, Verdict]]:
     """What earlier runs found; a line that was cut off by their end is dropped."""
     seen = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in (line for path in journals for line in path.read_text().splitlines()):
         try:
             name, state, verdict = json.loads(line)
         except json.JSONDecodeError:
@@ -101,18 +103,27 @@ def read_seen(path: Path) -> dict[str, tuple[State, Verdict]]:
     return seen
 
 
-def check(args: argparse.Namespace, paths: list[str], journal: Path) -> dict[str, Verdict]:
-    """The verdict on each path, taken from the journal where that is up to date and added to it where not."""
-    seen = read_seen(journal)
-    states = {path: state_of(path, args.full, args.input_size, args.reader) for path in paths}
-    verdicts = {path: seen[path][1] for path in paths if path in seen and seen[path][0] == states[path]}
-    verdicts |= {path: Verdict("no such file") for path, state in states.items() if state is None}
+def journals_of(output: Path) -> list[Path]:
+    """What all processes of all runs have found, a JSON list a line."""
+    return sorted(output.parent.glob(f"{glob.escape(output.stem)}.seen*.jsonl"))
+
+
+def check(args: argparse.Namespace, paths: list[str], team: Team) -> dict[str, Verdict]:
+    """The verdict on each path of this process's share.
+
+    It is taken from the journals where they are up to date, and added to the one of this process where they are not.
+    """
+    output = Path(args.output)
+    seen = read_seen(journals_of(output))
+    settings = args.full, args.input_size, args.reader
+    states = {path: state_of(path, *settings) for path in team.share(dict.fromkeys(paths))}
+    verdicts = {path: seen[path][1] for path in states if path in seen and seen[path][0] == states[path]}
+    verdicts |= {path: Verdict(problem_of(path)) for path, state in states.items() if state is None}
     todo = [path for path in states if path not in verdicts]
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with open(journal, "a") as file:
+    with open(output.with_suffix(f".seen.{team.rank}.jsonl" if team.rank else ".seen.jsonl"), "a") as file:
         file.write("\n" * bool(seen))  # the last line may have been cut off
         work = partial(look, full=args.full, size=args.input_size, reader=args.reader)
-        for path, verdict, lost in in_processes(work, todo, args.workers, args.timeout, "videos"):
+        for path, verdict, lost in in_processes(work, todo, args.workers, args.timeout, "videos", team):
             verdicts[path] = verdict or Verdict(lost)
             if verdict:  # a lost process may have been a matter of time or memory
                 file.write(json.dumps([path, states[path], verdict]) + "\n")
@@ -120,12 +131,30 @@ def check(args: argparse.Namespace, paths: list[str], journal: Path) -> dict[str
     return verdicts
 
 
+def check_together(args: argparse.Namespace, paths: list[str]) -> dict[str, Verdict]:
+    """The verdict on each path, in the first process; nothing in the others. Their journals become one."""
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    team = Team(output.with_name(f".{output.stem}.team"))
+    team.begin()
+    results = team.gather(check(args, paths, team))
+    journals = journals_of(output) if results else []
+    if len(journals) > 1:
+        rows = [[path, *found] for path, found in read_seen(journals).items()]
+        write_text(output.with_suffix(".seen.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        for path in journals:
+            if path != output.with_suffix(".seen.jsonl"):
+                path.unlink()
+    return {path: Verdict(*verdict) for result in results for path, verdict in result.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check a list; print the counts. Exit code 1 if not one of its videos can be read."""
     args = get_args(argv)
     lines, output = read_list(args.list), Path(args.output)
     paths = [os.path.join(args.data_root, line.name) for line in lines]
-    verdicts = check(args, paths, output.with_suffix(".seen.jsonl"))
+    if not (verdicts := check_together(args, paths)):
+        return 0
     good: list[Line] = []
     tables: dict[str, list[tuple[str, ...]]] = {suffix: [] for suffix in REMEDIES}
     for number, (line, path) in enumerate(zip(lines, paths), 1):

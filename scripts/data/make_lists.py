@@ -4,8 +4,8 @@
 
 Written to --output: train.csv, val.csv and test.csv with a line ``path label`` for each video, classes.txt with the
 name of class 0 on the first line and so on, and problems.tsv with what is missing, twice there or contradictory.
-Videos are found by their names wherever they lie below --videos, with any suffix. DATASET.md has the command for each
-data set and what to start from.
+Videos are found by their names wherever they lie below --videos, with any suffix; ``shards`` finds those in tar files,
+and writes the index of each that has none. DATASET.md has the command for each data set and what to start from.
 """
 
 import argparse
@@ -13,12 +13,14 @@ import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import annotations as formats
 import numpy as np
 from annotations import Annotations, stem_of
 from data_tools import Line, fits_a_list, write_list, write_table, write_text
+from shard_lists import look_at_all, number_classes, split_of
 from tqdm import tqdm
 
 from lists import VIDEO_SUFFIXES, frames_in
@@ -26,14 +28,17 @@ from utils import RunError, run_main
 
 LISTS = ("train.csv", "train_mini.csv", "val.csv", "test.csv")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder
+TAR = (".tar",)
 SHOWN = 5  # problems of a kind that are named on the console
 PROBLEM_HEADS = ("list", "problem", "name", "detail")
 Problem = tuple[str, str, str, str]  # list, kind, name, detail
 
 
-def add_common(parser: argparse.ArgumentParser, annotations: bool = True) -> argparse.ArgumentParser:
+def add_common(
+    parser: argparse.ArgumentParser, annotations: bool = True, what: str = "videos"
+) -> argparse.ArgumentParser:
     """Options that all data sets have."""
-    parser.add_argument("--videos", required=True, help="folder with the videos, in any sub-folders")
+    parser.add_argument("--videos", required=True, help=f"folder with the {what}, in any sub-folders")
     if annotations:
         parser.add_argument("--annotations", required=True, help="folder with the data set's own annotation files")
     parser.add_argument("--output", required=True, help="folder to write the lists to")
@@ -68,6 +73,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     folder.add_argument("--unlabelled", action="store_true", help="no classes: one train.csv with label -1")
     folder.add_argument("--val_fraction", type=float, default=0.1, help="of each class, if there is no val folder")
     folder.add_argument("--seed", type=int, default=0, help="of the draw of the val videos")
+    text = "tar files in WebDataset's layout, such as video2dataset's"
+    shards = add_common(new("shards", text), annotations=False, what="tar files")
+    shards.add_argument("--label_field", default="", help="of .json, a number or a class (default: .cls, else -1)")
 
     args = parser.parse_args(argv)
     if args.data_set == "kinetics" and bool(args.annotations) == bool(args.lists):
@@ -84,20 +92,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 # Videos on the disk ---------------------------------------------------------------------------------------------
 
 
-def scan(folder: str) -> tuple[list[str], list[str]]:
-    """Sub-folders and videos of a folder, as paths."""
+def scan(folder: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Sub-folders of a folder, and its files whose names end so, as paths."""
     folders, videos = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
                 folders.append(entry.path)
-            elif entry.name.lower().endswith(VIDEO_SUFFIXES) and not entry.name.startswith("."):
+            elif entry.name.lower().endswith(suffixes) and not entry.name.startswith("."):
                 videos.append(entry.path)
     return folders, videos
 
 
-def find_videos(root: str, workers: int) -> list[str]:
-    """Print a progress bar over folders; paths of all videos below `root`, relative to it, sorted.
+def find_videos(root: str, workers: int, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -> list[str]:
+    """Print a progress bar over folders; paths of all videos (or others) below `root`, relative to it, sorted.
 
     Folders are read by threads: on a network file system the time goes into waiting.
 
@@ -113,13 +121,14 @@ def find_videos(root: str, workers: int) -> list[str]:
             ahead = [folder for folder in ahead if os.path.realpath(folder) not in seen]
             seen.update(os.path.realpath(folder) for folder in ahead)  # links may lead back
             deeper = []
-            for folders, videos in pool.map(scan, ahead):
+            for folders, videos in pool.map(partial(scan, suffixes=suffixes), ahead):
                 found += videos
                 deeper += folders
                 bar.update()
             ahead = deeper
     if not found:
-        why = frames_in(root) or f"no videos below it ({' '.join(VIDEO_SUFFIXES)})"
+        what = "tar files" if suffixes == TAR else "videos"
+        why = frames_in(root) or f"no {what} below it ({' '.join(suffixes)})"
         raise RunError(f"--videos {root}: {why}")
     return sorted(os.path.relpath(path, root) for path in found)
 
@@ -256,6 +265,17 @@ def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: 
     return Found(lines, {name: len(part) for name, part in lines.items()}, problems), classes
 
 
+def from_shards(root: str, shards: list[str], label_field: str, workers: int) -> tuple[Found, list[str]]:
+    """Lists and classes of the tar files below a folder."""
+    found = Found({}, Counter(), [])
+    for shard, held in look_at_all(root, shards, label_field, workers):
+        name = f"{split_of(shard, SPLITS)}.csv"
+        found.lines.setdefault(name, []).extend(held.lines)
+        found.wanted[name] += held.samples
+        found.problems += [(name, *problem) for problem in held.problems]
+    return found, number_classes(list(found.lines.values()))
+
+
 def shared_videos(lines: dict[str, list[Line]]) -> list[Problem]:
     """Videos that are trained on and tested on."""
     trained = {line.name for line in lines.get("train.csv", [])}
@@ -320,12 +340,15 @@ def read_annotations(args: argparse.Namespace) -> Annotations:
 def main(argv: list[str] | None = None) -> None:
     """Make the lists of a data set."""
     args = get_args(argv)
-    wanted = read_annotations(args) if args.data_set != "folder" else None
-    videos = find_videos(args.videos, args.workers)
-    if wanted:
-        found, classes = match(wanted, videos), wanted.classes
-    else:
+    if args.data_set == "shards":
+        shards = find_videos(args.videos, args.workers, TAR)
+        found, classes = from_shards(args.videos, shards, args.label_field, args.workers)
+    elif args.data_set == "folder":
+        videos = find_videos(args.videos, args.workers)
         found, classes = from_folder(videos, args.unlabelled, args.val_fraction, args.seed)
+    else:
+        wanted = read_annotations(args)
+        found, classes = match(wanted, find_videos(args.videos, args.workers)), wanted.classes
     write(found, classes, Path(args.output), "" if args.relative else os.path.abspath(args.videos))
 
 

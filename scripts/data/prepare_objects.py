@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from data_tools import (
     RunError,
+    Team,
     Unusable,
     in_processes,
     is_made,
@@ -288,16 +289,23 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [job for job in jobs if job.target.parent.name not in args.exclude]
     names = {name: getattr(args, name, default) for name, default in asdict(Settings()).items()}
     settings = Settings(**names)
-    made: list[Path] = []
+    made: list[str] = []
     dropped: list[tuple[str, str]] = []
-    with output_folder(output, asdict(settings)) as unfinished:
-        work = partial(prepare, settings=settings, unfinished=unfinished)
-        for job, outcome, reason in in_processes(work, jobs, args.workers, args.timeout, "images"):
+    team = Team(output / ".team")
+    with output_folder(output, asdict(settings), team.rank) as unfinished:
+        team.begin()
+        work, mine = partial(prepare, settings=settings, unfinished=unfinished), list(team.share(jobs))
+        for job, outcome, reason in in_processes(work, mine, args.workers, args.timeout, "images", team):
             files, reasons = outcome or ([], [reason])
-            made += files
+            made += map(str, files)
             dropped += [(job.image, why) for why in reasons]
+        results = team.gather((made, dropped))
+    if not results:
+        return
+    made = [file for result in results for file in result[0]]
+    dropped = [(image, why) for result in results for image, why in result[1]]
     dropped.sort()
-    lines, few = instances(made, output / "images", args.min_per_category)
+    lines, few = instances([Path(file) for file in made], output / "images", args.min_per_category)
     write_table(output / "dropped.tsv", ("image", "reason"), dropped + few)
     print(f"{len(jobs)} images: {len(made)} objects, {len(dropped)} dropped (see {output / 'dropped.tsv'})")
     if not lines:

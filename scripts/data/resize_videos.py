@@ -14,27 +14,29 @@ measurement (DATASET.md, scripts/data/measure_resizing.py).
 
 import argparse
 import os
-from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
 
 from data_tools import (
     Line,
     RunError,
+    Team,
+    common_folder,
+    copy_classes,
     in_processes,
     is_made,
+    names_differ,
     output_folder,
     put_in_place,
     read_list,
-    read_text,
     without_suffixes,
     write_list,
     write_table,
-    write_text,
 )
 from video_writing import USUAL_RATE, Settings, Written, write_resized
 
+from shards import problem_of, status
 from utils import run_main
 
 Job = tuple[str, Path]  # source, target
@@ -83,15 +85,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--short_side must be at least 16, --key_frames and --workers 1, --crf in [0, 51]")
     if not -1 <= args.b_frames <= 16:
         parser.error(f"--b_frames {args.b_frames}: must lie in [-1, 16]")
-    names = Counter(Path(path).name for path in args.lists)
-    if max(names.values()) > 1:
-        parser.error(f"two lists are called {names.most_common(1)[0][0]}")
+    names_differ(parser, args.lists)
     return args
-
-
-def common_folder(sources: list[str]) -> str:
-    """The deepest folder that all sources lie below."""
-    return os.path.commonpath([os.path.dirname(os.path.abspath(source)) for source in sources])
 
 
 def plan(sources: list[str], root: str, videos: Path) -> dict[str, Path]:
@@ -121,24 +116,35 @@ def resize(job: Job, settings: Settings, unfinished: Path) -> Written:
     return written
 
 
-def resize_all(args: argparse.Namespace, root: str, targets: dict[str, Path]) -> tuple[dict[str, str], list[Written]]:
-    """Make what is not there yet. Reasons of the sources that failed, and what was made.
+def resize_all(
+    args: argparse.Namespace, root: str, targets: dict[str, Path]
+) -> tuple[dict[str, str], list[Written]] | None:
+    """Print how many are there, and make the others.
 
-    With another `root` two originals could claim the same place, so it belongs to the folder's settings.
+    Returns:
+        reasons of the sources that failed, and what was made, by all processes; None but in the first one.
     """
+    # With another root two originals could claim the same place, so it belongs to the folder's settings.
     settings = Settings(args.short_side, args.key_frames, args.crf, args.preset, args.b_frames)
-    failed, made = {}, []
-    with output_folder(Path(args.output), asdict(settings) | {"root": root}) as unfinished:
-        todo = [job for job in targets.items() if not is_made(job[1], job[0])]
-        if len(todo) < len(targets):
-            print(f"{len(targets) - len(todo)} of {len(targets)} videos are there already")
+    failed, made, team = {}, [], Team(Path(args.output) / ".team")
+    with output_folder(Path(args.output), asdict(settings) | {"root": root}, team.rank) as unfinished:
+        team.begin()
+        mine = [(job, is_made(job[1], job[0])) for job in team.share(targets.items())]
+        todo = [job for job, made_before in mine if not made_before]
         work = partial(resize, settings=settings, unfinished=unfinished)
-        for job, written, reason in in_processes(work, todo, args.workers, args.timeout, "videos"):
+        for job, written, reason in in_processes(work, todo, args.workers, args.timeout, "videos", team):
             if reason:
                 failed[job[0]] = reason
             else:
-                made.append(written)
-    return {source: failed[source] for source in targets if source in failed}, made
+                made.append(astuple(written))
+        results = team.gather((len(mine) - len(todo), failed, made))
+    if not results:
+        return None
+    if there := sum(result[0] for result in results):
+        print(f"{there} of {len(targets)} videos are there already")
+    failed = {source: reason for result in results for source, reason in result[1].items()}
+    written_ones = [Written(*row) for result in results for row in result[2]]
+    return {source: failed[source] for source in targets if source in failed}, written_ones
 
 
 def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], targets: dict[str, Path], failed: dict) -> None:
@@ -156,9 +162,7 @@ def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], targets:
             raise RunError(f"{new}: not written, all of its videos failed (see {args.output}/failed.tsv)")
         write_list(new, kept)
         print(f"{new}: {len(kept)} of {len(lines)} videos")
-        classes = Path(path).parent / "classes.txt"
-        if classes.exists():
-            write_text(Path(args.output) / "classes.txt", read_text(classes))
+        copy_classes(path, args.output)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,10 +172,12 @@ def main(argv: list[str] | None = None) -> None:
     sources = list(dict.fromkeys(os.path.join(args.data_root, line.name) for part in lists.values() for line in part))
     root = os.path.abspath(args.root) if args.root else common_folder(sources)
     targets = plan(sources, root, Path(args.output) / "videos")
-    failed, made = resize_all(args, root, targets)
+    if not (outcome := resize_all(args, root, targets)):
+        return
+    failed, made = outcome
     write_table(Path(args.output) / "failed.tsv", ("path", "reason"), list(failed.items()))
-    there = [job for job in targets.items() if job[0] not in failed and os.path.exists(job[0])]
-    before, after = (sum(os.path.getsize(job[place]) for job in there) for place in (0, 1))
+    there = [job for job in targets.items() if job[0] not in failed and not problem_of(job[0])]
+    before, after = (sum(status(str(job[place]))[0] for job in there) for place in (0, 1))
     print(
         f"{len(targets) - len(failed)} videos, {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after"
         f" ({after / max(1, before):.2f} times)"

@@ -4,7 +4,6 @@ Only this file of scripts/data knows PyAV. Time stamps are the source's, moved t
 that can be right, its frame rate gives them.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,6 +14,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Interpolation
 from data_tools import Unusable
 
+from shards import opened, problem_of
 from video_check import ffmpeg_frames, slow_reasons
 from video_reader import VideoError, check_whole, read_frames
 
@@ -85,7 +85,7 @@ def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 def read_timing(path: str) -> Timing:
     """The timing of a video, from its index and packets."""
-    with av.open(path, metadata_errors="replace") as container:
+    with opened(path) as source, av.open(source, "r", metadata_errors="replace") as container:
         stream = container.streams.best("video")
         rate = stream.average_rate
         stamps = [packet.pts for packet in container.demux(stream) if packet.size]
@@ -137,8 +137,8 @@ def write_resized(source: str, target: str, settings: Settings) -> Written:
     Raises:
         Unusable: the source cannot be decoded to its end, or the result is not as it should be.
     """
-    if not os.path.isfile(source):
-        raise Unusable("no such file")
+    if problem := problem_of(source):
+        raise Unusable(problem)
     try:
         timing = read_timing(source)
         try:
