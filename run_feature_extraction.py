@@ -99,7 +99,7 @@ class Features(nn.Module):
 
 
 def follow_checkpoint(args: argparse.Namespace, checkpoint: str) -> None:
-    """Videos are seen as the encoder was trained, unless told otherwise; see options.follow."""
+    """Take options of the clips from the checkpoint, unless given; see options.follow."""
     if os.path.exists(checkpoint):
         stored = trained_with(checkpoint)
         if stored.get("data_set") in DATA_SETS:
