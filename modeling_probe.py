@@ -14,9 +14,7 @@ from modeling_finetune import LayerNorm, Mlp, VisionTransformer
 from modeling_image import FrameEncoder
 
 QUERIES = 64  # at a time, of nearest_neighbours; with 240,000 neighbours their similarities take 60 MB
-TokenEncoder = (
-    VisionTransformer | FrameEncoder
-)  # clips [B, 3, T, H, W] → tokens [B, N, D] by forward_tokens, D is embed_dim
+TokenEncoder = VisionTransformer | FrameEncoder  # forward_tokens: clips [B, 3, T, H, W] → tokens [B, N, embed_dim]
 
 
 class LinearProbe(nn.Module):
