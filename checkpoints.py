@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -87,8 +87,8 @@ class CheckpointWriter:
             path.unlink(missing_ok=True)
 
 
-def lock_folder(folder: str) -> Any:
-    """Make `folder`, and keep other runs out of it for as long as this process lives.
+def lock_folder(folder: str) -> TextIO:
+    """Make `folder`, and lock it against other runs until the file that is returned is closed.
 
     A POSIX record lock: it goes with the process, however that ends, and loader workers do not inherit it.
 

@@ -123,7 +123,8 @@ def read_segment(annotation: Annotation, first: int, last: int, side: int, reade
 
 
 def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -> np.ndarray:
-    """A random run of at least MIN_CYCLES whole cycles of at most `max_frames`, else the shortest: its boundaries.
+    """Boundaries of a random run of at least MIN_CYCLES whole cycles, of at most `max_frames` if there is one, else the
+    shortest.
 
     The number of cycles is drawn first, then where they begin. Were all runs equally likely, most would be short, and
     the head would rarely meet the small shares of a segment that a cycle has where there are many.

@@ -78,7 +78,7 @@ DATA_SETS = {
 
 
 def find_several(paths: list[str]) -> str:
-    """The place of the first line of these lists with several labels, or a form that only these have; '' if none."""
+    """Place of the first line of these lists whose label is in the multi-label form; '' if there is none."""
     for path in filter(os.path.isfile, paths):
         try:
             for block in read_blocks(path):

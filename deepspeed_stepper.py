@@ -38,7 +38,7 @@ class DeepSpeedStepper(Stepper):
             "zero_stage": self.model.zero_optimization_stage(),
             "precision": self.precision,
             "processes": world_size(),
-        }  # what shards can only be read with
+        }  # shards can be read with the same alone
         self.tag, self.failed, self.casts = "", False, []
         if self.precision != "fp32":  # clips in low precision, logits in fp32, in training and validation alike
             dtype = DTYPES[self.precision]
@@ -91,7 +91,7 @@ class DeepSpeedStepper(Stepper):
         self.failed = reduce_sum([float(failed)], self.device)[0] > 0
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Read the shards of the checkpoint at `path`, as everything else, without running what is in them."""
+        """Read the shards of the checkpoint at `path` without running anything in them."""
         layout = dict(state["optimizer"])
         tag = layout.pop("deepspeed", None)
         if tag is None or layout != self.layout:
@@ -120,7 +120,7 @@ class DeepSpeedStepper(Stepper):
             group.update({key: value for key, value in own.items() if not key.endswith("step")})
 
     def close(self, folder: str) -> None:
-        """After training: the model in fp32 as any other, and no shards without their .pth."""
+        """After training, convert the model to fp32 and remove shards whose .pth is gone."""
         for cast in self.casts:
             cast.remove()
         self.module.float()

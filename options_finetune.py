@@ -283,9 +283,9 @@ def checkpoint_to_test(args: argparse.Namespace) -> str:
 
 
 def follow_checkpoint(args: argparse.Namespace) -> None:
-    """Tests, predictions and neighbours see videos as the model was trained, unless told otherwise; see options.follow.
+    """For --eval, --predict and --knn, take options from the checkpoint, unless given; see options.follow.
 
-    Training may see them in another way, which is told.
+    For training, log how the clips differ from the checkpoint's.
 
     Raises:
         RunError: the checkpoint is unreadable.

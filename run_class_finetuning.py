@@ -228,7 +228,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
 
 
 def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False) -> None:
-    """The weights to test: --finetune, else, or if `own`, the best of output_dir.
+    """Load the weights to test: --finetune, else, or if `own`, the best of output_dir.
 
     Raises:
         RunError: neither is there, or it holds no head for these classes.

@@ -38,7 +38,7 @@ from training import set_up
 from utils import RunError, logger
 from weights import check_kind, load_encoder, local_path
 
-# What must not change between a run and another one that goes on with it.
+# Options that must not change when a run is resumed.
 CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
 UNCHANGED = (
     "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
@@ -99,7 +99,7 @@ class Features(nn.Module):
 
 
 def follow_checkpoint(args: argparse.Namespace, checkpoint: str) -> None:
-    """Videos are seen as the encoder was trained, unless told otherwise; see options.follow."""
+    """Take options of the clips from the checkpoint, unless given; see options.follow."""
     if os.path.exists(checkpoint):
         stored = trained_with(checkpoint)
         if stored.get("data_set") in DATA_SETS:
@@ -162,11 +162,10 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
     rows = np.full((len(scores), *shape), np.nan, dtype)
     indices = [score.index for score in scores]
     paths, labels = [videos.path(index) for index in indices], [os.fsdecode(label) for label in videos.labels[indices]]
-    for row, score in zip(rows, scores):
-        if not score.error:
-            row[:] = score.views
     lines = []
     for row, (score, video, label) in enumerate(zip(scores, paths, labels)):
+        if not score.error:
+            rows[row] = score.views
         spans = score.spans or [Span(np.nan, np.nan, np.nan, 0)]
         shown = (min(span.start for span in spans), max(span.end for span in spans), *spans[0][2:])
         lines.append([score.index, video, label, path.name, row, *shown, score.error])

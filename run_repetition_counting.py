@@ -117,7 +117,7 @@ def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_step
 
 
 def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> Callable:
-    """What counts the cycles of a segment uint8 ``[F, S, S, 3]`` with the network."""
+    """Return a function that counts the cycles of a segment uint8 ``[F, S, S, 3]``."""
 
     def count(frames: torch.Tensor) -> float:
         def predict(moments: torch.Tensor, lengths: torch.Tensor) -> Prediction:

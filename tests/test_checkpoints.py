@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from checkpoints import (
     write_atomically,
 )
 from optim_factory import Stepper
+from training import Best
 from utils import RunError
 from weights import read_checkpoint
 
@@ -243,3 +245,17 @@ def test_a_run_with_averaged_weights_resumes_both(tmp_path):
     del state["model_ema"]
     with pytest.raises(RunError, match="lacks model_ema: .* without --model_ema"):
         restore((tmp_path / "x.pth", state), contents, build(model), 4)
+
+
+@pytest.mark.parametrize("worst, best, epoch", [(-1.0, 5, 2), (float("inf"), 2, 1)])
+def test_the_best_validation_is_the_last_whose_weights_were_written(worst, best, epoch):
+    """The largest number, or where it is an error the smallest; not that of the epoch with a full disk."""
+    kept = Best("number", worst)
+    for index, (number, room) in enumerate([(3, True), (2, True), (5, True), (9, False), (1, False), (3, True)]):
+        shown = {}
+        kept.update(SimpleNamespace(index=index, save=lambda name, room=room: room, shown=shown), {"number": number})
+        assert shown == {"val_number": number}
+    assert kept.state_dict() == {"number": best, "epoch": epoch}
+    again = Best("number", worst)
+    again.load_state_dict(kept.state_dict())
+    assert (again.value, again.epoch) == (best, epoch)
