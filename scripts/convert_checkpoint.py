@@ -1,14 +1,14 @@
-"""Carry weights to Hugging Face's transformers (VideoMAE) and back, and between .pth and .safetensors.
+"""Convert weights to Hugging Face's transformers (VideoMAE) and back, and between .pth and .safetensors.
 
     python scripts/convert_checkpoint.py finetuned.pth videomae_folder --classes classes.txt
     python scripts/convert_checkpoint.py videomae_folder finetuned.pth
     python scripts/convert_checkpoint.py finetuned.pth finetuned.safetensors
 
-A destination that ends in .pth, .pt or .safetensors is a file of this project, any other one a folder for
-``from_pretrained``. What was written is read again and run on a random clip; unless its output is that of the source,
-nothing is left. A fine-tuned model becomes VideoMAEForVideoClassification, one pretrained on pixels
-VideoMAEForPreTraining. That class has no room for other targets: of a model pretrained on them the encoder becomes
-VideoMAEModel, and the decoder lies beside it for the way back.
+If the destination ends in .pth, .pt or .safetensors, it is a file of this project, otherwise a folder for
+``from_pretrained``. The result is read again and run on a random clip; it is deleted if its output differs from that of
+the source. A fine-tuned model becomes VideoMAEForVideoClassification, a model pretrained on pixels
+VideoMAEForPreTraining. That class does not support other targets: the encoder of a model pretrained on them becomes a
+VideoMAEModel, and its decoder is saved in a separate file, so that it can be converted back.
 """
 
 import argparse
@@ -41,11 +41,11 @@ from utils import RunError, logger, run_main, setup_logging, user_errors
 from weights import THEIR_MODULES, THEIR_PARTS, Weights, from_transformers, local_path, model_weights, read_checkpoint
 
 FILES = (".pth", ".pt", ".safetensors")
-DECODER = "smile_decoder.safetensors"  # beside a VideoMAEModel, under our names
+DECODER = "smile_decoder.safetensors"  # next to a VideoMAEModel, with our names
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 KINDS = {kind.__name__: kind for kind in (VideoMAEForVideoClassification, VideoMAEForPreTraining, VideoMAEModel)}
 PIXELS = 3 * TUBELET_SIZE * PATCH_SIZE**2
-# Our names and theirs: of modules, and of the parts of a block.
+# Our names → theirs: of modules, and of the parts of a block.
 MODULES = {ours: theirs for theirs, ours in THEIR_MODULES.items()}
 PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}
 
@@ -54,7 +54,7 @@ PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}
 
 
 def their_names(name: str) -> list[str]:
-    """Under which names one of our tensors stands in their files: one, or three that share out its first axis."""
+    """Their names of one of our tensors: one name, or three (query, key, value) that divide its first axis."""
     name = name.removeprefix("encoder.")
     block = re.fullmatch(r"(.+)\.(\d+)\.(.+)\.(\w+)", name)
     module, dot, leaf = name.rpartition(".")
@@ -68,7 +68,7 @@ def their_names(name: str) -> list[str]:
 
 
 def to_theirs(weights: Weights) -> Weights:
-    """Our tensors under their names."""
+    """Our tensors with their names."""
     return {
         name: part.clone()  # safetensors takes no views
         for ours, value in weights.items()
@@ -80,15 +80,15 @@ def to_theirs(weights: Weights) -> Weights:
 
 
 def count(weights: Weights, prefix: str) -> int:
-    """Blocks whose names begin with `prefix`."""
+    """Number of blocks whose names begin with `prefix`."""
     return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
 
 
 def find_size(width: int, depth: int) -> Size:
-    """The size of ours that is so wide and deep.
+    """The size with this width and depth.
 
     Raises:
-        RunError: there is none.
+        RunError: no such size.
     """
     for size in SIZES.values():
         if (size.embed_dim, size.depth) == (width, depth):
@@ -97,13 +97,13 @@ def find_size(width: int, depth: int) -> Size:
 
 
 def size_of(weights: Weights) -> Size:
-    """The size of the model whose weights these are, by our names; RunError if there is none."""
+    """The size of the model with these weights (our names); raises RunError if there is none."""
     prefix = "" if "head.bias" in weights else "encoder."
     return find_size(len(weights.get(f"{prefix}patch_embed.proj.bias", ())), count(weights, f"{prefix}blocks."))
 
 
 def new_model(size: Size, classes: int = 0, decoder_depth: int = 0, out_dim: int = 0) -> nn.Module:
-    """A classifier, a pretraining model, or the encoder of one under the names it has there."""
+    """A classifier, a pretraining model, or only the encoder of one, with the names it has there."""
     if classes:
         return VisionTransformer(size, num_classes=classes)
     if out_dim:
@@ -112,10 +112,10 @@ def new_model(size: Size, classes: int = 0, decoder_depth: int = 0, out_dim: int
 
 
 def load_ours(checkpoint: dict, path: Path) -> nn.Module:
-    """The model whose weights a checkpoint holds.
+    """Build the model of a checkpoint and load its weights.
 
     Raises:
-        RunError: they are of no model of ours.
+        RunError: the weights fit no model of this project.
     """
     weights = model_weights(checkpoint, path)
     classes, out_dim = (len(weights.get(name, ())) for name in ("head.bias", "decoder.head.bias"))
@@ -139,7 +139,7 @@ def write_ours(weights: Weights, path: Path) -> None:
 
 
 def load_theirs(folder: Path) -> PreTrainedModel:
-    """The model in a folder of theirs.
+    """Load a model of transformers from its folder.
 
     Raises:
         RunError: not VideoMAE, or incomplete.
@@ -156,7 +156,7 @@ def load_theirs(folder: Path) -> PreTrainedModel:
 
 
 def read_theirs(model: PreTrainedModel, folder: Path) -> Weights:
-    """The weights of their model under our names; `folder` is where it comes from."""
+    """The weights of a model of transformers with our names; `folder` is where it was loaded from."""
     config, inside = model.config, "videomae." if isinstance(model, VideoMAEModel) else ""
     biases = {".query.bias": ".q_bias", ".value.bias": ".v_bias"}  # as transformers 5 names them in memory
     theirs = {}
@@ -182,13 +182,13 @@ def read_theirs(model: PreTrainedModel, folder: Path) -> Weights:
 
 
 def read_class_names(model: PreTrainedModel) -> list[str]:
-    """The names of the classes in their config, unless they are those of no name."""
+    """Class names of the config; empty if they are the placeholders of transformers."""
     names = [model.config.id2label[label] for label in range(model.config.num_labels)]
     return [] if names == [f"LABEL_{label}" for label in range(len(names))] else names
 
 
 def check_normalisation(folder: Path) -> None:
-    """Warn if their model saw clips that were normalised in another way than ours."""
+    """Warn if the model was trained with another normalisation than ours."""
     if (folder / "preprocessor_config.json").is_file():
         processor = VideoMAEImageProcessor.from_pretrained(folder)
         if (tuple(processor.image_mean), tuple(processor.image_std)) != IMAGENET:
@@ -196,10 +196,10 @@ def check_normalisation(folder: Path) -> None:
 
 
 def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes: list[str]) -> None:
-    """Write weights of ours as a folder of theirs: config, names of the classes, weights, image processor.
+    """Write our weights as a folder of transformers: config with class names, weights, image processor.
 
     Raises:
-        RunError: as many classes as the head does not have.
+        RunError: the number of classes differs from that of the head.
     """
     size, labels, beside = size_of(weights), len(weights.get("head.bias", ())), {}
     if classes and len(classes) != labels:
@@ -247,11 +247,11 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
 
 @torch.inference_mode()
 def run_model(model: nn.Module, clip: torch.Tensor, mask: torch.Tensor, whole: bool) -> torch.Tensor:
-    """What a model of either side says of a clip ``[1, 3, T, H, W]``.
+    """Run a model of this project or of transformers on a clip ``[1, 3, T, H, W]``.
 
     Args:
         mask: bool ``[1, N]``, for models of pretraining.
-        whole: else a pretraining model of ours stops after its encoder.
+        whole: False to run only the encoder of a pretraining model.
     Returns:
         logits ``[1, C]``, predictions ``[1, N_masked, out_dim]``, or encoded visible tokens ``[1, N_visible, D]``.
     """
@@ -270,7 +270,7 @@ def run_model(model: nn.Module, clip: torch.Tensor, mask: torch.Tensor, whole: b
 
 
 def difference(first: nn.Module, second: nn.Module, frames: int, side: int) -> float:
-    """Largest difference between what two models say of a random clip, in float64, where rounding plays no part."""
+    """Largest difference between the outputs of two models for a random clip, in float64 to exclude rounding."""
     t, h, w = token_grid(frames, side, side)
     rng = torch.Generator().manual_seed(0)
     clip = torch.randn(1, 3, frames, side, side, generator=rng, dtype=torch.float64)
@@ -293,7 +293,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Convert, compare, and only then put the result in its place."""
+    """Convert, compare outputs, and only then move the result to its destination."""
     setup_logging()
     set_verbosity_error()
     disable_progress_bar()

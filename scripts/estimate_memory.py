@@ -1,11 +1,11 @@
-"""GPU memory that training takes, estimated from the sizes of a model, and the batch that fits a card.
+"""Estimate the GPU memory of training from the size of a model, and the largest batch that fits.
 
     python scripts/estimate_memory.py --model base large huge
     python scripts/estimate_memory.py --model large huge --finetune
 
-Counts weights, gradients, Adam's moments, and what the backward pass needs of each clip: inputs of products, of GELU
-and of norms. Attention is taken to be computed without its matrix (flash or memory-efficient), the teacher to be CLIP's
-ViT-B/16. BENCHMARKS.md compares with measured peaks. A part of the card is left to CUDA, NCCL and fragments: --reserve.
+Counts weights, gradients, Adam's moments, and the activations saved for the backward pass: inputs of matrix products,
+GELU and norms. Assumes attention without a stored matrix (flash or memory-efficient) and CLIP ViT-B/16 as the teacher.
+BENCHMARKS.md compares with measured peaks. --reserve leaves room for CUDA, NCCL and fragmentation.
 """
 
 import argparse
@@ -30,58 +30,58 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=SIZES, default=["base", "large", "huge"])
-    parser.add_argument("--finetune", action="store_true", help="instead of pretraining with two masks a clip")
+    parser.add_argument("--finetune", action="store_true", help="instead of pretraining with two masks per clip")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--num_frames", type=int, default=16)
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--mask_ratio", type=float, default=0.8)
-    parser.add_argument("--gpu_memory", type=float, nargs="+", default=[32, 40, 80], help="of cards, GiB")
-    parser.add_argument("--reserve", type=float, default=0.1, help="part of it that training leaves free")
+    parser.add_argument("--gpu_memory", type=float, nargs="+", default=[32, 40, 80], help="of the GPUs, GiB")
+    parser.add_argument("--reserve", type=float, default=0.1, help="share of the memory to leave free")
     return parser.parse_args(argv)
 
 
 def block_bytes(tokens: int, width: int, half: bool) -> int:
-    """What a block keeps of so many tokens for the backward pass.
+    """Bytes that a block saves for the backward pass.
 
-    Of each channel: the input and output of two norms, query, key and value, attention's output, and the hidden layer,
-    four times as wide, before and after GELU. Under autocast norms read fp32, and all the rest is 16 bits.
+    For each channel: input and output of two norms, query, key and value, the output of attention, and the hidden layer
+    (four times as wide) before and after GELU. Under autocast the inputs of norms are fp32 and all others 16 bits.
     """
     return tokens * width * (2 * (4 + 2) + 2 * (3 + 1 + 4 + 4) if half else 4 * (2 + 2 + 3 + 1 + 4 + 4))
 
 
 def blocks_bytes(tokens: int, width: int, depth: int, half: bool, use_checkpoint: bool) -> int:
-    """What `depth` blocks keep; with activation checkpointing only what enters each."""
+    """Bytes that `depth` blocks save; with activation checkpointing only their inputs."""
     if use_checkpoint:
         return depth * tokens * width * (2 if half else 4)
     return depth * block_bytes(tokens, width, half)
 
 
 def backward_bytes(tokens: int, width: int, half: bool, use_checkpoint: bool) -> int:
-    """What going back through a block adds: gradients of hidden layer and residual stream, and the block made again."""
+    """Bytes that the backward pass of a block adds: gradients, and with checkpointing the recomputed activations."""
     return tokens * width * (4 * 2 + 4 if half else 4 * 4 + 4) + use_checkpoint * block_bytes(tokens, width, half)
 
 
 def pretraining_bytes(size: Size, half: bool, use_checkpoint: bool, clip: Clip, mask_ratio: float) -> int:
-    """Bytes a masked clip takes at the peak, early in the backward pass; each clip has two masks."""
+    """Peak bytes of a masked clip, early in the backward pass; each clip has two masks."""
     t, h, w = token_grid(*clip)
     tokens, hidden, value = t * h * w, t * int(mask_ratio * h * w), 2 if half else 4
     width, visible = size.decoder_embed_dim, tokens - hidden
     kept = blocks_bytes(visible, size.embed_dim, size.depth, half, use_checkpoint)
     kept += blocks_bytes(tokens, width, DECODER_DEPTH, half, use_checkpoint)
-    if use_checkpoint:  # the decoder's residual stream is fp32, as its mask token is
+    if use_checkpoint:  # the decoder's residual stream is fp32 like its mask token
         kept += (4 - value) * DECODER_DEPTH * tokens * width
     kept += value * visible * 3 * TUBELET_SIZE * PATCH_SIZE**2  # pixels of the embedding
     kept += (4 + value) * (visible * size.embed_dim + hidden * width)  # final norms
     kept += (clip_bytes(clip) + 4 * tokens * TARGET) // 2
     kept += value * hidden * TARGET  # predictions
-    # Beside them, in the loss their fp32 copy, gradients and targets of hidden tokens; or a block's backward pass.
+    # The peak is in the loss (fp32 copy, gradients and targets of hidden tokens) or in a block's backward pass.
     loss = hidden * TARGET * (4 + 4 + 2 + 4 if half else 4 + 4)
     decoder = backward_bytes(tokens, width, half, use_checkpoint)
     return kept + max(loss, decoder, backward_bytes(visible, size.embed_dim, half, use_checkpoint))
 
 
 def finetuning_bytes(size: Size, half: bool, use_checkpoint: bool, clip: Clip) -> int:
-    """Bytes a clip takes at the peak, early in the backward pass."""
+    """Peak bytes of a clip, early in the backward pass."""
     t, h, w = token_grid(*clip)
     kept = blocks_bytes(t * h * w, size.embed_dim, size.depth, half, use_checkpoint)
     kept += backward_bytes(t * h * w, size.embed_dim, half, use_checkpoint)
@@ -89,12 +89,12 @@ def finetuning_bytes(size: Size, half: bool, use_checkpoint: bool, clip: Clip) -
 
 
 def clip_bytes(clip: Clip) -> int:
-    """A clip as uint8 and normalised, fp32."""
+    """Bytes of a clip as uint8 and as normalised fp32."""
     return (1 + 4) * 3 * clip[0] * clip[1] * clip[2]
 
 
 def fixed_bytes(name: str, half: bool, finetune: bool) -> int:
-    """Weights, gradients, two moments and the weights that autocast holds in 16 bits; in pretraining the teacher."""
+    """Bytes of weights, gradients, two moments, the 16-bit weights of autocast, and in pretraining the teacher."""
     module = modeling_finetune if finetune else modeling_pretrain
     with torch.device("meta"):
         model = module.MODELS[f"{'' if finetune else 'pretrain_videomae_'}{'vit_' * finetune}{name}_patch16_224"]()
@@ -103,7 +103,7 @@ def fixed_bytes(name: str, half: bool, finetune: bool) -> int:
 
 
 def largest_batch(room: float, each: int) -> int:
-    """The largest power of two of clips that fits `room` bytes, 0 if not one does: total batches are powers of two."""
+    """The largest batch, a power of two, that fits into `room` bytes; 0 if not one clip fits."""
     count = int(room // each)
     return 1 << count.bit_length() - 1 if count > 0 else 0
 

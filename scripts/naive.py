@@ -1,7 +1,7 @@
-"""The straightforward pretraining step that scripts/benchmark.py compares with, and that tests take as a reference.
+"""A straightforward pretraining step: the baseline of scripts/benchmark.py and a reference for tests.
 
-Attention written out, a convolution for the embedding, boolean indexing, one forward pass a mask. Same parameters,
-same numbers up to rounding.
+Explicit attention, a convolution for the embedding, boolean indexing, one forward pass per mask. Same parameters and,
+up to rounding, same results.
 """
 
 import torch
@@ -13,7 +13,7 @@ from modeling_pretrain import PretrainVisionTransformer
 
 
 def attention(module: Attention, x: torch.Tensor) -> torch.Tensor:
-    """``[B, N, D]`` → the same, with the whole attention matrix in memory."""
+    """``[B, N, D]`` → ``[B, N, D]``, with the whole attention matrix in memory."""
     B, N, D = x.shape
     bias = torch.cat([module.q_bias, torch.zeros_like(module.v_bias), module.v_bias])
     qkv = F.linear(x, module.qkv.weight, bias).reshape(B, N, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -23,7 +23,7 @@ def attention(module: Attention, x: torch.Tensor) -> torch.Tensor:
 
 
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-    """Pre-norm blocks, one after the other."""
+    """Apply pre-norm blocks in order."""
     block: Block
     for block in blocks:
         x = x + attention(block.attn, block.norm1(x))
@@ -32,7 +32,7 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
 
 
 def forward(model: PretrainVisionTransformer, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What PretrainVisionTransformer.forward computes, for one mask a clip: ``[B, N_masked, out_dim]``."""
+    """The same as PretrainVisionTransformer.forward, for one mask per clip: ``[B, N_masked, out_dim]``."""
     B, N = mask.shape
     tokens = model.encoder.patch_embed.proj(x).flatten(2).transpose(1, 2)
     tokens = tokens + sinusoid_positions(N, tokens.shape[-1], x.device)
@@ -50,7 +50,7 @@ def forward(model: PretrainVisionTransformer, x: torch.Tensor, mask: torch.Tenso
 def loss(
     model: PretrainVisionTransformer, clips: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error over R masks a clip, masks ``[R·B, N]``, targets ``[B, N, D]``."""
+    """Mean squared error over R masks per clip, masks ``[R·B, N]``, targets ``[B, N, D]``."""
     total = 0.0
     parts = masks.split(len(clips))
     for mask in parts:

@@ -1,10 +1,10 @@
-"""Draw the course of runs and the outcome of tests.
+"""Draw training curves and test results.
 
-    python scripts/plot_log.py output/stage1 output/stage2            # curves of both in one picture
+    python scripts/plot_log.py output/stage1 output/stage2            # both in one picture
     python scripts/plot_log.py output/finetuned --output_dir pictures  # curves, confusion matrix, accuracy by class
 
-Takes run folders or files: `log.txt` (a JSON line an epoch), and of a test `test_predictions.npz` and
-`test_per_class.csv`. Writes curves.png, and of each test confusion-<run>.png and per_class-<run>.png.
+Takes run folders or files: `log.txt` (one JSON line per epoch), and the `test_predictions.npz` and
+`test_per_class.csv` of tests. Writes curves.png, and for each test confusion-<run>.png and per_class-<run>.png.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from visualization import shorten
 
 LOG, PREDICTIONS, PER_CLASS = "log.txt", "test_predictions.npz", "test_per_class.csv"
-# Panels in this order: title → (key of log.txt, style of its line, its name in the legend or "" if it is alone)
+# Panels in this order: title → (key of log.txt, line style, name in the legend or "" if there is only one line)
 PANELS = {
     "loss": (("train_loss", "-", ""),),
     "top-1 accuracy, %": (("val_acc1", "-", "validation"), ("test_acc1", "o", "test")),
@@ -42,9 +41,9 @@ PANELS = {
     "seconds an epoch": (("seconds", "-", ""),),
     "bad clips and skipped steps": (("bad_clips", "-", "bad clips"), ("skipped_steps", "--", "skipped steps")),
 }
-RARE = ("bad_clips", "skipped_steps")  # not drawn where there were none
+RARE = ("bad_clips", "skipped_steps")  # not drawn if always 0
 MOST_ERRORS = 15
-MAX_NAMED = 25  # classes that have room for their names in a confusion matrix
+MAX_NAMED = 25  # classes with names in a confusion matrix
 SHOWN_CLASSES = 40  # bars in one picture
 
 
@@ -53,7 +52,7 @@ class InputError(Exception):
 
 
 class ClassResult(NamedTuple):
-    """A line of test_per_class.csv: accuracies in percent, or average precision where videos have several labels."""
+    """A line of test_per_class.csv: accuracies in percent, or average precision for multi-label tests."""
 
     name: str
     videos: int
@@ -65,7 +64,7 @@ class ClassResult(NamedTuple):
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.txt; a last line that was cut off is left out.
+    """Read the lines of a log.txt; a truncated last line is ignored.
 
     Raises:
         InputError: a line in the middle that is not JSON, or nothing to draw.
@@ -83,7 +82,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def curve(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs done (the log numbers them from 0) and values of a key; a test's line belongs to the epoch before it."""
+    """Completed epochs (numbered from 0 in the log) and values of a key; the line of a test has no epoch of its own."""
     epochs, values, epoch = [], [], 0
     for line in log:
         epoch = line.get("epoch", epoch - 1) + 1
@@ -94,10 +93,10 @@ def curve(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def confusion_matrix(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Videos by label (row) and predicted class (column), int ``[C, C]``; those that could not be read are left out.
+    """Number of videos by label (row) and predicted class (column), int ``[C, C]``; unreadable videos are ignored.
 
     Args:
-        labels: int ``[n]``; scores: ``[n, C]``, NaN where a video could not be read. The lowest of equal classes wins.
+        labels: int ``[n]``; scores: ``[n, C]``, NaN for unreadable videos. Ties go to the lowest class.
     """
     read = ~np.isnan(scores).any(axis=1)
     matrix = np.zeros((scores.shape[1],) * 2, dtype=int)
@@ -106,7 +105,7 @@ def confusion_matrix(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Labels ``[n]``, or several ``[n, C]``, and scores ``[n, C]`` of a test_predictions.npz."""
+    """Labels ``[n]`` (multi-label: ``[n, C]``) and scores ``[n, C]`` of a test_predictions.npz."""
     try:
         with np.load(path) as file:
             return file["label"], file["scores"]
@@ -115,7 +114,7 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def class_result(row: dict[str, str]) -> ClassResult:
-    """A row of the table; a class without a name gets its number."""
+    """Parse a row of the table; a class without a name is called by its number."""
     name, videos = row["name"] or f"class {row['class']}", int(row["videos"])
     if "ap" in row:
         return ClassResult(name, videos, float(row["ap"]), None)
@@ -123,7 +122,7 @@ def class_result(row: dict[str, str]) -> ClassResult:
 
 
 def read_classes(path: Path) -> dict[int, ClassResult]:
-    """A test_per_class.csv by class number."""
+    """Read a test_per_class.csv: class number → result."""
     try:
         with open(path, newline="") as file:
             return {int(row["class"]): class_result(row) for row in csv.DictReader(file)}
@@ -135,10 +134,10 @@ def read_classes(path: Path) -> dict[int, ClassResult]:
 
 
 def draw_curves(logs: dict[str, list[dict]]) -> Figure:
-    """A panel for each quantity that any of the runs has; a colour for each run.
+    """One panel for each quantity in the logs, one colour for each run.
 
     Raises:
-        InputError: nothing that is known.
+        InputError: none of the known quantities is in the logs.
     """
     keys = {key for log in logs.values() for line in log for key in line if line[key] or key not in RARE}
     panels = {
@@ -172,7 +171,7 @@ def draw_curves(logs: dict[str, list[dict]]) -> Figure:
 
 
 def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, str, str]]) -> None:
-    """Curves of some keys; a single value is a dot."""
+    """Draw the curves of some keys; a single value is drawn as a dot."""
     for number, log in enumerate(logs.values()):
         for key, style, _ in wanted:
             epochs, values = curve(log, key)
@@ -186,18 +185,19 @@ def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, 
 
 
 def draw_confusion(matrix: np.ndarray, names: list[str], title: str, unread: int = 0) -> Figure:
-    """Share of each label's videos by predicted class, and the pairs that are mixed up most often.
+    """The confusion matrix as shares of each label, and the most frequent errors.
 
     Args:
-        matrix: videos, int ``[C, C]``, a row a label; names: of the C classes.
-        unread: videos that are missing in it.
+        matrix: number of videos, int ``[C, C]``, a row per label; names: of the C classes.
+        unread: number of videos that are not in the matrix.
     """
     total = matrix.sum(axis=1, keepdims=True)
     share = np.where(total > 0, 100 * matrix / np.maximum(total, 1), np.nan)
     few = len(matrix) <= MAX_NAMED
     figure = Figure(figsize=(13, 7.2), layout="constrained", dpi=110)
     axes, side = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")  # few are seen too
+    norm = PowerNorm(0.5, 0, 100)  # makes small shares visible
+    image = axes.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
     bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label="% of the label's videos")
     bar.set_ticks((0, 1, 5, 10, 25, 50, 75, 100))
     axes.set(xlabel="predicted class", ylabel="label")
@@ -217,7 +217,7 @@ def draw_confusion(matrix: np.ndarray, names: list[str], title: str, unread: int
 
 
 def draw_mix_ups(axes: Axes, matrix: np.ndarray, names: list[str]) -> None:
-    """Bars for the most frequent errors, at most MOST_ERRORS."""
+    """Draw bars for the most frequent errors, at most MOST_ERRORS."""
     wrong = matrix * (1 - np.eye(len(matrix), dtype=int))
     order = [index for index in np.argsort(-wrong, axis=None, kind="stable")[:MOST_ERRORS] if wrong.flat[index]]
     pairs = [np.unravel_index(index, wrong.shape) for index in order]
@@ -232,7 +232,7 @@ def draw_mix_ups(axes: Axes, matrix: np.ndarray, names: list[str]) -> None:
 
 
 def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
-    """Top-1 (bar) and top-5 (mark) accuracy by class, or average precision; of many classes the best and the worst."""
+    """Top-1 (bar) and top-5 (mark) accuracy by class, or average precision; of many classes the best and worst."""
     one_label = all(result.top5 is not None for result in classes.values())
     metric, name = ("accuracy", "top-1") if one_label else ("average precision", "average precision")
     ranked = sorted(classes.values(), key=lambda result: -result.top1)
@@ -266,10 +266,10 @@ def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
 
 
 def find_files(paths: list[str]) -> Iterator[Path]:
-    """The files among `paths`, and what can be drawn in the folders.
+    """Find files that can be drawn: `paths` themselves, or files in these folders.
 
     Raises:
-        InputError: nothing there.
+        InputError: a folder without such files.
     """
     for path in map(Path, paths):
         if path.is_file():
@@ -282,7 +282,7 @@ def find_files(paths: list[str]) -> Iterator[Path]:
 
 
 def run_names(files: list[Path]) -> dict[Path, str]:
-    """A short name for each file's folder, longer where two would be alike."""
+    """The shortest unique name for the folder of each file."""
     folders = {file: file.absolute().parent.parts for file in files}
     for depth in range(1, max(map(len, folders.values())) + 1):
         names = {file: "-".join(parts[-depth:]).replace("/", "") for file, parts in folders.items()}
@@ -292,24 +292,23 @@ def run_names(files: list[Path]) -> dict[Path, str]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Print where a figure was written."""
-    FigureCanvasAgg(figure)
+    """Write a figure and print its path."""
     figure.savefig(path)
     print(path)
 
 
 def draw_all(files: list[Path], output: Path) -> None:
-    """Print what was written: pictures of what the files hold, of logs together in one.
+    """Draw all files, logs together in one picture, and print the paths of the pictures.
 
     Raises:
-        InputError: a file of another kind.
+        InputError: unknown kind of file.
     """
     names, logs = run_names(files), {}
     for file in files:
         if file.suffix == ".npz":
             labels, scores = read_predictions(file)
             if labels.ndim == 2:
-                print(f"{file}: several labels a video, so no class is taken for another: no picture of that")
+                print(f"{file}: no confusion matrix, since videos have several labels")
                 continue
             table = read_classes(file.with_name(PER_CLASS)) if file.with_name(PER_CLASS).is_file() else {}
             classes = [table[c].name if c in table else f"class {c}" for c in range(scores.shape[1])]

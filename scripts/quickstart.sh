@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# SMILE on two CPU cores: both stages of pretraining in a small world, and what they are worth.
+# SMILE on two CPU cores: both stages of pretraining in a small world, and an evaluation.
 #
-# Makes a Python environment (or uses the active one), cuts clips from real videos, draws objects, pretrains with a
-# small image network as the teacher, and compares: fine-tuned from stage 2 against from scratch, and probes on frozen
-# encoders. QUICKSTART_DIR (default ./quickstart) takes everything. Started again, it goes on where it stopped; remove
-# the folder to start anew. SEED=1 gives another run, CLIP_WEIGHTS=openai or a file another teacher, CLIP (slower).
+# Makes a Python environment (or uses the active one), cuts clips from real videos, draws objects, pretrains with a small
+# image network as the teacher, and compares fine-tuning from stage 2 with training from scratch, and probes on frozen
+# encoders. All output goes to QUICKSTART_DIR (default ./quickstart). Run again to resume; remove the folder to start
+# over. SEED=1 gives another run; CLIP_WEIGHTS=openai (or a file) uses CLIP as the teacher, which is slower.
 set -euo pipefail
 : "${CLIP_WEIGHTS:=}"
 : "${SEED:=0}"
@@ -14,7 +14,7 @@ set -euo pipefail
 : "${PROBE_EPOCHS:=4}"
 : "${WORLD_OPTIONS:=--val_clips 40}" # of scripts/mini/make_world.py
 : "${QUICKSTART_DIR:=quickstart}"
-: "${OMP_NUM_THREADS:=1}" # a run; matrices are too small for more threads to help
+: "${OMP_NUM_THREADS:=1}" # threads per run; the matrices are too small for more
 export OMP_NUM_THREADS
 
 mkdir -p "$QUICKSTART_DIR"
@@ -47,7 +47,7 @@ echo "stage 2: natural clips, a tube mask, starting from stage 1's weights"
 pretrain "$DIR/stage2" "$SEED" "$STAGE2_EPOCHS" "${TEACHER[@]}" --mask_type tube --first_stage_path "$stage1"
 stage2=$DIR/stage2/checkpoint-$((STAGE2_EPOCHS - 1)).pth
 
-# The four scores: two runs side by side, a core each.
+# The four scores: two runs in parallel, one core each.
 random_weights "$DIR/random.pth" "$SEED"
 score() { evaluate "$DIR/$1" "$2" "$SEED" "${@:3}" --num_workers 0; }
 beside() { # beside NAME TASK EPOCHS [flags]: in the background, quietly

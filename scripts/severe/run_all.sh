@@ -3,11 +3,10 @@
 #
 #   SSV2=/data/ssv2 UCF101=/data/ucf101 MODEL_PATH=checkpoint-149.pth GPUS=4 bash scripts/severe/run_all.sh
 #
-# Runs the cells that there is a folder for, one after the other. A cell without its folder is left out, one that fails
-# does not keep the others from running; the end says so. Started again, it leaves finished cells alone and goes on with
-# the others. The table is also written to OUTPUT_DIR/severe.csv, and drawn in OUTPUT_DIR/severe.png.
-# The variables of the cells' scripts (GPUS, BATCH_SIZE, ...) come from the environment; options that follow go to all
-# programs: bash scripts/severe/run_all.sh --seed 1
+# Runs the cells one after the other. Cells without a data folder are skipped, and a failed cell does not stop the others;
+# both are listed at the end. Run again to skip finished cells and resume the others. The table is also written to
+# OUTPUT_DIR/severe.csv and drawn in OUTPUT_DIR/severe.png. Variables of the cells' scripts (GPUS, BATCH_SIZE, ...) come
+# from the environment; options after the script are passed to all programs: bash scripts/severe/run_all.sh --seed 1
 set -euo pipefail
 
 # Folders with train.csv, val.csv, test.csv: SEVERE.md has the command for each.
@@ -42,7 +41,7 @@ for cell in $CELLS; do
   [[ -n ${FOLDERS[$cell]:-} ]] || die "CELLS: no cell $cell; there are ${!FOLDERS[*]}"
 done
 
-# run_cell CELL [options]: its script, unless it is done; tells in `note` why there is no result.
+# run_cell CELL [options]: runs its script unless it is done; sets `note` if there is no result.
 run_cell() {
   local cell=$1 folder=$OUTPUT_DIR/$1 name code=0 options
   shift

@@ -1,9 +1,9 @@
-"""The table of the SEVERE benchmark: our results beside those of the paper.
+"""The table of the SEVERE benchmark: our results next to those of the paper.
 
     python scripts/severe/severe_table.py fx_s1=output/fx_s1 ucf_rc=output/ucf_rc [--csv FILE --picture FILE]
 
-Reads the last test in the ``log.txt`` of each folder, and prints a row for each cell that was named. A cell without a
-test is a dash. The mean of ours is there only where all eight cells are.
+Reads the last test in the ``log.txt`` of each folder and prints one row per cell. A cell without a test gets a dash.
+The mean of our results is shown only if all eight cells have one.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CELLS = {
     "ucf_rc": Cell("UCF-RC", "counting error (lower is better)", "test_mae", 3),
     "charades": Cell("Charades", "mAP", "test_map"),
 }
-CLASS_MEAN = ("gym99", "gym99_1k", "fx_s1", "ub_s1")  # whether the paper's are top-1 or these is not published
+CLASS_MEAN = ("gym99", "gym99_1k", "fx_s1", "ub_s1")  # the paper does not say if top-1 or class means
 # ViT-B pretrained on Kinetics-400, from the SMILE paper's table of SEVERE, whose means follow from `mean` below.
 PAPER = {
     "VideoMAE": (68.6, 86.6, 74.6, 25.9, 42.8, 65.3, 0.172, 14.4),
@@ -56,10 +56,10 @@ NOTE = "*: the SMILE paper's figures (ViT-B, Kinetics-400), not measured with th
 
 
 def last_test(folder: Path) -> dict[str, float]:
-    """The metrics of the last test in a run's log.txt; none if there is none.
+    """Metrics of the last test in a log.txt; empty if there is none.
 
     Raises:
-        SystemExit: a line that is no JSON.
+        SystemExit: a line is not JSON.
     """
     file = folder / "log.txt"
     if not file.is_file():
@@ -73,24 +73,24 @@ def last_test(folder: Path) -> dict[str, float]:
 
 
 def percent(cell: str, value: float) -> float:
-    """A result as it goes into the mean: in percent, higher is better."""
+    """Convert a result for the mean: in percent, higher is better."""
     return 100 * (1 - value) if cell == "ucf_rc" else value
 
 
 def mean(values: dict[str, float]) -> float | None:
-    """The paper's mean over the eight cells, of percentages and 100 · (1 - counting error); None if one is missing."""
+    """Mean over the eight cells as in the paper: percentages and 100 · (1 - counting error); None if one is missing."""
     if values.keys() < CELLS.keys():
         return None
     return float(np.mean([percent(cell, values[cell]) for cell in CELLS]))
 
 
 def show(cell: str, value: float | None) -> str:
-    """A figure of a cell as text; a dash where there is none."""
+    """Format the result of a cell; a dash if there is none."""
     return "–" if value is None else f"{value:.{CELLS[cell].digits}f}"
 
 
 def rows(tests: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Cell, metric, ours and the paper's, as text, for the cells that were asked for, with the mean if all were."""
+    """Rows of text: cell, metric, our result, the paper's results; with the mean if all cells were requested."""
     table = []
     for number, (cell, about) in enumerate(CELLS.items()):
         if cell not in tests:
@@ -108,19 +108,19 @@ def rows(tests: dict[str, dict[str, float]]) -> list[list[str]]:
 
 
 def results(tests: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The figures of the cells that have one."""
+    """Results of the cells that have one."""
     return {cell: tests[cell][about.key] for cell, about in CELLS.items() if about.key in tests.get(cell, {})}
 
 
 def markdown(table: list[list[str]]) -> str:
-    """The rows with a line of heads and a note."""
+    """The table in Markdown, with headings and a note."""
     heads = ["cell", "metric", "ours", *(f"{name}*" for name in PAPER)]
     lines = [heads, ["---"] * len(heads), *table]
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", NOTE])
 
 
 def write_csv(table: list[list[str]], path: Path) -> None:
-    """The rows with a line of heads; a dash is an empty field."""
+    """Write the table with headings; a dash becomes an empty field."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["cell", "metric", "ours", *(f"{name} (the paper's)" for name in PAPER)])
@@ -131,12 +131,12 @@ def write_csv(table: list[list[str]], path: Path) -> None:
 
 
 def radar(ours: dict[str, float]):
-    """A matplotlib figure with an axis for each cell, from the lowest to the highest of what is drawn, and ours on it.
+    """Radar chart with one axis per cell, scaled from the lowest to the highest drawn value.
 
     Args:
-        ours: figures of the cells that have one.
+        ours: our results, by cell.
     """
-    from matplotlib.figure import Figure  # here, as it is slow to import and tables do without
+    from matplotlib.figure import Figure  # imported here because it is slow and tables do not need it
 
     lines = {name: dict(zip(CELLS, PAPER[name])) for name in DRAWN} | ({"ours": ours} if ours else {})
     found = {cell: [line[cell] for line in lines.values() if cell in line] for cell in CELLS}
@@ -147,7 +147,7 @@ def radar(ours: dict[str, float]):
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
     for name, line in lines.items():
-        closed = [*line, *list(line)[: len(line) == len(CELLS)]]  # ours may have gaps
+        closed = [*line, *list(line)[: len(line) == len(CELLS)]]  # ours may lack cells
         shares = [(line[cell] - ranked[cell][0]) / (ranked[cell][-1] - ranked[cell][0]) for cell in closed]
         style = {"color": "black", "linewidth": 2.2, "marker": "o"} if name == "ours" else {}
         label = name if name == "ours" else f"{name} (the paper's)"
@@ -157,7 +157,7 @@ def radar(ours: dict[str, float]):
     ]
     axes.set(ylim=(0, 1.02), yticks=[0.25, 0.5, 0.75, 1], yticklabels=[])
     axes.set_xticks(list(angles.values()), heads)
-    for label, angle in zip(axes.get_xticklabels(), angles.values()):  # away from the circle
+    for label, angle in zip(axes.get_xticklabels(), angles.values()):  # write away from the circle
         side = round(np.sin(angle), 6)
         label.set_horizontalalignment("center" if side == 0 else "left" if side > 0 else "right")
     axes.tick_params(axis="x", pad=6)
@@ -183,7 +183,7 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table, and write what was asked for."""
+    """Print the table, and write the requested files."""
     args = get_args(argv)
     tests = {cell: last_test(Path(folder)) for cell, _, folder in (run.partition("=") for run in args.runs)}
     table = rows(tests)
