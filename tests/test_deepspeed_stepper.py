@@ -72,16 +72,11 @@ def run(clips, tmp_path_factory):
     for name, count in (("train", 10), ("val", 2), ("test", 3)):
         lines = [f"{video} {number % 3}\n" for number, video in enumerate(videos[:count])]
         (root / f"{name}.csv").write_text("".join(lines))
-    options = [
-        *"--data_set custom --nb_classes 3".split(),
-        "--data_path",
-        str(root),
-        *"""--model vit_tiny_patch16_224 --input_size 32 --num_frames 4 --sampling_rate 2 --num_workers 0""".split(),
-        "--aa",
-        "",
-        *"""--mixup 0 --cutmix 0 --reprob 0 --batch_size 1 --epochs 1 --lr 0.1 --warmup_epochs 0
-    --init_scale 1 --clip_grad 1 --log_interval 1 --test_num_segment 1 --test_num_crop 1""".split(),
-    ]
+    options = """--data_set custom --nb_classes 3 --model vit_tiny_patch16_224 --input_size 32 --num_frames 4
+        --sampling_rate 2 --num_workers 0 --aa= --mixup 0 --cutmix 0 --reprob 0 --batch_size 1 --epochs 1 --lr 0.1
+        --warmup_epochs 0 --init_scale 1 --clip_grad 1 --log_interval 1 --test_num_segment 1
+        --test_num_crop 1""".split()
+    options += ["--data_path", str(root)]
 
     def run(name, *argv, processes=1, event="", code=0):
         folder, output = root / name, root / f"{name}.out"
