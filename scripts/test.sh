@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run the tests, two files at a time. Arguments go to pytest: bash scripts/test.sh -k mask -n 4
+# Run the tests, two files at a time, those that take longest first. Arguments go to pytest: bash scripts/test.sh -k mask -n 4
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
-exec python -m pytest tests -q -n 2 --dist loadfile "$@"
+exec python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -20,6 +20,17 @@ def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="run the soak tests in tests/soak too (minutes)")
 
 
+# With pytest-xdist and --no-loadscope-reorder, the files that take longest begin first, so that workers end together.
+SLOW = """learning run_smile_pretraining run_class_finetuning severe commands deepspeed_stepper run_repetition_counting
+    several_labels run_class_finetuning_input resize_videos visualization modeling_teacher""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files come first, the others in their order."""
+    place = {f"test_{name}.py": number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def pytest_unconfigure():
     """A test that fails keeps its loaders alive, and with them their workers."""
     end_workers()

@@ -26,12 +26,8 @@ STEPS, EPOCHS = 12, 2
 TINY = """--model pretrain_videomae_tiny_patch16_224 --decoder_depth 1 --target_type pixel --num_frames 4
     --sampling_rate 2 --input_size 48 --mask_ratio 0.7 --drop_path 0.2 --num_workers 1
     --log_interval 1 --save_ckpt_freq 1 --max_bad_fraction 0.5""".split()
-TRAIN = [
-    *"--multiple_sampling --batch_size 4 --epochs 3".split(),
-    "--stop_epoch",
-    str(EPOCHS),
-    *"--warmup_epochs 1 --lr 0.05 --weight_decay_end 0.1".split(),
-]
+TRAIN = f"""--multiple_sampling --batch_size 4 --epochs 3 --stop_epoch {EPOCHS} --warmup_epochs 1 --lr 0.05
+    --weight_decay_end 0.1""".split()
 
 
 # Running the program --------------------------------------------------------------------------------------------
@@ -102,16 +98,8 @@ def data_args(clips, broken, objects_folder, tmp_path_factory):
     videos = [*list(clips.values()) * 9, broken["text"]][-50:]
     path = write_list(tmp_path_factory.mktemp("lists") / "train list.csv", videos)
     assert len(videos) // 4 == STEPS
-    return [
-        "--data_path",
-        path,
-        "--add_tubelets",
-        "--use_objects",
-        "--objects_path",
-        objects_folder,
-        "--mask_type",
-        "tubelet",
-    ]
+    stage1 = "--add_tubelets --use_objects --mask_type tubelet".split()
+    return ["--data_path", path, *stage1, "--objects_path", objects_folder]
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,15 @@ A pytest plugin (``pytest_plugins = "fixtures_scripts"``). No test here: PYTEST_
 
 import os
 import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fixtures_video import ROOT
+from fixtures_finetuning import program as run_program
+from fixtures_video import ROOT, fork_server, free_port
 
 import run_class_finetuning
 import run_smile_pretraining
@@ -23,11 +28,11 @@ printf '%s\\0' "$(basename "$0")" "$@" $'\\n' >> "$STUB_LOG"
 """
 
 
-def write_stubs(folder, *names):
-    """A folder of programs that only write down how they were called."""
+def write_stubs(folder, *names, text=STUB):
+    """A folder of programs that only write down how they were called, or of other ones."""
     folder.mkdir()
     for name in names:
-        (folder / name).write_text(STUB)
+        (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return folder
 
@@ -53,6 +58,62 @@ def program_args(command):
 
 def launcher_option(command, name):
     return command[command.index(name) + 1]
+
+
+# It asks the test to run the program, in processes that have imported torch already, and waits for the answer.
+SERVED = f"""#!/usr/bin/env bash
+[[ $* == *run_*.py* ]] || exec {sys.executable} "$@"
+request=$(mktemp -d "$REQUESTS/XXXXXX")
+printf '%s\\0' "$@" > "$request/arguments"
+touch "$request/ready"
+while [[ ! -e $request/code ]]; do sleep 0.02; done
+cat "$request/rank0.out"
+cat "$request"/*.err >&2
+exit "$(<"$request/code")"
+"""
+
+
+def answer(request):
+    """Run the command of a request in as many processes as it asks for."""
+    words = (request / "arguments").read_text().split("\0")[:-1]
+    program, options = program_of(words)
+    processes = int(launcher_option(words, "--nproc_per_node")) if "--nproc_per_node" in words else 1
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = []
+    for rank in range(processes):
+        env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        job = (options, request / f"rank{rank}", env, program.name)
+        started.append(fork_server().Process(target=run_program, args=job))
+        started[-1].start()
+    for process in started:
+        process.join(900)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    (request / "draft").write_text(str(max(abs(process.exitcode) for process in started)))
+    (request / "draft").rename(request / "code")
+
+
+@contextmanager
+def programs_served(folder):
+    """Variables with which scripts start their programs, by python or torchrun, in processes of the fork server."""
+    requests, stop = folder / "requests", threading.Event()
+    requests.mkdir()
+    write_stubs(folder / "served", "python", "torchrun", text=SERVED)
+
+    def serve():
+        while not stop.is_set():
+            for ready in requests.glob("*/ready"):
+                ready.unlink()
+                answer(ready.parent)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    path = f"{folder / 'served'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    yield {"PATH": path, "REQUESTS": str(requests)}
+    stop.set()
+    thread.join()
 
 
 def check_defaults(args, recipe):

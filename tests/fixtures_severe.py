@@ -5,19 +5,16 @@ PYTEST_DONT_REWRITE.
 """
 
 import json
-import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fixtures_finetuning import program
-from fixtures_video import ROOT, fork_server, free_port, source_frames, write_mp4
+from fixtures_scripts import programs_served
+from fixtures_video import ROOT, source_frames, write_mp4
 
 from modeling_finetune import MODELS
 
@@ -146,67 +143,18 @@ def severe_data(repetitions, tmp_path_factory):
 
 # Running the scripts --------------------------------------------------------------------------------------------
 
-# It asks the test to run the program, in processes that have imported torch already, and waits for the answer.
-TORCHRUN = """#!/usr/bin/env bash
-request=$(mktemp -d "$REQUESTS/XXXXXX")
-printf '%s\\0' "$@" > "$request/arguments"
-touch "$request/ready"
-while [[ ! -e $request/code ]]; do sleep 0.02; done
-cat "$request/rank0.out"
-cat "$request"/*.err >&2
-exit "$(<"$request/code")"
-"""
-
-
-def answer(server, request):
-    """Run the command of a request in as many processes as it asks for."""
-    words = (request / "arguments").read_text().split("\0")[:-1]
-    at = next(place for place, word in enumerate(words) if word.endswith(".py"))
-    processes = int(words[words.index("--nproc_per_node") + 1])
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    started = []
-    for rank in range(processes):
-        env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        job = (words[at + 1 :], request / f"rank{rank}", env, Path(words[at]).name)
-        started.append(server.Process(target=program, args=job))
-        started[-1].start()
-    for process in started:
-        process.join(300)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    (request / "draft").write_text(str(max((abs(process.exitcode) for process in started), default=1)))
-    (request / "draft").rename(request / "code")
-
 
 @pytest.fixture
 def severe(severe_data, tmp_path):
     """Run a script of scripts/severe with the data: its code, what it said, and the lines of the table."""
-    server, requests, stop = fork_server(), tmp_path / "requests", threading.Event()
-    for name in ("requests", "bin"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "bin" / "torchrun").write_text(TORCHRUN)
-    (tmp_path / "bin" / "torchrun").chmod(0o755)
-
-    def serve():
-        while not stop.is_set():
-            for ready in requests.glob("*/ready"):
-                ready.unlink()
-                answer(server, ready.parent)
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
 
     def run(script, *options, **variables):
-        path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {"PATH": path, "REQUESTS": str(requests), "GPUS": "1", "BATCH_SIZE": "2", "TOTAL_BATCH": "4"}
-        env |= {"OUTPUT_DIR": str(tmp_path / "out"), "OMP_NUM_THREADS": "1", **severe_data} | variables
+        env = served | {"GPUS": "1", "BATCH_SIZE": "2", "TOTAL_BATCH": "4", "OMP_NUM_THREADS": "1"}
+        env |= {"OUTPUT_DIR": str(tmp_path / "out"), **severe_data} | variables
         command = ["bash", str(SCRIPTS / script), *options]
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, table=table)
 
-    yield run
-    stop.set()
-    thread.join()
+    with programs_served(tmp_path) as served:
+        yield run

@@ -154,7 +154,7 @@ def test_nothing_else_is_an_entry_point(monkeypatch):
     spec.loader.exec_module(hubconf)
     seen = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
     assert seen == {*modeling_finetune.MODELS, *modeling_pretrain.MODELS}
-    assert all(hubconf.__dict__[name].__doc__.startswith(f"{name}: ") for name in seen)
+    assert all(hubconf.__dict__[name].__doc__ for name in seen)  # what torch.hub.help shows
     assert all(importlib.util.find_spec(name) for name in hubconf.dependencies)
 
 

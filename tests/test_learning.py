@@ -7,11 +7,11 @@ asserted, only differences far outside the spread over seeds.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fixtures_finetuning import ROOT, log_of
+from fixtures_scripts import programs_served
 
 sys.path.insert(0, str(ROOT / "scripts" / "mini"))
 import make_world
@@ -27,23 +27,18 @@ pretrain "$WORLD/stage1" 0 4 "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}" 
 """
 
 
-def start(world, command):
-    """Start a command that is made of the functions of scripts/mini/common.sh."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "WORLD": str(world), "WORKERS": "0"}
+def train(world, env, command):
+    """Run a command that is made of the functions of scripts/mini/common.sh."""
+    env = os.environ | env | {"OMP_NUM_THREADS": "1", "WORLD": str(world), "WORKERS": "0"}
     words = ["bash", "-euo", "pipefail", "-c", f"source scripts/mini/common.sh\n{command}"]
-    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-
-
-def fine_tune(world, name, seed, flags=""):
-    """Start the quickstart's fine-tuning on how the object moves, with half of the clips in a step, and its test."""
-    classes = f"--nb_classes {len(DIRECTIONS)}"
-    return start(world, f'evaluate "$WORLD/{name}-{seed}" motion {seed} 4 {classes} --batch_size 8 --lr 3.2e-2 {flags}')
+def fine_tune(world, env, name, seed, flags=""):
+    """The quickstart's fine-tuning on how the object moves, with half of the clips in a step, and its test."""
+    options = f"--nb_classes {len(DIRECTIONS)} --batch_size 8 --lr 3.2e-2 {flags}"
+    train(world, env, f'evaluate "$WORLD/{name}-{seed}" motion {seed} 4 {options}')
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +54,13 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(world):
+def runs(world, tmp_path_factory):
     """The folder with a stage 1, and with fine-tuned models from it and from scratch."""
-    for process in [start(world, PRETRAIN), *(fine_tune(world, "scratch", seed) for seed in SEEDS)]:
-        finish(process)
-    weights = '--finetune "$WORLD/stage1/checkpoint-3.pth"'
-    for process in [fine_tune(world, "pretrained", seed, weights) for seed in SEEDS]:
-        finish(process)
+    with programs_served(tmp_path_factory.mktemp("served")) as env:
+        train(world, env, PRETRAIN)
+        for seed in SEEDS:
+            fine_tune(world, env, "scratch", seed)
+            fine_tune(world, env, "pretrained", seed, '--finetune "$WORLD/stage1/checkpoint-3.pth"')
     return world
 
 

@@ -45,22 +45,8 @@ class Run:
         program = str(ROOT / "run_smile_pretraining.py")
         launch = [sys.executable, "-u", program]
         if processes > 1:
-            launch[2:2] = [
-                "-m",
-                "torch.distributed.run",
-                "--nnodes",
-                "1",
-                "--node_rank",
-                "0",  # as scripts/common.sh
-                "--master_addr",
-                "127.0.0.1",
-                "--master_port",
-                free_port(),
-                "--nproc_per_node",
-                str(processes),
-                "--max-restarts",
-                str(restarts),
-            ]
+            launch[2:2] = f"""-m torch.distributed.run --nnodes 1 --node_rank 0 --master_addr 127.0.0.1
+                --master_port {free_port()} --nproc_per_node {processes} --max-restarts {restarts}""".split()
         if before:
             launch[2:] = ["-c", f"{before}\nimport runpy\nrunpy.run_path({program!r}, run_name='__main__')"]
         command = [*launch, "--data_path", str(list_file), "--output_dir", str(output_dir), *OPTIONS, *options]
