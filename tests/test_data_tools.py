@@ -14,6 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
 import data_tools
+import pack_videos
 import prepare_objects
 import resize_videos
 from data_tools import Team, process_place
@@ -41,6 +42,7 @@ def tools(clips, broken, tmp_path):
     return {
         "check": (check_videos.main, [listed], check_videos, "look"),
         "resize": (resize_videos.main, [listed], resize_videos, "put_in_place"),
+        "pack": (pack_videos.main, [listed, "--shard_size", "10KB"], pack_videos, "put_in_place"),
         "objects": (prepare_objects.main, ["cutouts", str(tmp_path / "in")], prepare_objects, "put_in_place"),
     }
 
@@ -87,7 +89,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("tool", ["check", "resize", "objects"])
+@pytest.mark.parametrize("tool", ["check", "resize", "pack", "objects"])
 def test_several_processes_write_what_one_writes(monkeypatch, tools, tmp_path, tool, world):
     """Byte for byte, but videos; one of three killed three times before: the first, and others."""
     main, options, module, name = tools[tool]

@@ -268,10 +268,9 @@ def pack_all(args: argparse.Namespace, lists: dict[str, dict[str, str]]) -> dict
         shards: dict[str, list[Packed]] = {}
         for packed in read_plan(output):
             shards.setdefault(packed.shard, []).append(packed)
-        todo = [shard for shard in shards.items() if not (output / shard[0]).exists()]
+        todo = [shard for shard in team.share(shards.items()) if not (output / shard[0]).exists()]
         work = partial(pack, output=output, unfinished=unfinished)
-        mine = list(team.share(todo))
-        for (_, members), lost, reason in in_processes(work, mine, args.workers, args.timeout, "shards", team):
+        for (_, members), lost, reason in in_processes(work, todo, args.workers, args.timeout, "shards", team):
             failed |= lost or {packed.source: reason for packed in members if reason}
         results = team.gather(failed)
     return {source: reason for result in results for source, reason in result.items()} if results else None
