@@ -33,6 +33,7 @@ STUBBED = (
     "sbatch",
     "srun",
     "pre-commit",
+    "tar",
 )  # stubs note their arguments
 # Recipes run, with the stubs; paths that they ask for are made. Other scripts are looked for.
 PRELUDE = """

@@ -175,7 +175,7 @@ def test_slurm_runs_a_recipe_under_srun(run_script, recipe):
     assert (args.num_workers, args.seed) == (6, 5)
 
 
-PREPARED = ("resize_videos.py", "lists/a b.csv", "--output", "out")
+PREPARED = ("scripts/data/resize_videos.py", "lists/a b.csv", "--output", "out")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_slurm_runs_the_other_recipes_too(run_script, tmp_path):
 
 def test_slurm_runs_a_data_tool_in_one_process_a_node(run_script):
     _, commands = submit(run_script, *PREPARED, script=PREPARE)
-    assert commands == [["srun", "--wait=0", "python", "scripts/data/resize_videos.py", *PREPARED[1:]]]
+    assert commands == [["srun", "--wait=0", "python", *PREPARED]]
 
 
 @pytest.mark.parametrize("script", [SBATCH, PREPARE], ids=["recipe", "prepare"])
