@@ -13,11 +13,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
-import data_tools
 import pack_videos
 import prepare_objects
+import processes
 import resize_videos
-from data_tools import Team, process_place
+from processes import Team, process_place
 
 from utils import RunError
 
@@ -130,7 +130,7 @@ def team_of(monkeypatch, folder, rank, world=2):
 
 def test_what_an_earlier_run_left_does_not_count(monkeypatch, tmp_path):
     """Neither its result nor its arrival: the first waits for those of this run, which come later."""
-    monkeypatch.setattr(data_tools, "POLL", 0.01)
+    monkeypatch.setattr(processes, "POLL", 0.01)
     old = [team_of(monkeypatch, tmp_path / "team", rank) for rank in (0, 1)]
     old[1].write("come", old[1].ticket)
     old[0].beat()
@@ -153,8 +153,8 @@ def test_what_an_earlier_run_left_does_not_count(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_has_ended_is_told_by_those_that_wait(monkeypatch, tmp_path, rank):
-    monkeypatch.setattr(data_tools, "PATIENCE", 0.3)
-    monkeypatch.setattr(data_tools, "POLL", 0.01)
+    monkeypatch.setattr(processes, "PATIENCE", 0.3)
+    monkeypatch.setattr(processes, "POLL", 0.01)
     team = team_of(monkeypatch, tmp_path / "team", rank)
     with pytest.raises(RunError, match=f"process {1 - rank} of 2 has ended, or hangs: .* start the same command again"):
         team.begin()
@@ -164,7 +164,7 @@ def test_a_process_that_has_ended_is_told_by_those_that_wait(monkeypatch, tmp_pa
 def test_a_process_that_works_for_long_is_waited_for(monkeypatch, tmp_path):
     """Longer than the patience, with signs of life."""
     for name, value in {"PATIENCE": 1.0, "POLL": 0.01, "BEAT": 0.05}.items():
-        monkeypatch.setattr(data_tools, name, value)
+        monkeypatch.setattr(processes, name, value)
     first, second = (team_of(monkeypatch, tmp_path / "team", rank) for rank in (0, 1))
 
     def slow(argv):
