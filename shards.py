@@ -118,7 +118,7 @@ def find(shard: str, name: str) -> Member:
         ShardError: none of that name, or several.
     """
     text, encoded = read_index(shard), os.fsencode(name)
-    found = [*places(text, encoded), *places(text, b"./" + encoded)]
+    found = list(places(text, encoded)) or list(places(text, b"./" + encoded))
     if len(found) > 1:
         raise ShardError(f"{shard} has {len(found)} members of the name {name}")
     if not found:

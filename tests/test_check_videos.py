@@ -15,6 +15,7 @@ from fixtures_video import source_frames, video_list, write_list, write_mp4
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
 import data_tools
+import processes
 
 from datasets import VideoCheck
 from utils import RunError
@@ -96,7 +97,7 @@ def test_a_second_run_looks_at_what_changed_alone(check, clips, broken, tmp_path
     with open(tmp_path / "out.seen.jsonl", "a") as file:
         file.write('["half a li')  # as a kill leaves it
     looked_at = []
-    work = data_tools.in_processes
+    work = processes.in_processes
     monkeypatch.setattr(
         check_videos, "in_processes", lambda f, items, *rest: looked_at.append(items) or work(f, items, *rest)
     )
@@ -120,9 +121,9 @@ def hang_or_die(item):
 
 
 def test_a_worker_that_hangs_or_dies_costs_its_item_alone(tmp_path):
-    items, team = ["a", "hangs", "b", "dies", "refuses", "c"], data_tools.Team(tmp_path)
+    items, team = ["a", "hangs", "b", "dies", "refuses", "c"], processes.Team(tmp_path)
     results = {
-        item: (result, why) for item, result, why in data_tools.in_processes(hang_or_die, items, 2, 1.5, "", team)
+        item: (result, why) for item, result, why in processes.in_processes(hang_or_die, items, 2, 1.5, "", team)
     }
     assert {item: result for item, (result, _) in results.items() if result} == {"a": "A", "b": "B", "c": "C"}
     assert results["dies"][1].startswith("the process that read it died (exit code -9)")

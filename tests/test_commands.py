@@ -119,7 +119,7 @@ source() { [[ -f $1 || $1 == .venv/bin/activate ]]; }
 @pytest.fixture(scope="session")
 def called(tmp_path_factory):
     """A function: what the bash blocks of a document, or a recipe, call, as lists of words; all must end well."""
-    names = "python python3 torchrun pip conda sbatch srun pre-commit".split()
+    names = "python python3 torchrun pip conda sbatch srun pre-commit tar".split()
     stubs = write_stubs(tmp_path_factory.mktemp("stubs") / "bin", *names)
 
     @functools.cache

@@ -135,7 +135,7 @@ def test_linear_probes_of_sigma_and_of_image_models(run_script, tmp_path, script
 
 SBATCH = SCRIPTS / "slurm" / "recipe.sbatch"
 PREPARE = SCRIPTS / "slurm" / "prepare.sbatch"
-PREPARED = ("resize_videos.py", "lists/a b.csv", "--output", "out")
+PREPARED = ("scripts/data/resize_videos.py", "lists/a b.csv", "--output", "out")
 JOB = {"SLURM_JOB_ID": "42", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
 
 
@@ -168,7 +168,7 @@ def test_slurm_queues_the_job_again_only_when_the_run_asks_for_it(run_script, sc
 
 def test_slurm_runs_a_data_tool_in_one_process_a_node(run_script):
     _, commands = submit(run_script, *PREPARED, script=PREPARE)
-    assert commands == [["srun", "--wait=0", "python", "scripts/data/resize_videos.py", *PREPARED[1:]]]
+    assert commands == [["srun", "--wait=0", "python", *PREPARED]]
 
 
 @pytest.mark.parametrize("script", [SBATCH, PREPARE], ids=["recipe", "prepare"])

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data_tools import Line, RunError, Team, in_processes, read_list, write_list, write_table, write_text
+from data_tools import Line, RunError, read_list, write_list, write_table, write_text
+from processes import Team, in_processes
 
 from shards import problem_of, status
 from utils import run_main

@@ -24,22 +24,18 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from data_tools import (
-    Line,
-    RunError,
-    Team,
     Unusable,
     common_folder,
-    copy_classes,
-    in_processes,
     names_differ,
     output_folder,
     put_in_place,
     read_list,
-    write_list,
+    write_lists,
     write_table,
     write_text,
 )
 from index_shards import scan, write_index
+from processes import Team, in_processes
 
 from shards import BUFFER, ShardError, index_path, key_of, members_of, open_file, status
 from utils import run_main
@@ -268,26 +264,12 @@ def pack_all(args: argparse.Namespace, lists: dict[str, dict[str, str]]) -> dict
         shards: dict[str, list[Packed]] = {}
         for packed in read_plan(output):
             shards.setdefault(packed.shard, []).append(packed)
-        todo = [shard for shard in shards.items() if not (output / shard[0]).exists()]
+        todo = [shard for shard in team.share(shards.items()) if not (output / shard[0]).exists()]
         work = partial(pack, output=output, unfinished=unfinished)
-        mine = list(team.share(todo))
-        for (_, members), lost, reason in in_processes(work, mine, args.workers, args.timeout, "shards", team):
+        for (_, members), lost, reason in in_processes(work, todo, args.workers, args.timeout, "shards", team):
             failed |= lost or {packed.source: reason for packed in members if reason}
         results = team.gather(failed)
     return {source: reason for result in results for source, reason in result.items()} if results else None
-
-
-def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], places: dict[str, str]) -> None:
-    """Print how many videos each new list has, and write them."""
-    for path, lines in lists.items():
-        new = Path(args.output) / Path(path).name
-        named = [(places.get(os.path.join(args.data_root, line.name)), line.label) for line in lines]
-        kept = [Line(place, label) for place, label in named if place]
-        if not kept:
-            raise RunError(f"{new}: not written, all of its videos failed (see {args.output}/failed.tsv)")
-        write_list(new, kept)
-        print(f"{new}: {len(kept)} of {len(lines)} videos")
-        copy_classes(path, args.output)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -312,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(places)} videos in {len(there)} shards, {size / 1e6:,.1f} MB; {len(failed)} failed")
     if rows:
         print(f"the first: {': '.join(rows[0])} (see {output / 'failed.tsv'})")
-    write_lists(args, lists, places)
+    write_lists(output, lists, args.data_root, places)
 
 
 if __name__ == "__main__":

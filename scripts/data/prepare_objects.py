@@ -23,9 +23,7 @@ from pathlib import Path
 import numpy as np
 from data_tools import (
     RunError,
-    Team,
     Unusable,
-    in_processes,
     is_made,
     output_folder,
     put_in_place,
@@ -35,6 +33,7 @@ from data_tools import (
     write_text,
 )
 from PIL import Image
+from processes import Team, in_processes
 
 from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects
 from utils import run_main

@@ -19,21 +19,18 @@ from functools import partial
 from pathlib import Path
 
 from data_tools import (
-    Line,
     RunError,
-    Team,
     common_folder,
-    copy_classes,
-    in_processes,
     is_made,
     names_differ,
     output_folder,
     put_in_place,
     read_list,
     without_suffixes,
-    write_list,
+    write_lists,
     write_table,
 )
+from processes import Team, in_processes
 from video_writing import USUAL_RATE, Settings, Written, write_resized
 
 from shards import problem_of, status
@@ -147,24 +144,6 @@ def resize_all(
     return {source: failed[source] for source in targets if source in failed}, written_ones
 
 
-def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], targets: dict[str, Path], failed: dict) -> None:
-    """Print how many videos each new list has, and write them."""
-    for path, lines in lists.items():
-        kept = []
-        for line in lines:
-            source = os.path.join(args.data_root, line.name)
-            if source not in failed:
-                target = targets[source]
-                name = target.relative_to(Path(args.output) / "videos") if args.relative else os.path.abspath(target)
-                kept.append(Line(str(name), line.label))
-        new = Path(args.output) / Path(path).name
-        if not kept:
-            raise RunError(f"{new}: not written, all of its videos failed (see {args.output}/failed.tsv)")
-        write_list(new, kept)
-        print(f"{new}: {len(kept)} of {len(lines)} videos")
-        copy_classes(path, args.output)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Resize the videos of the lists; print the totals before and after."""
     args = get_args(argv)
@@ -192,7 +171,11 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{len(failed)} failed, the first: {': '.join(next(iter(failed.items())))} (see {args.output}/failed.tsv)"
         )
-    write_lists(args, lists, targets, failed)
+    place = lambda target: (
+        str(target.relative_to(Path(args.output) / "videos")) if args.relative else os.path.abspath(target)
+    )
+    places = {source: place(target) for source, target in targets.items() if source not in failed}
+    write_lists(Path(args.output), lists, args.data_root, places)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
-import data_tools
+import pack_videos
 import prepare_objects
+import processes
 import resize_videos
-from data_tools import Team, process_place
+from processes import Team, process_place
 
 from utils import RunError
 
@@ -41,6 +42,7 @@ def tools(clips, broken, tmp_path):
     return {
         "check": (check_videos.main, [listed], check_videos, "look"),
         "resize": (resize_videos.main, [listed], resize_videos, "put_in_place"),
+        "pack": (pack_videos.main, [listed, "--shard_size", "10KB"], pack_videos, "put_in_place"),
         "objects": (prepare_objects.main, ["cutouts", str(tmp_path / "in")], prepare_objects, "put_in_place"),
     }
 
@@ -87,7 +89,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("tool", ["check", "resize", "objects"])
+@pytest.mark.parametrize("tool", ["check", "resize", "pack", "objects"])
 def test_several_processes_write_what_one_writes(monkeypatch, tools, tmp_path, tool, world):
     """Byte for byte, but videos; one of three killed three times before: the first, and others."""
     main, options, module, name = tools[tool]
@@ -128,7 +130,7 @@ def team_of(monkeypatch, folder, rank, world=2):
 
 def test_what_an_earlier_run_left_does_not_count(monkeypatch, tmp_path):
     """Neither its result nor its arrival: the first waits for those of this run, which come later."""
-    monkeypatch.setattr(data_tools, "POLL", 0.01)
+    monkeypatch.setattr(processes, "POLL", 0.01)
     old = [team_of(monkeypatch, tmp_path / "team", rank) for rank in (0, 1)]
     old[1].write("come", old[1].ticket)
     old[0].beat()
@@ -151,8 +153,8 @@ def test_what_an_earlier_run_left_does_not_count(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_has_ended_is_told_by_those_that_wait(monkeypatch, tmp_path, rank):
-    monkeypatch.setattr(data_tools, "PATIENCE", 0.3)
-    monkeypatch.setattr(data_tools, "POLL", 0.01)
+    monkeypatch.setattr(processes, "PATIENCE", 0.3)
+    monkeypatch.setattr(processes, "POLL", 0.01)
     team = team_of(monkeypatch, tmp_path / "team", rank)
     with pytest.raises(RunError, match=f"process {1 - rank} of 2 has ended, or hangs: .* start the same command again"):
         team.begin()
@@ -162,7 +164,7 @@ def test_a_process_that_has_ended_is_told_by_those_that_wait(monkeypatch, tmp_pa
 def test_a_process_that_works_for_long_is_waited_for(monkeypatch, tmp_path):
     """Longer than the patience, with signs of life."""
     for name, value in {"PATIENCE": 1.0, "POLL": 0.01, "BEAT": 0.05}.items():
-        monkeypatch.setattr(data_tools, name, value)
+        monkeypatch.setattr(processes, name, value)
     first, second = (team_of(monkeypatch, tmp_path / "team", rank) for rank in (0, 1))
 
     def slow(argv):
