@@ -52,6 +52,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     else:
         groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=NO_DECAY)
     names = {parameter: name for name, parameter in model.named_parameters()}
+    order = list(names.values())
+    groups.sort(key=lambda group: order.index(names[group["params"][0]]))  # as in checkpoints that hold no names
     for group in groups:
         group["names"] = [names[parameter] for parameter in group["params"]]
         group["wd_scale"], group["lr_scale"] = group["weight_decay"], group.get("lr_scale", 1.0)
