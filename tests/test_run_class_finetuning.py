@@ -312,14 +312,11 @@ def test_processes_that_do_not_divide_the_list_find_the_same(run, custom, traine
             np.testing.assert_array_equal(value, other[name])
 
 
-def test_eval_is_the_test_after_training(run, custom, trained, tmp_path):
-    """By --finetune, or from the folder alone."""
-    named = run(*custom, *TRAIN, "--eval", "--finetune", trained.best, "--output_dir", tmp_path / "a")
-    assert named.code == 0 and test_metrics_of(log_of(tmp_path / "a")) == test_metrics_of(log_of(trained.folder))
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "checkpoint-best.pth").write_bytes(trained.best.read_bytes())
-    found = run(*custom, *TRAIN, "--eval", "--output_dir", tmp_path / "b")
-    assert found.code == 0 and test_metrics_of(log_of(tmp_path / "b")) == test_metrics_of(log_of(trained.folder))
+def test_eval_finds_the_best_of_a_folder(run, custom, trained, tmp_path):
+    """Without --finetune; test_a_test_sees_videos_as_the_training_did has it with."""
+    (tmp_path / "checkpoint-best.pth").write_bytes(trained.best.read_bytes())
+    found = run(*custom, *TRAIN, "--eval", "--output_dir", tmp_path)
+    assert found.code == 0 and test_metrics_of(log_of(tmp_path)) == test_metrics_of(log_of(trained.folder)), found.all
 
 
 def test_the_protocols_of_k400_and_ssv2(run, data, tmp_path):

@@ -1,8 +1,6 @@
 """Pictures and movies: what each row shows, against torch, PyAV, matplotlib's colours and the training samples."""
 
 import argparse
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -25,8 +23,7 @@ from modeling_teacher import PixelTarget
 from utils import RunError
 from visualization import FeatureColours, Guess, Row, Scale
 
-pytest_plugins = "fixtures_video"
-ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = "fixtures_finetuning"
 GRID = (2, 3, 3)  # of 4 frames of 48 px
 SHAPE = (4, 48, 48, 3)
 N = 18
@@ -310,13 +307,12 @@ def test_attention_received_is_that_of_torch():
     torch.testing.assert_close(received.sum(dim=1), torch.ones(2))
 
 
-def test_the_program_writes_a_picture_and_a_movie_of_each_clip(pretrained, finetuned, tmp_path):
+def test_the_program_writes_a_picture_and_a_movie_of_each_clip(run, pretrained, finetuned, tmp_path):
     """As a process; the line that cannot be read does not stop the others."""
-    command = [sys.executable, ROOT / "run_visualization.py", "--resume", pretrained[0], finetuned[0]]
-    command += ["--samples", "0", "6", "2", "--output_dir", tmp_path / "out"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and "text.mp4: " in result.stdout and "Traceback" not in result.stderr
-    stems = [f"{run}-{index:04d}" for run in ("stage1-checkpoint-0", "finetuned-checkpoint-best") for index in (0, 2)]
+    words = ["--resume", pretrained[0], finetuned[0], *"--samples 0 6 2 --output_dir".split(), tmp_path / "out"]
+    result = run(*words, file="run_visualization.py")
+    assert result.code == 1 and "text.mp4: " in result.out and "Traceback" not in result.err
+    stems = [f"{name}-{index:04d}" for name in ("stage1-checkpoint-0", "finetuned-checkpoint-best") for index in (0, 2)]
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == sorted(stem + suffix for stem in stems for suffix in (".png", ".mp4"))
     for path in (tmp_path / "out").glob("*.mp4"):
