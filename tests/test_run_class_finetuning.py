@@ -128,9 +128,10 @@ def test_a_test_sees_videos_as_the_training_did(run, data, trained, tmp_path):
     assert found.code == 0 and len(told) == 1 and told[0].endswith("with --num_frames 4 (here 16)"), found.all
 
 
-def test_predictions_and_neighbours_see_videos_as_the_training_did(run, data, trained):
+def test_predictions_and_neighbours_see_videos_as_the_training_did(run, data, trained, tmp_path):
     video = (data / "train.csv").read_text().splitlines()[0].rpartition(" ")[0]
     for job in (["--predict", video], ["--data_path", data, "--knn", 1]):
+        job += ["--output_dir", tmp_path]
         given = [*CUSTOM, *TINY, *SEEN, "--finetune", trained.best, *job]
         first, second = run(*SEEN, "--finetune", trained.best, *job), run(*given)
         assert first.code == second.code == 0 and "--num_frames 4" in first.out and "was trained" not in second.out
@@ -340,8 +341,8 @@ def test_another_input_than_the_checkpoints(run, custom, trained, tmp_path, size
     assert found.code == 0 and test_metrics_of(log_of(tmp_path / "run"))[0]["acc1"] > 40, found.all
 
 
-def test_predict_prints_the_likeliest_classes(run, custom, trained, data):
-    argv = [*custom, *TRAIN, "--finetune", trained.best, "--predict"]
+def test_predict_prints_the_likeliest_classes(run, custom, trained, data, tmp_path):
+    argv = [*custom, *TRAIN, "--finetune", trained.best, "--output_dir", tmp_path, "--predict"]
     found = run(*argv, data / "carphone_pristine 0.mp4")
     rows = [line.split("  ", 1) for line in found.out.splitlines() if line[:2] in ("0.", "1.")]
     assert found.code == 0 and len(rows) == 3 and rows[0][1] == "phoning", found.all
