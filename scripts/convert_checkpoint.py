@@ -317,6 +317,8 @@ def main(args: argparse.Namespace) -> None:
         weights, trained = model.state_dict(), checkpoint.get("args")
         frames, side = getattr(trained, "num_frames", 16), getattr(trained, "input_size", 224)
     frames, side = args.num_frames or frames, args.input_size or side
+    with user_errors("--"):
+        token_grid(frames, side, side)
 
     with user_errors(), TemporaryDirectory(dir=destination.parent) as folder:
         draft = Path(folder) / destination.name

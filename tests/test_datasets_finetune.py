@@ -215,7 +215,7 @@ def test_views_equal_pyav_and_pil(long_clip):
 def test_a_video_is_opened_and_decoded_once_for_all_its_views(clips, long_clip, tmp_path, monkeypatch):
     opened, converted = [], []
     open_file, to_rgb = av.open, video_reader.to_rgb
-    monkeypatch.setattr(av, "open", lambda path, **options: opened.append(path) or open_file(path, **options))
+    monkeypatch.setattr(av, "open", lambda path, *args, **more: opened.append(path) or open_file(path, *args, **more))
     monkeypatch.setattr(video_reader, "to_rgb", lambda frame: converted.append(frame.pts) or to_rgb(frame))
     videos = video_list(write_list(tmp_path / "test.csv", [long_clip, clips["bikes.mp4"], clips["short.mp4"]], 0))
     for reader in (ViewReader("dense", 7, 3, 32, 16, 4), ViewReader("segments", 2, 3, 32, 16, 2)):

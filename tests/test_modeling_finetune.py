@@ -167,10 +167,10 @@ def test_tubelets_are_embedded_as_by_the_convolution(shape):
 @pytest.mark.parametrize(
     "shape, named",
     [
-        ((15, 224, 224), "--num_frames 15"),
-        ((0, 224, 224), "--num_frames 0"),
-        ((16, 224, 100), "--input_size 100"),
-        ((16, 0, 224), "--input_size 0"),
+        ((15, 224, 224), "num_frames 15"),
+        ((0, 224, 224), "num_frames 0"),
+        ((16, 224, 100), "input_size 100"),
+        ((16, 0, 224), "input_size 0"),
     ],
 )
 def test_a_clip_that_tubelets_do_not_divide(shape, named):

@@ -201,7 +201,7 @@ def test_objects_in_a_tar_file(tmp_path, objects_folder, inside):
         ["tar", "-cf", tmp_path / "o.tar", "-C", objects_folder, f"--transform=s,^./,./{inside},", "."], check=True
     )
     root = str(tmp_path / "o.tar" / inside).rstrip("/")
-    with pytest.raises(ValueError, match="--objects_path .*o.tar has no index"):
+    with pytest.raises(ValueError, match="objects_path .*o.tar has no index"):
         find_objects(root)
     index_shards.main([str(tmp_path / "o.tar")])
     assert find_objects(root) == names
