@@ -301,6 +301,7 @@ def write(found: Found, classes: list[str], output: Path, prefix: str) -> None:
         raise RunError(f"not one video that could be listed was found below --videos; the first: {name}: {kind}")
     if "test.csv" not in found.lines and "val.csv" in found.lines:
         found.lines["test.csv"], found.wanted["test.csv"] = found.lines["val.csv"], found.wanted["val.csv"]
+    written: list[str] = []
     for name in LISTS:
         lines = found.lines.get(name, [])
         if not lines:
@@ -309,16 +310,17 @@ def write(found: Found, classes: list[str], output: Path, prefix: str) -> None:
                 print(f"{name}: not written, none of its {found.wanted[name]} videos is there")
             continue
         write_list(output / name, [Line(os.path.join(prefix, path), label) for path, label in lines])
-        print(f"{output / name}: {len(lines)} of {found.wanted[name]} videos")
+        written.append(f"{name}: {len(lines)} of {found.wanted[name]} videos")
     if classes:
         write_text(output / "classes.txt", "".join(f"{name}\n" for name in classes))
-        print(f"{output / 'classes.txt'}: {len(classes)} classes")
+        written.append(f"classes.txt: {len(classes)} classes")
     else:
         (output / "classes.txt").unlink(missing_ok=True)  # of other lists
     write_table(output / "problems.tsv", PROBLEM_HEADS, problems)
     for (name, kind), count in sorted(Counter(problem[:2] for problem in problems).items()):
         first = [problem[2] for problem in problems if problem[:2] == (name, kind)][:SHOWN]
         print(f"{name}: {count} {kind}: {', '.join(first)}{', ...' * (count > SHOWN)} (see {output / 'problems.tsv'})")
+    print(f"{output}: {', '.join(written)}")
 
 
 def read_annotations(args: argparse.Namespace) -> Annotations:
