@@ -14,6 +14,7 @@ from itertools import islice
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from shards import opened
 from video_reader import PyAVVideo, VideoError, read_clip, to_rgb
@@ -68,6 +69,7 @@ def wrong_frames(
     read(np.array([0]))
     reach = min(totals[-1], first or totals[-1])
     numbers = np.sort(rng.choice(reach, min(places or reach, reach), replace=False))
+    reformatter = VideoReformatter()
     sequence, wrong, number = enumerate(islice(ffmpeg_frames(path), first), 1), [], 0
     for chunk in np.split(numbers, range(CHUNK, len(numbers), CHUNK)):
         ahead = read(chunk)
@@ -76,7 +78,7 @@ def wrong_frames(
             if frame is None:
                 break
             if number - 1 in ahead:
-                right, found = to_rgb(frame).astype(int), ahead.pop(number - 1)
+                right, found = to_rgb(frame, reformatter).astype(int), ahead.pop(number - 1)
                 if right.shape != found.shape or abs(right - found).mean() > TOLERANCE[reader]:
                     wrong.append(number - 1)
         wrong += list(ahead)

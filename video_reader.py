@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, cast
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from shards import ShardError, opened, split
 
@@ -277,12 +278,12 @@ class PyAVVideo:
 
     def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
         """See Video."""
-        reason, done = "", 0
+        reason, done, reformatter = "", 0, VideoReformatter()
         for skip in (True, False):
             pictures = self.counted(wanted) if self.in_order else self.sought(wanted[done:], skip)
             try:
                 for picture in pictures:
-                    yield to_rgb(picture)
+                    yield to_rgb(picture, reformatter)
                     done += 1
             except DECODER_ERRORS as error:
                 reason = decoder_reason(error, self.path)
@@ -369,9 +370,9 @@ class PyAVVideo:
             yield from wanted_of(self.stream.codec_context.decode(None))
 
 
-def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """RGB uint8 ``[H, W, 3]`` of a frame; that of a turned telephone is turned upright."""
-    picture = frame.to_ndarray(format="rgb24")
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """RGB uint8 ``[H, W, 3]``, upright; one `reformatter` for all frames of a video, as a new one takes time."""
+    picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
