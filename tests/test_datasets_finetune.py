@@ -218,8 +218,6 @@ def test_a_video_is_opened_and_decoded_once_for_all_its_views(clips, long_clip, 
     monkeypatch.setattr(av, "open", lambda path, *args, **more: opened.append(path) or open_file(path, *args, **more))
     counted = lambda frame, *more: converted.append(frame.pts) or to_rgb(frame, *more)
     monkeypatch.setattr(video_reader, "to_rgb", counted)
-        video_reader, "to_rgb", lambda frame, *more: converted.append(frame.pts) or to_rgb(frame, *more)
-    )
     videos = video_list(write_list(tmp_path / "test.csv", [long_clip, clips["bikes.mp4"], clips["short.mp4"]], 0))
     for reader in (ViewReader("dense", 7, 3, 32, 16, 4), ViewReader("segments", 2, 3, 32, 16, 2)):
         dataset = EvalDataset(videos, range(3), reader, 16)
