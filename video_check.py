@@ -17,7 +17,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from shards import opened
-from video_reader import PyAVVideo, VideoError, read_clip, to_rgb
+from video_reader import PyAVVideo, VideoError, decoded, read_clip, to_rgb
 
 # A clip begins at a random frame, and decoding at the key frame before it: with a gap of 128 frames that is 64 more on
 # average, as many as a clip of 16 frames 4 apart spans itself.
@@ -35,11 +35,7 @@ SECONDS = 8.0  # for all of them
 def ffmpeg_frames(path: str) -> Iterator[av.VideoFrame]:
     """The frames of a video as FFmpeg decodes them from its start; packets that do not decode are dropped."""
     with opened(path) as source, av.open(source, "r", metadata_errors="replace") as container:
-        for packet in container.demux(container.streams.best("video")):
-            try:
-                yield from packet.decode()  # type: ignore[misc] # they are of a video
-            except av.error.InvalidDataError:
-                continue
+        yield from decoded(container.demux(container.streams.best("video")))
 
 
 def wrong_frames(

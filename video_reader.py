@@ -8,7 +8,7 @@ trusted to give that order (`is_exact`), the file is decoded from its start and 
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
 from typing import NamedTuple, Protocol, cast
 
@@ -141,12 +141,6 @@ class Packets(NamedTuple):
     shown: np.ndarray  # bool [P], False outside of an edit list
     hidden: bool  # a packet may hold no picture to show, or several
 
-    @property
-    def order(self) -> np.ndarray:
-        """Places of the shown packets in presentation order, int ``[total]``."""
-        places = np.flatnonzero(self.shown)
-        return places[np.argsort(self.pts[places], kind="stable")]
-
 
 def holds_no_picture(codec: str, packet: av.Packet) -> bool:
     """Whether a packet seems to hold no picture to show, by the first bits of its frame header."""
@@ -209,7 +203,9 @@ class PyAVVideo:
             if self.in_order:
                 self.seconds = self.count_frames()
             else:
-                self.seconds = self.packets.pts[self.packets.order] * float(self.stream.time_base or 0) - self.start
+                places = np.flatnonzero(self.packets.shown)
+                self.order = places[np.argsort(self.packets.pts[places], kind="stable")]  # [total], as they are shown
+                self.seconds = self.packets.pts[self.order] * float(self.stream.time_base or 0) - self.start
         except DECODER_ERRORS as error:
             self.close()
             raise VideoError(decoder_reason(error, path)) from error
@@ -247,14 +243,6 @@ class PyAVVideo:
         self.close()
         self.open()
 
-    def decoded(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
-        """The frames of packets, in the order in which the decoder shows them; without packets that do not decode."""
-        for packet in packets:
-            try:
-                yield from packet.decode()
-            except av.error.InvalidDataError:
-                continue
-
     def order_is_shown(self, delayed: bool) -> bool:
         """Whether the decoder shows the first frames in the order of their time stamps.
 
@@ -265,12 +253,12 @@ class PyAVVideo:
             return True
         self.reopen()
         first = (packet for packet, _ in zip(self.container.demux(self.stream), range(2 * MAX_REORDER)))
-        return bool((np.diff([frame.pts or 0 for frame in self.decoded(first)]) > 0).all())
+        return bool((np.diff([frame.pts or 0 for frame in decoded(first)]) > 0).all())
 
     def count_frames(self) -> np.ndarray:
         """Decode everything; the second at which each frame is shown, ``[total]``."""
         self.reopen()
-        times = [frame.time for frame in self.decoded(self.container.demux(self.stream))]
+        times = [frame.time for frame in decoded(self.container.demux(self.stream))]
         if None not in times and (np.diff(times) > 0).all():
             return np.array(times, float) - self.start
         rate = float(self.stream.average_rate or 0)
@@ -300,7 +288,7 @@ class PyAVVideo:
         self.reopen()
         ahead = iter(wanted)
         next_one = next(ahead, None)
-        for number, frame in enumerate(self.decoded(self.container.demux(self.stream))):
+        for number, frame in enumerate(decoded(self.container.demux(self.stream))):
             if number == next_one:
                 yield frame
                 next_one = next(ahead, None)
@@ -339,7 +327,7 @@ class PyAVVideo:
 
     def sought(self, wanted: np.ndarray, skip: bool) -> Iterator[av.VideoFrame]:
         """The wanted frames: with `skip` decoding no more than these need, else everything from the start on."""
-        places = self.packets.order[wanted]
+        places = self.order[wanted]
         decode = self.needed(places) if skip else np.arange(len(self.packets.pts)) <= places.max()
         skip &= self.stream.codec_context.name not in NEVER_SKIPS
         full, ahead = set(places.tolist()), iter(self.packets.pts[places])
@@ -368,6 +356,15 @@ class PyAVVideo:
                 yield from wanted_of(context.decode(packet))
         if running:
             yield from wanted_of(self.stream.codec_context.decode(None))
+
+
+def decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
+    """The frames of a stream's packets in the order in which FFmpeg shows them, without packets that do not decode."""
+    for packet in packets:
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError:
+            continue
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
