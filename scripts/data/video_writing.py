@@ -11,7 +11,7 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.video.frame import PictureType
-from av.video.reformatter import ColorRange, Interpolation
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from data_tools import Unusable
 
 from shards import opened, problem_of
@@ -102,7 +102,7 @@ def upright(frame: av.VideoFrame) -> int:
 
 def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
     """Frames shrunk to YUV 4:2:0, upright; the second at which each comes, the first at 0; and the seconds it lasts."""
-    first = 0
+    first, reformatter = 0, VideoReformatter()
     for number, frame in enumerate(ffmpeg_frames(path)):
         second, lasts = number / timing.rate, 1 / timing.rate
         if timing.trusted:
@@ -112,7 +112,8 @@ def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple
             second = (frame.pts - first) * frame.time_base
             lasts = frame.duration * frame.time_base or lasts
         size, turns = even_size(frame.width, frame.height, short_side), upright(frame)
-        small = frame.reformat(*size, "yuv420p", interpolation=Interpolation.BICUBIC, dst_color_range=ColorRange.MPEG)
+        how = {"interpolation": Interpolation.BICUBIC, "dst_color_range": ColorRange.MPEG, "threads": 1}
+        small = reformatter.reformat(frame, *size, "yuv420p", **how)
         if turns:
             turned = np.ascontiguousarray(np.rot90(pixels(small), turns))
             small = av.VideoFrame.from_ndarray(turned, "rgb24").reformat(format="yuv420p")
