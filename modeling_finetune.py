@@ -38,7 +38,20 @@ SIZES = {
     "large": Size(1024, 24, 16, 512, 8),
     "huge": Size(1280, 32, 16, 640, 8),
 }
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation with eps 1e-6, in the precision of its input (statistics in fp32).
+
+    Autocast runs nn.LayerNorm in fp32, so that the next layer has to cast its output back.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
 
 
 def token_grid(
@@ -68,6 +81,7 @@ def normalize_clips(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) 
     return (clips.float() / 255 - mean) / std
 
 
+@torch.compiler.assume_constant_result  # else each compiled step computes them again, in float64
 def sinusoid_positions(
     num_tokens: int, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

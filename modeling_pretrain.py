@@ -38,6 +38,12 @@ def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1).index_select(0, (row[:, None] + index).flatten()).view(*index.shape, D)
 
 
+@torch.compiler.assume_constant_result
+def decoder_positions(num_tokens: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """sinusoid_positions under a second name: torch.compile takes only one constant of each name into a graph."""
+    return sinusoid_positions(num_tokens, dim, device, dtype)
+
+
 class Encoder(nn.Module):
     """ViT that sees the visible tokens only: ``[B, 3, T, H, W]`` and their indices → ``[R·B, N_visible, D]``."""
 
@@ -118,8 +124,9 @@ class PretrainVisionTransformer(nn.Module):
         """
         visible, hidden = split_tokens(mask, num_masked)
         x = self.encoder_to_decoder(self.encoder(x, visible))  # [R·B, N_visible, D_decoder]
-        positions = sinusoid_positions(mask.shape[1], x.shape[2], x.device, x.dtype)
-        x = torch.cat([x + take_tokens(positions, visible), self.mask_token + take_tokens(positions, hidden)], dim=1)
+        positions = decoder_positions(mask.shape[1], x.shape[2], x.device, x.dtype)
+        mask_tokens = self.mask_token.to(x.dtype) + take_tokens(positions, hidden)
+        x = torch.cat([x + take_tokens(positions, visible), mask_tokens], dim=1)
         return self.decoder(x, hidden.shape[1])
 
 

@@ -13,7 +13,7 @@ import transformers
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
-from modeling_finetune import Size, _positions, sinusoid_positions
+from modeling_finetune import LayerNorm, Size, _positions, sinusoid_positions
 from modeling_pretrain import MODELS, PretrainVisionTransformer, split_tokens, take_tokens
 from modeling_teacher import PixelTarget
 
@@ -263,6 +263,39 @@ def test_several_masks_give_the_summed_gradient():
         (F.mse_loss(student(clips, masks[2 * r : 2 * r + 2]), target[2 * r : 2 * r + 2]) / 2).backward()
     for grad, parameter in zip(together, student.parameters()):
         torch.testing.assert_close(grad, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_residual_stream_and_norms_keep_half_precision_under_autocast():
+    """Autocast alone would run norms in fp32, and the fp32 mask token would make the decoder's stream fp32."""
+    model, seen = random_student(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(1, 3, 4, 32, 32), random_masks(1, 8, 5))
+    assert len(seen) == 2 * (3 + 2) + 2 and set(seen) == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_norms_equal_torchs():
+    norm, x = LayerNorm(24), torch.randn(3, 5, 24)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    assert torch.equal(norm(x), F.layer_norm(x, (24,), norm.weight, norm.bias, 1e-6))
+    torch.testing.assert_close(norm(x.bfloat16()).float(), norm(x), rtol=0.02, atol=0.05)
+
+
+def test_positions_are_constants_of_a_compiled_student():
+    """Traced, each compiled step would compute sines of float64 for every clip."""
+    model, called = random_student(), []
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method"))
+        return graph.forward
+
+    x, mask = torch.randn(1, 3, 4, 32, 32), random_masks(1, 8, 5)
+    expected = model(x, mask, 5)
+    model.compile(dynamic=False, backend=backend)
+    torch.testing.assert_close(model(x, mask, 5), expected)
+    assert len(called) > 50 and not {"sin", "cos", "double"} & set(called)
 
 
 def test_known_count_changes_nothing():
