@@ -105,6 +105,7 @@ class Sample(TypedDict):
 
     clips: np.ndarray  # uint8 [V, T, H, W, 3]
     masks: NotRequired[np.ndarray]  # of pretraining, bool [V, N]
+    objects: NotRequired[np.ndarray]  # with an overlay: tokens under objects, bool [V, N]
     labels: NotRequired[np.ndarray]  # of fine-tuning, int [V], or several of each video, float [V, C]
     erase: NotRequired[np.ndarray]  # seeds of random erasing, int64 [V]
     path: str
@@ -117,6 +118,7 @@ class Batch(TypedDict):
 
     clips: torch.Tensor  # uint8 [B, 3, T, H, W], colour innermost in memory
     masks: NotRequired[torch.Tensor]  # bool [B, N]
+    objects: NotRequired[torch.Tensor]  # bool [B, N]
     labels: NotRequired[torch.Tensor]  # int64 [B], or float [B, C]
     erase: NotRequired[torch.Tensor]  # int64 [B]
     paths: list[str]
@@ -215,12 +217,20 @@ class PretrainDataset(VideoDataset):
         rng = sample_rng(self.seed, *key)
         found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: self.source.read(rng, path))
         clips = np.empty((self.num_views, *self.source.shape), np.uint8)
-        masks = np.stack([self.view(rng, found.frames, clip)[1] for clip in clips])
+        boxes, masks = zip(*(self.view(rng, found.frames, clip) for clip in clips))
         num_bad_videos = len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
-        path = self.videos.path(index)
-        return {"clips": clips, "masks": masks, "path": path, "bad": bad, "num_bad_videos": num_bad_videos}
+        sample: Sample = {
+            "clips": clips,
+            "masks": np.stack(masks),
+            "path": self.videos.path(index),
+            "bad": bad,
+            "num_bad_videos": num_bad_videos,
+        }
+        if self.overlay:
+            sample["objects"] = np.stack([self.masks.under(view) for view in boxes])
+        return sample
 
     def view(
         self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray, natural: np.ndarray | None = None

@@ -24,19 +24,26 @@ def with_second_masks(rng: np.random.Generator, masks: torch.Tensor) -> torch.Te
 
 
 def masked_loss(
-    predictions: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor
+    predictions: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor, objects: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Mean squared error over hidden tokens and channels.
 
     Args:
         predictions: ``[R·B, N_masked, D]`` for R masks of each clip; targets: ``[B, N, D]``; masks: bool ``[R·B, N]``.
+        objects: bool ``[B, N]``, True = under a pasted object.
     Returns:
-        loss and, as a sign of collapse, the standard deviation over tokens of ``predictions`` and ``targets``.
+        The loss, and values to log: the standard deviation over tokens of ``predictions`` (near 0 if they collapse) and
+        of ``targets``, and with `objects` the loss of the hidden tokens under objects and of the others.
     """
     _, hidden = split_tokens(masks, predictions.shape[1])
     predictions, targets = predictions.float(), take_tokens(targets, hidden)
-    spread = {"pred_std": predictions.detach().std(dim=1).mean(), "target_std": targets.std(dim=1).mean()}
-    return F.mse_loss(predictions, targets), spread
+    logged = {"pred_std": predictions.detach().std(dim=1).mean(), "target_std": targets.std(dim=1).mean()}
+    if objects is not None:
+        errors = (predictions.detach() - targets).square().mean(dim=2)  # [R·B, N_masked]
+        under = take_tokens(objects[..., None].float(), hidden)[..., 0]
+        logged["loss_objects"] = (errors * under).sum() / under.sum()
+        logged["loss_background"] = (errors * (1 - under)).sum() / (1 - under).sum()
+    return F.mse_loss(predictions, targets), logged
 
 
 def train_one_epoch(
@@ -62,8 +69,9 @@ def train_one_epoch(
             num_masked = int(masks[0].sum())  # on the CPU, the same in every row
             masks = masks.to(device, non_blocking=True)
             clips = normalize_clips(clips.to(device, non_blocking=True), *norm)
-            targets = teacher(clips)  # [B, N, D]
+            targets = teacher(clips)  # [B, N, D], normalised
             predictions = student(clips, masks, num_masked)  # [R·B, N_masked, D]
-            loss, spread = masked_loss(predictions, targets, masks)
-            step.backward(loss, **spread)
+            objects = batch["objects"].to(device, non_blocking=True) if "objects" in batch else None
+            loss, logged = masked_loss(predictions, targets, masks, objects)
+            step.backward(loss, **logged)
         step.update()

@@ -2,15 +2,15 @@
 
 One convention everywhere: a mask is boolean over the token grid (t, h, w), flattened to ``[N]`` in the
 order time, row, column; **True = hidden from the encoder**. Every mask of a run hides exactly
-``t * int(ratio * (h * w))`` tokens, so that masks stack into a batch. Boxes come from object_overlay.py;
-nothing here knows pixels, files or torch.
+``t * int(ratio * (h * w))`` tokens, so that the visible tokens of a batch form one tensor ``[B, N_visible, D]``.
+Boxes come from object_overlay.py; nothing here knows pixels, files or torch.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-MASK_TYPES = ("random", "tube", "tubelet")
+MASK_TYPES = ("random", "tube", "tubelet")  # tubelet, the released name: trajectory_mask, which follows the objects
 SUB_MASK_TYPES = ("tube+traj_mask", "tube+picked_frame_visible")
 
 
@@ -39,8 +39,8 @@ def object_tokens(
     """Tokens that the moving objects touch.
 
     A time step covers ``tubelet_size`` frames; an object's region in it spans its boxes in all of them,
-    patches ``floor(min / patch)`` to ``ceil(max / patch)`` *inclusive*. The region so has up to one patch of
-    margin to the right and bottom, as in the released models.
+    patches ``floor(min / patch)`` to ``ceil(max / patch)`` *inclusive*. The region therefore extends up to one patch
+    beyond the box to the right and bottom, as in the released models.
 
     Args:
         boxes: ``[K, T, 4]`` x1, y1, x2, y2 in pixels; may lie partly or wholly outside the frame.
@@ -100,7 +100,7 @@ def trajectory_mask(
 
 
 def _balance(rng: np.random.Generator, mask: np.ndarray, under: np.ndarray, target: int) -> np.ndarray:
-    """Flip random tokens until `target` are hidden: outside the objects first, then under them."""
+    """Flip random tokens until `target` are hidden; those where `under` is True only if no others are left."""
     surplus = int(mask.sum()) - target
     wrong = mask if surplus > 0 else ~mask  # the tokens that may flip
     order = np.concatenate(
@@ -136,6 +136,10 @@ class MaskGenerator:
                 f"mask_ratio {self.ratio} hides {num_masked(self.grid, self.ratio)} of "
                 f"{np.prod(self.grid)} tokens: some must be hidden and some visible"
             )
+
+    def under(self, boxes: np.ndarray) -> np.ndarray:
+        """Tokens under objects, bool ``[N]``, of their boxes ``[K, T, 4]``."""
+        return object_tokens(boxes, self.grid, self.patch_size, self.tubelet_size).reshape(-1)
 
     def __call__(self, rng: np.random.Generator, boxes: np.ndarray | None = None) -> np.ndarray:
         """Draw a mask, bool ``[N]``; `boxes` ``[K, T, 4]`` are needed by mask_type `tubelet` only."""

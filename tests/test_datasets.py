@@ -131,6 +131,8 @@ def test_views_of_a_video_differ_and_lie_side_by_side(clips, objects_folder, tmp
     samples = [dataset[0, index] for index in (0, 1)]
     stacked = {sample["path"]: torch.from_numpy(sample["clips"]).permute(0, 4, 1, 2, 3) for sample in samples}
     assert torch.equal(batch["clips"], torch.cat([stacked[path] for path in batch["paths"]]))
+    assert torch.equal(batch["objects"], torch.cat([torch.from_numpy(sample["objects"]) for sample in samples]))
+    assert batch["objects"].shape == (6, 32) and batch["objects"].any(dim=1).all() and not batch["objects"].all()
     for views, masks in zip(batch["clips"].split(3), batch["masks"].split(3)):
         for a, b in ((0, 1), (0, 2), (1, 2)):
             assert not torch.equal(views[a], views[b]) and not torch.equal(masks[a], masks[b])

@@ -51,15 +51,31 @@ def test_masked_loss_by_hand(masks_per_clip):
     rng, (B, N, M, D) = np.random.default_rng(0), (3, 10, 6, 4)
     masks = random_masks(rng, masks_per_clip * B, N, M)
     predictions, targets = rng.normal(size=(masks_per_clip * B, M, D)), rng.normal(2, 3, size=(B, N, D))
-    loss, spread = masked_loss(torch.tensor(predictions), torch.tensor(targets, dtype=torch.float32), masks)
+    loss, logged = masked_loss(torch.tensor(predictions), torch.tensor(targets, dtype=torch.float32), masks)
     errors, target_stds = [], []
     for row in range(masks_per_clip * B):
         wanted = targets[row % B][masks[row].numpy()]
         errors += list((predictions[row] - wanted).ravel() ** 2)
         target_stds += list(wanted.std(axis=0, ddof=1))
     assert float(loss) == pytest.approx(np.mean(errors), rel=1e-5)
-    assert float(spread["pred_std"]) == pytest.approx(predictions.std(axis=1, ddof=1).mean(), rel=1e-5)
-    assert float(spread["target_std"]) == pytest.approx(np.mean(target_stds), rel=1e-5)
+    assert float(logged["pred_std"]) == pytest.approx(predictions.std(axis=1, ddof=1).mean(), rel=1e-5)
+    assert float(logged["target_std"]) == pytest.approx(np.mean(target_stds), rel=1e-5)
+
+
+def test_loss_under_objects_and_of_the_background_by_hand():
+    """Each is a mean over hidden tokens, and with their numbers as weights they give the loss."""
+    rng, (B, N, M, D) = np.random.default_rng(1), (3, 10, 6, 4)
+    masks, objects = random_masks(rng, 2 * B, N, M), random_masks(rng, B, N, 4)
+    predictions, targets = rng.normal(size=(2 * B, M, D)), rng.normal(size=(B, N, D))
+    loss, logged = masked_loss(torch.tensor(predictions), torch.tensor(targets).float(), masks, objects)
+    errors = {True: [], False: []}
+    for row in range(2 * B):
+        for place, token in enumerate(np.flatnonzero(masks[row])):
+            error = ((predictions[row, place] - targets[row % B, token]) ** 2).mean()
+            errors[bool(objects[row % B, token])].append(error)
+    assert float(logged["loss_objects"]) == pytest.approx(np.mean(errors[True]), rel=1e-5)
+    assert float(logged["loss_background"]) == pytest.approx(np.mean(errors[False]), rel=1e-5)
+    assert float(loss) == pytest.approx(np.mean(errors[True] + errors[False]), rel=1e-5)
 
 
 def test_normalize_clips_by_hand():

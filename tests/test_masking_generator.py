@@ -241,8 +241,9 @@ def test_generator_equals_the_functions():
         ("tube", tube_mask(np.random.default_rng(3), GRID, 0.8)),
         ("tubelet", trajectory_mask(np.random.default_rng(3), boxes, GRID, 0.8, "tube+traj_mask", 0.3)),
     ]:
-        mask = MaskGenerator(mask_type, GRID, 0.8, unmask_ratio=0.3)(np.random.default_rng(3), boxes)
-        np.testing.assert_array_equal(mask, expected)
+        masks = MaskGenerator(mask_type, GRID, 0.8, unmask_ratio=0.3)
+        np.testing.assert_array_equal(masks(np.random.default_rng(3), boxes), expected)
+    np.testing.assert_array_equal(masks.under(boxes), object_tokens(boxes, GRID, (16, 16), 2).reshape(-1))
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
