@@ -2,16 +2,14 @@
 # SMILE on two CPU cores: both stages of pretraining in a small world, and an evaluation.
 #
 # Makes a Python environment (or uses the active one), cuts clips from real videos, draws objects, pretrains with a small
-# image network as the teacher, and compares fine-tuning from stage 2 with training from scratch, and probes on frozen
-# encoders. All output goes to QUICKSTART_DIR (default ./quickstart). Run again to resume; remove the folder to start
-# over. SEED=1 gives another run; CLIP_WEIGHTS=openai (or a file) uses CLIP as the teacher, which is slower.
+# image network as the teacher, and compares fine-tuning from stage 2 with training from scratch, on many labelled clips
+# (motion) and on few (objects). All output goes to QUICKSTART_DIR (default ./quickstart). Run again to resume; remove
+# the folder to start over. SEED=1 gives another run; CLIP_WEIGHTS=openai (or a file) uses CLIP as the teacher, which is slower.
 set -euo pipefail
 : "${CLIP_WEIGHTS:=}"
 : "${SEED:=0}"
-: "${STAGE1_EPOCHS:=3}" # 200 steps each
-: "${STAGE2_EPOCHS:=1}"
-: "${FINETUNE_EPOCHS:=8}"
-: "${PROBE_EPOCHS:=4}"
+: "${STAGE1_STEPS:=600}"
+: "${STAGE2_STEPS:=200}"
 : "${WORLD_OPTIONS:=--val_clips 40}" # of scripts/mini/make_world.py
 : "${QUICKSTART_DIR:=quickstart}"
 : "${OMP_NUM_THREADS:=1}" # threads per run; the matrices are too small for more
@@ -30,42 +28,35 @@ WORLD=$DIR/world
 WORKERS=1
 source scripts/mini/common.sh
 if [[ -n $CLIP_WEIGHTS ]]; then
-  TEACHER=(--target_type clip --clip_model ViT-B-16 --clip_weights "$CLIP_WEIGHTS" --teacher_size 64)
+  TEACHER=(--target_type clip --clip_model ViT-B-16 --clip_weights "$CLIP_WEIGHTS" --teacher_size "$SIDE")
 else
   demo_teacher "$DIR/teacher.pth"
 fi
 
 echo "the world: cutting clips and drawing objects"
 # shellcheck disable=SC2086 # several options
-python scripts/mini/make_world.py "$WORLD" --tasks motion object --seed "$SEED" $WORLD_OPTIONS
+python scripts/mini/make_world.py "$WORLD" --side "$SIDE" --tasks motion object --seed "$SEED" $WORLD_OPTIONS
 
 echo "stage 1: moving objects, and a mask that follows them"
-pretrain "$DIR/stage1" "$SEED" "$STAGE1_EPOCHS" "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}"
-stage1=$DIR/stage1/checkpoint-$((STAGE1_EPOCHS - 1)).pth
+pretrain "$DIR/stage1" "$SEED" "$STAGE1_STEPS" "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}"
+stage1=$CHECKPOINT
 
 echo "stage 2: natural clips, a tube mask, starting from stage 1's weights"
-pretrain "$DIR/stage2" "$SEED" "$STAGE2_EPOCHS" "${TEACHER[@]}" --mask_type tube --first_stage_path "$stage1"
-stage2=$DIR/stage2/checkpoint-$((STAGE2_EPOCHS - 1)).pth
+pretrain "$DIR/stage2" "$SEED" "$STAGE2_STEPS" "${TEACHER[@]}" --mask_type tube --first_stage_path "$stage1"
+stage2=$CHECKPOINT
 
-# The four scores: two runs in parallel, one core each.
-random_weights "$DIR/random.pth" "$SEED"
-score() { evaluate "$DIR/$1" "$2" "$SEED" "${@:3}" --num_workers 0; }
-beside() { # beside NAME TASK EPOCHS [flags]: in the background, quietly
-  score "$@" >"$DIR/$1.txt" 2>&1 &
-}
-joined() { # joined NAME
-  wait $! || { tail -n 3 "$DIR/$1.txt" >&2; exit 1; }
+# compare FOLDER SCRATCH COLUMN: fine-tune from stage 2 and, in the background and quietly, from scratch; a core each.
+compare() {
+  evaluate "$DIR/$2" "$3" "$SEED" --num_workers 0 >"$DIR/$2.txt" 2>&1 &
+  evaluate "$DIR/$1" "$3" "$SEED" --num_workers 0 --finetune "$stage2"
+  wait $! || { tail -n 3 "$DIR/$2.txt" >&2; exit 1; }
 }
 
 echo "fine-tuning on motion: stage 2's encoder, and beside it the same model from scratch (its output: $DIR/scratch.txt)"
-beside scratch motion "$FINETUNE_EPOCHS"
-score finetuned motion "$FINETUNE_EPOCHS" --finetune "$stage2"
-joined scratch
+compare finetuned scratch motion
 
-echo "attentive probes on objects: stage 2's frozen encoder, and beside it random weights ($DIR/probe-random.txt)"
-beside probe-random object "$PROBE_EPOCHS" --attentive_probe --finetune "$DIR/random.pth"
-score probe object "$PROBE_EPOCHS" --attentive_probe --finetune "$stage2"
-joined probe-random
+echo "fine-tuning on objects with 10 labels a class, in the same way ($DIR/few-scratch.txt)"
+compare few few-scratch object
 
 echo "picture"
 python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
@@ -77,7 +68,7 @@ Done in $SECONDS s, $installed of them for the environment. Written:
   $DIR/results.md   the table above
   $stage1, $stage2   weights
   $DIR/stage1/log.txt, $DIR/stage2/log.txt   one JSON line an epoch
-  $DIR/finetuned, $DIR/scratch, $DIR/probe, $DIR/probe-random   test scores and accuracy by class
+  $DIR/finetuned, $DIR/scratch, $DIR/few, $DIR/few-scratch   test scores and accuracy by class
   $DIR/pictures   clips, moving objects, masks, features and errors, also as movies
   $WORLD   clips, objects and lists
 DONE

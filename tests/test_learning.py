@@ -17,19 +17,20 @@ sys.path.insert(0, str(ROOT / "scripts" / "mini"))
 import make_world
 
 DIRECTIONS = make_world.MOTIONS[:4]  # left, right, up, down
-SIZES = (26.0, 44.0)  # of objects, pixels of 64: larger than the default, so that little training is enough
+SIZES = (0.41, 0.69)  # of objects: larger than the default, so that little training is enough
 SEEDS = (0, 1)
 # Stage 1 of the quickstart, with one object, and half of its clips in a step.
 PRETRAIN = """
 demo_teacher "$WORLD/teacher.pth"
-pretrain "$WORLD/stage1" 0 4 "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}" --num_rois 1 \\
+pretrain "$WORLD/stage1" 0 240 "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}" --num_rois 1 \\
   --batch_size 16 --lr 1.6e-2 --min_lr 1.6e-4
 """
 
 
 def train(world, env, command):
     """Run a command that is made of the functions of scripts/mini/common.sh."""
-    env = os.environ | env | {"OMP_NUM_THREADS": "1", "WORLD": str(world), "WORKERS": "0"}
+    settings = {"OMP_NUM_THREADS": "1", "WORLD": str(world), "SIDE": "64", "WORKERS": "0", "FINETUNE_EPOCHS": "4"}
+    env = os.environ | env | settings
     words = ["bash", "-euo", "pipefail", "-c", f"source scripts/mini/common.sh\n{command}"]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +39,7 @@ def train(world, env, command):
 def fine_tune(world, env, name, seed, flags=""):
     """The quickstart's fine-tuning on how the object moves, with half of the clips in a step, and its test."""
     options = f"--nb_classes {len(DIRECTIONS)} --batch_size 8 --lr 3.2e-2 {flags}"
-    train(world, env, f'evaluate "$WORLD/{name}-{seed}" motion {seed} 4 {options}')
+    train(world, env, f'evaluate "$WORLD/{name}-{seed}" motion {seed} {options}')
 
 
 @pytest.fixture(scope="module")

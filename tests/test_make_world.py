@@ -12,11 +12,12 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "mini"))
 import make_world
-from make_world import COUNTS, FRAMES, MOTIONS, SIDE, SIZES, SPLITS, TASKS, motion_track
+from make_world import COUNTS, FRAMES, MOTIONS, SIZES, SPLITS, TASKS, motion_track
 
 from object_overlay import find_objects
 from video_reader import read_frames
 
+SIDE = 64
 OPTIONS = ["--pretrain_clips", "4", "--train_clips", "20", "--val_clips", "4", "--test_clips", "4"]
 
 
@@ -66,7 +67,7 @@ def test_a_world_depends_on_its_seed_alone_and_is_not_made_twice(world, tmp_path
     made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.[mp][pn][4g]")]
     assert len(made) > 300 and all((world / path).read_bytes() == (tmp_path / path).read_bytes() for path in made)
     videos = [make_world.read_video(make_world.VIDEOS[3], 2 * SIDE)]
-    assert list(make_world.write_pretraining(tmp_path, videos, 1, 1)) == [None]
+    assert list(make_world.write_pretraining(tmp_path, videos, 1, 1, SIDE)) == [None]
     assert (world / "videos" / "pretrain-0000.mp4").read_bytes() != (tmp_path / "videos/pretrain-0000.mp4").read_bytes()
     make_world.main([str(world), *OPTIONS])
     assert "is there" in capsys.readouterr().out
@@ -76,7 +77,7 @@ def test_a_world_depends_on_its_seed_alone_and_is_not_made_twice(world, tmp_path
 
 def named_motion(centres, sizes):
     """The class of a track, read off its steps by hand."""
-    steps = (np.diff(centres, axis=0) + SIDE / 2) % SIDE - SIDE / 2
+    steps = (np.diff(centres, axis=0) + 0.5) % 1 - 0.5
     if np.ptp(sizes) > 1e-6:
         return "growing" if np.median(np.diff(sizes)) > 0 else "shrinking"
     turn = np.cross(np.pad(steps[:-1], ((0, 0), (0, 1))), np.pad(steps[1:], ((0, 0), (0, 1))))[:, 2]
@@ -97,7 +98,7 @@ def test_counts_are_passes():
     for label in range(len(COUNTS)):
         for _ in range(20):
             centres, _ = make_world.count_track(rng, label)
-            assert centres.min() >= 0 and centres.max() <= SIDE
+            assert centres.min() >= 0 and centres.max() <= 1
             steps = np.diff(centres, axis=0)
             forward = np.sign(np.round(steps @ steps[0], 6))
             assert (np.diff(forward[forward != 0]) != 0).sum() == label, "as many turns as passes, less one"
@@ -111,7 +112,7 @@ def test_position_and_size_of_a_frame_tell_nothing_of_the_motion():
         rng = np.random.default_rng((1, label))
         tracks = [motion_track(rng, label) for _ in range(1000)]
         for t in range(FRAMES):
-            x, y = (np.array([centres[t, axis] for centres, _ in tracks]) / SIDE for axis in (0, 1))
+            x, y = (np.array([centres[t, axis] for centres, _ in tracks]) for axis in (0, 1))
             size = (np.log([sizes[t] for _, sizes in tracks]) - low) / (high - low)
             worst = min(worst, *(stats.kstest(values, "uniform").pvalue for values in (x, y, size)))
     assert worst > 1e-3 / 192  # Bonferroni
@@ -124,7 +125,7 @@ def test_a_classifier_of_single_frames_is_at_chance():
     disc = np.hypot(*np.mgrid[-1:1:32j, -1:1:32j]) < 1
     sprite = np.repeat((255 * disc).astype(np.uint8)[..., None], 4, axis=2)
     labels = np.arange(700) % 2  # left and right
-    clips = np.stack([make_world.labelled_clip(rng, "motion", label, background, [sprite]) for label in labels])
+    clips = np.stack([make_world.labelled_clip(rng, "motion", label, background, [sprite], SIDE) for label in labels])
     small = clips.astype(np.float64).mean(axis=4).reshape(-1, FRAMES, 16, 4, 16, 4).mean(axis=(3, 5))
 
     def right(features):
@@ -140,6 +141,21 @@ def test_a_classifier_of_single_frames_is_at_chance():
     change = small[:, 1:] - small[:, :-1]
     moved = np.stack([change[:, :, :, 1:] * small[:, 1:, :, :-1], change[:, :, :, :-1] * small[:, 1:, :, 1:]], axis=1)
     assert right(moved.mean(axis=(2, 3, 4))) > 0.5 + 8 * chance_error
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_worlds_of_two_sides_show_the_same_clips(task):
+    """The larger one, averaged over 2 x 2 pixels, is close to the smaller one."""
+    background = np.random.default_rng(0).integers(0, 256, (4, 3, 4, 3), dtype=np.uint8).repeat(64, 1).repeat(64, 2)
+    disc = np.hypot(*np.mgrid[-1:1:128j, -1:1:128j]) < 1
+    sprite = np.repeat((255 * disc).astype(np.uint8)[..., None], 4, axis=2)
+    small, large = (
+        make_world.labelled_clip(np.random.default_rng(1), task, 1, video, [sprite, sprite], side).astype(float)
+        for side, video in ((SIDE, background[:, ::2, ::2]), (2 * SIDE, background))
+    )
+    assert small.shape == (FRAMES, SIDE, SIDE, 3) and large.shape == (FRAMES, 2 * SIDE, 2 * SIDE, 3)
+    error = np.abs(large.reshape(FRAMES, SIDE, 2, SIDE, 2, 3).mean(axis=(2, 4)) - small)
+    assert error.mean() < 6 and np.ptp(small, axis=0).max() > 200, "the object moves alike over the same background"
 
 
 @pytest.mark.parametrize("module", ["skvideo", "no_such_module"])

