@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from datasets import Key, Sample, VideoDataset, VideoStream, read_or_replace, sample_rng
-from lists import VideoList, read_blocks, read_list, read_text
+from lists import VideoList, read_lines, read_list, read_text
 from metrics import SeveralLabels
 from video_reader import Clip, InexactError, Span, VideoError, open_video, read_clip
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
@@ -81,8 +81,8 @@ def find_several(paths: list[str]) -> str:
     """Place of the first line of these lists whose label is in the multi-label form; '' if there is none."""
     for path in filter(os.path.isfile, paths):
         try:
-            for block in read_blocks(path):
-                for number, label in zip(block.numbers, block.labels()):
+            for numbers, _, labels in read_lines(path):
+                for number, label in zip(numbers, labels):
                     if b"," in label or b":" in label or label == b"-":
                         return f"{path}, line {number}: {os.fsdecode(label)[:80]}"
         except ValueError:  # told where the list is read
