@@ -8,7 +8,6 @@ import open_clip
 import timm
 import torch
 from einops import rearrange
-from timm.layers import to_2tuple
 
 from modeling_teacher import FrameTower, check_timm_weights, find_clip_weights, load_clip, load_timm
 
@@ -67,9 +66,5 @@ def build_encoder(name: str, weights: str = "") -> FrameEncoder:
     """
     library, name, weights = find_encoder(name, weights)
     if library == "timm":
-        tower = load_timm(name, weights)
-        own = timm.data.resolve_model_data_config(tower)
-        return FrameEncoder(tower, to_2tuple(own["input_size"][-2:]), (own["mean"], own["std"]))
-    clip = load_clip(name, weights, spare=())
-    stats = open_clip.get_model_preprocess_cfg(clip)
-    return FrameEncoder(clip.visual, to_2tuple(clip.visual.image_size), (stats["mean"], stats["std"]))
+        return FrameEncoder(*load_timm(name, weights))
+    return FrameEncoder(*load_clip(name, weights, needs_projection=True))
