@@ -9,8 +9,8 @@ trusted to give that order (`is_exact`), the file is decoded from its start and 
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
-from typing import NamedTuple, Protocol, cast
+from contextlib import ExitStack, closing, contextmanager
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -52,22 +52,6 @@ class Span(NamedTuple):
     frames: int  # of the whole video
 
 
-class Video(Protocol):
-    """An open video: `seconds` ``[total]``, when each frame is shown, and its frames."""
-
-    seconds: np.ndarray
-
-    def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        """RGB uint8 ``[H, W, 3]`` of the frames with these numbers, which must rise.
-
-        Raises:
-            VideoError: one of them cannot be read.
-        """
-
-    def close(self) -> None:
-        """Close the file."""
-
-
 Choose = Callable[[int], np.ndarray]  # number of frames → indices [T] of the wanted ones, in any order
 Change = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] → [h, w, 3]
 
@@ -95,7 +79,7 @@ def read_frames(path: str, choose: Choose, reader: str = "pyav") -> np.ndarray:
     return read_clip(path, choose, reader).frames
 
 
-def take_clip(video: Video, choose: Choose, change: Change) -> Clip:
+def take_clip(video: "PyAVVideo | DecordVideo", choose: Choose, change: Change) -> Clip:
     """The frames of an open video that `choose` picks. Raises VideoError."""
     indices = choose(len(video.seconds))
     wanted, back = np.unique(indices, return_inverse=True)
@@ -109,7 +93,8 @@ def take_clip(video: Video, choose: Choose, change: Change) -> Clip:
     return Clip(frames if np.array_equal(wanted, indices) else frames[back], indices, video.seconds[indices])
 
 
-def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> AbstractContextManager[Video]:
+@contextmanager
+def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> Iterator["PyAVVideo | DecordVideo"]:
     """Open a video, a file or a member of a shard, for reading frames, in a ``with`` block.
 
     Args:
@@ -122,11 +107,10 @@ def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> Abstr
         raise VideoError("is a folder; of a folder of frames, make a video first: ffmpeg -i FOLDER/%05d.jpg VIDEO.mp4")
     if not os.path.isfile(path) and not split(path):
         raise VideoError("no such file")
-    video: Video = DecordVideo(path) if reader == "decord" else PyAVVideo(path, in_order)
-    if len(video.seconds) == 0:
-        video.close()
-        raise VideoError("no frames")
-    return closing(video)
+    with closing(DecordVideo(path) if reader == "decord" else PyAVVideo(path, in_order)) as video:
+        if len(video.seconds) == 0:
+            raise VideoError("no frames")
+        yield video
 
 
 # PyAV -----------------------------------------------------------------------------------------------------------
@@ -190,12 +174,18 @@ def is_exact(packets: Packets, has_b_frames: bool) -> bool:
 
 
 class PyAVVideo:
-    """A video by PyAV. See Video."""
+    """A video opened by PyAV; see open_video.
+
+    Args:
+        in_order: decode and count all frames, whatever the packets promise.
+    Attributes:
+        seconds: when each frame is shown, float64 ``[total]``.
+    """
 
     def __init__(self, path: str, in_order: bool = False):
         self.path, self.in_order = path, in_order
-        self.open()
         try:
+            self.open()
             if not in_order:
                 self.packets = list_packets(self.container, self.stream)
                 delayed = bool(self.stream.codec_context.has_b_frames)
@@ -206,36 +196,30 @@ class PyAVVideo:
                 places = np.flatnonzero(self.packets.shown)
                 self.order = places[np.argsort(self.packets.pts[places], kind="stable")]  # [total], as they are shown
                 self.seconds = self.packets.pts[self.order] * float(self.stream.time_base or 0) - self.start
-        except DECODER_ERRORS as error:
+        except (VideoError, *DECODER_ERRORS) as error:
             self.close()
             raise VideoError(decoder_reason(error, path)) from error
 
     def open(self) -> None:
-        """Open the file, at its start. Raises VideoError."""
+        """Open the file at its start. Raises VideoError or one of DECODER_ERRORS."""
         self.opened = ExitStack()
-        try:
-            source = self.opened.enter_context(opened(self.path))
-            self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
-        except DECODER_ERRORS as error:
-            self.close()
-            raise VideoError(decoder_reason(error, self.path)) from error
-        stream, problem = self.container.streams.best("video"), ""
+        source = self.opened.enter_context(opened(self.path))
+        self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
+        stream = self.container.streams.best("video")
         if not isinstance(stream, av.VideoStream):
-            problem = "no video stream"
-        elif stream.codec_context is None:
-            problem = "FFmpeg has no decoder for this format"
-        elif self.container.format.name.endswith("_pipe"):
-            problem = "an image, not a video"
-        if problem:
-            self.close()
-            raise VideoError(problem)
-        self.stream = cast(av.VideoStream, stream)
+            raise VideoError("no video stream")
+        if stream.codec_context is None:
+            raise VideoError("FFmpeg has no decoder for this format")
+        if self.container.format.name.endswith("_pipe"):
+            raise VideoError("an image, not a video")
+        self.stream = stream
         self.stream.codec_context.thread_count = 1
         # Streams of broadcasting begin at any time; in other files time stamps count from the start.
         any_start = self.container.format.name in BROADCAST
         self.start = (self.container.start_time or 0) / av.time_base if any_start else 0.0
 
     def close(self) -> None:
+        """Close the file."""
         self.opened.close()
 
     def reopen(self) -> None:
@@ -265,9 +249,13 @@ class PyAVVideo:
         return np.arange(len(times)) / rate if rate else np.full(len(times), np.nan)
 
     def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        """See Video."""
+        """Yield the frames with these increasing indices, RGB uint8 ``[H, W, 3]``.
+
+        Raises:
+            VideoError: one of them cannot be read.
+        """
         reason, done, reformatter = "", 0, VideoReformatter()
-        for skip in (True, False):
+        for skip in (False,) if self.in_order else (True, False):
             pictures = self.counted(wanted) if self.in_order else self.sought(wanted[done:], skip)
             try:
                 for picture in pictures:
@@ -279,20 +267,16 @@ class PyAVVideo:
                 reason = str(error)
             if done == len(wanted):
                 return
-            if self.in_order:
-                break
         raise InexactError(reason or f"{len(wanted) - done} of {len(wanted)} frames do not decode")
 
     def counted(self, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
         """The wanted frames, by counting from the start."""
         self.reopen()
-        ahead = iter(wanted)
-        next_one = next(ahead, None)
+        chosen, last = set(wanted.tolist()), wanted[-1]
         for number, frame in enumerate(decoded(self.container.demux(self.stream))):
-            if number == next_one:
+            if number in chosen:
                 yield frame
-                next_one = next(ahead, None)
-            if next_one is None:
+            if number >= last:
                 return
 
     def needed(self, places: np.ndarray) -> np.ndarray:
@@ -328,34 +312,35 @@ class PyAVVideo:
     def sought(self, wanted: np.ndarray, skip: bool) -> Iterator[av.VideoFrame]:
         """The wanted frames: with `skip` decoding no more than these need, else everything from the start on."""
         places = self.order[wanted]
-        decode = self.needed(places) if skip else np.arange(len(self.packets.pts)) <= places.max()
+        stamps, done = self.packets.pts[places], 0
+        for frame in self.decode(places, skip):
+            if frame.pts == stamps[done]:
+                yield frame
+                done += 1
+                if done == len(stamps):
+                    return
+            elif frame.pts is None or frame.pts > stamps[done]:
+                raise InexactError("frames come in another order than their time stamps")
+
+    def decode(self, places: np.ndarray, skip: bool) -> Iterator[av.VideoFrame]:
+        """Decode the packets at `places` and those they depend on; see sought."""
+        needed = self.needed(places) if skip else np.arange(len(self.packets.pts)) <= places.max()
+        first, last = np.flatnonzero(needed)[[0, -1]]
         skip &= self.stream.codec_context.name not in NEVER_SKIPS
-        full, ahead = set(places.tolist()), iter(self.packets.pts[places])
-        next_one = next(ahead, None)
-        last, running = int(np.flatnonzero(decode)[-1]), False
-
-        def wanted_of(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-            nonlocal next_one
-            for frame in frames:
-                if next_one is not None and frame.pts == next_one:
-                    yield frame
-                    next_one = next(ahead, None)
-                elif next_one is not None and (frame.pts is None or frame.pts > next_one):
-                    raise InexactError("frames come in another order than their time stamps")
-
-        for place, packet in self.packets_from(int(np.flatnonzero(decode)[0])):
+        full, running = set(places.tolist()), False
+        for place, packet in self.packets_from(first):
             context = self.stream.codec_context
-            if running and (not decode[place] or place > last):
-                yield from wanted_of(context.decode(None))
+            if running and not needed[place]:
+                yield from context.decode(None)
                 context.flush_buffers()
-            running = bool(decode[place]) and place <= last
-            if next_one is None or place > last:
+            running = bool(needed[place])
+            if place > last:
                 return
             if running:
                 context.skip_frame = "NONREF" if skip and place not in full else "DEFAULT"
-                yield from wanted_of(context.decode(packet))
+                yield from context.decode(packet)
         if running:
-            yield from wanted_of(self.stream.codec_context.decode(None))
+            yield from self.stream.codec_context.decode(None)
 
 
 def decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
@@ -376,7 +361,7 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
 
 def decoder_reason(error: Exception, path: str) -> str:
     """A decoder's error in one line that is the same every time: without clock times, places in its source, path."""
-    if isinstance(error, ShardError):
+    if isinstance(error, (ShardError, VideoError)):
         return str(error)
     line = getattr(error, "strerror", None) or next((line for line in str(error).splitlines() if line.strip()), "")
     for code, meaning in DECORD_CODES.items():
@@ -389,7 +374,7 @@ def decoder_reason(error: Exception, path: str) -> str:
 
 
 class DecordVideo:
-    """A video by decord, as the released code reads it. See Video."""
+    """A video opened by decord, as the released code reads it; like PyAVVideo."""
 
     def __init__(self, path: str):
         # Not at the top: its FFmpeg and C++ libraries must come after those of torch and PyAV.
@@ -407,10 +392,11 @@ class DecordVideo:
             raise VideoError(decoder_reason(error, path)) from error
 
     def close(self) -> None:
+        """Close the file."""
         del self.reader
 
     def frames(self, wanted: np.ndarray, chunk: int = 64) -> Iterator[np.ndarray]:
-        """See Video; `chunk` frames are in memory at a time."""
+        """See PyAVVideo.frames; `chunk` frames are in memory at a time."""
         for start in range(0, len(wanted), chunk):
             try:
                 yield from self.reader.get_batch(wanted[start : start + chunk]).asnumpy()
