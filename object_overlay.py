@@ -10,9 +10,9 @@ import os
 import struct
 import zlib
 from bisect import bisect
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from glob import glob
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -30,44 +30,37 @@ SIZE_JITTER = 0.18  # of log width and log height
 SIZE_RATE, ANGLE_RATE, SHIFT_RATE = 0.025, 6.0, 12.0  # a frame: log size, degrees, pixels
 PATH_POINTS, PATH_SIGMA, PATH_EXTENT = 48, 8.0, (40, 180)  # gaussian motion
 MOTION_TYPES = ("gaussian", "linear")
+CACHED_OBJECTS = 384  # images in memory: of 320 pixels a side 150 MiB
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def find_objects(objects_path: str, objects_list: str | None = None) -> list[str]:
-    """Object images ``<category>/<name>``, relative to the folder `objects_path`, sorted.
+    """Find object images ``<category>/<name>``, relative to `objects_path`, sorted.
 
     Args:
-        root: a folder, or a tar file with its index beside it (shards.py), or a folder in a tar file.
+        objects_path: a folder, or a tar file with its index beside it (shards.py), or a folder in a tar file.
         objects_list: optional text file with one such relative path a line; narrows the search to these.
     Raises:
         ValueError: no such folder, nothing found, or a listed path that leaves the folder.
     """
     try:
-        in_shard = names_below(objects_path) if split(os.path.join(objects_path, "")) else None
+        in_shard = split(os.path.join(objects_path, "")) is not None
+        names = names_below(objects_path) if in_shard else glob("*/*", root_dir=objects_path, include_hidden=True)
     except ShardError as error:
         raise ValueError(f"objects_path {objects_path}: {error}") from error
-    if in_shard is None and not os.path.isdir(objects_path):
+    if not in_shard and not os.path.isdir(objects_path):
         raise ValueError(f"objects_path {objects_path}: no such folder (expected <category>/<name>.png below it)")
+    source = f"objects_list {objects_list}" if objects_list else f"objects_path {objects_path}"
     if objects_list:
         found = [line.strip() for line in Path(objects_list).read_text("utf-8-sig").splitlines() if line.strip()]
-        for name in found:
-            if os.path.isabs(name) or ".." in Path(name).parts:
-                raise ValueError(f"objects_list {objects_list}: {name!r} leaves the objects folder")
+        if outside := [name for name in found if os.path.isabs(name) or ".." in Path(name).parts]:
+            raise ValueError(f"{source}: {outside[0]!r} leaves the objects folder")
         if found and all(problem_of(os.path.join(objects_path, name)) for name in found[:100]):
-            raise ValueError(f"objects_list {objects_list}: no {found[0]} in {objects_path}, nor the other first 100")
-    elif in_shard is not None:
-        found = [name for name in in_shard if name.count("/") == 1 and name.lower().endswith(IMAGE_SUFFIXES)]
+            raise ValueError(f"{source}: no {found[0]} in {objects_path}, nor the other first 100")
     else:
-        found = [
-            f"{category.name}/{image}"
-            for category in os.scandir(objects_path)
-            if category.is_dir()
-            for image in os.listdir(category)
-            if image.lower().endswith(IMAGE_SUFFIXES)
-        ]
+        found = [name for name in names if name.count("/") == 1 and name.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
-        source = f"objects_list {objects_list}" if objects_list else f"objects_path {objects_path}"
         raise ValueError(f"{source}: no object images (expected <category>/<name>.png)")
     return sorted(found)
 
@@ -105,57 +98,45 @@ def read_object(path: str, max_side: int) -> np.ndarray:
     return pixels
 
 
-class ObjectLibrary:
-    """Lazily loaded object images with an LRU cache.
+cached_object = lru_cache(CACHED_OBJECTS)(read_object)  # of each loader worker
 
-    Images that cannot be used are skipped, and noted in `skipped` (path → reason).
+
+class ObjectLibrary:
+    """Random objects from a list of images; those that cannot be used are skipped, and noted in `skipped`.
 
     Args:
         names: image paths relative to `root`, from find_objects.
         max_side: longest side kept in memory, pixels.
-        cache_bytes: bound of the cache; every loader worker has its own.
+    Attributes:
+        skipped: path → reason of the images that cannot be used.
     """
 
-    def __init__(self, root: str, names: list[str], max_side: int = 320, cache_bytes: int = 128 << 20):
-        self.root, self.names, self.max_side, self.cache_bytes = root, names, max_side, cache_bytes
+    def __init__(self, root: str, names: list[str], max_side: int = 320):
+        self.root, self.names, self.max_side = root, names, max_side
         self.skipped: dict[str, str] = {}
         self._reported = 0
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._cached_bytes = 0
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """A random usable object, uint8 ``[h, w, 4]`` premultiplied RGBA.
+        """Draw a usable object, uint8 ``[h, w, 4]`` premultiplied RGBA; it may be cached, so do not write to it.
 
         Raises:
             RuntimeError: 100 draws in a row were unusable.
         """
         for _ in range(100):
-            index = int(rng.integers(len(self.names)))
-            path = os.path.join(self.root, self.names[index])
+            path = os.path.join(self.root, self.names[int(rng.integers(len(self.names)))])
             if path not in self.skipped:
                 try:
-                    return self._read(index, path)
+                    return cached_object(path, self.max_side)
                 except IMAGE_ERRORS as error:
                     self.skipped[path] = str(error) or type(error).__name__
         path, reason = next(iter(self.skipped.items()))
         raise RuntimeError(f"objects_path {self.root}: 100 unusable images in a row, among them {path}: {reason}")
 
     def take_skipped(self) -> list[tuple[str, str]]:
-        """(path, reason) of the images skipped since the last call."""
+        """Return (path, reason) of the images skipped since the last call."""
         new = list(self.skipped.items())[self._reported :]
         self._reported = len(self.skipped)
         return new
-
-    def _read(self, index: int, path: str) -> np.ndarray:
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index]
-        pixels = read_object(path, self.max_side)
-        self._cache[index] = pixels
-        self._cached_bytes += pixels.nbytes
-        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return pixels
 
 
 def pick(rng: np.random.Generator, options: Sequence, probabilities: tuple[float, ...]) -> Any:
