@@ -9,17 +9,17 @@ import io
 import os
 import re
 import tarfile
-from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 VERSION = b"v1.2"
 BUFFER = 1 << 18  # bytes read at a time
-CACHE_BYTES = 64 << 20  # of indices that are kept in memory, in each process
+KEPT_INDICES = 64  # in memory, in each process
 HEADER = tarfile.BLOCKSIZE
 REMEDY = "write it with: python scripts/data/index_shards.py"
-_indices: OrderedDict[str, bytes] = OrderedDict()
 
 
 class ShardError(OSError):
@@ -57,27 +57,21 @@ def index_path(shard: str) -> str:
     return os.path.splitext(shard)[0] + ".idx"
 
 
+@lru_cache(KEPT_INDICES)
 def read_index(shard: str) -> bytes:
-    """The index of a shard, from memory if it was asked for lately.
+    """Read the index of a shard; the latest ones are kept in memory.
 
     Raises:
         ShardError: there is none, or it has another format.
     """
-    if shard in _indices:
-        _indices.move_to_end(shard)
-        return _indices[shard]
     try:
-        with open(index_path(shard), "rb") as file:
-            text = file.read().replace(b"\r\n", b"\n")
+        text = Path(index_path(shard)).read_bytes().replace(b"\r\n", b"\n")
     except OSError as error:
         if not os.path.isfile(shard):
             raise ShardError(f"no such file: {shard}") from error
         raise ShardError(f"{shard} has no index beside it ({error.strerror}); {REMEDY} {shard}") from error
     if not text.startswith(VERSION + b" ") or not text.endswith(b"\n"):
         raise ShardError(f"{index_path(shard)}: not an index of version {VERSION.decode()}; {REMEDY} {shard}")
-    _indices[shard] = text
-    while sum(map(len, _indices.values())) > CACHE_BYTES and len(_indices) > 1:
-        _indices.popitem(last=False)
     return text
 
 
@@ -163,19 +157,18 @@ def open_file(path: str) -> BinaryIO:
     """
     if not (parts := split(path)):
         return open(path, "rb")
-    shard, name = parts
-    member = find(shard, name)
+    shard, member = parts[0], find(*parts)
     try:
         descriptor = os.open(shard, os.O_RDONLY)
     except OSError as error:
         raise ShardError(f"{shard}: {error.strerror}") from error
-    window = Window(descriptor, member.start, member.size, path)
+    file = io.BufferedReader(Window(descriptor, member.start, member.size, path), BUFFER)
     try:
         check_place(descriptor, shard, member)
     except ShardError:
-        window.close()
+        file.close()
         raise
-    return cast(BinaryIO, io.BufferedReader(window, BUFFER))
+    return cast(BinaryIO, file)
 
 
 def check_place(descriptor: int, shard: str, member: Member) -> None:
@@ -200,20 +193,17 @@ def check_place(descriptor: int, shard: str, member: Member) -> None:
 
 @contextmanager
 def opened(path: str) -> Iterator[str | BinaryIO]:
-    """What a decoder opens, in a ``with`` block: the path of a file itself, a member of a shard as an open file.
+    """Give a decoder what it opens, in a ``with`` block: a file's path, or a member of a shard as an open file.
 
     Raises:
         ShardError: no such member, or a shard that is not as its index says.
     """
-    if not split(path):
-        yield path
-        return
-    with open_file(path) as file:
-        yield file
+    with open_file(path) if split(path) else nullcontext(path) as source:
+        yield source
 
 
 def problem_of(path: str) -> str:
-    """Why there is no such file, or member of a shard; '' if there is one."""
+    """Return why there is no such file, or member of a shard; '' if there is one."""
     parts = split(path)
     if not os.path.isfile(parts[0] if parts else path):
         return f"no such file: {parts[0]}" if parts else "no such file"
