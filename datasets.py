@@ -34,7 +34,7 @@ CHECK_PROGRAM = str(Path(__file__).with_name("video_check.py"))
 Key = tuple[int, int]  # epoch, index
 
 
-# Lists ----------------------------------------------------------------------------------------------------------
+# Images and videos of a list ------------------------------------------------------------------------------------
 
 
 def find_images(folder: str) -> VideoList:
@@ -62,14 +62,13 @@ class VideoCheck:
     """
 
     def __init__(self, videos: VideoList, size: int, reader: str = "pyav", count: int = 20, seconds: float = 15):
-        looked = np.unique(np.linspace(0, len(videos) - 1, count).astype(int))
-        self.source, self.paths = videos.source, [videos.path(index) for index in looked]
+        self.source, self.paths = videos.source, [videos.path(index) for index in videos.spread(count)]
         self.seconds, self.end = seconds, time.monotonic() + seconds
         command = [sys.executable, CHECK_PROGRAM, str(size), reader, *self.paths]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def tell(self) -> None:
-        """Warn of what was found, once the process has ended or its time is over."""
+        """Wait for the process, as long as there is time, and warn of what it found."""
         try:
             answers, _ = self.process.communicate(timeout=max(0, self.end - time.monotonic()))
             lost = f"the process that read it ended with code {self.process.returncode}"
@@ -77,18 +76,15 @@ class VideoCheck:
             self.process.kill()
             answers, _ = self.process.communicate()
             lost = f"{self.seconds:g} s were not enough to come to its end (slow storage, or the decoder hangs on it)"
-        whole = answers.endswith("end\n")
-        found = [json.loads(line) for line in answers.removesuffix("end\n").splitlines()]
-        wrong = [(path, what["wrong"]) for path, what in zip(self.paths, found) if what["wrong"]]
-        slow = [(path, "; ".join(what["slow"])) for path, what in zip(self.paths, found) if what["slow"]]
-        if not whole:
-            slow.append((self.paths[len(found)], lost))
-        for what, paths in (("give wrong frames", wrong), ("are slow to load", slow)):
-            if paths:
+        found = [json.loads(line) for line in answers.splitlines()]
+        if self.process.returncode and len(found) < len(self.paths):
+            found.append(["", lost])
+        for what, reasons in zip(("give wrong frames", "are slow to load"), zip(*found)):
+            if bad := [f"{path}: {reason}" for path, reason in zip(self.paths, reasons) if reason]:
                 logger.warning(
-                    "%s: %d of %d videos looked at %s, such as %s: %s. scripts/data/check_videos.py finds all of them, "
+                    "%s: %d of %d videos looked at %s, such as %s. scripts/data/check_videos.py finds all of them, "
                     "scripts/data/resize_videos.py mends them (DATASET.md)",
-                    *(self.source, len(paths), len(found) + (not whole), what, *paths[0]),
+                    *(self.source, len(bad), len(found), what, bad[0]),
                 )
 
 

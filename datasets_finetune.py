@@ -381,15 +381,16 @@ class EvalDataset(VideoStream):
     def samples(self, index: int) -> Iterator[EvalSample]:
         clips: list[np.ndarray] = []
         spans: list[Span] = []
+        error = ""
         try:
             for view in self.read_views.views(self.videos.path(index)):
-                clips += list(view.clips)
-                spans += [view.span] * len(view.clips)
-                while len(clips) > self.part:
-                    part = as_views(clips[: self.part])
-                    yield {"index": index, "views": part, "spans": spans[: self.part], "error": "", "last": False}
-                    del clips[: self.part], spans[: self.part]
-            yield {"index": index, "views": as_views(clips), "spans": spans, "error": "", "last": True}
-        except VideoError as error:
-            empty = torch.empty(0, dtype=torch.uint8)
-            yield {"index": index, "views": empty, "spans": [], "error": str(error), "last": True}
+                for clip in view.clips:
+                    if len(clips) == self.part:
+                        yield {"index": index, "views": as_views(clips), "spans": spans, "error": "", "last": False}
+                        clips, spans = [], []
+                    clips.append(clip)
+                    spans.append(view.span)
+        except VideoError as unreadable:
+            clips, spans, error = [], [], str(unreadable)
+        views = as_views(clips) if clips else torch.empty(0, dtype=torch.uint8)
+        yield {"index": index, "views": views, "spans": spans, "error": error, "last": True}

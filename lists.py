@@ -80,13 +80,17 @@ class VideoList:
         """Those of these videos that are no file, and no member of a shard."""
         return [index for index in indices if problem_of(self.path(index))]
 
+    def spread(self, count: int) -> np.ndarray:
+        """Indices of at most `count` videos, evenly over the list."""
+        return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+
     def check_files(self, max_bad_fraction: float, look_at: int = 200) -> None:
         """Look for some of the files, evenly over the list, so that a wrong folder shows before anything is computed.
 
         Raises:
             ValueError: more than this fraction of them is missing.
         """
-        looked = np.unique(np.linspace(0, len(self) - 1, look_at).astype(int))
+        looked = self.spread(look_at)
         missing = self.missing(looked)
         if len(missing) > max_bad_fraction * len(looked):
             raise ValueError(

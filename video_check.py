@@ -65,20 +65,20 @@ def wrong_frames(
     read(np.array([0]))
     reach = min(totals[-1], first or totals[-1])
     numbers = np.sort(rng.choice(reach, min(places or reach, reach), replace=False))
-    reformatter = VideoReformatter()
-    sequence, wrong, number = enumerate(islice(ffmpeg_frames(path), first), 1), [], 0
+    sequence, reformatter = enumerate(islice(ffmpeg_frames(path), first)), VideoReformatter()
+    wrong, shown = [], 0
     for chunk in np.split(numbers, range(CHUNK, len(numbers), CHUNK)):
         ahead = read(chunk)
-        while ahead:
-            number, frame = next(sequence, (number, None))
-            if frame is None:
-                break
-            if number - 1 in ahead:
-                right, found = to_rgb(frame, reformatter).astype(int), ahead.pop(number - 1)
+        for number, frame in sequence:
+            shown = number + 1
+            if number in ahead:
+                right, found = to_rgb(frame, reformatter).astype(int), ahead.pop(number)
                 if right.shape != found.shape or abs(right - found).mean() > TOLERANCE[reader]:
-                    wrong.append(number - 1)
+                    wrong.append(number)
+            if not ahead:
+                break
         wrong += list(ahead)
-    shown = max([number, *(number for number, _ in sequence)])
+    shown = max([shown, *(number + 1 for number, _ in sequence)])
     if not first and shown != totals[-1]:
         return f"{totals[-1]} frames are counted, {shown} are shown"
     return f"{len(wrong)} of {len(numbers)} frames are others, such as frame {wrong[0]}" if wrong else ""
@@ -108,7 +108,7 @@ def slow_reasons(path: str, size: int = 224) -> list[str]:
 
 
 def main() -> None:
-    """Print what is wrong with each video on the command line, and why it is slow, a JSON object a line."""
+    """Print what is wrong with each video on the command line, and why it is slow, as a JSON list per line."""
     signal.alarm(60)  # ends it even where the decoder hangs and nobody waits any more
     size, reader, end = int(sys.argv[1]), sys.argv[2], time.monotonic() + SECONDS
     for path in sys.argv[3:]:
@@ -116,10 +116,10 @@ def main() -> None:
             break
         try:
             wrong = wrong_frames(path, np.random.default_rng(0), reader, first=FIRST_FRAMES)
-            print(json.dumps({"wrong": wrong, "slow": slow_reasons(path, size)}), flush=True)
+            found = [wrong, "; ".join(slow_reasons(path, size))]
         except VideoError:  # for the reader to report
-            print(json.dumps({"wrong": "", "slow": []}), flush=True)
-    print("end", flush=True)
+            found = ["", ""]
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
