@@ -1,9 +1,8 @@
 """Objects that move over a clip: what is pasted, where it goes, and the pasting itself.
 
-`ObjectLibrary` finds and opens RGBA cut-outs; `key_frame_curve`, `gaussian_path` and `linear_path` draw smooth
-motion; `ObjectOverlay` puts both together, paints the frames and returns the boxes `[K, T, 4]` (x1, y1, x2, y2
-in pixels) that masking_generator.py follows. All lengths are given for 224 px (as in the paper) and scale with the
-short side of the frame. Everything drawn comes from the Generator that is passed in.
+`ObjectLibrary` opens RGBA cut-outs; `key_frame_curve`, `gaussian_path` and `linear_path` draw smooth motion;
+`ObjectOverlay` pastes the objects and returns their boxes ``[K, T, 4]`` (x1, y1, x2, y2 in pixels), which
+masking_generator.py follows. Constants are for frames of 224 pixels (as in the paper) and scale with the short side.
 """
 
 import os
@@ -27,7 +26,7 @@ REFERENCE_SIZE = 224  # pixels; the frame size all constants below are given for
 SCALES = (32, 48, 56, 64, 96, 128)  # side of a box
 ASPECT_RATIOS = (0.5, 0.67, 0.75, 1.0, 1.33, 1.5, 2.0)  # width / height
 SIZE_JITTER = 0.18  # of log width and log height
-SIZE_RATE, ANGLE_RATE, SHIFT_RATE = 0.025, 6.0, 12.0  # a frame: log size, degrees, pixels
+SIZE_RATE, ANGLE_RATE, SHIFT_RATE = 0.025, 6.0, 12.0  # change per frame: log size, degrees, pixels
 PATH_POINTS, PATH_SIGMA, PATH_EXTENT = 48, 8.0, (40, 180)  # gaussian motion
 MOTION_TYPES = ("gaussian", "linear")
 CACHED_OBJECTS = 384  # images in memory: of 320 pixels a side 150 MiB
@@ -69,7 +68,7 @@ def read_image(path: str) -> np.ndarray:
     """Open an image as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``; one without alpha is opaque.
 
     Raises:
-        one of IMAGE_ERRORS: unreadable, or too large.
+        IMAGE_ERRORS: unreadable, or too large.
     """
     with opened(path) as source, Image.open(source) as file:
         image: Image.Image = file
@@ -81,12 +80,12 @@ def read_image(path: str) -> np.ndarray:
 
 
 def read_object(path: str, max_side: int) -> np.ndarray:
-    """Open an object as read_image does, shrunk to at most `max_side`.
+    """Open an object with read_image, shrunk to at most `max_side` pixels a side.
 
-    Premultiplied colour keeps what lies under transparent pixels from bleeding into the edges when it is resized.
+    Premultiplied colours keep what lies under transparent pixels from bleeding into the edges.
 
     Raises:
-        ValueError or another of IMAGE_ERRORS: unreadable, or fully transparent.
+        IMAGE_ERRORS: unreadable, or fully transparent.
     """
     pixels = read_image(path)
     if not pixels[..., 3].any():
@@ -140,18 +139,12 @@ class ObjectLibrary:
 
 
 def pick(rng: np.random.Generator, options: Sequence, probabilities: tuple[float, ...]) -> Any:
-    """One of `options`; what Generator.choice does, without its 20 microseconds of set-up."""
-    return options[bisect(_bounds(probabilities), rng.random())]
-
-
-@lru_cache
-def _bounds(probabilities: tuple[float, ...]) -> list[float]:
-    """Where in [0, 1) one option ends and the next begins."""
-    return list(accumulate(probabilities))[:-1]
+    """Draw one of `options`, like Generator.choice, but without its 20 microseconds of set-up."""
+    return options[bisect(list(accumulate(probabilities[:-1])), rng.random())]
 
 
 def key_frames(rng: np.random.Generator, num_frames: int) -> list[int]:
-    """The first frame, the last, and 0 / 1 / 2 jittered ones between (p = .5 / .3 / .2)."""
+    """Draw key frames: the first, the last, and 0 / 1 / 2 jittered ones between (p = .5 / .3 / .2)."""
     inner = pick(rng, (0, 1, 2), (0.5, 0.3, 0.2))
     spacing = (num_frames - 1) / (inner + 1)
     between = [round(spacing * (i + rng.uniform(-1 / 3, 1 / 3))) for i in range(1, inner + 1)]
@@ -161,13 +154,11 @@ def key_frames(rng: np.random.Generator, num_frames: int) -> list[int]:
 def key_frame_curve(
     rng: np.random.Generator, num_frames: int, start: np.ndarray, step: Callable[[np.ndarray, int], np.ndarray]
 ) -> np.ndarray:
-    """A quantity that changes from key frame to key frame: linearly (p .7), speeding up or slowing down (.15 each).
+    """Draw a curve ``[T, D]`` between key frames: linear (p .7), accelerating or decelerating (.15 each).
 
     Args:
         start: value at frame 0, ``[D]``.
-        step: (value at a key frame, frames to the next) → value there.
-    Returns:
-        float ``[T, D]``.
+        step: (value at a key frame, number of frames to the next one) → value at the next one.
     """
     values = np.empty((num_frames, len(start)))
     values[0] = start
@@ -192,12 +183,12 @@ def _gaussian_smoother(points: int, sigma: float) -> np.ndarray:
 def gaussian_path(
     rng: np.random.Generator, num_frames: int, size: np.ndarray, frame: tuple[int, int], unit: float = 1.0
 ) -> np.ndarray:
-    """Smoothed random points, stretched to a random extent and put somewhere in the frame.
+    """Draw smoothed random points, stretched to a random extent, somewhere in the frame.
 
     Args:
         size: (w, h) of the object's first box, pixels.
         frame: (W, H), pixels.
-        unit: frame pixels for each pixel that an object would move in a frame of 224.
+        unit: factor on distances, which are given for frames of 224 pixels.
     Returns:
         box centres, whole pixels as float, ``[T, 2]``.
     """
@@ -217,7 +208,7 @@ def gaussian_path(
 def linear_path(
     rng: np.random.Generator, num_frames: int, size: np.ndarray, frame: tuple[int, int], unit: float = 1.0
 ) -> np.ndarray:
-    """A box that starts anywhere inside the frame and drifts from key frame to key frame; see gaussian_path."""
+    """Draw box centres that start anywhere in the frame and drift between key frames; see gaussian_path."""
     low, high = size / 2, np.asarray(frame) - size / 2
 
     def drift(centre: np.ndarray, frames: int) -> np.ndarray:
@@ -228,7 +219,7 @@ def linear_path(
 
 
 def shaped_patch(rng: np.random.Generator, frames: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """A piece of the clip itself as an object: rectangle, ellipse or rhombus (.5 / .35 / .15), half of them soft.
+    """Cut a patch out of the clip: rectangle, ellipse or rhombus (p .5 / .35 / .15), half of them with soft edges.
 
     Args:
         frames: uint8 ``[T, H, W, 3]``.
@@ -254,7 +245,7 @@ def shaped_patch(rng: np.random.Generator, frames: np.ndarray, size: np.ndarray)
 def paste(
     frames: np.ndarray, sprite: np.ndarray, boxes: np.ndarray, angles: np.ndarray, opacity: np.ndarray | None = None
 ) -> None:
-    """Draw `sprite` into every frame, in place: stretched to its box, turned about its centre, cut at the edge.
+    """Paste `sprite` on every frame, in place: stretched to its box, rotated about its centre, cut at the edge.
 
     Args:
         frames: uint8 ``[T, H, W, 3]``.
@@ -279,9 +270,9 @@ def paste(
 def _placement(
     boxes: np.ndarray, angles: np.ndarray, sprite: tuple[int, int], frame: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a turned sprite lands: canvases ``[T, 4]`` within the frame, and maps ``[T, 2, 3]`` canvas → sprite.
+    """Regions of the frame that hold the rotated boxes, ``[T, 4]``, and affine maps region → sprite, ``[T, 2, 3]``.
 
-    `sprite` and `frame` are (width, height). The canvas holds the whole turned box, centred on it.
+    `sprite` and `frame` are (width, height).
     """
     size, centre = boxes[:, 2:] - boxes[:, :2], (boxes[:, 2:] + boxes[:, :2]) / 2
     cos, sin = np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))
@@ -296,15 +287,15 @@ def _placement(
 
 
 class ObjectOverlay:
-    """Paste moving objects on a clip.
+    """Pastes moving objects on clips.
 
     Args:
         frame: (W, H) of the clips, pixels.
-        library: where objects come from; None cuts patches out of the clip itself.
-        motion: ``gaussian`` (SMILE) or ``linear``.
-        scales: box sides at 224 px.
-        num_rois: objects a clip, K.
-        speed: factor on how far objects move and how much they turn and grow; 0: they stand still.
+        library: source of the objects; None cuts patches out of the clip itself.
+        motion: one of MOTION_TYPES; SMILE uses ``gaussian``.
+        scales: box sides at 224 pixels.
+        num_rois: objects per clip, K.
+        speed: factor on movement, rotation and growth; 0: objects stand still.
     Raises:
         ValueError: unknown motion.
     """
@@ -326,12 +317,10 @@ class ObjectOverlay:
         self.unit = min(frame) / REFERENCE_SIZE
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        """Draw K objects with their motion and paste them, larger ones first, **in place**.
+        """Draw K objects with their motion and paste them on frames uint8 ``[T, H, W, 3]``, **in place**.
 
-        Args:
-            frames: uint8 ``[T, H, W, 3]``.
         Returns:
-            boxes int ``[K, T, 4]``, in the order of pasting.
+            boxes int ``[K, T, 4]`` in the order of pasting, larger objects first.
         """
         tracks = [self.draw_track(rng, len(frames)) for _ in range(self.num_rois)]
         tracks.sort(key=lambda track: -np.prod(track[0][:, 2:] - track[0][:, :2], axis=1).mean())
@@ -343,7 +332,7 @@ class ObjectOverlay:
     def draw_sprite(
         self, rng: np.random.Generator, frames: np.ndarray, boxes: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """What is pasted: an object, or a patch of the clip with its opacity ``[T]`` (.8 to 1, by key frames)."""
+        """Draw an object, or a patch of the clip with its opacity ``[T]`` (a curve between .8 and 1)."""
         sizes = boxes[:, 2:] - boxes[:, :2]
         if self.library:
             return fit_sprite(self.library.draw(rng), sizes.max(axis=0)), None
@@ -352,31 +341,29 @@ class ObjectOverlay:
         return sprite, key_frame_curve(rng, len(frames), start, lambda *_: rng.uniform(0.8, 1, 1))[:, 0]
 
     def draw_track(self, rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-        """One object's boxes int ``[T, 4]`` and angles in whole degrees, int ``[T]``."""
+        """Draw one object's boxes int ``[T, 4]`` and angles in whole degrees, int ``[T]``."""
         ratio, scale = (values[rng.integers(len(values))] for values in (ASPECT_RATIOS, self.scales))
         size = scale * self.unit * np.array([ratio**0.5, ratio**-0.5])
         size = size * np.exp(rng.uniform(-SIZE_JITTER, SIZE_JITTER, 2))
         size = size.clip(1, np.array(self.frame) - 1)
 
-        def grow(value: np.ndarray, frames: int) -> np.ndarray:
-            reach = SIZE_RATE * self.speed * frames
-            return value * np.exp(rng.uniform(-reach, reach, 2))
-
-        def turn(value: np.ndarray, frames: int) -> np.ndarray:
-            reach = ANGLE_RATE * self.speed * frames
-            return value + rng.uniform(-reach, reach)
+        def change(rate: float, frames: int, dims: int) -> np.ndarray:
+            reach = rate * self.speed * frames
+            return rng.uniform(-reach, reach, dims)
 
         centres = self.path(rng, num_frames, size, self.frame, self.unit * self.speed)
+        grow = lambda value, frames: value * np.exp(change(SIZE_RATE, frames, 2))
         sizes = key_frame_curve(rng, num_frames, size, grow)
+        turn = lambda value, frames: value + change(ANGLE_RATE, frames, 1)
         angles = key_frame_curve(rng, num_frames, np.zeros(1), turn)[:, 0]
         low, high = np.rint(centres - sizes / 2), np.rint(centres + sizes / 2)
         return np.concatenate([low, np.maximum(high, low + 1)], axis=1).astype(int), angles.astype(int)
 
 
 def fit_sprite(sprite: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Bring a sprite near the size of its largest box (w, h), so that a frame needs one bilinear warp and no more.
+    """Resize a sprite to less than twice its largest box (w, h), so that one bilinear warp a frame is enough.
 
-    Less than twice the box will do. A smaller side is enlarged, as the warp would smear its edge beyond the box.
+    A smaller side is enlarged, as the warp would smear its edge beyond the box.
     """
     w, h = (int(side) for side in size)
     while (wide := sprite.shape[1] >= 2 * w) | (tall := sprite.shape[0] >= 2 * h):
