@@ -1,9 +1,8 @@
 """From a line of a list to a batch of clips with masks: the pretraining dataset, order, loader.
 
-Lists are read in lists.py. Samples are drawn by the key (epoch, index), which together with
-the run's seed seeds the one Generator that goes to frame sampling, crop, overlay and mask: a clip is the same
-whatever the number of workers or processes, and after a resume. Clips stay uint8 until they are on the device.
-Labelled data sets are in datasets_finetune.py.
+The run's seed and the key (epoch, index) of a sample seed the one Generator that goes to frame sampling, crop, overlay
+and mask: a clip is the same whatever the number of workers or processes, and after a resume. Clips stay uint8 until
+they are on the device. Lists are read in lists.py; labelled data sets are in datasets_finetune.py.
 """
 
 import json
@@ -38,11 +37,7 @@ Key = tuple[int, int]  # epoch, index
 
 
 def find_images(folder: str) -> VideoList:
-    """The images in a folder and all below it, as a list.
-
-    Raises:
-        ValueError: none, or no such folder.
-    """
+    """List the images in a folder and all below it. Raises ValueError if there are none, or no such folder."""
     paths = find_files(folder, IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(f"data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
@@ -92,18 +87,18 @@ class VideoCheck:
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The Generator of one sample."""
+    """Generator of one sample."""
     return np.random.default_rng((seed, epoch, index))
 
 
 class Sample(TypedDict):
-    """What a dataset gives for a key; V views of one video."""
+    """V views of one video."""
 
     clips: np.ndarray  # uint8 [V, T, H, W, 3]
-    masks: NotRequired[np.ndarray]  # of pretraining, bool [V, N]
-    objects: NotRequired[np.ndarray]  # with an overlay: tokens under objects, bool [V, N]
-    labels: NotRequired[np.ndarray]  # of fine-tuning, int [V], or several of each video, float [V, C]
-    erase: NotRequired[np.ndarray]  # seeds of random erasing, int64 [V]
+    masks: NotRequired[np.ndarray]  # pretraining: bool [V, N]
+    objects: NotRequired[np.ndarray]  # pretraining with an overlay: tokens under objects, bool [V, N]
+    labels: NotRequired[np.ndarray]  # fine-tuning: int [V], or with several labels a video float [V, C]
+    erase: NotRequired[np.ndarray]  # fine-tuning: seeds of random erasing, int64 [V]
     path: str
     bad: list[tuple[str, str]]  # files that could not be used, and why; the videos among them come first
     num_bad_videos: int
@@ -166,21 +161,17 @@ class VideoDataset(Dataset):
 
 
 class VideoStream(IterableDataset):
-    """Samples of some videos of a list, one video after the other; each worker of a loader has its share of the videos.
-
-    Args:
-        mine: lines of the list.
-    """
+    """Samples of the videos `mine` (indices in the list), one video after the other, shared among loader workers."""
 
     def __init__(self, videos: VideoList, mine: Sequence[int]):
         self.videos, self.mine = videos, mine
 
     def samples(self, index: int) -> Iterator[Any]:
-        """The samples of a video, dictionaries with `index` and, True in the last one, `last`."""
+        """Yield the samples of a video, dictionaries with `index` and `last`, which is True in the last one."""
         raise NotImplementedError
 
     def shares(self, workers: int) -> list[Sequence[int]]:
-        """Which videos each worker reads."""
+        """Indices of the videos that each worker reads."""
         return [self.mine[worker::workers] for worker in range(workers)]
 
     def __iter__(self) -> Iterator[Any]:
@@ -197,9 +188,8 @@ class PretrainDataset(VideoDataset):
     """Clips with masks: decoding, crop, overlay, mask.
 
     Args:
-        videos: what `source` reads.
         overlay: pastes objects (stage 1); None leaves clips as they are.
-        num_views: independent crops, overlays and masks of each decoded window (--num_sample).
+        num_views: independent crops, overlays and masks of each decoded window.
     """
 
     videos: VideoList
@@ -234,7 +224,7 @@ class PretrainDataset(VideoDataset):
         """Make a training clip of decoded frames.
 
         Args:
-            clip, natural: written to, uint8 ``[T, H, W, 3]``: the clip, and if asked for the clip before the overlay.
+            clip: output, uint8 ``[T, H, W, 3]``; natural: the same before the overlay.
         Returns:
             boxes of the objects ``[K, T, 4]``, None without overlay, and the mask, bool ``[N]``.
         Raises:
@@ -245,7 +235,7 @@ class PretrainDataset(VideoDataset):
             natural[:] = clip
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
-        except RuntimeError as error:  # not to be taken for a failed worker
+        except RuntimeError as error:  # a worker's RuntimeError would be reported as a crash of the loader
             raise RunError(f"--{error}") from error
         return boxes, self.masks(rng, boxes)
 
@@ -254,11 +244,11 @@ class PretrainDataset(VideoDataset):
 
 
 class ChunkSampler(Sampler[list[Key]]):
-    """Which samples make up each micro-batch of this process.
+    """Yields the keys of each micro-batch of this process.
 
-    An epoch is one permutation of the list, cut into optimizer steps of ``chunk * world * update_freq`` samples;
-    what is left over is dropped. Chunk j of a step goes to process j % world. So two processes see, step by step,
-    what one process sees that accumulates twice as much, and a run can go on with another number of processes.
+    An epoch is one permutation of the list, cut into optimizer steps of ``chunk * world * update_freq`` samples; the
+    rest is dropped. Chunk j of a step goes to process j % world. So two processes see, step by step, the samples of one
+    process that accumulates twice as much, and a run can resume with another number of processes.
 
     Raises:
         ValueError: fewer samples than a step takes.
@@ -272,7 +262,7 @@ class ChunkSampler(Sampler[list[Key]]):
         self.samples_per_step = chunk * world * update_freq
         self.steps_per_epoch = num_samples // self.samples_per_step
         self.epoch, self.start_step = 0, 0
-        self.issued: deque[list[int]] = deque()  # handed to workers, not yet come back
+        self.issued: deque[list[int]] = deque()  # handed to workers, not yet received
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"{num_samples} videos are fewer than the {self.samples_per_step} of an optimizer step; "
@@ -280,11 +270,11 @@ class ChunkSampler(Sampler[list[Key]]):
             )
 
     def set_position(self, epoch: int, step: int = 0) -> None:
-        """The next pass is over `epoch`, from optimizer step `step` on."""
+        """Start the next pass at an optimizer step of an epoch."""
         self.epoch, self.start_step = epoch, step
 
     def chunk_id(self, step: int, micro_batch: int) -> int:
-        """Number of a chunk within its epoch, the same for any division into processes and micro-batches."""
+        """Index of a chunk within its epoch, independent of the division into processes and micro-batches."""
         return (step * self.update_freq + micro_batch) * self.world + self.rank
 
     def __len__(self) -> int:
@@ -303,7 +293,7 @@ class ChunkSampler(Sampler[list[Key]]):
 
 
 def init_worker(worker: int) -> None:
-    """Use one thread in a worker, as workers run in parallel; leave signals to the main process."""
+    """Use one thread per worker, and leave signals to the main process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
@@ -318,7 +308,7 @@ def build_loader(
     timeout: float,
     collate: Callable[[list], Any] = collate,
 ) -> DataLoader:
-    """A loader of training batches. `timeout`: seconds to wait for one before the run is stopped."""
+    """Build a loader of training batches. `timeout`: seconds to wait for a batch before an error is raised."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
