@@ -1,7 +1,7 @@
-"""Lists of videos, a line ``path label`` for each: their reading, for programs and scripts/data alike.
+"""Lists of videos, text files with a line ``path label`` for each, for programs and scripts/data alike.
 
-A list may be long, so its paths are one array of bytes, which loader workers share without copying. What labels
-mean is the business of metrics.Task.
+A list may be long, so its paths are one array of bytes, which loader workers share without copying. metrics.Task
+defines what labels mean.
 """
 
 import codecs
@@ -33,12 +33,12 @@ LabelParser = Callable[[str], int | str | bytes]
 
 
 def any_label(text: str) -> int:
-    """The label of lists whose labels are not needed: -1, whatever they say."""
+    """Parse any label as -1, for lists whose labels are not used."""
     return -1
 
 
 def label_text(text: str) -> str:
-    """Labels of any kind, kept as they are written."""
+    """Keep a label as it is written."""
     return text
 
 
@@ -47,10 +47,10 @@ class VideoList:
     """Paths and labels of videos.
 
     Attributes:
-        source: the list file, or what takes its place in messages.
-        paths: as they are written there, bytes ``[n]``.
-        labels: what parse_label made of them, numbers or bytes ``[n]``.
-        lines: their numbers in the file, from 1, int ``[n]``.
+        source: the list file, or another name for messages.
+        paths: as written in the file, bytes ``[n]``.
+        labels: parsed labels, numbers or bytes ``[n]``.
+        lines: line numbers in the file, from 1, int ``[n]``.
         data_root: folder that relative paths start from.
     """
 
@@ -69,15 +69,15 @@ class VideoList:
         return os.path.join(".", path) if ":" in path.partition("/")[0] else path  # `a:b` would be a protocol
 
     def where(self, index: int) -> str:
-        """The place of a video in the list file, for messages."""
+        """File and line of a video, for messages."""
         return f"{self.source}, line {self.lines[index]}"
 
     def subset(self, indices: np.ndarray) -> "VideoList":
-        """The list of these videos alone."""
+        """The list of some of the videos."""
         return replace(self, paths=self.paths[indices], labels=self.labels[indices], lines=self.lines[indices])
 
     def missing(self, indices: Iterable[int]) -> list[int]:
-        """Those of these videos that are no file, and no member of a shard."""
+        """Those of the given videos that do not exist, as a file or member of a shard."""
         return [index for index in indices if problem_of(self.path(index))]
 
     def spread(self, count: int) -> np.ndarray:
@@ -85,7 +85,7 @@ class VideoList:
         return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
 
     def check_files(self, max_bad_fraction: float, look_at: int = 200) -> None:
-        """Look for some of the files, evenly over the list, so that a wrong folder shows before anything is computed.
+        """Look for `look_at` of the videos, to find a wrong folder before anything is computed.
 
         Raises:
             ValueError: more than this fraction of them is missing.
@@ -100,7 +100,7 @@ class VideoList:
             )
 
     def write(self, path: str) -> None:
-        """Write it as a list file, with paths as they are opened."""
+        """Write a list file, with paths that include data_root."""
         with open(path, "wb") as file:
             for index, label in enumerate(self.labels):
                 text = label if isinstance(label, bytes) else b"%d" % label
@@ -108,13 +108,13 @@ class VideoList:
 
 
 def list_of(source: str, paths: list[str]) -> VideoList:
-    """A list that stands in no file, without labels."""
+    """Make a list of paths, without labels."""
     encoded = np.array([os.fsencode(path) for path in paths])
     return VideoList(source, encoded, np.full(len(paths), -1, np.int32), np.arange(1, len(paths) + 1))
 
 
 def why_missing(path: str) -> str:
-    """What to do about a path of a list that is no file: it may be a folder, or its line more than path and label."""
+    """Explain why the path of a list does not exist: it may be a folder, or its line hold more than path and label."""
     if split(path):
         return problem_of(path)
     words = path.split(" ")
@@ -122,7 +122,7 @@ def why_missing(path: str) -> str:
     found = next((begin for begin in begins if begin and os.path.exists(begin)), "")
     rest = path.removeprefix(found).strip()
     if found and not re.fullmatch(r"[\d ,;:.-]*", rest):
-        found = ""  # another file that happens to begin so
+        found = ""  # another file whose name is a prefix
     if os.path.isdir(found):
         return frames_in(found) or f"{found} is a folder, not a video"
     if found:
@@ -131,7 +131,7 @@ def why_missing(path: str) -> str:
 
 
 def frames_in(folder: str) -> str:
-    """What to do about a folder whose images are the frames of videos; '' if there are none in it or below."""
+    """Explain how to use a folder of frames as a video; '' if there are no images in it or below."""
     for place, _, names in os.walk(folder):
         if frames := sorted(name for name in names if name.lower().endswith(FRAME_SUFFIXES)):
             pattern = shlex.quote(glob.escape(os.path.join(place, "")) + "*" + Path(frames[0]).suffix)

@@ -1,8 +1,8 @@
-"""Teachers and targets: what the student has to predict for every token of a clip.
+"""Teachers: the targets that the student predicts for the tokens of a clip.
 
-`clip`, `dino_v1` and `timm` (any backbone) describe the first frame of each tubelet with a frozen image encoder;
-`pixel` is VideoMAE's target. Each teacher maps an ImageNet-normalised clip ``[B, 3, T, H, W]`` to targets
-``[B, N, D]`` on the student's token grid, ready for the loss. The student and its loss are elsewhere.
+`clip`, `dino_v1` and `timm` (any backbone) are features of a frozen image encoder, of the first frame of each tubelet;
+`pixel` is VideoMAE's target. Each maps an ImageNet-normalised clip ``[B, 3, T, H, W]`` to normalised targets
+``[B, N, D]`` on the student's token grid.
 """
 
 import zipfile
@@ -32,16 +32,16 @@ Norm = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of RGB in [0,
 
 
 def normalize_features(features: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit (unbiased) std over the tokens of a clip, per channel. ``[B, N, D]`` → the same."""
+    """Normalise ``[B, N, D]`` to zero mean and unit (unbiased) std over the tokens of a clip, per channel."""
     features = features.float()
     std, mean = torch.std_mean(features, dim=1, keepdim=True)
     return (features - mean) / (std + EPS)
 
 
 class PixelTarget(nn.Module):
-    """VideoMAE's target: the pixels of each cube, normalised within it per colour. → ``[B, N, 2·16·16·3]``.
+    """VideoMAE's target: the pixels of each tubelet, normalised per tubelet and colour.
 
-    Layout of a target: frame, row, column, colour (p0 p1 p2 c).
+    Layout of a target of 2·16·16·3 numbers: frame, row, column, colour (p0 p1 p2 c).
     """
 
     def __init__(self, patch_size: int = 16, tubelet_size: int = 2):
@@ -66,7 +66,7 @@ class PixelTarget(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """An nn.MultiheadAttention on scaled_dot_product_attention.
+    """nn.MultiheadAttention by scaled_dot_product_attention.
 
     The original is as fast until it is compiled: then it leaves its fast path, and copies its weights for each token.
     """
@@ -77,7 +77,7 @@ class FusedAttention(nn.Module):
         self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
 
     def forward(self, x: torch.Tensor, *_: Any, attn_mask: torch.Tensor | None = None, **__: Any) -> tuple[Any, None]:
-        """Self-attention, ``[B, N, D]`` → the same, and no weights; called as the original is."""
+        """Self-attention ``[B, N, D]`` → ``[B, N, D]``, without weights; has the signature of the original."""
         B, N, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
@@ -89,14 +89,14 @@ class FrameTower(nn.Module):
     """A frozen image encoder with the size and normalisation of its input.
 
     Args:
-        tower: open_clip's or timm's image encoder.
-        image_size: (height, width) it is fed with, pixels; frames of another size are resized.
-        norm: statistics it is fed with; clips come in ImageNet-normalised, as the released models took them.
+        tower: image encoder of open_clip or timm.
+        image_size: (height, width) of its input, pixels; frames of another size are resized.
+        norm: mean and std of its input; clips are ImageNet-normalised.
     """
 
     def __init__(self, tower: nn.Module, image_size: tuple[int, int], norm: Norm):
         super().__init__()
-        # Convolutions are up to twice as fast in channels_last; for the rest it makes no difference.
+        # Convolutions are up to twice as fast in channels_last; other layers do not care.
         self.tower: Any = tower.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.image_size = image_size
         (mean, std), (to_mean, to_std) = channel_stats("imagenet"), (torch.tensor(v).view(3, 1, 1, 1) for v in norm)
@@ -106,11 +106,11 @@ class FrameTower(nn.Module):
         self.register_buffer("shift", ((mean - to_mean) / to_std)[..., 0], persistent=False)
 
     def train(self, mode: bool = True) -> "FrameTower":
-        """It stays in eval mode."""
+        """Stay in eval mode."""
         return super().train(False)
 
     def frames(self, clips: torch.Tensor) -> torch.Tensor:
-        """ImageNet-normalised ``[B, 3, T, H, W]`` → what the encoder is fed with, ``[B·T, 3, h, w]``, fp32."""
+        """ImageNet-normalised ``[B, 3, T, H, W]`` → input of the encoder ``[B·T, 3, h, w]``, fp32."""
         frames = rearrange(clips, "b c t h w -> (b t) c h w").float() * self.scale + self.shift
         if frames.shape[-2:] == self.image_size:
             return frames
@@ -118,13 +118,13 @@ class FrameTower(nn.Module):
 
 
 class FrameTeacher(FrameTower):
-    """A frozen image encoder on the first frame of each tubelet; it computes in the precision of its weights.
+    """Applies a frozen image encoder to the first frame of each tubelet, in the precision of its weights.
 
     Args:
         tower, image_size, norm: see FrameTower.
         grid: (h, w) of the student; features on another grid are resized bilinearly.
-        tubelet_size: frames a token covers.
-        stage: which of timm's intermediate features, counted like a list index; -1 is the last.
+        tubelet_size: frames per token.
+        stage: index in timm's list of intermediate features; -1 is the last.
     """
 
     def __init__(
@@ -149,15 +149,15 @@ class FrameTeacher(FrameTower):
         self.feature_maps = torch.compile(self.feature_maps, **options)  # type: ignore[method-assign]
 
     def feature_maps(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, H, W]`` → ``[B, D, h, w]``: a stage's features, a transformer's after its final norm.
+        """Features of the stage, ``[B, 3, H, W]`` → ``[B, D, h, w]``; those of a transformer after its final norm.
 
-        No class token, no register, no projection to a joint space; later stages are not computed.
+        Without class token, registers and projection; later stages are not computed.
         """
         wanted: dict[str, Any] = {"indices": [self.stage], "stop_early": True, "intermediates_only": True}
         if isinstance(self.tower, open_clip.transformer.VisionTransformer):
             found = self.tower.forward_intermediates(frames, normalize_intermediates=True, **wanted)
             return found["image_intermediates"][0]
-        norm = not isinstance(self.tower, timm.models.Hiera)  # has none, and refuses to be asked for it
+        norm = not isinstance(self.tower, timm.models.Hiera)  # has none, and raises if asked for it
         return self.tower.forward_intermediates(frames, norm=norm, **wanted)[0]
 
     @torch.inference_mode()
@@ -166,7 +166,7 @@ class FrameTeacher(FrameTower):
         return normalize_features(self.tokens(clips))
 
     def tokens(self, clips: torch.Tensor) -> torch.Tensor:
-        """The features themselves, ``[B, 3, T, H, W]`` → ``[B, t·h·w, D]``, time first, fp32."""
+        """Features before normalisation, ``[B, 3, T, H, W]`` → ``[B, t·h·w, D]``, time first, fp32."""
         frames = self.frames(clips[:, :, :: self.tubelet_size])
         dtype = next(self.tower.parameters()).dtype
         with torch.autocast(frames.device.type, enabled=False):  # it would cast frozen weights again in every step
@@ -297,11 +297,7 @@ def load_clip(model: str, weights: str, image_size: int | None = None, needs_pro
 
 
 def check_timm_weights(model: str, weights: str) -> None:
-    """Raise if timm has no such model, or `weights` is none of ``timm``, ``random``, ``hf-hub:OWNER/NAME``, a file.
-
-    Raises:
-        ValueError: naming the parameter that is wrong.
-    """
+    """Raise ValueError if timm has no such model, or `weights` is invalid; see load_timm."""
     if not timm.is_model(model):
         raise ValueError(f"model {model}: not among timm's models; timm.list_models() names them")
     if weights not in ("timm", "random") and not weights.startswith("hf-hub:") and not Path(weights).is_file():
@@ -320,7 +316,7 @@ def load_timm(model: str, weights: str, image_size: int | None = None) -> ImageM
     """
     check_timm_weights(model, weights)
     config: Any = timm.get_pretrained_cfg(model)
-    # timm's convolutional networks take any size, its transformers have to be told.
+    # timm's convolutional networks take frames of any size, its transformers are built for one.
     size: dict[str, Any] = {"img_size": image_size} if image_size and config.fixed_input_size else {}
     with creating(weights):
         source = {} if weights in ("timm", "random") else timm_source(weights, config.classifier)

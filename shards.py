@@ -1,7 +1,7 @@
-"""Files inside of tar files: ``/data/train-000001.tar/abseiling/x.mp4`` is the path of a member of a shard.
+"""Files inside tar files (shards): ``/data/train-000001.tar/abseiling/x.mp4`` is the path of a member of a shard.
 
-Members are read in place, without unpacking. Where they lie is told by the index beside a shard, ``train-000001.idx``,
-in the text format of NVIDIA DALI's wds2idx: ``v1.2 N``, then a line for each of N samples, ``mp4 OFFSET SIZE NAME cls
+Members are read in place, without unpacking. Their positions are in an index beside the shard, ``train-000001.idx``, in
+the text format of NVIDIA DALI's wds2idx: ``v1.2 N``, then a line for each of N samples, ``mp4 OFFSET SIZE NAME cls
 OFFSET SIZE NAME``. scripts/data/index_shards.py writes it.
 """
 
@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 
 def split(path: str) -> tuple[str, str] | None:
-    """Shard and member's name of a path that runs through a tar file; None of any other path."""
+    """Split the path of a member into shard and name; None for any other path."""
     for match in re.finditer(r"\.tar/", path):
         shard = path[: match.end() - 1]
         if not os.path.isdir(shard):
@@ -44,7 +44,7 @@ def split(path: str) -> tuple[str, str] | None:
 
 
 def key_of(name: str) -> str:
-    """What members of one sample share, as WebDataset has it: the name up to the first dot after the folders."""
+    """Key that the members of one sample share, as in WebDataset: the name up to the first dot after the folders."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
@@ -53,7 +53,7 @@ def key_of(name: str) -> str:
 
 
 def index_path(shard: str) -> str:
-    """Where the index of a shard is."""
+    """Path of the index of a shard."""
     return os.path.splitext(shard)[0] + ".idx"
 
 
@@ -76,7 +76,7 @@ def read_index(shard: str) -> bytes:
 
 
 def places(text: bytes, name: bytes) -> Iterator[tuple[int, int]]:
-    """Start and size of each member of that name, by an index."""
+    """Yield start and size of each member of that name in an index."""
     at = text.find(b" " + name)
     while at >= 0:
         end = at + 1 + len(name)
@@ -87,7 +87,7 @@ def places(text: bytes, name: bytes) -> Iterator[tuple[int, int]]:
 
 
 def members_of(shard: str) -> list[Member]:
-    """What the index of a shard names, in its order. Raises ShardError."""
+    """List the members in the index of a shard. Raises ShardError."""
     members = []
     for line in os.fsdecode(read_index(shard)).split("\n")[1:]:
         row = re.split(r"(?:^| )(\S+) (\d+) (\d+) (?=\S)", line)  # names may contain spaces
@@ -97,7 +97,7 @@ def members_of(shard: str) -> list[Member]:
 
 
 def names_below(folder: str) -> list[str]:
-    """The members of a shard, or those in a folder of it, relative to that. Raises ShardError."""
+    """List the names in a shard, or in a folder of a shard, relative to it. Raises ShardError."""
     shard, inside = split(os.path.join(folder, "")) or (folder, "")
     return [member.name.removeprefix(inside) for member in members_of(shard) if member.name.startswith(inside)]
 
@@ -106,11 +106,7 @@ def names_below(folder: str) -> list[str]:
 
 
 def find(shard: str, name: str) -> Member:
-    """A member of a shard.
-
-    Raises:
-        ShardError: none of that name, or several.
-    """
+    """Find a member of a shard by name. Raises ShardError if there is none, or several."""
     text, encoded = read_index(shard), os.fsencode(name)
     found = list(places(text, encoded)) or list(places(text, b"./" + encoded))
     if len(found) > 1:
@@ -121,7 +117,7 @@ def find(shard: str, name: str) -> Member:
 
 
 class Window(io.RawIOBase):
-    """A part of an open file, as a file to read."""
+    """A part of an open file, as a readable file."""
 
     def __init__(self, descriptor: int, start: int, size: int, name: str):
         self.descriptor, self.start, self.size, self.at = descriptor, start, size, 0
@@ -153,7 +149,7 @@ def open_file(path: str) -> BinaryIO:
     """Open a file, or a member of a shard, for reading.
 
     Raises:
-        OSError: no such file. ShardError, which is one: no such member, or a shard that is not as its index says.
+        OSError: no such file. ShardError, a subclass: no such member, or the shard does not match its index.
     """
     if not (parts := split(path)):
         return open(path, "rb")
@@ -172,11 +168,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def check_place(descriptor: int, shard: str, member: Member) -> None:
-    """Compare what an index says of a member with the shard's length and the header before the member.
-
-    Raises:
-        ShardError: they differ.
-    """
+    """Compare a member with the shard's length and its tar header. Raises ShardError if they differ."""
     name, start, size = member
     length = os.fstat(descriptor).st_size
     if start + size > length:
@@ -193,17 +185,17 @@ def check_place(descriptor: int, shard: str, member: Member) -> None:
 
 @contextmanager
 def opened(path: str) -> Iterator[str | BinaryIO]:
-    """Give a decoder what it opens, in a ``with`` block: a file's path, or a member of a shard as an open file.
+    """Input for a decoder, in a ``with`` block: a file's path, or a member of a shard as an open file.
 
     Raises:
-        ShardError: no such member, or a shard that is not as its index says.
+        ShardError: see open_file.
     """
     with open_file(path) if split(path) else nullcontext(path) as source:
         yield source
 
 
 def problem_of(path: str) -> str:
-    """Return why there is no such file, or member of a shard; '' if there is one."""
+    """Return why a file, or a member of a shard, does not exist; '' if it does."""
     parts = split(path)
     if not os.path.isfile(parts[0] if parts else path):
         return f"no such file: {parts[0]}" if parts else "no such file"
@@ -216,7 +208,7 @@ def problem_of(path: str) -> str:
 
 
 def status(path: str) -> tuple[int, int]:
-    """Bytes of a file, or member, and when it was changed, or its shard, in nanoseconds. Raises OSError."""
+    """Size in bytes, and modification time of the file or shard in nanoseconds. Raises OSError."""
     parts = split(path)
     result = os.stat(parts[0] if parts else path)
     return (find(*parts).size if parts else result.st_size), result.st_mtime_ns
