@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -241,13 +241,6 @@ class FinetuneDataset(VideoDataset):
         return {"clips": clips, "labels": labels, "erase": seeds, "path": path, "bad": bad, "num_bad_videos": len(bad)}
 
 
-class View(NamedTuple):
-    """A temporal view of a video, with all its crops."""
-
-    clips: np.ndarray  # uint8 [crops, T, size, size, 3]
-    span: Span
-
-
 @dataclass(frozen=True)
 class ViewReader:
     """Reads the views of a video one after the other, decoding it once; nothing is random.
@@ -281,8 +274,12 @@ class ViewReader:
         small = short_side_resize(frame[None], self.short_side or self.size)
         return np.concatenate([long_side_crop(small, self.size, crop, self.crops) for crop in range(self.crops)])
 
-    def views(self, path: str) -> Iterator[View]:
-        """Yield the temporal views of a video. Raises VideoError if it is unreadable."""
+    def views(self, path: str) -> Iterator[tuple[np.ndarray, Span]]:
+        """Yield the temporal views of a video: crops uint8 ``[crops, T, size, size, 3]``, and when they are shown.
+
+        Raises:
+            VideoError: unreadable.
+        """
         given = 0
         try:
             for view in self.views_of(path, in_order=False):
@@ -293,7 +290,7 @@ class ViewReader:
                 raise
             yield from self.views_of(path, in_order=True)
 
-    def views_of(self, path: str, in_order: bool) -> Iterator[View]:
+    def views_of(self, path: str, in_order: bool) -> Iterator[tuple[np.ndarray, Span]]:
         """See views. Frames are cropped as they are decoded, and kept as long as a view needs them."""
         with open_video(path, self.reader, in_order) as video:
             views = self.frame_indices(video.seconds)
@@ -303,7 +300,7 @@ class ViewReader:
                 kept[index] = self.squares(frame)
                 while done < len(views) and views[done].max() <= index:
                     clips = np.stack([kept[needed] for needed in views[done].tolist()], axis=1)
-                    yield View(clips, self.span(video.seconds, views[done]))
+                    yield clips, self.span(video.seconds, views[done])
                     done += 1
                     kept = {needed: squares for needed, squares in kept.items() if last_view[needed] >= done}
 
@@ -316,7 +313,7 @@ class ViewReader:
 
     def __call__(self, path: str) -> torch.Tensor:
         """Read all views, uint8 ``[V * crops, 3, T, size, size]``, crops of a view side by side; raises VideoError."""
-        return as_views([clip for view in self.views(path) for clip in view.clips])
+        return as_views([clip for clips, _ in self.views(path) for clip in clips])
 
 
 @dataclass(frozen=True)
@@ -372,13 +369,13 @@ class EvalDataset(VideoStream):
         spans: list[Span] = []
         error = ""
         try:
-            for view in self.read_views.views(self.videos.path(index)):
-                for clip in view.clips:
+            for crops, span in self.read_views.views(self.videos.path(index)):
+                for clip in crops:
                     if len(clips) == self.part:
                         yield {"index": index, "views": as_views(clips), "spans": spans, "error": "", "last": False}
                         clips, spans = [], []
                     clips.append(clip)
-                    spans.append(view.span)
+                    spans.append(span)
         except VideoError as unreadable:
             clips, spans, error = [], [], str(unreadable)
         views = as_views(clips) if clips else torch.empty(0, dtype=torch.uint8)
