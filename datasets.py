@@ -219,20 +219,16 @@ class PretrainDataset(VideoDataset):
         return sample
 
     def view(
-        self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray, natural: np.ndarray | None = None
+        self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray]:
-        """Make a training clip of decoded frames.
+        """Make a training clip of decoded frames, into `clip` uint8 ``[T, H, W, 3]``.
 
-        Args:
-            clip: output, uint8 ``[T, H, W, 3]``; natural: the same before the overlay.
         Returns:
             boxes of the objects ``[K, T, 4]``, None without overlay, and the mask, bool ``[N]``.
         Raises:
             RunError: no usable object.
         """
         self.source.crop(rng, frames, clip)
-        if natural is not None:
-            natural[:] = clip
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
         except RuntimeError as error:  # a worker's RuntimeError would be reported as a crash of the loader

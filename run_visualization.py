@@ -10,6 +10,7 @@ is about to be shown. Every option of run_smile_pretraining.py is understood; wh
 import argparse
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -103,15 +104,14 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
     rng = sample_rng(dataset.seed, 0, index)
     found = dataset.source.read(rng, dataset.videos.path(index))
     natural, clip = np.empty((2, *dataset.source.shape), np.uint8)
-    boxes, mask = dataset.view(rng, found.frames, clip, natural)
+    dataset.source.crop(deepcopy(rng), found.frames, natural)
+    boxes, mask = dataset.view(rng, found.frames, clip)
     return PretrainSample(natural, clip, boxes, mask, captions_of(found))
 
 
 def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.device) -> tuple[VideoList, Drawer]:
     """The list, and the function that draws its samples; without a checkpoint there is no student."""
-    dataset = pretraining.build_dataset(run)
-    teacher = pretraining.choose_teacher(run, device)
-    student = None
+    dataset, teacher, student = pretraining.build_dataset(run), pretraining.choose_teacher(run, device), None
     if checkpoint:
         build = modeling_pretrain.MODELS[run.model]
         student = build(decoder_depth=run.decoder_depth, decoder_num_classes=teacher.out_dim)
@@ -122,10 +122,8 @@ def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.d
     @torch.inference_mode()
     def draw(index: int) -> Drawing:
         sample = draw_sample(dataset, index)
-        clips = normalized(sample.clip, device)
-        predictions = None
-        if student:
-            predictions = student(clips, torch.from_numpy(sample.mask)[None].to(device))[0].float().cpu().numpy()
+        clips, masks = normalized(sample.clip, device), torch.from_numpy(sample.mask)[None].to(device)
+        predictions = student(clips, masks)[0].float().cpu().numpy() if student else None
         targets = teacher(clips)[0].cpu().numpy()
         return Drawing(pretraining_rows(*sample[:4], targets, grid, predictions), sample.captions, [])
 
@@ -154,11 +152,8 @@ def classify(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Class probabilities ``[C]`` of a clip ``[1, 3, T, H, W]``, and received_attention of the last block, ``[N]``."""
     last, inputs = cast(modeling_finetune.Block, model.blocks[-1]).attn, []
-    hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
+    with last.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
         probabilities = task.probabilities(model(clips).float())[0]
-    finally:
-        hook.remove()
     return probabilities.cpu().numpy(), received_attention(last, inputs[0])[0].float().cpu().numpy()
 
 
