@@ -67,14 +67,6 @@ def multi_scale_box(
     return i * ((frame[0] - w) // 4), j * ((frame[1] - h) // 4), w, h
 
 
-def multi_scale_crop(
-    rng: np.random.Generator, frames: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None
-) -> np.ndarray:
-    """Crop a random multi_scale_box and resize it to `size` (width, height); see resize."""
-    x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], size)
-    return resize(frames[:, y : y + h, x : x + w], size[1], size[0], out)
-
-
 # Sources of clips -----------------------------------------------------------------------------------------------
 
 
@@ -116,11 +108,12 @@ class ClipSource:
         return self.num_frames, *self.size[::-1], 3
 
     def crop(self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray) -> None:
-        """Crop frames that were read, into `clip` uint8 ``[T, H, W, 3]``."""
+        """Crop a multi_scale_box of frames, into `clip` uint8 ``[T, H, W, 3]``; noise is drawn instead."""
         if self.kind == "noise":
-            clip[:] = rng.integers(0, 256, clip.shape[1:], np.uint8)  # not resized: that would smooth it
-        else:
-            multi_scale_crop(rng, frames, self.size, clip)
+            clip[:] = rng.integers(0, 256, clip.shape[1:], np.uint8)  # not resized, as that would smooth it
+            return
+        x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], self.size)
+        resize(frames[:, y : y + h, x : x + w], *self.size[::-1], clip)
 
 
 def read_picture(path: str, side: int) -> np.ndarray:
