@@ -162,26 +162,16 @@ class CountingHead(nn.Module):
 
 
 class RepetitionCounter(nn.Module):
-    """The encoder on each window as a clip of T frames, and the head on the features of both.
-
-    Args:
-        encoder: normalised ``[B, 3, T, H, W]`` → pooled features ``[B, D]``.
-        width: D.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
+    """An encoder, normalised ``[B, 3, T, H, W]`` → pooled features ``[B, width]``, on both windows, and the head."""
 
     def __init__(self, encoder: nn.Module, width: int):
         super().__init__()
         self.encoder, self.head = encoder, CountingHead(2 * width)
-        for name, values in zip(("mean", "std"), channel_stats("imagenet")):
-            self.register_buffer(name, values, persistent=False)
 
     def forward(self, windows: torch.Tensor) -> Prediction:
         """uint8 ``[B, 2, T, H, W, 3]`` → Prediction."""
         clips = rearrange(windows, "b s t h w c -> (b s) c t h w")
-        features = self.encoder(normalize_clips(clips, self.mean, self.std))
+        features = self.encoder(normalize_clips(clips, *channel_stats("imagenet", clips.device)))
         return self.head(rearrange(features, "(b s) d -> b (s d)", s=2))
 
 
