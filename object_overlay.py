@@ -44,11 +44,10 @@ def find_objects(objects_path: str, objects_list: str | None = None) -> list[str
         ValueError: no such folder, nothing found, or a listed path that leaves the folder.
     """
     try:
-        in_shard = split(os.path.join(objects_path, "")) is not None
-        names = names_below(objects_path) if in_shard else glob("*/*", root_dir=objects_path, include_hidden=True)
+        names = names_below(objects_path) if split(os.path.join(objects_path, "")) else None
     except ShardError as error:
         raise ValueError(f"objects_path {objects_path}: {error}") from error
-    if not in_shard and not os.path.isdir(objects_path):
+    if names is None and not os.path.isdir(objects_path):
         raise ValueError(f"objects_path {objects_path}: no such folder (expected <category>/<name>.png below it)")
     source = f"objects_list {objects_list}" if objects_list else f"objects_path {objects_path}"
     if objects_list:
@@ -58,6 +57,7 @@ def find_objects(objects_path: str, objects_list: str | None = None) -> list[str
         if found and all(problem_of(os.path.join(objects_path, name)) for name in found[:100]):
             raise ValueError(f"{source}: no {found[0]} in {objects_path}, nor the other first 100")
     else:
+        names = glob("*/*", root_dir=objects_path, include_hidden=True) if names is None else names
         found = [name for name in names if name.count("/") == 1 and name.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
         raise ValueError(f"{source}: no object images (expected <category>/<name>.png)")
