@@ -145,11 +145,8 @@ def attention_rows(frames: np.ndarray, attention: np.ndarray, grid: tuple[int, i
     light = np.stack([cv2.resize(image, frames.shape[2:0:-1]) for image in light])  # bilinear
     lit = np.rint(frames * light[..., None]).astype(np.uint8)
     scale = Scale(0.0, top, "share of attention\n1: uniform attention")
-    return [
-        Row("clip", frames),
-        Row("lit by the\nattention received", lit),
-        Row("attention received\nlast block, all heads", share, scale),
-    ]
+    rows = [Row("clip", frames), Row("lit by the\nattention received", lit)]
+    return [*rows, Row("attention received\nlast block, all heads", share, scale)]
 
 
 # Figures --------------------------------------------------------------------------------------------------------
@@ -220,14 +217,7 @@ def picture(
         images = [show(axes, row, step * len(row.images) // steps) for axes, step in zip(line, chosen)]
         if row.scale:
             part.colorbar(images[0], ax=list(line), label=row.scale.label, extend="max", panchor=False)
-    fix_layout(figure)
     return figure
-
-
-def fix_layout(figure: Figure) -> None:
-    """Lay a figure out once, so that drawing it again moves nothing."""
-    figure.canvas.draw()
-    figure.set_layout_engine("none")
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -250,7 +240,8 @@ def movie(
             part.colorbar(panel, label=row.scale.label, extend="max", panchor=False)
     for axes in cells.flat[len(rows) :]:
         axes.remove()
-    fix_layout(figure)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # laid out once, so that nothing moves from page to page
     for frame in range(total):
         for panel, row in zip(panels, rows):
             panel.set_data(row.images[frame * len(row.images) // total])
