@@ -1,8 +1,8 @@
 """Files inside tar files (shards): ``/data/train-000001.tar/abseiling/x.mp4`` is the path of a member of a shard.
 
-Members are read in place, without unpacking. Their positions are in an index beside the shard, ``train-000001.idx``, in
-the text format of NVIDIA DALI's wds2idx: ``v1.2 N``, then a line for each of N samples, ``mp4 OFFSET SIZE NAME cls
-OFFSET SIZE NAME``. scripts/data/index_shards.py writes it.
+Their positions are in an index beside the shard, ``train-000001.idx``, in the text format of NVIDIA DALI's wds2idx:
+``v1.2 N``, then a line for each of N samples, ``mp4 OFFSET SIZE NAME cls OFFSET SIZE NAME``, written by
+scripts/data/index_shards.py.
 """
 
 import io
@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 VERSION = b"v1.2"
-BUFFER = 1 << 18  # bytes read at a time
+BUFFER = 1 << 18  # bytes that tools copy at a time
 KEPT_INDICES = 64  # in memory, in each process
-HEADER = tarfile.BLOCKSIZE
 REMEDY = "write it with: python scripts/data/index_shards.py"
 
 
@@ -116,71 +115,39 @@ def find(shard: str, name: str) -> Member:
     return Member(name, *found[0])
 
 
-class Window(io.RawIOBase):
-    """A part of an open file, as a readable file."""
-
-    def __init__(self, descriptor: int, start: int, size: int, name: str):
-        self.descriptor, self.start, self.size, self.at = descriptor, start, size, 0
-        self.name = name  # FFmpeg looks at its suffix
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        part = memoryview(buffer)[: max(0, self.size - self.at)]
-        count = os.preadv(self.descriptor, [part], self.start + self.at)
-        self.at += count
-        return count
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + (0, self.at, self.size)[whence]
-        return self.at
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self.descriptor)
-        super().close()
-
-
 def open_file(path: str) -> BinaryIO:
-    """Open a file, or a member of a shard, for reading.
+    """Open a file, or a member of a shard, which is read into memory.
 
     Raises:
         OSError: no such file. ShardError, a subclass: no such member, or the shard does not match its index.
     """
     if not (parts := split(path)):
         return open(path, "rb")
-    shard, member = parts[0], find(*parts)
+    shard, (name, start, size) = parts[0], find(*parts)
     try:
-        descriptor = os.open(shard, os.O_RDONLY)
+        with open(shard, "rb") as file:
+            file.seek(max(0, start - tarfile.BLOCKSIZE))
+            header, data = file.read(tarfile.BLOCKSIZE), file.read(size)
+            length = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise ShardError(f"{shard}: {error.strerror}") from error
-    file = io.BufferedReader(Window(descriptor, member.start, member.size, path), BUFFER)
-    try:
-        check_place(descriptor, shard, member)
-    except ShardError:
-        file.close()
-        raise
-    return cast(BinaryIO, file)
-
-
-def check_place(descriptor: int, shard: str, member: Member) -> None:
-    """Compare a member with the shard's length and its tar header. Raises ShardError if they differ."""
-    name, start, size = member
-    length = os.fstat(descriptor).st_size
     if start + size > length:
         raise ShardError(f"{shard} is cut off: {length} bytes, and the member ends at {start + size}")
-    try:
-        header = tarfile.TarInfo.frombuf(os.pread(descriptor, HEADER, start - HEADER), "utf-8", "surrogateescape")
-        plain = name.isascii() and len(name) < 100  # other names stand in a header of their own
-        fits = header.size == size and (not plain or header.name.removeprefix("./") == name)
-    except tarfile.HeaderError:
-        fits = False
-    if not fits:
+    if not is_header(header, name, size):
         raise ShardError(f"{index_path(shard)} is not the index of {shard}; {REMEDY} {shard}")
+    member: Any = io.BytesIO(data)
+    member.name = path  # FFmpeg looks at its suffix
+    return member
+
+
+def is_header(block: bytes, name: str, size: int) -> bool:
+    """Whether a block of a tar file is the header of a member."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    plain = name.isascii() and len(name) < 100  # other names are in a header of their own
+    return header.size == size and (not plain or header.name.removeprefix("./") == name)
 
 
 @contextmanager
