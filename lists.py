@@ -166,17 +166,13 @@ def text_errors(path: str | Path, kind: str) -> Iterator[None]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file, with ``\\n`` between lines.
-
-    Raises:
-        ValueError: it cannot be read as text.
-    """
+    """Read a text file, with ``\\n`` between lines. Raises ValueError if it cannot be read as text."""
     with text_errors(path, "a text file"):
         return Path(path).read_text(encoding_of(path))
 
 
 def read_lines(path: str) -> Iterator[tuple[list[int], list[bytes], list[bytes]]]:
-    """Numbers (from 1), paths and labels of the lines of a list, some thousand at a time; blank lines are left out.
+    """Yield numbers (from 1), paths and labels of some thousand lines of a list at a time, without blank lines.
 
     Raises:
         ValueError: not a text file, or a line that is not ``path label``, named by its number.
@@ -202,7 +198,7 @@ def read_lines(path: str) -> Iterator[tuple[list[int], list[bytes], list[bytes]]
 
 
 def read_list(path: str, parse_label: LabelParser, data_root: str = "") -> VideoList:
-    """The videos of a list file.
+    """Read the videos of a list file.
 
     Args:
         path: text with ``path label`` a line, separated by the line's last spaces.
@@ -235,18 +231,11 @@ def read_list(path: str, parse_label: LabelParser, data_root: str = "") -> Video
                 values.append(parsed(text))
         except ValueError as error:
             raise ValueError(f"{path}, line {numbers[len(values)]}: {error}") from error
-        labels.append(smallest(np.array(values)))
+        labels.append(np.array(values, np.int32 if isinstance(values[0], int) else None))
     return VideoList(path, paths, np.concatenate(labels), lines, data_root)
 
 
-def smallest(labels: np.ndarray) -> np.ndarray:
-    """Labels as int16 or int32 if they are numbers; texts as they are."""
-    if labels.dtype.kind != "i":
-        return labels
-    return labels.astype(np.int16 if np.abs(labels).max() < 2**15 else np.int32)
-
-
 def find_files(folder: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files in a folder and all below it whose names end so (in any case), sorted."""
+    """Find the files in a folder and all below it with one of these suffixes, in any case; sorted."""
     found = glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True) if folder else []
     return sorted(path for path in found if path.lower().endswith(suffixes))
