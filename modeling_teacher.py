@@ -48,10 +48,7 @@ class PixelTarget(nn.Module):
         super().__init__()
         self.patch_size, self.tubelet_size = patch_size, tubelet_size
         self.out_dim = tubelet_size * patch_size**2 * 3
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        for name, values in zip(("mean", "std"), channel_stats("imagenet")):
-            self.register_buffer(name, values, persistent=False)
+        self.mean, self.std = (nn.Buffer(values, persistent=False) for values in channel_stats("imagenet"))
 
     def compile(self, **options) -> None:
         """Do nothing: there is no network."""
@@ -100,10 +97,8 @@ class FrameTower(nn.Module):
         self.tower: Any = tower.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.image_size = image_size
         (mean, std), (to_mean, to_std) = channel_stats("imagenet"), (torch.tensor(v).view(3, 1, 1, 1) for v in norm)
-        self.scale: torch.Tensor
-        self.shift: torch.Tensor
-        self.register_buffer("scale", (std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
-        self.register_buffer("shift", ((mean - to_mean) / to_std)[..., 0], persistent=False)
+        self.scale = nn.Buffer((std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
+        self.shift = nn.Buffer(((mean - to_mean) / to_std)[..., 0], persistent=False)
 
     def train(self, mode: bool = True) -> "FrameTower":
         """Stay in eval mode."""

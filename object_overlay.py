@@ -10,6 +10,7 @@ import struct
 import zlib
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob
 from itertools import accumulate, pairwise
@@ -28,7 +29,6 @@ ASPECT_RATIOS = (0.5, 0.67, 0.75, 1.0, 1.33, 1.5, 2.0)  # width / height
 SIZE_JITTER = 0.18  # of log width and log height
 SIZE_RATE, ANGLE_RATE, SHIFT_RATE = 0.025, 6.0, 12.0  # change per frame: log size, degrees, pixels
 PATH_POINTS, PATH_SIGMA, PATH_EXTENT = 48, 8.0, (40, 180)  # gaussian motion
-MOTION_TYPES = ("gaussian", "linear")
 CACHED_OBJECTS = 384  # images in memory: of 320 pixels a side 150 MiB
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -218,6 +218,9 @@ def linear_path(
     return key_frame_curve(rng, num_frames, rng.uniform(low, high), drift)
 
 
+MOTION_TYPES = {"gaussian": gaussian_path, "linear": linear_path}
+
+
 def shaped_patch(rng: np.random.Generator, frames: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Cut a patch out of the clip: rectangle, ellipse or rhombus (p .5 / .35 / .15), half of them with soft edges.
 
@@ -286,6 +289,7 @@ def _placement(
     return np.concatenate([low, high], axis=1), np.concatenate([turn, shift], axis=2)
 
 
+@dataclass(eq=False)
 class ObjectOverlay:
     """Pastes moving objects on clips.
 
@@ -300,21 +304,17 @@ class ObjectOverlay:
         ValueError: unknown motion.
     """
 
-    def __init__(
-        self,
-        frame: tuple[int, int],
-        library: ObjectLibrary | None,
-        motion: str = "gaussian",
-        scales: tuple[int, ...] = SCALES,
-        num_rois: int = 2,
-        speed: float = 1.0,
-    ):
-        if motion not in MOTION_TYPES:
-            raise ValueError(f"unknown motion_type {motion!r}, choose from {MOTION_TYPES}")
-        self.path = gaussian_path if motion == "gaussian" else linear_path
-        self.frame, self.library, self.scales = frame, library, scales
-        self.num_rois, self.speed = num_rois, speed
-        self.unit = min(frame) / REFERENCE_SIZE
+    frame: tuple[int, int]
+    library: ObjectLibrary | None
+    motion: str = "gaussian"
+    scales: tuple[int, ...] = SCALES
+    num_rois: int = 2
+    speed: float = 1.0
+
+    def __post_init__(self):
+        if self.motion not in MOTION_TYPES:
+            raise ValueError(f"unknown motion_type {self.motion!r}, choose from {tuple(MOTION_TYPES)}")
+        self.unit = min(self.frame) / REFERENCE_SIZE
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
         """Draw K objects with their motion and paste them on frames uint8 ``[T, H, W, 3]``, **in place**.
@@ -351,7 +351,7 @@ class ObjectOverlay:
             reach = rate * self.speed * frames
             return rng.uniform(-reach, reach, dims)
 
-        centres = self.path(rng, num_frames, size, self.frame, self.unit * self.speed)
+        centres = MOTION_TYPES[self.motion](rng, num_frames, size, self.frame, self.unit * self.speed)
         grow = lambda value, frames: value * np.exp(change(SIZE_RATE, frames, 2))
         sizes = key_frame_curve(rng, num_frames, size, grow)
         turn = lambda value, frames: value + change(ANGLE_RATE, frames, 1)
