@@ -1,9 +1,8 @@
 """From a line of a list to a batch of clips with masks: the pretraining dataset, order, loader.
 
-Lists are read in lists.py. Samples are drawn by the key (epoch, index), which together with
-the run's seed seeds the one Generator that goes to frame sampling, crop, overlay and mask: a clip is the same
-whatever the number of workers or processes, and after a resume. Clips stay uint8 until they are on the device.
-Labelled data sets are in datasets_finetune.py.
+The run's seed and the key (epoch, index) of a sample seed the one Generator that goes to frame sampling, crop, overlay
+and mask: a clip is the same whatever the number of workers or processes, and after a resume. Clips stay uint8 until
+they are on the device. Lists are read in lists.py; labelled data sets are in datasets_finetune.py.
 """
 
 import json
@@ -34,15 +33,11 @@ CHECK_PROGRAM = str(Path(__file__).with_name("video_check.py"))
 Key = tuple[int, int]  # epoch, index
 
 
-# Lists ----------------------------------------------------------------------------------------------------------
+# Images and videos of a list ------------------------------------------------------------------------------------
 
 
 def find_images(folder: str) -> VideoList:
-    """The images in a folder and all below it, as a list.
-
-    Raises:
-        ValueError: none, or no such folder.
-    """
+    """List the images in a folder and all below it. Raises ValueError if there are none, or no such folder."""
     paths = find_files(folder, IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(f"data_path {folder}: not a folder with images ({', '.join(IMAGE_SUFFIXES)})")
@@ -62,14 +57,13 @@ class VideoCheck:
     """
 
     def __init__(self, videos: VideoList, size: int, reader: str = "pyav", count: int = 20, seconds: float = 15):
-        looked = np.unique(np.linspace(0, len(videos) - 1, count).astype(int))
-        self.source, self.paths = videos.source, [videos.path(index) for index in looked]
+        self.source, self.paths = videos.source, [videos.path(index) for index in videos.spread(count)]
         self.seconds, self.end = seconds, time.monotonic() + seconds
         command = [sys.executable, CHECK_PROGRAM, str(size), reader, *self.paths]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def tell(self) -> None:
-        """Warn of what was found, once the process has ended or its time is over."""
+        """Wait for the process, as long as there is time, and warn of what it found."""
         try:
             answers, _ = self.process.communicate(timeout=max(0, self.end - time.monotonic()))
             lost = f"the process that read it ended with code {self.process.returncode}"
@@ -77,18 +71,15 @@ class VideoCheck:
             self.process.kill()
             answers, _ = self.process.communicate()
             lost = f"{self.seconds:g} s were not enough to come to its end (slow storage, or the decoder hangs on it)"
-        whole = answers.endswith("end\n")
-        found = [json.loads(line) for line in answers.removesuffix("end\n").splitlines()]
-        wrong = [(path, what["wrong"]) for path, what in zip(self.paths, found) if what["wrong"]]
-        slow = [(path, "; ".join(what["slow"])) for path, what in zip(self.paths, found) if what["slow"]]
-        if not whole:
-            slow.append((self.paths[len(found)], lost))
-        for what, paths in (("give wrong frames", wrong), ("are slow to load", slow)):
-            if paths:
+        found = [json.loads(line) for line in answers.splitlines()]
+        if self.process.returncode and len(found) < len(self.paths):
+            found.append(["", lost])
+        for what, reasons in zip(("give wrong frames", "are slow to load"), zip(*found)):
+            if bad := [f"{path}: {reason}" for path, reason in zip(self.paths, reasons) if reason]:
                 logger.warning(
-                    "%s: %d of %d videos looked at %s, such as %s: %s. scripts/data/check_videos.py finds all of them, "
+                    "%s: %d of %d videos looked at %s, such as %s. scripts/data/check_videos.py finds all of them, "
                     "scripts/data/resize_videos.py mends them (DATASET.md)",
-                    *(self.source, len(paths), len(found) + (not whole), what, *paths[0]),
+                    *(self.source, len(bad), len(found), what, bad[0]),
                 )
 
 
@@ -96,18 +87,18 @@ class VideoCheck:
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The Generator of one sample."""
+    """Generator of one sample."""
     return np.random.default_rng((seed, epoch, index))
 
 
 class Sample(TypedDict):
-    """What a dataset gives for a key; V views of one video."""
+    """V views of one video."""
 
     clips: np.ndarray  # uint8 [V, T, H, W, 3]
-    masks: NotRequired[np.ndarray]  # of pretraining, bool [V, N]
-    objects: NotRequired[np.ndarray]  # with an overlay: tokens under objects, bool [V, N]
-    labels: NotRequired[np.ndarray]  # of fine-tuning, int [V], or several of each video, float [V, C]
-    erase: NotRequired[np.ndarray]  # seeds of random erasing, int64 [V]
+    masks: NotRequired[np.ndarray]  # pretraining: bool [V, N]
+    objects: NotRequired[np.ndarray]  # pretraining with an overlay: tokens under objects, bool [V, N]
+    labels: NotRequired[np.ndarray]  # fine-tuning: int [V], or with several labels a video float [V, C]
+    erase: NotRequired[np.ndarray]  # fine-tuning: seeds of random erasing, int64 [V]
     path: str
     bad: list[tuple[str, str]]  # files that could not be used, and why; the videos among them come first
     num_bad_videos: int
@@ -170,21 +161,17 @@ class VideoDataset(Dataset):
 
 
 class VideoStream(IterableDataset):
-    """Samples of some videos of a list, one video after the other; each worker of a loader has its share of the videos.
-
-    Args:
-        mine: lines of the list.
-    """
+    """Samples of the videos `mine` (indices in the list), one video after the other, shared among loader workers."""
 
     def __init__(self, videos: VideoList, mine: Sequence[int]):
         self.videos, self.mine = videos, mine
 
     def samples(self, index: int) -> Iterator[Any]:
-        """The samples of a video, dictionaries with `index` and, True in the last one, `last`."""
+        """Yield the samples of a video, dictionaries with `index` and `last`, which is True in the last one."""
         raise NotImplementedError
 
     def shares(self, workers: int) -> list[Sequence[int]]:
-        """Which videos each worker reads."""
+        """Indices of the videos that each worker reads."""
         return [self.mine[worker::workers] for worker in range(workers)]
 
     def __iter__(self) -> Iterator[Any]:
@@ -201,9 +188,8 @@ class PretrainDataset(VideoDataset):
     """Clips with masks: decoding, crop, overlay, mask.
 
     Args:
-        videos: what `source` reads.
         overlay: pastes objects (stage 1); None leaves clips as they are.
-        num_views: independent crops, overlays and masks of each decoded window (--num_sample).
+        num_views: independent crops, overlays and masks of each decoded window.
     """
 
     videos: VideoList
@@ -233,23 +219,19 @@ class PretrainDataset(VideoDataset):
         return sample
 
     def view(
-        self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray, natural: np.ndarray | None = None
+        self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray]:
-        """Make a training clip of decoded frames.
+        """Make a training clip of decoded frames, into `clip` uint8 ``[T, H, W, 3]``.
 
-        Args:
-            clip, natural: written to, uint8 ``[T, H, W, 3]``: the clip, and if asked for the clip before the overlay.
         Returns:
             boxes of the objects ``[K, T, 4]``, None without overlay, and the mask, bool ``[N]``.
         Raises:
             RunError: no usable object.
         """
         self.source.crop(rng, frames, clip)
-        if natural is not None:
-            natural[:] = clip
         try:
             boxes = self.overlay(rng, clip) if self.overlay else None
-        except RuntimeError as error:  # not to be taken for a failed worker
+        except RuntimeError as error:  # a worker's RuntimeError would be reported as a crash of the loader
             raise RunError(f"--{error}") from error
         return boxes, self.masks(rng, boxes)
 
@@ -258,11 +240,11 @@ class PretrainDataset(VideoDataset):
 
 
 class ChunkSampler(Sampler[list[Key]]):
-    """Which samples make up each micro-batch of this process.
+    """Yields the keys of each micro-batch of this process.
 
-    An epoch is one permutation of the list, cut into optimizer steps of ``chunk * world * update_freq`` samples;
-    what is left over is dropped. Chunk j of a step goes to process j % world. So two processes see, step by step,
-    what one process sees that accumulates twice as much, and a run can go on with another number of processes.
+    An epoch is one permutation of the list, cut into optimizer steps of ``chunk * world * update_freq`` samples; the
+    rest is dropped. Chunk j of a step goes to process j % world. So two processes see, step by step, the samples of one
+    process that accumulates twice as much, and a run can resume with another number of processes.
 
     Raises:
         ValueError: fewer samples than a step takes.
@@ -276,7 +258,7 @@ class ChunkSampler(Sampler[list[Key]]):
         self.samples_per_step = chunk * world * update_freq
         self.steps_per_epoch = num_samples // self.samples_per_step
         self.epoch, self.start_step = 0, 0
-        self.issued: deque[list[int]] = deque()  # handed to workers, not yet come back
+        self.issued: deque[list[int]] = deque()  # handed to workers, not yet received
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"{num_samples} videos are fewer than the {self.samples_per_step} of an optimizer step; "
@@ -284,11 +266,11 @@ class ChunkSampler(Sampler[list[Key]]):
             )
 
     def set_position(self, epoch: int, step: int = 0) -> None:
-        """The next pass is over `epoch`, from optimizer step `step` on."""
+        """Start the next pass at an optimizer step of an epoch."""
         self.epoch, self.start_step = epoch, step
 
     def chunk_id(self, step: int, micro_batch: int) -> int:
-        """Number of a chunk within its epoch, the same for any division into processes and micro-batches."""
+        """Index of a chunk within its epoch, independent of the division into processes and micro-batches."""
         return (step * self.update_freq + micro_batch) * self.world + self.rank
 
     def __len__(self) -> int:
@@ -307,7 +289,7 @@ class ChunkSampler(Sampler[list[Key]]):
 
 
 def init_worker(worker: int) -> None:
-    """Use one thread in a worker, as workers run in parallel; leave signals to the main process."""
+    """Use one thread per worker, and leave signals to the main process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
@@ -322,7 +304,7 @@ def build_loader(
     timeout: float,
     collate: Callable[[list], Any] = collate,
 ) -> DataLoader:
-    """A loader of training batches. `timeout`: seconds to wait for one before the run is stopped."""
+    """Build a loader of training batches. `timeout`: seconds to wait for a batch before an error is raised."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,

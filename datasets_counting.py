@@ -1,4 +1,4 @@
-"""Videos with annotated repetitions: UCFRep's .mat files, whole segments to count, parts of them to train on."""
+"""Videos with annotated repetitions: UCFRep's .mat files, whole segments for counting, parts of them for training."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,26 +21,21 @@ SPARE_FRAMES = 5  # decoders disagree on the last few frames of a file
 
 @dataclass(frozen=True)
 class Annotation:
-    """A video with its repetitions: the annotated part, and where cycles end; frames are numbered from 0."""
+    """A video, its annotated segment, and the boundaries of its C cycles; frames are numbered from 0."""
 
     video: str
     first: int
     last: int
-    bounds: np.ndarray  # int [C + 1], rising
-
-    @property
-    def count(self) -> int:
-        """Number of cycles."""
-        return len(self.bounds) - 1
+    bounds: np.ndarray  # int [C + 1], increasing
 
 
 def read_annotation(path: Path, video: str) -> Annotation:
-    """A ``.mat`` of UCFRep: a struct `label` with `start_frame`, `end_frame` and `temporal_bound`, numbered from 1.
+    """Read a ``.mat`` of UCFRep: a struct `label` with `start_frame`, `end_frame` and `temporal_bound`, from 1.
 
-    Its offsets are not read: cycle_offsets computes them from the boundaries by the same rule, for any segment.
+    Its offsets are not read, as cycle_offsets computes them from the boundaries for any segment.
 
     Raises:
-        ValueError: something else.
+        ValueError: another kind of file, or invalid frames.
     """
     try:
         label = loadmat(path, simplify_cells=True)["label"]
@@ -51,9 +46,7 @@ def read_annotation(path: Path, video: str) -> Annotation:
         raise ValueError(f"{path}: not an annotation of UCFRep, a struct `label` in a .mat ({reason})") from error
     whole = np.isfinite(bounds).all() and (bounds == bounds.round()).all()
     if not (whole and 0 <= first < last and bounds[0] >= 0 and (np.diff(bounds) > 0).all()):
-        raise ValueError(
-            f"{path}: frames must be whole numbers from 1 that rise (temporal_bound, start_ and end_frame)"
-        )
+        raise ValueError(f"{path}: temporal_bound, start_frame and end_frame must be increasing whole numbers from 1")
     if len(bounds) <= MIN_CYCLES:
         raise ValueError(f"{path}: {len(bounds) - 1} cycles; there must be at least {MIN_CYCLES}")
     return Annotation(video, min(first, int(bounds[0])), max(last, int(bounds[-1])), bounds.astype(int))
@@ -61,12 +54,12 @@ def read_annotation(path: Path, video: str) -> Annotation:
 
 @dataclass(frozen=True)
 class AnnotationList(VideoList):
-    """Videos with their annotations, in one order; the label of each is its number of cycles."""
+    """Videos with their annotations; the label of each is its number of cycles."""
 
     annotations: tuple[Annotation, ...] = ()
 
     def path(self, index: int) -> str:
-        """Path of a video; the number of a training sample goes round the list."""
+        """Path of a video; indices of training samples run over the list several times."""
         return super().path(index % len(self))
 
     def __getitem__(self, index: int) -> Annotation:
@@ -74,13 +67,13 @@ class AnnotationList(VideoList):
 
 
 def read_annotations(folder: str, root: str) -> AnnotationList:
-    """The videos with an annotation in a folder, by name.
+    """Read the annotations in a folder and find their videos by name.
 
     Args:
-        root: where videos lie, at most one folder deep. Their folders may be called anything: UCF101 itself has
+        root: folder of the videos, at most one folder deep. Names of those folders do not matter: UCF101 itself has
             ``HandstandPushups/v_HandStandPushups_g01_c01.avi``.
     Raises:
-        ValueError: no annotation, one that is something else, or one without video.
+        ValueError: no annotation, an invalid one, or one without video.
     """
     files = sorted(Path(folder).glob("*.mat"))
     if not files:
@@ -93,12 +86,12 @@ def read_annotations(folder: str, root: str) -> AnnotationList:
         )
     annotations = tuple(read_annotation(file, videos[file.stem]) for file in files)
     listed = list_of(folder, [annotation.video for annotation in annotations])
-    counts = np.array([annotation.count for annotation in annotations])
+    counts = np.array([len(annotation.bounds) - 1 for annotation in annotations])
     return AnnotationList(folder, listed.paths, counts, listed.lines, annotations=annotations)
 
 
 def pad_to_square(frame: np.ndarray, side: int) -> np.ndarray:
-    """Resize so that the long side is `side`, black around: uint8 ``[H, W, 3]`` → ``[side, side, 3]``."""
+    """Resize so that the long side is `side`, and pad with black: uint8 ``[H, W, 3]`` → ``[side, side, 3]``."""
     shrink = side / max(frame.shape[:2])
     height, width = (min(side, max(1, round(length * shrink))) for length in frame.shape[:2])
     square = np.zeros((side, side, 3), np.uint8)
@@ -108,7 +101,7 @@ def pad_to_square(frame: np.ndarray, side: int) -> np.ndarray:
 
 
 def read_segment(annotation: Annotation, first: int, last: int, side: int, reader: str) -> np.ndarray:
-    """Frames `first` to `last` of a video, square, uint8 ``[F, side, side, 3]``.
+    """Read frames `first` to `last` of a video with pad_to_square, uint8 ``[F, side, side, 3]``.
 
     Raises:
         VideoError: unreadable, or much shorter than its annotation.
@@ -123,11 +116,10 @@ def read_segment(annotation: Annotation, first: int, last: int, side: int, reade
 
 
 def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -> np.ndarray:
-    """Boundaries of a random run of at least MIN_CYCLES whole cycles, of at most `max_frames` if there is one, else the
-    shortest.
+    """Draw a run of at least MIN_CYCLES cycles, of at most `max_frames` or the shortest, and return its boundaries.
 
-    The number of cycles is drawn first, then where they begin. Were all runs equally likely, most would be short, and
-    the head would rarely meet the small shares of a segment that a cycle has where there are many.
+    Draws the number of cycles first, then the start. Were all runs equally likely, most would be short, and training
+    would rarely see segments of many cycles.
     """
     begin, end = np.triu_indices(len(bounds), k=MIN_CYCLES)
     length = bounds[end] - bounds[begin] + 1
@@ -139,10 +131,9 @@ def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -
 
 @dataclass(eq=False)
 class TrainSegments(VideoDataset):
-    """Random parts of the training videos, mirrored half of the time; sample i is of video i % videos."""
+    """Random parts of the training videos, flipped with p = .5; sample i is of video i % len(videos)."""
 
     videos: AnnotationList
-
     per_video: int
     max_frames: int
     side: int
@@ -165,24 +156,24 @@ class TrainSegments(VideoDataset):
 
 
 class SegmentBatch(TypedDict):
-    """Samples that training keeps apart, since they have different lengths; an entry for each."""
+    """A batch of segments, in lists as they differ in length."""
 
     segments: list[tuple[np.ndarray, np.ndarray]]  # frames uint8 [F, S, S, 3], boundaries int [C + 1]
     seeds: list[int]
     paths: list[str]
-    bad: list[tuple[str, str]]  # none: one that cannot be read ends the run
+    bad: list[tuple[str, str]]  # always empty: an unreadable video ends the run
     num_bad_videos: int
 
 
 def collate_segments(samples: list[dict[str, Any]]) -> SegmentBatch:
-    """A batch of samples."""
+    """Collect samples into a batch."""
     seeds, paths = ([sample[name] for sample in samples] for name in ("seed", "path"))
     segments = [(sample["frames"], sample["bounds"]) for sample in samples]
     return {"segments": segments, "seeds": seeds, "paths": paths, "bad": [], "num_bad_videos": 0}
 
 
 class WholeSegments(VideoStream):
-    """The annotated parts of videos, to be counted: `frames` uint8 ``[F, S, S, 3]``, `error` why there are none."""
+    """Annotated segments for counting: `frames` uint8 ``[F, S, S, 3]``, or none and the reason in `error`."""
 
     videos: AnnotationList
 

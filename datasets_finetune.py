@@ -1,20 +1,20 @@
 """Labelled data sets: their table, their lists, and which frames training, validation and test see of a video.
 
-What depends on the data set (classes, mirroring, sampling, views of the test) stands in DATA_SETS, so that no flag has
-to be remembered. Lists and decoding are in datasets.py.
+DATA_SETS holds what depends on the data set, so that no flag has to be remembered. Lists are read in lists.py, frames
+in video_reader.py.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
 from datasets import Key, Sample, VideoDataset, VideoStream, read_or_replace, sample_rng
-from lists import VideoList, read_blocks, read_list, read_text
+from lists import VideoList, read_lines, read_list, read_text
 from metrics import SeveralLabels
 from video_reader import Clip, InexactError, Span, VideoError, open_video, read_clip
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
@@ -27,13 +27,13 @@ SAMPLINGS = ("dense", "segments")  # frames `stride` apart, or one of each equal
 
 @dataclass(frozen=True)
 class DataSet:
-    """What depends on the data set and so is no flag that could be forgotten.
+    """What depends on the data set.
 
     Args:
         multi_label: a video shows several classes, each for some seconds; the lists of custom data sets may, too.
-        combine: mean | max: how the scores of the views of a test become one.
-        ending: of the names of its lists in place of ``.csv``, in a folder that has such lists.
-        train_videos: length of the list that SEVERE draws --examples from; 0: it draws from others.
+        combine: mean | max: how the test combines the scores of the views.
+        ending: suffix of list names in place of ``.csv``, in a folder that has such lists.
+        train_videos: length of the list that SEVERE draws a subset from; 0: SEVERE draws none.
     """
 
     num_classes: int | None
@@ -48,7 +48,7 @@ class DataSet:
     train_videos: int = 0
 
     def list_path(self, folder: str, name: str) -> str:
-        """The list of a folder that is called `name`, such as ``val.csv``."""
+        """Path of the list `name`, such as ``val.csv``, in a folder."""
         if any(Path(folder).glob(f"*{self.ending}")):
             name = name.removesuffix(".csv") + self.ending
         return str(Path(folder, name))
@@ -78,20 +78,20 @@ DATA_SETS = {
 
 
 def find_several(paths: list[str]) -> str:
-    """Place of the first line of these lists whose label is in the multi-label form; '' if there is none."""
+    """Return the place of the first line of these lists whose label has the multi-label form; '' if there is none."""
     for path in filter(os.path.isfile, paths):
         try:
-            for block in read_blocks(path):
-                for number, label in zip(block.numbers, block.labels()):
+            for numbers, _, labels in read_lines(path):
+                for number, label in zip(numbers, labels):
                     if b"," in label or b":" in label or label == b"-":
                         return f"{path}, line {number}: {os.fsdecode(label)[:80]}"
-        except ValueError:  # told where the list is read
+        except ValueError:  # read_list reports it
             continue
     return ""
 
 
 class ActionList:
-    """A list with labels in seconds, as Charades has them, and the labels of clips of its videos; for scripts."""
+    """A list with labels in seconds, as Charades has them, for scripts that label clips themselves."""
 
     def __init__(self, path: str, num_classes: int, data_root: str = ""):
         self.task = SeveralLabels(num_classes=num_classes, needs_seconds=True)
@@ -103,11 +103,11 @@ class ActionList:
 
 
 def severe_subset(videos: VideoList, examples: int, num_classes: int) -> VideoList:
-    """The videos that the SEVERE benchmark trains its low-shot cells on, in the order in which it draws them.
+    """Draw the videos that the SEVERE benchmark trains its low-shot cells on, in SEVERE's order.
 
-    k = ceil(examples / num_classes) videos of each class, drawn class by class without replacement from one
-    RandomState(99999), of the videos of a class in the list's order; all of a class that has no more. So 1000 gives
-    1,010 videos of UCF101 and 1,089 of Gym-99. The draw depends on the whole list.
+    Draws k = ceil(examples / num_classes) videos of each class, class by class without replacement from one
+    RandomState(99999), or takes the whole class if it has no more. So 1000 gives 1,010 videos of UCF101 and 1,089 of
+    Gym-99. The draw depends on the whole list.
     """
     rng, k = np.random.RandomState(SEVERE_SEED), -(-examples // num_classes)
     drawn = []
@@ -118,18 +118,18 @@ def severe_subset(videos: VideoList, examples: int, num_classes: int) -> VideoLi
 
 
 def few_shot(videos: VideoList, seed: int, samples_per_class: int = 0, num_train_videos: int = 0) -> VideoList:
-    """A fixed random part of a list: so many videos of each class, or so many in all, in the list's order.
+    """Draw a fixed random part of a list, by class or in all, kept in the list's order.
 
     Raises:
-        ValueError: more are asked for than there are.
+        ValueError: there are fewer videos.
     """
     order = np.random.default_rng(seed).permutation(len(videos))
     if samples_per_class:
         of_class = [order[videos.labels[order] == label][:samples_per_class] for label in np.unique(videos.labels)]
-        short = [int(videos.labels[part[0]]) for part in of_class if len(part) < samples_per_class]
-        if short:
-            told = f"class {short[0]} of {videos.source} has fewer videos"
-            raise ValueError(f"samples_per_class {samples_per_class}: {told}")
+        if short := [videos.labels[part[0]] for part in of_class if len(part) < samples_per_class]:
+            raise ValueError(
+                f"samples_per_class {samples_per_class}: class {short[0]} of {videos.source} has fewer videos"
+            )
         order = np.concatenate(of_class)
     if num_train_videos > len(order):
         raise ValueError(f"num_train_videos {num_train_videos}: {videos.source} has {len(order)}")
@@ -137,7 +137,7 @@ def few_shot(videos: VideoList, seed: int, samples_per_class: int = 0, num_train
 
 
 def read_class_names(folder: str, num_classes: int) -> list[str] | None:
-    """The lines of ``classes.txt`` in a data set's folder, if there is one.
+    """Read ``classes.txt`` in a data set's folder; None if there is none.
 
     Raises:
         ValueError: another number of lines than classes.
@@ -155,10 +155,10 @@ def read_class_names(folder: str, num_classes: int) -> list[str] | None:
 
 
 def dense_indices(rng: np.random.Generator | None, total: int, num_frames: int, stride: int) -> np.ndarray:
-    """Fine-tuning on Kinetics: a window of ``num_frames * stride`` frames at random (at the centre without `rng`).
+    """Frames ``[T]`` of a random window (without `rng` the centre) of ``num_frames * stride`` frames, as on Kinetics.
 
-    Its frames are spread over the whole window, so a little more than `stride` apart (kept for the released
-    models). A video not longer than the window: its frames about `stride` apart, then the last one repeated.
+    They are spread over the whole window, so a little more than `stride` apart (kept for the released models). A video
+    not longer than the window: its frames about `stride` apart, then the last one repeated.
     """
     window = num_frames * stride
     if total <= window:
@@ -170,7 +170,7 @@ def dense_indices(rng: np.random.Generator | None, total: int, num_frames: int, 
 
 
 def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int) -> np.ndarray:
-    """Fine-tuning on Something-Something: one random frame (the middle one without `rng`) of each equal segment.
+    """One random frame (without `rng` the middle one) of each of T equal segments, ``[T]``, as on Something-Something.
 
     Fewer frames than segments are spread evenly, with repeats.
     """
@@ -184,7 +184,7 @@ def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int
 def clip_indices(
     rng: np.random.Generator | None, total: int, num_frames: int, stride: int, sampling: str
 ) -> np.ndarray:
-    """Frames ``[T]`` of a training clip, or without `rng` of a validation's, by the sampling of a data set."""
+    """Frames ``[T]`` of a training clip, or without `rng` of a validation clip; `sampling` is one of SAMPLINGS."""
     if sampling == "segments":
         return segment_indices(rng, total, num_frames)
     return dense_indices(rng, total, num_frames, stride)
@@ -215,10 +215,10 @@ class FinetuneDataset(VideoDataset):
     """Labelled training clips: decode, augment.
 
     Args:
-        clip_label: list, number of a video in it, clip of it → the clip's label (metrics.Task.clip_label).
+        clip_label: (list, index of a video, clip of it) → the clip's label; see metrics.Task.clip_label.
         sampling: one of SAMPLINGS.
-        num_views: augmentations of each decoded clip (repeated augmentation, --num_sample).
-        reader: of videos, one of READERS.
+        num_views: augmentations of each decoded clip (repeated augmentation).
+        reader: one of READERS.
     """
 
     videos: VideoList
@@ -241,13 +241,6 @@ class FinetuneDataset(VideoDataset):
         return {"clips": clips, "labels": labels, "erase": seeds, "path": path, "bad": bad, "num_bad_videos": len(bad)}
 
 
-class View(NamedTuple):
-    """A temporal view of a video, with all its crops."""
-
-    clips: np.ndarray  # uint8 [crops, T, size, size, 3]
-    span: Span
-
-
 @dataclass(frozen=True)
 class ViewReader:
     """Reads the views of a video one after the other, decoding it once; nothing is random.
@@ -256,8 +249,8 @@ class ViewReader:
         sampling: one of SAMPLINGS.
         segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
         size: side of the views, pixels.
-        short_side: what the short side is resized to before cropping, at least `size`; 0: `size`.
-        reader: of videos, one of READERS.
+        short_side: short side of the frame before cropping, at least `size`; 0: `size`.
+        reader: one of READERS.
     """
 
     sampling: str
@@ -270,19 +263,19 @@ class ViewReader:
     reader: str = "pyav"
 
     def frame_indices(self, seconds: np.ndarray) -> np.ndarray:
-        """Frames of each temporal view, ``[V, T]``, in a video whose frames are shown at `seconds` ``[total]``."""
+        """Frames ``[V, T]`` of each temporal view of a video whose frames are shown at `seconds` ``[total]``."""
         total = len(seconds)
         if self.segments:
             return test_view_indices(total, self.num_frames, self.stride, self.segments, self.sampling)
         return clip_indices(None, total, self.num_frames, self.stride, self.sampling)[None]
 
     def squares(self, frame: np.ndarray) -> np.ndarray:
-        """The crops of a frame ``[H, W, 3]``, uint8 ``[crops, size, size, 3]``."""
+        """Crop a frame ``[H, W, 3]``, uint8 ``[crops, size, size, 3]``."""
         small = short_side_resize(frame[None], self.short_side or self.size)
         return np.concatenate([long_side_crop(small, self.size, crop, self.crops) for crop in range(self.crops)])
 
-    def views(self, path: str) -> Iterator[View]:
-        """The temporal views of a video, one after the other.
+    def views(self, path: str) -> Iterator[tuple[np.ndarray, Span]]:
+        """Yield the temporal views of a video: crops uint8 ``[crops, T, size, size, 3]``, and when they are shown.
 
         Raises:
             VideoError: unreadable.
@@ -297,48 +290,41 @@ class ViewReader:
                 raise
             yield from self.views_of(path, in_order=True)
 
-    def views_of(self, path: str, in_order: bool) -> Iterator[View]:
+    def views_of(self, path: str, in_order: bool) -> Iterator[tuple[np.ndarray, Span]]:
         """See views. Frames are cropped as they are decoded, and kept as long as a view needs them."""
         with open_video(path, self.reader, in_order) as video:
             views = self.frame_indices(video.seconds)
             last_view = {index: number for number, view in enumerate(views.tolist()) for index in view}
-            wanted = np.unique(views)
-            kept: dict[int, np.ndarray] = {}
-            done = 0
+            wanted, kept, done = np.unique(views), dict[int, np.ndarray](), 0
             for index, frame in zip(wanted.tolist(), video.frames(wanted)):
                 kept[index] = self.squares(frame)
                 while done < len(views) and views[done].max() <= index:
                     clips = np.stack([kept[needed] for needed in views[done].tolist()], axis=1)
-                    yield View(clips, self.span(video.seconds, views[done]))
+                    yield clips, self.span(video.seconds, views[done])
                     done += 1
                     kept = {needed: squares for needed, squares in kept.items() if last_view[needed] >= done}
 
     def span(self, seconds: np.ndarray, frames: np.ndarray) -> Span:
-        """When a view of these frames ``[T]`` is shown: up to the frame `stride` after its last one, or to the end."""
+        """Span of a view of frames ``[T]``: up to the frame `stride` after its last one, or to the video's end."""
         total, after, length = len(seconds), int(frames[-1]) + self.stride, float(seconds[-1] - seconds[0])
         rate = (total - 1) / length if length > 0 else float("nan")
         end = float(seconds[after]) if after < total else float(seconds[-1]) + (1 / rate if rate > 0 else 0.0)
         return Span(float(seconds[frames[0]]), end, rate, total)
 
     def __call__(self, path: str) -> torch.Tensor:
-        """All views at once, uint8 ``[V * crops, 3, T, size, size]``, the crops of a temporal view side by side.
-
-        Raises:
-            VideoError: unreadable.
-        """
-        return as_views([clip for view in self.views(path) for clip in view.clips])
+        """Read all views, uint8 ``[V * crops, 3, T, size, size]``, crops of a view side by side; raises VideoError."""
+        return as_views([clip for clips, _ in self.views(path) for clip in clips])
 
 
 @dataclass(frozen=True)
 class WindowReader(ViewReader):
-    """Reads a window of a video every `every` frames, or seconds, from its start to its end.
+    """Reads windows of ``num_frames * stride`` frames from the start of a video to its end.
 
-    Windows are ``num_frames * stride`` frames long, and those that do not fit are left out; of a shorter video there is
-    one, which repeats the last frame.
+    Windows that do not fit are left out; a shorter video gives one, which repeats the last frame.
 
     Args:
-        every: distance of two windows.
-        in_seconds: whether it is in seconds: window k then begins with the frame shown at second k * `every`.
+        every: distance of two windows, in frames or seconds.
+        in_seconds: window k begins with the frame shown at second k * `every`.
     """
 
     every: float = 16
@@ -362,7 +348,7 @@ def as_views(clips: list[np.ndarray]) -> torch.Tensor:
 
 
 class EvalSample(TypedDict):
-    """A part of the views of a video; its parts come in a row."""
+    """Some views of a video; the parts of a video come one after the other."""
 
     index: int
     views: torch.Tensor  # uint8 [V, 3, T, H, W]
@@ -372,7 +358,7 @@ class EvalSample(TypedDict):
 
 
 class EvalDataset(VideoStream):
-    """Videos to be judged, with all their views, `part` of them at a time."""
+    """All views of the videos of a list, at most `part` of them in a sample."""
 
     def __init__(self, videos: VideoList, mine: Sequence[int], read_views: ViewReader, part: int):
         super().__init__(videos, mine)
@@ -381,15 +367,16 @@ class EvalDataset(VideoStream):
     def samples(self, index: int) -> Iterator[EvalSample]:
         clips: list[np.ndarray] = []
         spans: list[Span] = []
+        error = ""
         try:
-            for view in self.read_views.views(self.videos.path(index)):
-                clips += list(view.clips)
-                spans += [view.span] * len(view.clips)
-                while len(clips) > self.part:
-                    part = as_views(clips[: self.part])
-                    yield {"index": index, "views": part, "spans": spans[: self.part], "error": "", "last": False}
-                    del clips[: self.part], spans[: self.part]
-            yield {"index": index, "views": as_views(clips), "spans": spans, "error": "", "last": True}
-        except VideoError as error:
-            empty = torch.empty(0, dtype=torch.uint8)
-            yield {"index": index, "views": empty, "spans": [], "error": str(error), "last": True}
+            for crops, span in self.read_views.views(self.videos.path(index)):
+                for clip in crops:
+                    if len(clips) == self.part:
+                        yield {"index": index, "views": as_views(clips), "spans": spans, "error": "", "last": False}
+                        clips, spans = [], []
+                    clips.append(clip)
+                    spans.append(span)
+        except VideoError as unreadable:
+            clips, spans, error = [], [], str(unreadable)
+        views = as_views(clips) if clips else torch.empty(0, dtype=torch.uint8)
+        yield {"index": index, "views": views, "spans": spans, "error": error, "last": True}

@@ -1,7 +1,6 @@
 """Counting repetitions: a head that predicts the lengths of the previous and the next cycle, and the count.
 
 After Zhang et al., Context-aware and scale-insensitive temporal repetition counting (CVPR 2020).
-run_repetition_counting.py reads videos and trains.
 
 A *segment* has F frames, numbered from 0. A *moment* m is one of its frames; it has two *sides*: 0, the cycle that ends
 at m, and 1, the cycle that begins at m. The *offset* of a side is the number of frames from m to the same phase of the
@@ -51,9 +50,8 @@ class Prediction(NamedTuple):
 def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
     """Offsets of all frames from the first boundary to the last, float ``[F, 2]``; NO_NEIGHBOUR if there is none.
 
-    The phase of a frame is its relative position between the boundaries around it (linear interpolation). Neighbouring
-    cycles that differ by more than 2 frames and by more than a factor of 1.3 do not count as repetitions of each other
-    (the rule of UCFRep's annotations).
+    The phase of a frame is its relative position between the boundaries around it. Neighbouring cycles that differ by
+    more than 2 frames and by more than a factor of 1.3 do not count as repetitions (the rule of UCFRep).
 
     Args:
         bounds: frames where one cycle ends and the next begins, increasing, ``[C + 1]``.
@@ -75,11 +73,8 @@ def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
 
 
 def anchor_targets(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training targets for windows of a guessed length.
+    """Training targets for true offsets ``[B, 2]`` and guessed lengths ``[B, 2]``, in frames.
 
-    Args:
-        offsets: true offsets at the moments, ``[B, 2]``.
-        lengths: guessed lengths, frames, ``[B, 2]``.
     Returns:
         classes int ``[B, 2, 7]``: 1 positive, 0 negative, -1 ignored (no neighbour); boxes float ``[B, 2, 7]``,
         used where the class is 1.
@@ -93,7 +88,7 @@ def anchor_targets(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.
 def decode(prediction: Prediction, lengths: torch.Tensor) -> torch.Tensor:
     """Lengths ``[B, 2]`` from the prediction for the guess `lengths` ``[B, 2]``: the inverse of anchor_targets.
 
-    Uses the most probable anchor; among equally probable ones, the one with the smallest correction.
+    Uses the most probable anchor; of equally probable ones, the one with the smallest correction.
     """
     near = prediction.logits.float().softmax(dim=-1)[..., 1]
     boxes = prediction.boxes.float()
@@ -105,9 +100,9 @@ def decode(prediction: Prediction, lengths: torch.Tensor) -> torch.Tensor:
 def counting_loss(
     prediction: Prediction, classes: torch.Tensor, boxes: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Cross-entropy of the classes plus BOX_WEIGHT times smooth L1 of the boxes, each summed over both sides.
+    """Cross-entropy of the classes plus BOX_WEIGHT times smooth L1 of the boxes, summed over both sides.
 
-    Targets of negative anchors are the (detached) predictions: they count in the mean but have no gradient.
+    Boxes of negative anchors count in the mean but have no gradient: their targets are the detached predictions.
 
     Returns:
         the loss, and its terms for the log.
@@ -132,10 +127,7 @@ def window_frames(
     """Frame indices of the windows on both sides, int ``[B, 2, T]``; -1 outside the segment.
 
     Each window is twice as long as the guess, so that the largest anchor fits: T evenly spaced frames from
-    m - 2·length + 1 to m, and from m + 1 to m + 2·length.
-
-    Args:
-        total: number of frames of each segment, ``[B]``, or of all.
+    m - 2·length + 1 to m, and from m + 1 to m + 2·length. `total`: frames of each segment ``[B]``, or of all.
     """
     share = torch.linspace(0, 1, num_frames)
     before = moments[:, None] - (2 * lengths[:, :1] - 1) * (1 - share)
@@ -170,26 +162,16 @@ class CountingHead(nn.Module):
 
 
 class RepetitionCounter(nn.Module):
-    """The encoder on each window as a clip of T frames, and the head on the features of both.
-
-    Args:
-        encoder: normalised ``[B, 3, T, H, W]`` → pooled features ``[B, D]``.
-        width: D.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
+    """An encoder, normalised ``[B, 3, T, H, W]`` → pooled features ``[B, width]``, on both windows, and the head."""
 
     def __init__(self, encoder: nn.Module, width: int):
         super().__init__()
         self.encoder, self.head = encoder, CountingHead(2 * width)
-        for name, values in zip(("mean", "std"), channel_stats("imagenet")):
-            self.register_buffer(name, values, persistent=False)
 
     def forward(self, windows: torch.Tensor) -> Prediction:
         """uint8 ``[B, 2, T, H, W, 3]`` → Prediction."""
         clips = rearrange(windows, "b s t h w c -> (b s) c t h w")
-        features = self.encoder(normalize_clips(clips, self.mean, self.std))
+        features = self.encoder(normalize_clips(clips, *channel_stats("imagenet", clips.device)))
         return self.head(rearrange(features, "(b s) d -> b (s d)", s=2))
 
 
@@ -199,10 +181,9 @@ class RepetitionCounter(nn.Module):
 class Walks:
     """State of the iterative refinement of a batch of segments.
 
-    In each step the head corrects the lengths, and the moments move on. Training thus sees the same guesses as
-    counting: first wrong ones, then the head's own. Half of the segments start with a first guess as in counting, the
-    others near the true length. A guess without a positive anchor gives no target for the correction; it is replaced
-    by the true length times a factor drawn in advance.
+    In each step the head corrects the lengths, and the moments move on, so that training sees the same guesses as
+    counting. Half of the segments start with a first guess as in counting, the others near the true length. A guess
+    without a positive anchor has no target; it is replaced by the true length times a factor drawn in advance.
 
     Args:
         segments: (frames uint8 ``[F, H, W, 3]``, boundaries of its cycles ``[C + 1]``) of B segments.
@@ -234,7 +215,7 @@ class Walks:
         return torch.stack([take_frames(frames, i) for frames, i in zip(self.frames, index)])
 
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """anchor_targets of the current windows."""
+        """Targets of the current windows; see anchor_targets."""
         return anchor_targets(self.truth(), self.lengths)
 
     def truth(self) -> torch.Tensor:
@@ -259,9 +240,7 @@ def within(lengths: torch.Tensor, total: torch.Tensor | int) -> torch.Tensor:
 
 
 def agree(moments: torch.Tensor, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace the length of a side without a whole cycle in the segment by that of the other side.
-
-    With at least two cycles, one fits on the side with more room; its length decides for both sides.
+    """Replace the length of a side that has no whole cycle in the segment by that of the side with more room.
 
     Returns:
         lengths ``[M, 2]``, and whether each side has a whole cycle, bool ``[M, 2]``.
@@ -274,7 +253,7 @@ def agree(moments: torch.Tensor, lengths: torch.Tensor, total: int) -> tuple[tor
 
 
 def count_cycles(predict: Callable[[torch.Tensor, torch.Tensor], Prediction], total: int) -> float:
-    """The number of cycles in a segment, not rounded.
+    """Count the cycles of a segment of `total` frames, not rounded.
 
     Works from coarse to fine: the best of 30 first guesses in the middle, then more and more moments, each starting
     from the lengths of the nearest moment of the previous level. The count is the mean frequency times the duration: C
@@ -282,7 +261,6 @@ def count_cycles(predict: Callable[[torch.Tensor, torch.Tensor], Prediction], to
 
     Args:
         predict: moments int ``[M]``, lengths ``[M, 2]`` → the head's Prediction for these windows, on the CPU.
-        total: number of frames of the segment.
     """
     middle = torch.tensor([total // 2])
     guesses = within(torch.linspace(*START_SCALES)[:, None].expand(-1, 2) * total, total)

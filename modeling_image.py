@@ -1,14 +1,13 @@
-"""Image models as encoders of videos, for comparison: a video is the mean of its frames' features.
+"""Image models of open_clip and timm as video encoders, for comparison: a video is the mean of its frames' features.
 
-Any model of open_clip or timm, whose own features of an image are taken: CLIP's embedding, timm's pooled features. To
-probes and nearest neighbours a frame is a token, ``[B, T, D]``.
+Features are CLIP's embedding and timm's pooled features. To probes and nearest neighbours a frame is a token,
+``[B, T, D]``.
 """
 
 import open_clip
 import timm
 import torch
 from einops import rearrange
-from timm.layers import to_2tuple
 
 from modeling_teacher import FrameTower, check_timm_weights, find_clip_weights, load_clip, load_timm
 
@@ -16,11 +15,7 @@ LIBRARIES = ("open_clip", "timm")
 
 
 class FrameEncoder(FrameTower):
-    """A frozen image encoder on every frame.
-
-    Args:
-        tower, image_size, norm: see FrameTower; the tower gives features ``[B, D]``.
-    """
+    """Applies a frozen image encoder, frames → features ``[B, D]``, to every frame; see FrameTower."""
 
     def __init__(self, tower, image_size, norm):
         super().__init__(tower, image_size, norm)
@@ -29,7 +24,7 @@ class FrameEncoder(FrameTower):
 
     @property
     def num_heads(self) -> int:
-        """Of an attentive probe: 64 wide each, if that divides the features."""
+        """Number of heads of an attentive probe: 64 wide each if that divides the features."""
         return self.embed_dim // 64 if self.embed_dim % 64 == 0 else 1
 
     def forward_tokens(self, clips: torch.Tensor) -> torch.Tensor:
@@ -39,11 +34,11 @@ class FrameEncoder(FrameTower):
 
 
 def find_encoder(name: str, weights: str) -> tuple[str, str, str]:
-    """The library that has a model, the model's name there, and its weights.
+    """Find the library of a model; returns (library, name in it, weights).
 
     Args:
-        name: a model's name, with ``open_clip/`` or ``timm/`` before it where both have one.
-        weights: see load_clip and load_timm; empty: OpenAI's, or those that timm has for it.
+        name: name of a model, after ``open_clip/`` or ``timm/`` if both libraries have one.
+        weights: see load_clip and load_timm; empty: OpenAI's, or timm's for this model.
     Raises:
         ValueError: unknown, or ambiguous.
     """
@@ -60,16 +55,12 @@ def find_encoder(name: str, weights: str) -> tuple[str, str, str]:
 
 
 def build_encoder(name: str, weights: str = "") -> FrameEncoder:
-    """An image model as encoder, with the input that it was trained on; see find_encoder.
+    """Build an image model with the input size and statistics it was trained with; see find_encoder.
 
     Raises:
-        ValueError: as find_encoder; weights that cannot be had or do not fit.
+        ValueError: as find_encoder; weights that cannot be fetched or do not fit.
     """
     library, name, weights = find_encoder(name, weights)
     if library == "timm":
-        tower = load_timm(name, weights)
-        own = timm.data.resolve_model_data_config(tower)
-        return FrameEncoder(tower, to_2tuple(own["input_size"][-2:]), (own["mean"], own["std"]))
-    clip = load_clip(name, weights, spare=())
-    stats = open_clip.get_model_preprocess_cfg(clip)
-    return FrameEncoder(clip.visual, to_2tuple(clip.visual.image_size), (stats["mean"], stats["std"]))
+        return FrameEncoder(*load_timm(name, weights))
+    return FrameEncoder(*load_clip(name, weights, needs_projection=True))

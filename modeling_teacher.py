@@ -1,13 +1,15 @@
-"""Teachers and targets: what the student has to predict for every token of a clip.
+"""Teachers: the targets that the student predicts for the tokens of a clip.
 
-`clip`, `dino_v1` and `timm` (any backbone) describe the first frame of each tubelet with a frozen image encoder;
-`pixel` is VideoMAE's target. Each teacher maps an ImageNet-normalised clip ``[B, 3, T, H, W]`` to targets
-``[B, N, D]`` on the student's token grid, ready for the loss. The student and its loss are elsewhere.
+`clip`, `dino_v1` and `timm` (any backbone) are features of a frozen image encoder, of the first frame of each tubelet;
+`pixel` is VideoMAE's target. Each maps an ImageNet-normalised clip ``[B, 3, T, H, W]`` to normalised targets
+``[B, N, D]`` on the student's token grid.
 """
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import timm
@@ -30,27 +32,23 @@ Norm = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of RGB in [0,
 
 
 def normalize_features(features: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit (unbiased) std over the tokens of a clip, per channel. ``[B, N, D]`` → the same."""
+    """Normalise ``[B, N, D]`` to zero mean and unit (unbiased) std over the tokens of a clip, per channel."""
     features = features.float()
     std, mean = torch.std_mean(features, dim=1, keepdim=True)
     return (features - mean) / (std + EPS)
 
 
 class PixelTarget(nn.Module):
-    """VideoMAE's target: the pixels of each cube, normalised within it per colour. → ``[B, N, 2·16·16·3]``.
+    """VideoMAE's target: the pixels of each tubelet, normalised per tubelet and colour.
 
-    Layout of a target: frame, row, column, colour (p0 p1 p2 c).
+    Layout of a target of 2·16·16·3 numbers: frame, row, column, colour (p0 p1 p2 c).
     """
 
     def __init__(self, patch_size: int = 16, tubelet_size: int = 2):
         super().__init__()
         self.patch_size, self.tubelet_size = patch_size, tubelet_size
         self.out_dim = tubelet_size * patch_size**2 * 3
-        mean, std = channel_stats("imagenet")
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.mean, self.std = (nn.Buffer(values, persistent=False) for values in channel_stats("imagenet"))
 
     def compile(self, **options) -> None:
         """Do nothing: there is no network."""
@@ -65,7 +63,7 @@ class PixelTarget(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """An nn.MultiheadAttention on scaled_dot_product_attention.
+    """nn.MultiheadAttention by scaled_dot_product_attention.
 
     The original is as fast until it is compiled: then it leaves its fast path, and copies its weights for each token.
     """
@@ -76,7 +74,7 @@ class FusedAttention(nn.Module):
         self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
 
     def forward(self, x: torch.Tensor, *_: Any, attn_mask: torch.Tensor | None = None, **__: Any) -> tuple[Any, None]:
-        """Self-attention, ``[B, N, D]`` → the same, and no weights; called as the original is."""
+        """Self-attention ``[B, N, D]`` → ``[B, N, D]``, without weights; has the signature of the original."""
         B, N, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
@@ -88,28 +86,26 @@ class FrameTower(nn.Module):
     """A frozen image encoder with the size and normalisation of its input.
 
     Args:
-        tower: open_clip's or timm's image encoder.
-        image_size: (height, width) it is fed with, pixels; frames of another size are resized.
-        norm: statistics it is fed with; clips come in ImageNet-normalised, as the released models took them.
+        tower: image encoder of open_clip or timm.
+        image_size: (height, width) of its input, pixels; frames of another size are resized.
+        norm: mean and std of its input; clips are ImageNet-normalised.
     """
 
     def __init__(self, tower: nn.Module, image_size: tuple[int, int], norm: Norm):
         super().__init__()
-        # Convolutions are up to twice as fast in channels_last; for the rest it makes no difference.
+        # Convolutions are up to twice as fast in channels_last; other layers do not care.
         self.tower: Any = tower.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.image_size = image_size
         (mean, std), (to_mean, to_std) = channel_stats("imagenet"), (torch.tensor(v).view(3, 1, 1, 1) for v in norm)
-        self.scale: torch.Tensor
-        self.shift: torch.Tensor
-        self.register_buffer("scale", (std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
-        self.register_buffer("shift", ((mean - to_mean) / to_std)[..., 0], persistent=False)
+        self.scale = nn.Buffer((std / to_std)[..., 0], persistent=False)  # [3, 1, 1], of a frame
+        self.shift = nn.Buffer(((mean - to_mean) / to_std)[..., 0], persistent=False)
 
     def train(self, mode: bool = True) -> "FrameTower":
-        """It stays in eval mode."""
+        """Stay in eval mode."""
         return super().train(False)
 
     def frames(self, clips: torch.Tensor) -> torch.Tensor:
-        """ImageNet-normalised ``[B, 3, T, H, W]`` → what the encoder is fed with, ``[B·T, 3, h, w]``, fp32."""
+        """ImageNet-normalised ``[B, 3, T, H, W]`` → input of the encoder ``[B·T, 3, h, w]``, fp32."""
         frames = rearrange(clips, "b c t h w -> (b t) c h w").float() * self.scale + self.shift
         if frames.shape[-2:] == self.image_size:
             return frames
@@ -117,13 +113,13 @@ class FrameTower(nn.Module):
 
 
 class FrameTeacher(FrameTower):
-    """A frozen image encoder on the first frame of each tubelet; it computes in the precision of its weights.
+    """Applies a frozen image encoder to the first frame of each tubelet, in the precision of its weights.
 
     Args:
         tower, image_size, norm: see FrameTower.
         grid: (h, w) of the student; features on another grid are resized bilinearly.
-        tubelet_size: frames a token covers.
-        stage: which of timm's intermediate features, counted like a list index; -1 is the last.
+        tubelet_size: frames per token.
+        stage: index in timm's list of intermediate features; -1 is the last.
     """
 
     def __init__(
@@ -148,15 +144,15 @@ class FrameTeacher(FrameTower):
         self.feature_maps = torch.compile(self.feature_maps, **options)  # type: ignore[method-assign]
 
     def feature_maps(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, H, W]`` → ``[B, D, h, w]``: a stage's features, a transformer's after its final norm.
+        """Features of the stage, ``[B, 3, H, W]`` → ``[B, D, h, w]``; those of a transformer after its final norm.
 
-        No class token, no register, no projection to a joint space; later stages are not computed.
+        Without class token, registers and projection; later stages are not computed.
         """
         wanted: dict[str, Any] = {"indices": [self.stage], "stop_early": True, "intermediates_only": True}
         if isinstance(self.tower, open_clip.transformer.VisionTransformer):
             found = self.tower.forward_intermediates(frames, normalize_intermediates=True, **wanted)
             return found["image_intermediates"][0]
-        norm = not isinstance(self.tower, timm.models.Hiera)  # has none, and refuses to be asked for it
+        norm = not isinstance(self.tower, timm.models.Hiera)  # has none, and raises if asked for it
         return self.tower.forward_intermediates(frames, norm=norm, **wanted)[0]
 
     @torch.inference_mode()
@@ -165,7 +161,7 @@ class FrameTeacher(FrameTower):
         return normalize_features(self.tokens(clips))
 
     def tokens(self, clips: torch.Tensor) -> torch.Tensor:
-        """The features themselves, ``[B, 3, T, H, W]`` → ``[B, t·h·w, D]``, time first, fp32."""
+        """Features before normalisation, ``[B, 3, T, H, W]`` → ``[B, t·h·w, D]``, time first, fp32."""
         frames = self.frames(clips[:, :, :: self.tubelet_size])
         dtype = next(self.tower.parameters()).dtype
         with torch.autocast(frames.device.type, enabled=False):  # it would cast frozen weights again in every step
@@ -175,35 +171,68 @@ class FrameTeacher(FrameTower):
         return rearrange(maps, "(b t) d h w -> b (t h w) d", b=len(clips))
 
 
+class ImageModel(NamedTuple):
+    """An image encoder, the (height, width) of its input in pixels, and the statistics it was trained with."""
+
+    tower: Any
+    image_size: tuple[int, int]
+    norm: Norm
+
+
+@contextmanager
+def creating(weights: str) -> Iterator[None]:
+    """Seed the creation of a model, and turn its errors into a ValueError that names the weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # `random` is the same model in every process and after a resume
+        try:
+            yield
+        except Exception as error:  # whatever the network or a wrong file gives
+            raise ValueError(
+                f"weights {weights}: could not be fetched or loaded ({first_line(error)}); "
+                "download the weights elsewhere and give the file's path"
+            ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, and the next if that is only a heading."""
+    lines = (str(error) or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
+
+
+# open_clip ------------------------------------------------------------------------------------------------------
+
+
 def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """Image-tower weights from a local file, with bare keys (``conv1.weight``, ``transformer.resblocks…``).
+    """Read the weights of CLIP's image tower from a local file.
 
     Takes OpenAI's TorchScript archive, a state dict of the whole model (``visual.`` keys, also under ``state_dict`` and
     ``module.``), of the image tower alone, or safetensors of either. TorchScript is a program: torch.jit.load runs code
     of such an archive, so it must come from someone you trust. Nothing in the other files is run.
 
     Returns:
-        The state dict, fp32, and whether it is OpenAI's (then the tower's activation is QuickGELU).
+        The state dict, fp32, with ``visual.`` keys, and whether it is OpenAI's (its activation is QuickGELU).
     Raises:
         ValueError: not a file, unreadable, or no image tower in it.
     """
     try:
-        archive = _is_torchscript(path)
+        archive = is_torchscript(path)
         state = torch.jit.load(path, map_location="cpu").state_dict() if archive else load_state_dict(path)
         state = {key: value.float() for key, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # pickle, zip, safetensors and TorchScript each fail in their own ways
-        raise ValueError(f"weights {path}: not a weight file ({_first_line(error)})") from error
+        raise ValueError(f"weights {path}: not a weight file ({first_line(error)})") from error
     whole_model = any(key.startswith("visual.") for key in state)
-    # OpenAI's archives carry these three beside the weights; a bare tower is the form of SMILE's release.
+    # OpenAI's archives carry this number beside the weights; a bare tower is the form of SMILE's release.
     openai = archive or not whole_model or "input_resolution" in state
     if whole_model:
-        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    if not any(key in state for key in ("conv1.weight", "trunk.patch_embed.proj.weight")):
+        state = {key: value for key, value in state.items() if key.startswith("visual.")}
+    else:
+        state = {f"visual.{key}": value for key, value in state.items()}
+    if not state.keys() & {"visual.conv1.weight", "visual.trunk.patch_embed.proj.weight"}:
         raise ValueError(f"weights {path}: holds no image tower (no conv1.weight or visual.conv1.weight)")
     return state, openai
 
 
-def _is_torchscript(path: str) -> bool:
+def is_torchscript(path: str) -> bool:
     """Whether a file is a zip that holds TorchScript code, as OpenAI's downloads are."""
     if not zipfile.is_zipfile(path):
         return False
@@ -211,22 +240,8 @@ def _is_torchscript(path: str) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _load_tower(model: Any, state: dict[str, torch.Tensor], path: str, spare: tuple[str, ...]) -> None:
-    """Put image-tower weights into a whole open_clip model, its positions interpolated to the model's grid."""
-    state = {f"visual.{key}": value for key, value in state.items()}
-    try:
-        resize_pos_embed(state, model)
-        state = {key.removeprefix("visual."): value for key, value in state.items()}
-        missing, unexpected = model.visual.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"weights {path}: of another model ({str(error).splitlines()[-1].strip()})") from error
-    missing = [key for key in missing if key not in spare]
-    if missing or unexpected:
-        raise ValueError(f"weights {path}: of another model (missing {missing[:2]}, unknown {unexpected[:2]})")
-
-
 def find_clip_weights(model: str, weights: str) -> str | None:
-    """The open_clip tag that `weights` names, or None: then it is a local file, or ``random``.
+    """Return `weights` if it is an open_clip tag, or None if it is a local file or ``random``.
 
     Raises:
         ValueError: unknown model, or neither a tag nor a file.
@@ -240,123 +255,76 @@ def find_clip_weights(model: str, weights: str) -> str | None:
     return None
 
 
-def load_clip(model: str, weights: str, image_size: int | None = None, spare: tuple[str, ...] = ("proj",)) -> Any:
-    """A CLIP model of open_clip.
+def load_clip(model: str, weights: str, image_size: int | None = None, needs_projection: bool = False) -> ImageModel:
+    """Build the image tower of an open_clip model.
 
     Args:
         model: an open_clip model name, ``ViT-B-16`` in the paper.
         weights: an open_clip tag (``openai``), a local file (see read_clip_weights), or ``random``.
-        image_size: feed another size than the model's own; positions are interpolated.
-        spare: what a file may lack; a teacher has no use for the projection, and SMILE's file is without it.
+        image_size: side of the frames, if not the model's own; positions are interpolated.
+        needs_projection: reject a file without ``proj``, such as SMILE's.
     Raises:
-        ValueError: unknown model, weights that cannot be had, or weights of another model.
+        ValueError: unknown model, weights that cannot be fetched or read, or weights of another model.
     """
-    state, tag, quick_gelu = None, find_clip_weights(model, weights), weights == "openai"
+    tag, quick_gelu = find_clip_weights(model, weights), weights == "openai"
+    state: dict[str, torch.Tensor] = {}
     if not tag and weights != "random":
         state, quick_gelu = read_clip_weights(weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # `random` is the same teacher in every process and after a resume
+    with creating(weights):
+        clip: Any = open_clip.create_model(
+            model, pretrained=tag, force_quick_gelu=quick_gelu, force_image_size=image_size
+        )
+    if state:
         try:
-            clip = open_clip.create_model(
-                model, pretrained=tag, force_quick_gelu=quick_gelu, force_image_size=image_size
-            )
-        except Exception as error:  # whatever the network gives
-            raise ValueError(
-                f"weights {weights}: open_clip could not fetch it ({_first_line(error)}); "
-                "download it elsewhere and give the file's path"
-            ) from error
-    if state is not None:
-        _load_tower(clip, state, weights, spare)
-    return clip
-
-
-def build_clip(
-    model: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None
-) -> FrameTeacher:
-    """CLIP's image tower.
-
-    Args:
-        norm: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
-        others: see load_clip.
-    Raises:
-        ValueError: as load_clip, or a tower that is no vision transformer.
-    """
-    clip = load_clip(model, weights, image_size)
-    if not (hasattr(clip.visual, "trunk") or hasattr(clip.visual, "transformer")):
-        raise ValueError(f"model {model}: its image tower is no vision transformer")
-    for block in clip.visual.modules():
-        if isinstance(block, open_clip.transformer.ResidualAttentionBlock) and block.attn.batch_first:
-            block.attn = FusedAttention(block.attn)
+            resize_pos_embed(state, clip)
+            missing, unknown = clip.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"weights {weights}: of another model ({str(error).splitlines()[-1].strip()})") from error
+        needed = {f"visual.{key}" for key in clip.visual.state_dict() if key != "proj" or needs_projection}
+        if unknown or needed.intersection(missing):
+            lacking = sorted(needed.intersection(missing))
+            raise ValueError(f"weights {weights}: of another model (missing {lacking[:2]}, unknown {unknown[:2]})")
     own = open_clip.get_model_preprocess_cfg(clip)
-    stats = (NORMS | {"own": (own["mean"], own["std"])})[norm]
-    return FrameTeacher(clip.visual, to_2tuple(clip.visual.image_size), stats, grid)
+    return ImageModel(clip.visual, to_2tuple(clip.visual.image_size), (own["mean"], own["std"]))
+
+
+# timm -----------------------------------------------------------------------------------------------------------
 
 
 def check_timm_weights(model: str, weights: str) -> None:
-    """Raise if timm has no such model, or `weights` is none of ``timm``, ``random``, ``hf-hub:OWNER/NAME``, a file.
-
-    Raises:
-        ValueError: naming the parameter that is wrong.
-    """
+    """Raise ValueError if timm has no such model, or `weights` is invalid; see load_timm."""
     if not timm.is_model(model):
         raise ValueError(f"model {model}: not among timm's models; timm.list_models() names them")
     if weights not in ("timm", "random") and not weights.startswith("hf-hub:") and not Path(weights).is_file():
         raise ValueError(f"weights {weights}: no such file, and not timm, random or hf-hub:OWNER/NAME")
 
 
-def load_timm(model: str, weights: str, image_size: int | None = None) -> Any:
-    """A backbone of timm, without classifier.
+def load_timm(model: str, weights: str, image_size: int | None = None) -> ImageModel:
+    """Build a timm backbone without its classifier.
 
     Args:
         model: timm's name, with or without the tag of its weights, ``vit_small_patch14_reg4_dinov2.lvd142m``.
         weights: ``timm`` (fetched), ``hf-hub:OWNER/NAME`` (fetched), a local file, or ``random``.
-        image_size: feed another size than the model's own; positions are interpolated.
+        image_size: side of the frames, if not the model's own; positions are interpolated.
     Raises:
-        ValueError: unknown model, or weights that cannot be had or read.
+        ValueError: unknown model, or weights that cannot be fetched or read.
     """
     check_timm_weights(model, weights)
     config: Any = timm.get_pretrained_cfg(model)
-    # timm's convolutional networks take any size, its transformers have to be told.
+    # timm's convolutional networks take frames of any size, its transformers are built for one.
     size: dict[str, Any] = {"img_size": image_size} if image_size and config.fixed_input_size else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # `random` is the same teacher in every process and after a resume
-        try:
-            source = {} if weights in ("timm", "random") else _overlay(weights, config.classifier)
-            tower = timm.create_model(
-                model, pretrained=weights != "random", num_classes=0, pretrained_cfg_overlay=source, **size
-            )
-        except Exception as error:  # whatever the network or a wrong file gives
-            raise ValueError(
-                f"weights {weights}: could not be loaded ({_first_line(error)}); "
-                "download the weights elsewhere and give the file's path"
-            ) from error
+    with creating(weights):
+        source = {} if weights in ("timm", "random") else timm_source(weights, config.classifier)
+        tower = timm.create_model(
+            model, pretrained=weights != "random", num_classes=0, pretrained_cfg_overlay=source, **size
+        )
     vars(tower)["pretrained_cfg"].pop("state_dict", None)  # a second copy
-    return tower
-
-
-def build_timm(
-    model: str, weights: str, norm: str, grid: tuple[int, int], image_size: int | None = None, stage: int = -1
-) -> FrameTeacher:
-    """Any timm backbone that has a spatial map: transformers and convolutional networks.
-
-    Args:
-        norm: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
-        stage: which of its intermediate features, -1 for the last.
-        others: see load_timm.
-    Raises:
-        ValueError: as load_timm; no such stage, or no spatial map.
-    """
-    tower = load_timm(model, weights, image_size)
     own = timm.data.resolve_model_data_config(tower)
-    sides, stats = to_2tuple(image_size or own["input_size"][-2:]), (NORMS | {"own": (own["mean"], own["std"])})[norm]
-    try:
-        return FrameTeacher(tower, sides, stats, grid, stage=stage)
-    except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # what towers without a map do
-        raise ValueError(f"model {model}: gives no map of stage {stage} ({_first_line(error)})") from error
+    return ImageModel(tower, to_2tuple(image_size or own["input_size"][-2:]), (own["mean"], own["std"]))
 
 
-def _overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
-    """What makes timm load a file, or a model of the hub, and refuse it unless every tensor but the head fits."""
+def timm_source(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
+    """Config that makes timm load a file or a model of the hub, and reject it unless all tensors but the head fit."""
     if weights.startswith("hf-hub:"):
         state = timm.models.load_state_dict_from_hf(weights.removeprefix("hf-hub:"), weights_only=True)
     else:
@@ -366,10 +334,7 @@ def _overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str
     return {"state_dict": state, "num_classes": 0, "label_offset": 0}
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of a message, and the next if that is only a heading."""
-    lines = (str(error) or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
+# Teachers -------------------------------------------------------------------------------------------------------
 
 
 def build_teacher(
@@ -382,21 +347,33 @@ def build_teacher(
     stage: int = -1,
     dtype: torch.dtype = torch.float32,
 ) -> FrameTeacher:
-    """The frozen network of a target, its weights cast once to the precision it will compute in.
+    """Build the frozen network of a target, its weights cast once to the precision it computes in.
 
     Args:
-        target: ``clip`` (an open_clip model), ``dino_v1`` (a name of DINO_MODELS) or ``timm``.
-        stage: of ``timm`` alone.
-        dtype: of the weights; targets are fp32 all the same.
-        others: see build_clip and build_timm.
+        target: ``clip`` (an open_clip model), ``dino_v1`` (a name of DINO_MODELS) or ``timm`` (any backbone that has a
+            spatial map, transformer or convolutional network).
+        model, weights, image_size: see load_clip and load_timm.
+        norm: statistics of the frames: ``imagenet`` (as the released models), ``clip``, or ``own``: the model's.
+        grid: (h, w) of the student.
+        stage: which intermediate features of a `timm` model, -1 for the last; ignored by the others.
+        dtype: of the weights; targets are fp32 in any case.
     Raises:
-        ValueError: as build_clip and build_timm.
+        ValueError: as load_clip and load_timm; no such stage, no spatial map, or a CLIP without vision transformer.
     """
     if target == "clip":
-        teacher = build_clip(model, weights, norm, grid, image_size)
-    elif target == "dino_v1":
-        teacher = build_timm(DINO_MODELS[model], weights, norm, grid, image_size)
+        found = load_clip(model, weights, image_size)
+        if not (hasattr(found.tower, "trunk") or hasattr(found.tower, "transformer")):
+            raise ValueError(f"model {model}: its image tower is no vision transformer")
+        for block in found.tower.modules():
+            if isinstance(block, open_clip.transformer.ResidualAttentionBlock) and block.attn.batch_first:
+                block.attn = FusedAttention(block.attn)
     else:
-        teacher = build_timm(model, weights, norm, grid, image_size, stage)
+        found = load_timm(DINO_MODELS[model] if target == "dino_v1" else model, weights, image_size)
+    stage = stage if target == "timm" else -1
+    stats = found.norm if norm == "own" else NORMS[norm]
+    try:
+        teacher = FrameTeacher(found.tower, found.image_size, stats, grid, stage=stage)
+    except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # what towers without a map do
+        raise ValueError(f"model {model}: gives no map of stage {stage} ({first_line(error)})") from error
     teacher.tower.to(dtype)
     return teacher

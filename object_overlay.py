@@ -1,18 +1,18 @@
 """Objects that move over a clip: what is pasted, where it goes, and the pasting itself.
 
-`ObjectLibrary` finds and opens RGBA cut-outs; `key_frame_curve`, `gaussian_path` and `linear_path` draw smooth
-motion; `ObjectOverlay` puts both together, paints the frames and returns the boxes `[K, T, 4]` (x1, y1, x2, y2
-in pixels) that masking_generator.py follows. All lengths are given for 224 px (as in the paper) and scale with the
-short side of the frame. Everything drawn comes from the Generator that is passed in.
+`ObjectLibrary` opens RGBA cut-outs; `key_frame_curve`, `gaussian_path` and `linear_path` draw smooth motion;
+`ObjectOverlay` pastes the objects and returns their boxes ``[K, T, 4]`` (x1, y1, x2, y2 in pixels), which
+masking_generator.py follows. Constants are for frames of 224 pixels (as in the paper) and scale with the short side.
 """
 
 import os
 import struct
 import zlib
 from bisect import bisect
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from glob import glob
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -27,47 +27,39 @@ REFERENCE_SIZE = 224  # pixels; the frame size all constants below are given for
 SCALES = (32, 48, 56, 64, 96, 128)  # side of a box
 ASPECT_RATIOS = (0.5, 0.67, 0.75, 1.0, 1.33, 1.5, 2.0)  # width / height
 SIZE_JITTER = 0.18  # of log width and log height
-SIZE_RATE, ANGLE_RATE, SHIFT_RATE = 0.025, 6.0, 12.0  # a frame: log size, degrees, pixels
+SIZE_RATE, ANGLE_RATE, SHIFT_RATE = 0.025, 6.0, 12.0  # change per frame: log size, degrees, pixels
 PATH_POINTS, PATH_SIGMA, PATH_EXTENT = 48, 8.0, (40, 180)  # gaussian motion
-MOTION_TYPES = ("gaussian", "linear")
+CACHED_OBJECTS = 384  # images in memory: of 320 pixels a side 150 MiB
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def find_objects(objects_path: str, objects_list: str | None = None) -> list[str]:
-    """Object images ``<category>/<name>``, relative to the folder `objects_path`, sorted.
+    """Find object images ``<category>/<name>``, relative to `objects_path`, sorted.
 
     Args:
-        root: a folder, or a tar file with its index beside it (shards.py), or a folder in a tar file.
+        objects_path: a folder, or a tar file with its index beside it (shards.py), or a folder in a tar file.
         objects_list: optional text file with one such relative path a line; narrows the search to these.
     Raises:
         ValueError: no such folder, nothing found, or a listed path that leaves the folder.
     """
     try:
-        in_shard = names_below(objects_path) if split(os.path.join(objects_path, "")) else None
+        names = names_below(objects_path) if split(os.path.join(objects_path, "")) else None
     except ShardError as error:
         raise ValueError(f"objects_path {objects_path}: {error}") from error
-    if in_shard is None and not os.path.isdir(objects_path):
+    if names is None and not os.path.isdir(objects_path):
         raise ValueError(f"objects_path {objects_path}: no such folder (expected <category>/<name>.png below it)")
+    source = f"objects_list {objects_list}" if objects_list else f"objects_path {objects_path}"
     if objects_list:
         found = [line.strip() for line in Path(objects_list).read_text("utf-8-sig").splitlines() if line.strip()]
-        for name in found:
-            if os.path.isabs(name) or ".." in Path(name).parts:
-                raise ValueError(f"objects_list {objects_list}: {name!r} leaves the objects folder")
+        if outside := [name for name in found if os.path.isabs(name) or ".." in Path(name).parts]:
+            raise ValueError(f"{source}: {outside[0]!r} leaves the objects folder")
         if found and all(problem_of(os.path.join(objects_path, name)) for name in found[:100]):
-            raise ValueError(f"objects_list {objects_list}: no {found[0]} in {objects_path}, nor the other first 100")
-    elif in_shard is not None:
-        found = [name for name in in_shard if name.count("/") == 1 and name.lower().endswith(IMAGE_SUFFIXES)]
+            raise ValueError(f"{source}: no {found[0]} in {objects_path}, nor the other first 100")
     else:
-        found = [
-            f"{category.name}/{image}"
-            for category in os.scandir(objects_path)
-            if category.is_dir()
-            for image in os.listdir(category)
-            if image.lower().endswith(IMAGE_SUFFIXES)
-        ]
+        names = glob("*/*", root_dir=objects_path, include_hidden=True) if names is None else names
+        found = [name for name in names if name.count("/") == 1 and name.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
-        source = f"objects_list {objects_list}" if objects_list else f"objects_path {objects_path}"
         raise ValueError(f"{source}: no object images (expected <category>/<name>.png)")
     return sorted(found)
 
@@ -76,7 +68,7 @@ def read_image(path: str) -> np.ndarray:
     """Open an image as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``; one without alpha is opaque.
 
     Raises:
-        one of IMAGE_ERRORS: unreadable, or too large.
+        IMAGE_ERRORS: unreadable, or too large.
     """
     with opened(path) as source, Image.open(source) as file:
         image: Image.Image = file
@@ -88,12 +80,12 @@ def read_image(path: str) -> np.ndarray:
 
 
 def read_object(path: str, max_side: int) -> np.ndarray:
-    """Open an object as read_image does, shrunk to at most `max_side`.
+    """Open an object with read_image, shrunk to at most `max_side` pixels a side.
 
-    Premultiplied colour keeps what lies under transparent pixels from bleeding into the edges when it is resized.
+    Premultiplied colours keep what lies under transparent pixels from bleeding into the edges.
 
     Raises:
-        ValueError or another of IMAGE_ERRORS: unreadable, or fully transparent.
+        IMAGE_ERRORS: unreadable, or fully transparent.
     """
     pixels = read_image(path)
     if not pixels[..., 3].any():
@@ -105,72 +97,54 @@ def read_object(path: str, max_side: int) -> np.ndarray:
     return pixels
 
 
-class ObjectLibrary:
-    """Lazily loaded object images with an LRU cache.
+cached_object = lru_cache(CACHED_OBJECTS)(read_object)  # of each loader worker
 
-    Images that cannot be used are skipped, and noted in `skipped` (path → reason).
+
+class ObjectLibrary:
+    """Random objects from a list of images; those that cannot be used are skipped, and noted in `skipped`.
 
     Args:
         names: image paths relative to `root`, from find_objects.
         max_side: longest side kept in memory, pixels.
-        cache_bytes: bound of the cache; every loader worker has its own.
+    Attributes:
+        skipped: path → reason of the images that cannot be used.
     """
 
-    def __init__(self, root: str, names: list[str], max_side: int = 320, cache_bytes: int = 128 << 20):
-        self.root, self.names, self.max_side, self.cache_bytes = root, names, max_side, cache_bytes
+    def __init__(self, root: str, names: list[str], max_side: int = 320):
+        self.root, self.names, self.max_side = root, names, max_side
         self.skipped: dict[str, str] = {}
         self._reported = 0
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._cached_bytes = 0
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """A random usable object, uint8 ``[h, w, 4]`` premultiplied RGBA.
+        """Draw a usable object, uint8 ``[h, w, 4]`` premultiplied RGBA; it may be cached, so do not write to it.
 
         Raises:
             RuntimeError: 100 draws in a row were unusable.
         """
         for _ in range(100):
-            index = int(rng.integers(len(self.names)))
-            path = os.path.join(self.root, self.names[index])
+            path = os.path.join(self.root, self.names[int(rng.integers(len(self.names)))])
             if path not in self.skipped:
                 try:
-                    return self._read(index, path)
+                    return cached_object(path, self.max_side)
                 except IMAGE_ERRORS as error:
                     self.skipped[path] = str(error) or type(error).__name__
         path, reason = next(iter(self.skipped.items()))
         raise RuntimeError(f"objects_path {self.root}: 100 unusable images in a row, among them {path}: {reason}")
 
     def take_skipped(self) -> list[tuple[str, str]]:
-        """(path, reason) of the images skipped since the last call."""
+        """Return (path, reason) of the images skipped since the last call."""
         new = list(self.skipped.items())[self._reported :]
         self._reported = len(self.skipped)
         return new
 
-    def _read(self, index: int, path: str) -> np.ndarray:
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index]
-        pixels = read_object(path, self.max_side)
-        self._cache[index] = pixels
-        self._cached_bytes += pixels.nbytes
-        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return pixels
-
 
 def pick(rng: np.random.Generator, options: Sequence, probabilities: tuple[float, ...]) -> Any:
-    """One of `options`; what Generator.choice does, without its 20 microseconds of set-up."""
-    return options[bisect(_bounds(probabilities), rng.random())]
-
-
-@lru_cache
-def _bounds(probabilities: tuple[float, ...]) -> list[float]:
-    """Where in [0, 1) one option ends and the next begins."""
-    return list(accumulate(probabilities))[:-1]
+    """Draw one of `options`, like Generator.choice, but without its 20 microseconds of set-up."""
+    return options[bisect(list(accumulate(probabilities[:-1])), rng.random())]
 
 
 def key_frames(rng: np.random.Generator, num_frames: int) -> list[int]:
-    """The first frame, the last, and 0 / 1 / 2 jittered ones between (p = .5 / .3 / .2)."""
+    """Draw key frames: the first, the last, and 0 / 1 / 2 jittered ones between (p = .5 / .3 / .2)."""
     inner = pick(rng, (0, 1, 2), (0.5, 0.3, 0.2))
     spacing = (num_frames - 1) / (inner + 1)
     between = [round(spacing * (i + rng.uniform(-1 / 3, 1 / 3))) for i in range(1, inner + 1)]
@@ -180,13 +154,11 @@ def key_frames(rng: np.random.Generator, num_frames: int) -> list[int]:
 def key_frame_curve(
     rng: np.random.Generator, num_frames: int, start: np.ndarray, step: Callable[[np.ndarray, int], np.ndarray]
 ) -> np.ndarray:
-    """A quantity that changes from key frame to key frame: linearly (p .7), speeding up or slowing down (.15 each).
+    """Draw a curve ``[T, D]`` between key frames: linear (p .7), accelerating or decelerating (.15 each).
 
     Args:
         start: value at frame 0, ``[D]``.
-        step: (value at a key frame, frames to the next) → value there.
-    Returns:
-        float ``[T, D]``.
+        step: (value at a key frame, number of frames to the next one) → value at the next one.
     """
     values = np.empty((num_frames, len(start)))
     values[0] = start
@@ -211,12 +183,12 @@ def _gaussian_smoother(points: int, sigma: float) -> np.ndarray:
 def gaussian_path(
     rng: np.random.Generator, num_frames: int, size: np.ndarray, frame: tuple[int, int], unit: float = 1.0
 ) -> np.ndarray:
-    """Smoothed random points, stretched to a random extent and put somewhere in the frame.
+    """Draw smoothed random points, stretched to a random extent, somewhere in the frame.
 
     Args:
         size: (w, h) of the object's first box, pixels.
         frame: (W, H), pixels.
-        unit: frame pixels for each pixel that an object would move in a frame of 224.
+        unit: factor on distances, which are given for frames of 224 pixels.
     Returns:
         box centres, whole pixels as float, ``[T, 2]``.
     """
@@ -236,7 +208,7 @@ def gaussian_path(
 def linear_path(
     rng: np.random.Generator, num_frames: int, size: np.ndarray, frame: tuple[int, int], unit: float = 1.0
 ) -> np.ndarray:
-    """A box that starts anywhere inside the frame and drifts from key frame to key frame; see gaussian_path."""
+    """Draw box centres that start anywhere in the frame and drift between key frames; see gaussian_path."""
     low, high = size / 2, np.asarray(frame) - size / 2
 
     def drift(centre: np.ndarray, frames: int) -> np.ndarray:
@@ -246,8 +218,11 @@ def linear_path(
     return key_frame_curve(rng, num_frames, rng.uniform(low, high), drift)
 
 
+MOTION_TYPES = {"gaussian": gaussian_path, "linear": linear_path}
+
+
 def shaped_patch(rng: np.random.Generator, frames: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """A piece of the clip itself as an object: rectangle, ellipse or rhombus (.5 / .35 / .15), half of them soft.
+    """Cut a patch out of the clip: rectangle, ellipse or rhombus (p .5 / .35 / .15), half of them with soft edges.
 
     Args:
         frames: uint8 ``[T, H, W, 3]``.
@@ -273,7 +248,7 @@ def shaped_patch(rng: np.random.Generator, frames: np.ndarray, size: np.ndarray)
 def paste(
     frames: np.ndarray, sprite: np.ndarray, boxes: np.ndarray, angles: np.ndarray, opacity: np.ndarray | None = None
 ) -> None:
-    """Draw `sprite` into every frame, in place: stretched to its box, turned about its centre, cut at the edge.
+    """Paste `sprite` on every frame, in place: stretched to its box, rotated about its centre, cut at the edge.
 
     Args:
         frames: uint8 ``[T, H, W, 3]``.
@@ -298,9 +273,9 @@ def paste(
 def _placement(
     boxes: np.ndarray, angles: np.ndarray, sprite: tuple[int, int], frame: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a turned sprite lands: canvases ``[T, 4]`` within the frame, and maps ``[T, 2, 3]`` canvas → sprite.
+    """Regions of the frame that hold the rotated boxes, ``[T, 4]``, and affine maps region → sprite, ``[T, 2, 3]``.
 
-    `sprite` and `frame` are (width, height). The canvas holds the whole turned box, centred on it.
+    `sprite` and `frame` are (width, height).
     """
     size, centre = boxes[:, 2:] - boxes[:, :2], (boxes[:, 2:] + boxes[:, :2]) / 2
     cos, sin = np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))
@@ -314,43 +289,38 @@ def _placement(
     return np.concatenate([low, high], axis=1), np.concatenate([turn, shift], axis=2)
 
 
+@dataclass(eq=False)
 class ObjectOverlay:
-    """Paste moving objects on a clip.
+    """Pastes moving objects on clips.
 
     Args:
         frame: (W, H) of the clips, pixels.
-        library: where objects come from; None cuts patches out of the clip itself.
-        motion: ``gaussian`` (SMILE) or ``linear``.
-        scales: box sides at 224 px.
-        num_rois: objects a clip, K.
-        speed: factor on how far objects move and how much they turn and grow; 0: they stand still.
+        library: source of the objects; None cuts patches out of the clip itself.
+        motion: one of MOTION_TYPES; SMILE uses ``gaussian``.
+        scales: box sides at 224 pixels.
+        num_rois: objects per clip, K.
+        speed: factor on movement, rotation and growth; 0: objects stand still.
     Raises:
         ValueError: unknown motion.
     """
 
-    def __init__(
-        self,
-        frame: tuple[int, int],
-        library: ObjectLibrary | None,
-        motion: str = "gaussian",
-        scales: tuple[int, ...] = SCALES,
-        num_rois: int = 2,
-        speed: float = 1.0,
-    ):
-        if motion not in MOTION_TYPES:
-            raise ValueError(f"unknown motion_type {motion!r}, choose from {MOTION_TYPES}")
-        self.path = gaussian_path if motion == "gaussian" else linear_path
-        self.frame, self.library, self.scales = frame, library, scales
-        self.num_rois, self.speed = num_rois, speed
-        self.unit = min(frame) / REFERENCE_SIZE
+    frame: tuple[int, int]
+    library: ObjectLibrary | None
+    motion: str = "gaussian"
+    scales: tuple[int, ...] = SCALES
+    num_rois: int = 2
+    speed: float = 1.0
+
+    def __post_init__(self):
+        if self.motion not in MOTION_TYPES:
+            raise ValueError(f"unknown motion_type {self.motion!r}, choose from {tuple(MOTION_TYPES)}")
+        self.unit = min(self.frame) / REFERENCE_SIZE
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        """Draw K objects with their motion and paste them, larger ones first, **in place**.
+        """Draw K objects with their motion and paste them on frames uint8 ``[T, H, W, 3]``, **in place**.
 
-        Args:
-            frames: uint8 ``[T, H, W, 3]``.
         Returns:
-            boxes int ``[K, T, 4]``, in the order of pasting.
+            boxes int ``[K, T, 4]`` in the order of pasting, larger objects first.
         """
         tracks = [self.draw_track(rng, len(frames)) for _ in range(self.num_rois)]
         tracks.sort(key=lambda track: -np.prod(track[0][:, 2:] - track[0][:, :2], axis=1).mean())
@@ -362,7 +332,7 @@ class ObjectOverlay:
     def draw_sprite(
         self, rng: np.random.Generator, frames: np.ndarray, boxes: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """What is pasted: an object, or a patch of the clip with its opacity ``[T]`` (.8 to 1, by key frames)."""
+        """Draw an object, or a patch of the clip with its opacity ``[T]`` (a curve between .8 and 1)."""
         sizes = boxes[:, 2:] - boxes[:, :2]
         if self.library:
             return fit_sprite(self.library.draw(rng), sizes.max(axis=0)), None
@@ -371,31 +341,29 @@ class ObjectOverlay:
         return sprite, key_frame_curve(rng, len(frames), start, lambda *_: rng.uniform(0.8, 1, 1))[:, 0]
 
     def draw_track(self, rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-        """One object's boxes int ``[T, 4]`` and angles in whole degrees, int ``[T]``."""
+        """Draw one object's boxes int ``[T, 4]`` and angles in whole degrees, int ``[T]``."""
         ratio, scale = (values[rng.integers(len(values))] for values in (ASPECT_RATIOS, self.scales))
         size = scale * self.unit * np.array([ratio**0.5, ratio**-0.5])
         size = size * np.exp(rng.uniform(-SIZE_JITTER, SIZE_JITTER, 2))
         size = size.clip(1, np.array(self.frame) - 1)
 
-        def grow(value: np.ndarray, frames: int) -> np.ndarray:
-            reach = SIZE_RATE * self.speed * frames
-            return value * np.exp(rng.uniform(-reach, reach, 2))
+        def change(rate: float, frames: int, dims: int) -> np.ndarray:
+            reach = rate * self.speed * frames
+            return rng.uniform(-reach, reach, dims)
 
-        def turn(value: np.ndarray, frames: int) -> np.ndarray:
-            reach = ANGLE_RATE * self.speed * frames
-            return value + rng.uniform(-reach, reach)
-
-        centres = self.path(rng, num_frames, size, self.frame, self.unit * self.speed)
+        centres = MOTION_TYPES[self.motion](rng, num_frames, size, self.frame, self.unit * self.speed)
+        grow = lambda value, frames: value * np.exp(change(SIZE_RATE, frames, 2))
         sizes = key_frame_curve(rng, num_frames, size, grow)
+        turn = lambda value, frames: value + change(ANGLE_RATE, frames, 1)
         angles = key_frame_curve(rng, num_frames, np.zeros(1), turn)[:, 0]
         low, high = np.rint(centres - sizes / 2), np.rint(centres + sizes / 2)
         return np.concatenate([low, np.maximum(high, low + 1)], axis=1).astype(int), angles.astype(int)
 
 
 def fit_sprite(sprite: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Bring a sprite near the size of its largest box (w, h), so that a frame needs one bilinear warp and no more.
+    """Resize a sprite to less than twice its largest box (w, h), so that one bilinear warp a frame is enough.
 
-    Less than twice the box will do. A smaller side is enlarged, as the warp would smear its edge beyond the box.
+    A smaller side is enlarged, as the warp would smear its edge beyond the box.
     """
     w, h = (int(side) for side in size)
     while (wide := sprite.shape[1] >= 2 * w) | (tall := sprite.shape[0] >= 2 * h):

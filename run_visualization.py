@@ -10,6 +10,7 @@ is about to be shown. Every option of run_smile_pretraining.py is understood; wh
 import argparse
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -34,18 +35,18 @@ from weights import load_strictly, model_weights, read_checkpoint
 
 
 class Drawing(NamedTuple):
-    """What is drawn of one clip; `captions` say which of the video's frames its T are, and when they are shown."""
+    """Arguments of visualization.picture and movie for one clip."""
 
     rows: list[Row]
     captions: list[str]
     guesses: list[Guess]
 
 
-Drawer = Callable[[int], Drawing]  # of a line of the list
+Drawer = Callable[[int], Drawing]  # index in the list → its drawing
 
 
 class PretrainSample(NamedTuple):
-    """A training sample in its steps; see visualization.pretraining_rows."""
+    """A training sample; see visualization.pretraining_rows."""
 
     natural: np.ndarray
     clip: np.ndarray
@@ -70,7 +71,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", nargs="+", default=[], metavar="CHECKPOINT", help="whose work to draw")
     parser.add_argument("--output_dir", default="pictures", help="folder for the pictures (default: pictures)")
     parser.add_argument("--samples", type=int, nargs="+", default=[0], help="lines of the list, from 0 (default: 0)")
-    parser.add_argument("--movie", choices=("mp4", "gif"), default="mp4", help="kind of movie (default: mp4)")
     parser.add_argument("--fps", type=float, default=8, help="frames a second of the movie (default: 8)")
     args, words = parser.parse_known_args(argv)
     if args.fps <= 0:
@@ -81,24 +81,22 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def captions_of(clip: Clip) -> list[str]:
-    """Number of each frame of a clip, and the second at which it is shown, if it has one."""
-    return [
-        f"frame {index}" + (f", {second:.2f} s" if np.isfinite(second) else "")
-        for index, second in zip(clip.indices, clip.seconds)
-    ]
+    """Number of each frame of a clip, and its second if it has one."""
+    seconds = [f", {second:.2f} s" if np.isfinite(second) else "" for second in clip.seconds]
+    return [f"frame {index}{second}" for index, second in zip(clip.indices, seconds)]
 
 
 def normalized(clip: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 ``[T, H, W, 3]`` → what models take, float ``[1, 3, T, H, W]``."""
-    norm = (value.to(device) for value in channel_stats("imagenet"))
-    return normalize_clips(torch.from_numpy(clip).permute(3, 0, 1, 2)[None].to(device), *norm)
+    """uint8 ``[T, H, W, 3]`` → input of the models, float ``[1, 3, T, H, W]``."""
+    clips = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].to(device)
+    return normalize_clips(clips, *channel_stats("imagenet", device))
 
 
 # Pretraining ----------------------------------------------------------------------------------------------------
 
 
 def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
-    """The sample that training draws in epoch 0 for a line of the list; from the first of several views.
+    """Draw the sample of training in epoch 0, the first of several views.
 
     Raises:
         VideoError: unreadable. RunError: no usable object.
@@ -106,15 +104,14 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
     rng = sample_rng(dataset.seed, 0, index)
     found = dataset.source.read(rng, dataset.videos.path(index))
     natural, clip = np.empty((2, *dataset.source.shape), np.uint8)
-    boxes, mask = dataset.view(rng, found.frames, clip, natural)
+    dataset.source.crop(deepcopy(rng), found.frames, natural)
+    boxes, mask = dataset.view(rng, found.frames, clip)
     return PretrainSample(natural, clip, boxes, mask, captions_of(found))
 
 
 def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.device) -> tuple[VideoList, Drawer]:
-    """The list, and what draws a line of it; without a checkpoint no student."""
-    dataset = pretraining.build_dataset(run)
-    teacher = pretraining.choose_teacher(run, device)
-    student = None
+    """The list, and the function that draws its samples; without a checkpoint there is no student."""
+    dataset, teacher, student = pretraining.build_dataset(run), pretraining.choose_teacher(run, device), None
     if checkpoint:
         build = modeling_pretrain.MODELS[run.model]
         student = build(decoder_depth=run.decoder_depth, decoder_num_classes=teacher.out_dim)
@@ -125,10 +122,8 @@ def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.d
     @torch.inference_mode()
     def draw(index: int) -> Drawing:
         sample = draw_sample(dataset, index)
-        clips = normalized(sample.clip, device)
-        predictions = None
-        if student:
-            predictions = student(clips, torch.from_numpy(sample.mask)[None].to(device))[0].float().cpu().numpy()
+        clips, masks = normalized(sample.clip, device), torch.from_numpy(sample.mask)[None].to(device)
+        predictions = student(clips, masks)[0].float().cpu().numpy() if student else None
         targets = teacher(clips)[0].cpu().numpy()
         return Drawing(pretraining_rows(*sample[:4], targets, grid, predictions), sample.captions, [])
 
@@ -139,18 +134,15 @@ def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.d
 
 
 def received_attention(attention: modeling_finetune.Attention, x: torch.Tensor) -> torch.Tensor:
-    """How much attention each token receives: the mean over all heads and queries, ``[B, N, D]`` → ``[B, N]``, sum 1.
+    """Attention that each token receives, the mean over all heads and queries: ``[B, N, D]`` → ``[B, N]``, sum 1.
 
-    As the classifier averages all tokens, this is the weight with which a token's value enters that average in the
-    last block.
+    As the classifier averages all tokens, it is the weight of a token's value in that average.
     """
     B, N, D = x.shape
     bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias)])  # keys have none
     q, k = F.linear(x, attention.qkv.weight[: 2 * D], bias).view(B, N, 2, attention.num_heads, -1).unbind(2)
-    heads = [  # one at a time: N x N numbers each
-        (q[:, :, head] @ k[:, :, head].mT * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
-        for head in range(attention.num_heads)
-    ]
+    scores = (q[:, :, head] @ k[:, :, head].mT * q.shape[-1] ** -0.5 for head in range(attention.num_heads))
+    heads = [score.softmax(dim=-1).mean(dim=1) for score in scores]  # one at a time: N x N numbers each
     return torch.stack(heads).mean(dim=0)
 
 
@@ -160,18 +152,15 @@ def classify(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Class probabilities ``[C]`` of a clip ``[1, 3, T, H, W]``, and received_attention of the last block, ``[N]``."""
     last, inputs = cast(modeling_finetune.Block, model.blocks[-1]).attn, []
-    hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
+    with last.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
         probabilities = task.probabilities(model(clips).float())[0]
-    finally:
-        hook.remove()
     return probabilities.cpu().numpy(), received_attention(last, inputs[0])[0].float().cpu().numpy()
 
 
 def classifier_drawer(
     run: argparse.Namespace, checkpoint: str, num_classes: int, device: torch.device
 ) -> tuple[VideoList, Drawer]:
-    """The list (of a folder, its test.csv), and what draws a line of it: the centre clip that validation sees."""
+    """The list (of a folder, its test.csv), and the function that draws the centre clip that validation sees."""
     if not hasattr(run, "data_set"):
         raise RunError(f"{checkpoint} does not say how it was fine-tuned: it holds no arguments of the run")
     path = Path(run.data_path, "test.csv") if os.path.isdir(run.data_path) else Path(run.data_path)
@@ -203,17 +192,14 @@ def classifier_drawer(
 
 
 def run_arguments(args: argparse.Namespace, checkpoint: dict) -> argparse.Namespace:
-    """The arguments of a run: as typed, else as its checkpoint holds them, else the defaults of pretraining.
-
-    But all is computed in fp32.
-    """
+    """Arguments of a run: as typed, else from its checkpoint, else the defaults of pretraining; always fp32."""
     stored = checkpoint.get("args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else {}
     return argparse.Namespace(**args.defaults | stored | args.given | {"precision": "fp32"})
 
 
 def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> tuple[VideoList, Drawer]:
-    """What draws the work of a checkpoint; an empty `path` stands for none.
+    """The list, and the function that draws its samples for a checkpoint; an empty `path` means none.
 
     Raises:
         RunError: unreadable, of another kind, or arguments that do not go together.
@@ -234,14 +220,13 @@ def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> t
     raise RunError(f"{path} is neither a pretraining nor a fine-tuned checkpoint (probes cannot be drawn)")
 
 
-def write_drawing(args: argparse.Namespace, stem: Path, title: tuple[str, str], drawing: Drawing) -> None:
+def write_drawing(stem: str, title: tuple[str, str], drawing: Drawing, fps: float) -> None:
     """Write the picture and the movie."""
-    still, moving = stem.with_name(stem.name + ".png"), stem.with_name(f"{stem.name}.{args.movie}")
     figure, pages = picture(title, *drawing), list(movie(title, *drawing))
     with user_errors():
-        figure.savefig(still)
-        write_movie(moving, pages, args.fps)
-    logger.info("%s, %s", still, moving)
+        figure.savefig(f"{stem}.png")
+        write_movie(Path(f"{stem}.mp4"), pages, fps)
+    logger.info("%s.png, %s.mp4", stem, stem)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -267,7 +252,8 @@ def main(args: argparse.Namespace) -> int:
                 code = 1
                 continue
             title = f"{name}, sample {index}" if path else f"sample {index}"
-            write_drawing(args, Path(args.output_dir, f"{name}-{index:04d}"), (title, videos.path(index)), drawing)
+            stem = os.path.join(args.output_dir, f"{name}-{index:04d}")
+            write_drawing(stem, (title, videos.path(index)), drawing, args.fps)
     return code
 
 

@@ -1,25 +1,24 @@
-"""Files inside of tar files: ``/data/train-000001.tar/abseiling/x.mp4`` is the path of a member of a shard.
+"""Files inside tar files (shards): ``/data/train-000001.tar/abseiling/x.mp4`` is the path of a member of a shard.
 
-Members are read in place, without unpacking. Where they lie is told by the index beside a shard, ``train-000001.idx``,
-in the text format of NVIDIA DALI's wds2idx: ``v1.2 N``, then a line for each of N samples, ``mp4 OFFSET SIZE NAME cls
-OFFSET SIZE NAME``. scripts/data/index_shards.py writes it.
+Their positions are in an index beside the shard, ``train-000001.idx``, in the text format of NVIDIA DALI's wds2idx:
+``v1.2 N``, then a line for each of N samples, ``mp4 OFFSET SIZE NAME cls OFFSET SIZE NAME``, written by
+scripts/data/index_shards.py.
 """
 
 import io
 import os
 import re
 import tarfile
-from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple, cast
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 VERSION = b"v1.2"
-BUFFER = 1 << 18  # bytes read at a time
-CACHE_BYTES = 64 << 20  # of indices that are kept in memory, in each process
-HEADER = tarfile.BLOCKSIZE
+BUFFER = 1 << 18  # bytes that tools copy at a time
+KEPT_INDICES = 64  # in memory, in each process
 REMEDY = "write it with: python scripts/data/index_shards.py"
-_indices: OrderedDict[str, bytes] = OrderedDict()
 
 
 class ShardError(OSError):
@@ -35,7 +34,7 @@ class Member(NamedTuple):
 
 
 def split(path: str) -> tuple[str, str] | None:
-    """Shard and member's name of a path that runs through a tar file; None of any other path."""
+    """Split the path of a member into shard and name; None for any other path."""
     for match in re.finditer(r"\.tar/", path):
         shard = path[: match.end() - 1]
         if not os.path.isdir(shard):
@@ -44,7 +43,7 @@ def split(path: str) -> tuple[str, str] | None:
 
 
 def key_of(name: str) -> str:
-    """What members of one sample share, as WebDataset has it: the name up to the first dot after the folders."""
+    """Key that the members of one sample share, as in WebDataset: the name up to the first dot after the folders."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
@@ -53,36 +52,30 @@ def key_of(name: str) -> str:
 
 
 def index_path(shard: str) -> str:
-    """Where the index of a shard is."""
+    """Path of the index of a shard."""
     return os.path.splitext(shard)[0] + ".idx"
 
 
+@lru_cache(KEPT_INDICES)
 def read_index(shard: str) -> bytes:
-    """The index of a shard, from memory if it was asked for lately.
+    """Read the index of a shard; the latest ones are kept in memory.
 
     Raises:
         ShardError: there is none, or it has another format.
     """
-    if shard in _indices:
-        _indices.move_to_end(shard)
-        return _indices[shard]
     try:
-        with open(index_path(shard), "rb") as file:
-            text = file.read().replace(b"\r\n", b"\n")
+        text = Path(index_path(shard)).read_bytes().replace(b"\r\n", b"\n")
     except OSError as error:
         if not os.path.isfile(shard):
             raise ShardError(f"no such file: {shard}") from error
         raise ShardError(f"{shard} has no index beside it ({error.strerror}); {REMEDY} {shard}") from error
     if not text.startswith(VERSION + b" ") or not text.endswith(b"\n"):
         raise ShardError(f"{index_path(shard)}: not an index of version {VERSION.decode()}; {REMEDY} {shard}")
-    _indices[shard] = text
-    while sum(map(len, _indices.values())) > CACHE_BYTES and len(_indices) > 1:
-        _indices.popitem(last=False)
     return text
 
 
 def places(text: bytes, name: bytes) -> Iterator[tuple[int, int]]:
-    """Start and size of each member of that name, by an index."""
+    """Yield start and size of each member of that name in an index."""
     at = text.find(b" " + name)
     while at >= 0:
         end = at + 1 + len(name)
@@ -93,7 +86,7 @@ def places(text: bytes, name: bytes) -> Iterator[tuple[int, int]]:
 
 
 def members_of(shard: str) -> list[Member]:
-    """What the index of a shard names, in its order. Raises ShardError."""
+    """List the members in the index of a shard. Raises ShardError."""
     members = []
     for line in os.fsdecode(read_index(shard)).split("\n")[1:]:
         row = re.split(r"(?:^| )(\S+) (\d+) (\d+) (?=\S)", line)  # names may contain spaces
@@ -103,7 +96,7 @@ def members_of(shard: str) -> list[Member]:
 
 
 def names_below(folder: str) -> list[str]:
-    """The members of a shard, or those in a folder of it, relative to that. Raises ShardError."""
+    """List the names in a shard, or in a folder of a shard, relative to it. Raises ShardError."""
     shard, inside = split(os.path.join(folder, "")) or (folder, "")
     return [member.name.removeprefix(inside) for member in members_of(shard) if member.name.startswith(inside)]
 
@@ -112,11 +105,7 @@ def names_below(folder: str) -> list[str]:
 
 
 def find(shard: str, name: str) -> Member:
-    """A member of a shard.
-
-    Raises:
-        ShardError: none of that name, or several.
-    """
+    """Find a member of a shard by name. Raises ShardError if there is none, or several."""
     text, encoded = read_index(shard), os.fsencode(name)
     found = list(places(text, encoded)) or list(places(text, b"./" + encoded))
     if len(found) > 1:
@@ -126,94 +115,54 @@ def find(shard: str, name: str) -> Member:
     return Member(name, *found[0])
 
 
-class Window(io.RawIOBase):
-    """A part of an open file, as a file to read."""
-
-    def __init__(self, descriptor: int, start: int, size: int, name: str):
-        self.descriptor, self.start, self.size, self.at = descriptor, start, size, 0
-        self.name = name  # FFmpeg looks at its suffix
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        part = memoryview(buffer)[: max(0, self.size - self.at)]
-        count = os.preadv(self.descriptor, [part], self.start + self.at)
-        self.at += count
-        return count
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + (0, self.at, self.size)[whence]
-        return self.at
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self.descriptor)
-        super().close()
-
-
 def open_file(path: str) -> BinaryIO:
-    """Open a file, or a member of a shard, for reading.
+    """Open a file, or a member of a shard, which is read into memory.
 
     Raises:
-        OSError: no such file. ShardError, which is one: no such member, or a shard that is not as its index says.
+        OSError: no such file. ShardError, a subclass: no such member, or the shard does not match its index.
     """
     if not (parts := split(path)):
         return open(path, "rb")
-    shard, name = parts
-    member = find(shard, name)
+    shard, (name, start, size) = parts[0], find(*parts)
     try:
-        descriptor = os.open(shard, os.O_RDONLY)
+        with open(shard, "rb") as file:
+            file.seek(max(0, start - tarfile.BLOCKSIZE))
+            header, data = file.read(tarfile.BLOCKSIZE), file.read(size)
+            length = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise ShardError(f"{shard}: {error.strerror}") from error
-    window = Window(descriptor, member.start, member.size, path)
-    try:
-        check_place(descriptor, shard, member)
-    except ShardError:
-        window.close()
-        raise
-    return cast(BinaryIO, io.BufferedReader(window, BUFFER))
-
-
-def check_place(descriptor: int, shard: str, member: Member) -> None:
-    """Compare what an index says of a member with the shard's length and the header before the member.
-
-    Raises:
-        ShardError: they differ.
-    """
-    name, start, size = member
-    length = os.fstat(descriptor).st_size
     if start + size > length:
         raise ShardError(f"{shard} is cut off: {length} bytes, and the member ends at {start + size}")
-    try:
-        header = tarfile.TarInfo.frombuf(os.pread(descriptor, HEADER, start - HEADER), "utf-8", "surrogateescape")
-        plain = name.isascii() and len(name) < 100  # other names stand in a header of their own
-        fits = header.size == size and (not plain or header.name.removeprefix("./") == name)
-    except tarfile.HeaderError:
-        fits = False
-    if not fits:
+    if not is_header(header, name, size):
         raise ShardError(f"{index_path(shard)} is not the index of {shard}; {REMEDY} {shard}")
+    member: Any = io.BytesIO(data)
+    member.name = path  # FFmpeg looks at its suffix
+    return member
+
+
+def is_header(block: bytes, name: str, size: int) -> bool:
+    """Whether a block of a tar file is the header of a member."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    plain = name.isascii() and len(name) < 100  # other names are in a header of their own
+    return header.size == size and (not plain or header.name.removeprefix("./") == name)
 
 
 @contextmanager
 def opened(path: str) -> Iterator[str | BinaryIO]:
-    """What a decoder opens, in a ``with`` block: the path of a file itself, a member of a shard as an open file.
+    """Input for a decoder, in a ``with`` block: a file's path, or a member of a shard as an open file.
 
     Raises:
-        ShardError: no such member, or a shard that is not as its index says.
+        ShardError: see open_file.
     """
-    if not split(path):
-        yield path
-        return
-    with open_file(path) as file:
-        yield file
+    with open_file(path) if split(path) else nullcontext(path) as source:
+        yield source
 
 
 def problem_of(path: str) -> str:
-    """Why there is no such file, or member of a shard; '' if there is one."""
+    """Return why a file, or a member of a shard, does not exist; '' if it does."""
     parts = split(path)
     if not os.path.isfile(parts[0] if parts else path):
         return f"no such file: {parts[0]}" if parts else "no such file"
@@ -226,7 +175,7 @@ def problem_of(path: str) -> str:
 
 
 def status(path: str) -> tuple[int, int]:
-    """Bytes of a file, or member, and when it was changed, or its shard, in nanoseconds. Raises OSError."""
+    """Size in bytes, and modification time of the file or shard in nanoseconds. Raises OSError."""
     parts = split(path)
     result = os.stat(parts[0] if parts else path)
     return (find(*parts).size if parts else result.st_size), result.st_mtime_ns

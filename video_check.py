@@ -1,6 +1,6 @@
-"""What is wrong with a video before it is trained on: frames that a reader gets wrong, and why clips load slowly.
+"""Problems of a video before it is trained on: frames that a reader gets wrong, and reasons why clips load slowly.
 
-scripts/data/check_videos.py asks it of a whole list. A program asks it of some videos of its list when it starts, by
+scripts/data/check_videos.py checks a whole list. Training checks some videos of its list when it starts, by
 ``python video_check.py SIZE READER VIDEO ...`` (datasets.VideoCheck).
 """
 
@@ -19,21 +19,20 @@ from av.video.reformatter import VideoReformatter
 from shards import opened
 from video_reader import PyAVVideo, VideoError, decoded, read_clip, to_rgb
 
-# A clip begins at a random frame, and decoding at the key frame before it: with a gap of 128 frames that is 64 more on
-# average, as many as a clip of 16 frames 4 apart spans itself.
+# Decoding starts at the key frame before a clip: with a gap of 128 frames that is 64 more on average, as many as a clip
+# of 16 frames 4 apart spans itself.
 MAX_KEY_FRAME_GAP = 128
-# Decoding takes time by the pixel: at twice the side four times as long as needed.
-MAX_ENLARGEMENT = 2.0
-# Mean absolute difference (of 255) up to which two pictures count as the same. PyAV's are, to the bit; decord has
-# another version of FFmpeg, which may round colours otherwise.
+MAX_ENLARGEMENT = 2.0  # video side / clip side; at twice the side decoding takes four times as long as needed
+# Mean absolute difference (of 255) of equal frames. decord has another version of FFmpeg, which may round colours
+# differently.
 TOLERANCE = {"pyav": 0.0, "decord": 2.0}
 CHUNK = 64  # frames in memory at a time
-FIRST_FRAMES = 600  # of each video that a program looks at when it starts
-SECONDS = 8.0  # for all of them
+FIRST_FRAMES = 600  # of each video that are checked when a training starts
+SECONDS = 8.0  # for all of these videos
 
 
 def ffmpeg_frames(path: str) -> Iterator[av.VideoFrame]:
-    """The frames of a video as FFmpeg decodes them from its start; packets that do not decode are dropped."""
+    """Decode a video from its start with FFmpeg; packets that do not decode are dropped."""
     with opened(path) as source, av.open(source, "r", metadata_errors="replace") as container:
         yield from decoded(container.demux(container.streams.best("video")))
 
@@ -41,14 +40,14 @@ def ffmpeg_frames(path: str) -> Iterator[av.VideoFrame]:
 def wrong_frames(
     path: str, rng: np.random.Generator, reader: str = "pyav", places: int = 16, first: int | None = None
 ) -> str:
-    """Compare frames that a reader gives, drawn by `rng`, with those of FFmpeg's own sequence.
+    """Compare random frames of a reader with FFmpeg's own sequence.
 
     Args:
         reader: one of READERS.
         places: number of frames to compare; 0: all.
-        first: look at so many frames from the start alone.
+        first: compare only the first frames of the video.
     Returns:
-        what is wrong, in words; "" if nothing is.
+        a description of the problem; "" if there is none.
     Raises:
         VideoError: unreadable.
     """
@@ -65,33 +64,27 @@ def wrong_frames(
     read(np.array([0]))
     reach = min(totals[-1], first or totals[-1])
     numbers = np.sort(rng.choice(reach, min(places or reach, reach), replace=False))
-    reformatter = VideoReformatter()
-    sequence, wrong, number = enumerate(islice(ffmpeg_frames(path), first), 1), [], 0
+    sequence, reformatter = enumerate(islice(ffmpeg_frames(path), first)), VideoReformatter()
+    wrong, shown = [], 0
     for chunk in np.split(numbers, range(CHUNK, len(numbers), CHUNK)):
         ahead = read(chunk)
-        while ahead:
-            number, frame = next(sequence, (number, None))
-            if frame is None:
-                break
-            if number - 1 in ahead:
-                right, found = to_rgb(frame, reformatter).astype(int), ahead.pop(number - 1)
+        for number, frame in sequence:
+            shown = number + 1
+            if number in ahead:
+                right, found = to_rgb(frame, reformatter).astype(int), ahead.pop(number)
                 if right.shape != found.shape or abs(right - found).mean() > TOLERANCE[reader]:
-                    wrong.append(number - 1)
+                    wrong.append(number)
+            if not ahead:
+                break
         wrong += list(ahead)
-    shown = max([number, *(number for number, _ in sequence)])
+    shown = max([shown, *(number + 1 for number, _ in sequence)])
     if not first and shown != totals[-1]:
         return f"{totals[-1]} frames are counted, {shown} are shown"
     return f"{len(wrong)} of {len(numbers)} frames are others, such as frame {wrong[0]}" if wrong else ""
 
 
 def slow_reasons(path: str, size: int = 224) -> list[str]:
-    """Why clips of a video load slowly, in words for the user; nothing if they load fast.
-
-    Args:
-        size: side of the clips, pixels.
-    Raises:
-        VideoError: unreadable.
-    """
+    """Reasons why clips of `size` pixels a side load slowly from a video. Raises VideoError if it is unreadable."""
     with closing(PyAVVideo(path)) as video:
         width, height = video.stream.codec_context.width, video.stream.codec_context.height
         total, keys = len(video.seconds), np.flatnonzero(video.packets.key)
@@ -108,18 +101,18 @@ def slow_reasons(path: str, size: int = 224) -> list[str]:
 
 
 def main() -> None:
-    """Print what is wrong with each video on the command line, and why it is slow, a JSON object a line."""
-    signal.alarm(60)  # ends it even where the decoder hangs and nobody waits any more
+    """Print wrong_frames and slow_reasons of each video on the command line, a JSON list per line."""
+    signal.alarm(60)  # ends the process if the decoder hangs and nobody waits any more
     size, reader, end = int(sys.argv[1]), sys.argv[2], time.monotonic() + SECONDS
     for path in sys.argv[3:]:
         if time.monotonic() > end:
             break
         try:
             wrong = wrong_frames(path, np.random.default_rng(0), reader, first=FIRST_FRAMES)
-            print(json.dumps({"wrong": wrong, "slow": slow_reasons(path, size)}), flush=True)
-        except VideoError:  # for the reader to report
-            print(json.dumps({"wrong": "", "slow": []}), flush=True)
-    print("end", flush=True)
+            found = [wrong, "; ".join(slow_reasons(path, size))]
+        except VideoError:  # training reports it
+            found = ["", ""]
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

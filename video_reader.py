@@ -1,16 +1,16 @@
-"""Frames of a video by their number: the only file that knows a video decoder.
+"""Frames of a video by index; no other file knows a video decoder.
 
-Frame i is the i-th picture that FFmpeg shows when it decodes the file from its start. For most files it is found
+Frame i is the i-th frame that FFmpeg returns when it decodes the file from its start. For most files it is found
 without decoding the others: the time stamps of the packets give the order of the frames, decoding starts at the key
-frame before the wanted one, and frames that no other frame refers to are skipped. Where the time stamps cannot be
-trusted to give that order (`is_exact`), the file is decoded from its start and the frames are counted.
+frame before the wanted one, and frames that no other frame refers to are skipped. If the time stamps do not give that
+order (`is_exact`), the file is decoded from its start and the frames are counted.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
-from typing import NamedTuple, Protocol, cast
+from contextlib import ExitStack, closing, contextmanager
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -19,24 +19,24 @@ from av.video.reformatter import VideoReformatter
 from shards import ShardError, opened, split
 
 READERS = ("pyav", "decord")
-NEVER_SKIPS = ("libdav1d",)  # decoders that take skip_frame at the start alone
+NEVER_SKIPS = ("libdav1d",)  # decoders that read skip_frame only when they are opened
 MAX_REORDER = 16  # frames between decoding and display, the limit of H.264 and HEVC
 BROADCAST = ("mpegts", "mpeg")  # formats whose time stamps begin anywhere
-REPEAT_SIZE = 8  # bytes, at most, of an MPEG-4 packet that is not coded (repeats a picture, or stands for a packed one)
+REPEAT_SIZE = 8  # largest MPEG-4 packet without a coded frame (repeats a frame, or belongs to a packed one), bytes
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, IndexError, MemoryError)
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
 
 
 class VideoError(Exception):
-    """A video that cannot be used; the message is the reason, without the path."""
+    """A video cannot be used; the message is the reason, without the path."""
 
 
 class InexactError(VideoError):
-    """The packets promise a frame that the decoder does not give."""
+    """The decoder does not return a frame that the packets announce."""
 
 
 class Clip(NamedTuple):
-    """Frames of a video, their numbers, and when they are shown."""
+    """Frames of a video, their indices, and presentation times."""
 
     frames: np.ndarray  # RGB uint8 [T, H, W, 3]
     indices: np.ndarray  # int [T]
@@ -44,28 +44,12 @@ class Clip(NamedTuple):
 
 
 class Span(NamedTuple):
-    """When a temporal view of a video is shown."""
+    """Time of a temporal view of a video."""
 
     start: float  # second of its first frame
     end: float  # second of the frame that would follow its last one
-    rate: float  # frames a second of the whole video, on average; NaN of a single frame
+    rate: float  # average frames per second of the whole video; NaN for a single frame
     frames: int  # of the whole video
-
-
-class Video(Protocol):
-    """An open video: `seconds` ``[total]``, when each frame is shown, and its frames."""
-
-    seconds: np.ndarray
-
-    def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        """RGB uint8 ``[H, W, 3]`` of the frames with these numbers, which must rise.
-
-        Raises:
-            VideoError: one of them cannot be read.
-        """
-
-    def close(self) -> None:
-        """Close the file."""
 
 
 Choose = Callable[[int], np.ndarray]  # number of frames → indices [T] of the wanted ones, in any order
@@ -73,12 +57,12 @@ Change = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] → [h, w, 3]
 
 
 def read_clip(path: str, choose: Choose, reader: str = "pyav", change: Change = lambda frame: frame) -> Clip:
-    """Decode the frames that `choose` picks; one that is picked several times is decoded once.
+    """Decode the frames that `choose` picks, repeated ones once.
 
     Args:
-        choose: called with the number of frames; a second time where that turns out to be wrong.
+        choose: called with the number of frames, and called again if that turns out to be wrong.
         reader: one of READERS.
-        change: applied to each frame as it is decoded, so that only its results are in memory together.
+        change: applied to each frame as it is decoded, so that only the results are in memory together.
     Raises:
         VideoError: missing, unreadable, or without frames.
     """
@@ -91,12 +75,12 @@ def read_clip(path: str, choose: Choose, reader: str = "pyav", change: Change = 
 
 
 def read_frames(path: str, choose: Choose, reader: str = "pyav") -> np.ndarray:
-    """The frames of read_clip alone, ``[T, H, W, 3]``."""
+    """Decode frames with read_clip, and return only them, ``[T, H, W, 3]``."""
     return read_clip(path, choose, reader).frames
 
 
-def take_clip(video: Video, choose: Choose, change: Change) -> Clip:
-    """The frames of an open video that `choose` picks. Raises VideoError."""
+def take_clip(video: "PyAVVideo | DecordVideo", choose: Choose, change: Change) -> Clip:
+    """Decode the frames of an open video that `choose` picks. Raises VideoError."""
     indices = choose(len(video.seconds))
     wanted, back = np.unique(indices, return_inverse=True)
     frames = np.empty(0, np.uint8)
@@ -104,17 +88,18 @@ def take_clip(video: Video, choose: Choose, change: Change) -> Clip:
         if number == 0:
             frames = np.empty((len(wanted), *frame.shape), np.uint8)
         if frame.shape != frames.shape[1:]:
-            raise VideoError(f"the picture changes its size at frame {wanted[number]}")
+            raise VideoError(f"the frame size changes at frame {wanted[number]}")
         frames[number] = frame
     return Clip(frames if np.array_equal(wanted, indices) else frames[back], indices, video.seconds[indices])
 
 
-def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> AbstractContextManager[Video]:
-    """Open a video, a file or a member of a shard, for reading frames, in a ``with`` block.
+@contextmanager
+def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> Iterator["PyAVVideo | DecordVideo"]:
+    """Open a video, a file or a member of a shard, in a ``with`` block.
 
     Args:
         reader: one of READERS.
-        in_order: PyAV decodes and counts all frames, whatever the packets promise.
+        in_order: PyAV decodes and counts all frames, ignoring time stamps.
     Raises:
         VideoError: missing, unreadable, or without frames.
     """
@@ -122,28 +107,27 @@ def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> Abstr
         raise VideoError("is a folder; of a folder of frames, make a video first: ffmpeg -i FOLDER/%05d.jpg VIDEO.mp4")
     if not os.path.isfile(path) and not split(path):
         raise VideoError("no such file")
-    video: Video = DecordVideo(path) if reader == "decord" else PyAVVideo(path, in_order)
-    if len(video.seconds) == 0:
-        video.close()
-        raise VideoError("no frames")
-    return closing(video)
+    with closing(DecordVideo(path) if reader == "decord" else PyAVVideo(path, in_order)) as video:
+        if len(video.seconds) == 0:
+            raise VideoError("no frames")
+        yield video
 
 
 # PyAV -----------------------------------------------------------------------------------------------------------
 
 
 class Packets(NamedTuple):
-    """What the packets of a video stream say, in decoding order; P of them."""
+    """The P packets of a video stream, in decoding order."""
 
     pts: np.ndarray  # float64 [P], presentation time in ticks of the stream, NaN if unknown
-    dts: np.ndarray  # float64 [P], likewise of decoding
+    dts: np.ndarray  # float64 [P], decoding time, likewise
     key: np.ndarray  # bool [P], decoding can start there
     shown: np.ndarray  # bool [P], False outside of an edit list
-    hidden: bool  # a packet may hold no picture to show, or several
+    hidden: bool  # a packet may hold no frame to show, or several
 
 
 def holds_no_picture(codec: str, packet: av.Packet) -> bool:
-    """Whether a packet seems to hold no picture to show, by the first bits of its frame header."""
+    """Whether a packet seems to hold no frame to show, by the first bits of its header."""
     if packet.size == 0:
         return True
     if codec == "vp8":  # RFC 6386, 9.1: bit 4 is show_frame
@@ -169,16 +153,16 @@ def list_packets(container: av.container.InputContainer, stream: av.VideoStream)
 
 
 def check_whole(stream: av.VideoStream, num_packets: int) -> None:
-    """Raise a VideoError if the index of a file, where it has one, promises more packets than there are."""
+    """Raise VideoError if the index of a file, if it has one, lists more packets than there are."""
     if len(stream.index_entries) > num_packets:
         raise VideoError(f"the file is cut off: {num_packets} of {len(stream.index_entries)} frames are there")
 
 
 def is_exact(packets: Packets, has_b_frames: bool) -> bool:
-    """Whether the time stamps of the packets give the frames and their order as the decoder will.
+    """Whether the time stamps of the packets give the order of the frames.
 
-    They do not where one is missing, comes twice or falls, where the first frame is no key frame or others are shown
-    before it (a decoder drops those), or where a packet holds no picture.
+    They do not if one is missing, repeated or decreasing, if the first frame is no key frame or others are shown before
+    it (a decoder drops those), or if a packet holds no frame.
     """
     pts, dts = packets.pts, packets.dts[np.isfinite(packets.dts)]
     if packets.hidden or not len(pts) or np.isnan(pts).any() or len(np.unique(pts)) < len(pts):
@@ -190,12 +174,12 @@ def is_exact(packets: Packets, has_b_frames: bool) -> bool:
 
 
 class PyAVVideo:
-    """A video by PyAV. See Video."""
+    """A video opened by PyAV; see open_video. `seconds` ``[total]`` are the presentation times of its frames."""
 
     def __init__(self, path: str, in_order: bool = False):
         self.path, self.in_order = path, in_order
-        self.open()
         try:
+            self.open()
             if not in_order:
                 self.packets = list_packets(self.container, self.stream)
                 delayed = bool(self.stream.codec_context.has_b_frames)
@@ -206,36 +190,30 @@ class PyAVVideo:
                 places = np.flatnonzero(self.packets.shown)
                 self.order = places[np.argsort(self.packets.pts[places], kind="stable")]  # [total], as they are shown
                 self.seconds = self.packets.pts[self.order] * float(self.stream.time_base or 0) - self.start
-        except DECODER_ERRORS as error:
+        except (VideoError, *DECODER_ERRORS) as error:
             self.close()
             raise VideoError(decoder_reason(error, path)) from error
 
     def open(self) -> None:
-        """Open the file, at its start. Raises VideoError."""
+        """Open the file at its start. Raises VideoError or one of DECODER_ERRORS."""
         self.opened = ExitStack()
-        try:
-            source = self.opened.enter_context(opened(self.path))
-            self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
-        except DECODER_ERRORS as error:
-            self.close()
-            raise VideoError(decoder_reason(error, self.path)) from error
-        stream, problem = self.container.streams.best("video"), ""
+        source = self.opened.enter_context(opened(self.path))
+        self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
+        stream = self.container.streams.best("video")
         if not isinstance(stream, av.VideoStream):
-            problem = "no video stream"
-        elif stream.codec_context is None:
-            problem = "FFmpeg has no decoder for this format"
-        elif self.container.format.name.endswith("_pipe"):
-            problem = "an image, not a video"
-        if problem:
-            self.close()
-            raise VideoError(problem)
-        self.stream = cast(av.VideoStream, stream)
+            raise VideoError("no video stream")
+        if stream.codec_context is None:
+            raise VideoError("FFmpeg has no decoder for this format")
+        if self.container.format.name.endswith("_pipe"):
+            raise VideoError("an image, not a video")
+        self.stream = stream
         self.stream.codec_context.thread_count = 1
         # Streams of broadcasting begin at any time; in other files time stamps count from the start.
         any_start = self.container.format.name in BROADCAST
         self.start = (self.container.start_time or 0) / av.time_base if any_start else 0.0
 
     def close(self) -> None:
+        """Close the file."""
         self.opened.close()
 
     def reopen(self) -> None:
@@ -244,10 +222,10 @@ class PyAVVideo:
         self.open()
 
     def order_is_shown(self, delayed: bool) -> bool:
-        """Whether the decoder shows the first frames in the order of their time stamps.
+        """Whether the decoder returns the first frames in the order of their time stamps.
 
-        Looked at only where the decoder delays frames although the stamps rise from packet to packet: some programs
-        write such stamps for frames that are out of order.
+        Only checked if the decoder delays frames although the stamps increase from packet to packet: some programs
+        write such stamps for reordered frames.
         """
         if not delayed or (np.diff(self.packets.pts) < 0).any():
             return True
@@ -256,7 +234,7 @@ class PyAVVideo:
         return bool((np.diff([frame.pts or 0 for frame in decoded(first)]) > 0).all())
 
     def count_frames(self) -> np.ndarray:
-        """Decode everything; the second at which each frame is shown, ``[total]``."""
+        """Decode all frames to count them; returns their presentation times ``[total]``."""
         self.reopen()
         times = [frame.time for frame in decoded(self.container.demux(self.stream))]
         if None not in times and (np.diff(times) > 0).all():
@@ -265,9 +243,13 @@ class PyAVVideo:
         return np.arange(len(times)) / rate if rate else np.full(len(times), np.nan)
 
     def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        """See Video."""
+        """Yield the frames with these increasing indices, RGB uint8 ``[H, W, 3]``.
+
+        Raises:
+            VideoError: one of them cannot be read.
+        """
         reason, done, reformatter = "", 0, VideoReformatter()
-        for skip in (True, False):
+        for skip in (False,) if self.in_order else (True, False):
             pictures = self.counted(wanted) if self.in_order else self.sought(wanted[done:], skip)
             try:
                 for picture in pictures:
@@ -279,36 +261,32 @@ class PyAVVideo:
                 reason = str(error)
             if done == len(wanted):
                 return
-            if self.in_order:
-                break
         raise InexactError(reason or f"{len(wanted) - done} of {len(wanted)} frames do not decode")
 
     def counted(self, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
-        """The wanted frames, by counting from the start."""
+        """Yield the wanted frames, counting from the start."""
         self.reopen()
-        ahead = iter(wanted)
-        next_one = next(ahead, None)
+        chosen, last = set(wanted.tolist()), wanted[-1]
         for number, frame in enumerate(decoded(self.container.demux(self.stream))):
-            if number == next_one:
+            if number in chosen:
                 yield frame
-                next_one = next(ahead, None)
-            if next_one is None:
+            if number >= last:
                 return
 
     def needed(self, places: np.ndarray) -> np.ndarray:
-        """Which packets have to be decoded for those at `places`, bool ``[P]``: from the key frames before them."""
+        """Packets to decode for those at `places`, bool ``[P]``: from the key frames before them on."""
         pts = self.packets.pts
         keys = np.flatnonzero(self.packets.key)
         decode = np.zeros(len(pts) + 1, int)
         key = np.searchsorted(keys, places, side="right") - 1
-        while (late := pts[keys[key]] > pts[places]).any():  # shown before its key frame: refers to frames before that
+        while (late := pts[keys[key]] > pts[places]).any():  # shown before its key frame: refers to earlier frames
             key = key - late
         np.add.at(decode, keys[key], 1)
         np.add.at(decode, places + 1, -1)
         return np.cumsum(decode)[:-1] > 0
 
     def packets_from(self, place: int) -> Iterator[tuple[int, av.Packet]]:
-        """The packets from a key frame on, with their places."""
+        """Yield the packets from a key frame on, with their places."""
         where = {pts: number for number, pts in enumerate(self.packets.pts.tolist())}
         self.container.seek(int(self.packets.pts[place]), stream=self.stream)
         for again in (False, True):
@@ -326,40 +304,41 @@ class PyAVVideo:
                 return
 
     def sought(self, wanted: np.ndarray, skip: bool) -> Iterator[av.VideoFrame]:
-        """The wanted frames: with `skip` decoding no more than these need, else everything from the start on."""
+        """Yield the wanted frames; without `skip` all frames from the start are decoded, not only those needed."""
         places = self.order[wanted]
-        decode = self.needed(places) if skip else np.arange(len(self.packets.pts)) <= places.max()
+        stamps, done = self.packets.pts[places], 0
+        for frame in self.decode(places, skip):
+            if frame.pts == stamps[done]:
+                yield frame
+                done += 1
+                if done == len(stamps):
+                    return
+            elif frame.pts is None or frame.pts > stamps[done]:
+                raise InexactError("frames come in another order than their time stamps")
+
+    def decode(self, places: np.ndarray, skip: bool) -> Iterator[av.VideoFrame]:
+        """Decode the packets at `places` and those they depend on; see sought."""
+        needed = self.needed(places) if skip else np.arange(len(self.packets.pts)) <= places.max()
+        first, last = np.flatnonzero(needed)[[0, -1]]
         skip &= self.stream.codec_context.name not in NEVER_SKIPS
-        full, ahead = set(places.tolist()), iter(self.packets.pts[places])
-        next_one = next(ahead, None)
-        last, running = int(np.flatnonzero(decode)[-1]), False
-
-        def wanted_of(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-            nonlocal next_one
-            for frame in frames:
-                if next_one is not None and frame.pts == next_one:
-                    yield frame
-                    next_one = next(ahead, None)
-                elif next_one is not None and (frame.pts is None or frame.pts > next_one):
-                    raise InexactError("frames come in another order than their time stamps")
-
-        for place, packet in self.packets_from(int(np.flatnonzero(decode)[0])):
+        full, running = set(places.tolist()), False
+        for place, packet in self.packets_from(first):
             context = self.stream.codec_context
-            if running and (not decode[place] or place > last):
-                yield from wanted_of(context.decode(None))
+            if running and not needed[place]:
+                yield from context.decode(None)
                 context.flush_buffers()
-            running = bool(decode[place]) and place <= last
-            if next_one is None or place > last:
+            running = bool(needed[place])
+            if place > last:
                 return
             if running:
                 context.skip_frame = "NONREF" if skip and place not in full else "DEFAULT"
-                yield from wanted_of(context.decode(packet))
+                yield from context.decode(packet)
         if running:
-            yield from wanted_of(self.stream.codec_context.decode(None))
+            yield from self.stream.codec_context.decode(None)
 
 
 def decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
-    """The frames of a stream's packets in the order in which FFmpeg shows them, without packets that do not decode."""
+    """Yield the frames of packets in FFmpeg's order; packets that do not decode are dropped."""
     for packet in packets:
         try:
             yield from packet.decode()
@@ -368,15 +347,15 @@ def decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """RGB uint8 ``[H, W, 3]``, upright; one `reformatter` for all frames of a video, as a new one takes time."""
+    """Convert to RGB uint8 ``[H, W, 3]``, upright; use one `reformatter` per video, as a new one takes time."""
     picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
 
 def decoder_reason(error: Exception, path: str) -> str:
-    """A decoder's error in one line that is the same every time: without clock times, places in its source, path."""
-    if isinstance(error, ShardError):
+    """Reduce a decoder's error to one reproducible line, without clock times, source lines and the path."""
+    if isinstance(error, (ShardError, VideoError)):
         return str(error)
     line = getattr(error, "strerror", None) or next((line for line in str(error).splitlines() if line.strip()), "")
     for code, meaning in DECORD_CODES.items():
@@ -389,10 +368,10 @@ def decoder_reason(error: Exception, path: str) -> str:
 
 
 class DecordVideo:
-    """A video by decord, as the released code reads it. See Video."""
+    """A video opened by decord, as the released code reads it; like PyAVVideo."""
 
     def __init__(self, path: str):
-        # Not at the top: its FFmpeg and C++ libraries must come after those of torch and PyAV.
+        # Imported here: its FFmpeg and C++ libraries must be loaded after those of torch and PyAV.
         import decord
 
         self.path = path
@@ -407,10 +386,11 @@ class DecordVideo:
             raise VideoError(decoder_reason(error, path)) from error
 
     def close(self) -> None:
+        """Close the file."""
         del self.reader
 
     def frames(self, wanted: np.ndarray, chunk: int = 64) -> Iterator[np.ndarray]:
-        """See Video; `chunk` frames are in memory at a time."""
+        """See PyAVVideo.frames; `chunk` frames are in memory at a time."""
         for start in range(0, len(wanted), chunk):
             try:
                 yield from self.reader.get_batch(wanted[start : start + chunk]).asnumpy()

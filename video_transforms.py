@@ -1,6 +1,6 @@
-"""A clip before objects come: frames read or made, and pretraining's crop of them.
+"""Base clips of pretraining, before objects are pasted: sampling of frames, sources other than videos, and the crop.
 
-Clips are uint8 ``[T, H, W, 3]`` until they are on the device; the same crop holds for every frame of a clip.
+Clips are uint8 ``[T, H, W, 3]``; all frames of a clip are cropped alike.
 """
 
 from dataclasses import dataclass
@@ -14,29 +14,29 @@ from object_overlay import IMAGE_ERRORS, read_image
 from video_reader import Clip, VideoError, read_clip
 
 BACKGROUNDS = ("video", "black", "noise", "image", "frame")
-IMAGE_SHARE = 8 / 7  # short side that larger images are shrunk to, of the clip's: 256 pixels of 224
+IMAGE_SHARE = 8 / 7  # images are shrunk to this short side, relative to the clip's: 256 pixels for clips of 224
 CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale crop)
 
 
-# Pretraining's clips --------------------------------------------------------------------------------------------
+# Sampling and crop ----------------------------------------------------------------------------------------------
 
 
 def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stride: int) -> np.ndarray:
-    """`num_frames` frames `stride` apart from a random start; a shorter video repeats its last reachable frame."""
+    """Frames ``[T]``, `stride` apart from a random start; a shorter video repeats its last reachable frame."""
     start = rng.integers(0, max(total - num_frames * stride, 0) + 1)
     last = (total - 1 - start) // stride
     return start + stride * np.minimum(np.arange(num_frames), last)
 
 
 def resize(frames: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Bilinear, antialiased when shrinking, uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``, which may be given.
+    """Resize bilinearly, antialiased when shrinking: uint8 ``[T, H, W, 3]`` → ``[T, height, width, 3]``, into `out`.
 
-    Frame by frame, so that one and its intermediate result stay in the processor's cache.
+    Works frame by frame, so that a frame and its intermediate result stay in the processor's cache.
     """
     out = np.empty((len(frames), height, width, 3), np.uint8) if out is None else out
     grows = height >= frames.shape[1] and width >= frames.shape[2]
     for frame, resized in zip(frames, out):
-        if grows:  # nothing to smooth, which makes both the same and OpenCV's the faster one
+        if grows:  # without antialiasing both give the same, and OpenCV is faster
             cv2.resize(frame, (width, height), dst=resized, interpolation=cv2.INTER_LINEAR)
         else:
             image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
@@ -48,10 +48,10 @@ def resize(frames: np.ndarray, height: int, width: int, out: np.ndarray | None =
 def multi_scale_box(
     rng: np.random.Generator, frame: tuple[int, int], size: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """A crop box (x, y, width, height) for pretraining.
+    """Draw a crop box (x, y, width, height).
 
     Sides are drawn from CROP_SCALES times the short side, width and height at most one scale apart; a side within
-    3 px of the output is the output's. The position is one of 13: corners, centre, edge midpoints, quarter points.
+    3 px of the output's is set to it. The position is one of 13: corners, centre, edge midpoints, quarter points.
 
     Args:
         frame: (width, height) of the video.
@@ -67,15 +67,7 @@ def multi_scale_box(
     return i * ((frame[0] - w) // 4), j * ((frame[1] - h) // 4), w, h
 
 
-def multi_scale_crop(
-    rng: np.random.Generator, frames: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None
-) -> np.ndarray:
-    """Crop a random multi_scale_box and resize it to `size` (width, height), into `out` or a new array."""
-    x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], size)
-    return resize(frames[:, y : y + h, x : x + w], size[1], size[0], out)
-
-
-# Backgrounds: what objects move over ------------------------------------------------------------------------------
+# Sources of clips -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -84,10 +76,10 @@ class ClipSource:
 
     Args:
         size: (width, height) of the clips, pixels.
-        stride: of video, frames from one to the next.
+        stride: frames of a video from one to the next frame of a clip.
         kind: one of BACKGROUNDS: a window of a video, black, uniform noise, an image, one frame of a video.
-        pan: how far an image or frame moves in the course of a clip, a share of its short side.
-        reader: of videos, one of READERS.
+        pan: distance that an image or frame moves in a clip, relative to its short side.
+        reader: one of READERS.
     """
 
     size: tuple[int, int]
@@ -98,11 +90,7 @@ class ClipSource:
     reader: str = "pyav"
 
     def read(self, rng: np.random.Generator, path: str) -> Clip:
-        """T frames of any size; of black and noise nothing is read.
-
-        Raises:
-            VideoError: unreadable.
-        """
+        """Read T frames of any size; for black and noise nothing is read. Raises VideoError if unreadable."""
         if self.kind == "video":
             choose = lambda total: pretrain_indices(rng, total, self.num_frames, self.stride)
             return read_clip(path, choose, self.reader)
@@ -116,23 +104,20 @@ class ClipSource:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a clip: T, H, W, 3."""
+        """Shape (T, H, W, 3) of a clip."""
         return self.num_frames, *self.size[::-1], 3
 
     def crop(self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray) -> None:
-        """Write a clip of those frames to `clip`, uint8 ``[T, H, W, 3]``."""
+        """Crop a multi_scale_box of frames, into `clip` uint8 ``[T, H, W, 3]``; noise is drawn instead."""
         if self.kind == "noise":
-            clip[:] = rng.integers(0, 256, clip.shape[1:], np.uint8)  # not resized: that would smooth it
-        else:
-            multi_scale_crop(rng, frames, self.size, clip)
+            clip[:] = rng.integers(0, 256, clip.shape[1:], np.uint8)  # not resized, as that would smooth it
+            return
+        x, y, w, h = multi_scale_box(rng, frames.shape[2:0:-1], self.size)
+        resize(frames[:, y : y + h, x : x + w], *self.size[::-1], clip)
 
 
 def read_picture(path: str, side: int) -> np.ndarray:
-    """An image, uint8 ``[H, W, 3]``, shrunk if its short side has more than `side` pixels.
-
-    Raises:
-        VideoError: unreadable.
-    """
+    """Read an image, uint8 ``[H, W, 3]``, shrunk to a short side of at most `side`. Raises VideoError if unreadable."""
     try:
         picture = np.ascontiguousarray(read_image(path)[..., :3])
     except IMAGE_ERRORS as error:
@@ -143,10 +128,10 @@ def read_picture(path: str, side: int) -> np.ndarray:
 
 
 def glide(rng: np.random.Generator, picture: np.ndarray, num_frames: int, share: float) -> np.ndarray:
-    """A window that moves over a picture, evenly and in a random direction, by `share` of its short side in all.
+    """Move a window over a picture at constant speed in a random direction, by `share` of its short side in all.
 
     Returns:
-        uint8 ``[T, h, w, 3]``, as large as there is room for in ``[H, W, 3]``: all of it if `share` is 0.
+        uint8 ``[T, h, w, 3]``, the largest windows that fit in ``[H, W, 3]``: the whole picture if `share` is 0.
     """
     angle = rng.uniform(0, 2 * np.pi)
     reach = share * min(picture.shape[:2]) * np.array([np.sin(angle), np.cos(angle)])  # down, right

@@ -1,6 +1,6 @@
-"""Fine-tuning's augmentation of whole clips, and the crops of a test, uint8 ``[T, H, W, 3]`` in and out.
+"""Augmentation of clips for fine-tuning, and the crops of a test; clips are uint8 ``[T, H, W, 3]``.
 
-What happens to batches on the device (erasing, Mixup) is in engine_for_finetuning.py.
+Augmentation of batches on the device (erasing, Mixup) is in engine_for_finetuning.py.
 """
 
 import random
@@ -20,12 +20,10 @@ def random_resized_box(
     area: tuple[float, float] = (0.25, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """A crop box (x, y, width, height) for fine-tuning, of a random share of the area and a log-uniform aspect ratio.
+    """Draw a crop box (x, y, width, height) in `frame` (width, height), as torchvision's RandomResizedCrop.
 
-    After ten draws that do not fit, the largest centred box within `ratio` (Inception's crop, as in torchvision).
-
-    Args:
-        frame: (width, height) of the video.
+    Its share of the area is uniform in `area`, its aspect ratio log-uniform in `ratio`; after ten draws that do not
+    fit, it is the largest centred box within `ratio`.
     """
     width, height = frame
     for _ in range(10):
@@ -39,15 +37,16 @@ def random_resized_box(
 
 
 class TrainAugmentation:
-    """Fine-tuning's augmentation of a clip: RandAugment, random resized crop, flip. Erasing and Mixup come later.
+    """RandAugment, random resized crop, flip.
 
     Args:
         size: side of the output, pixels.
-        auto_augment: timm's RandAugment policy; empty for none.
-        flip: whether the data set may be mirrored (not SSv2: left and right are labels there).
+        auto_augment: RandAugment policy of timm; empty for none.
+        flip: flip with p = .5 (not on SSv2, where left and right are labels).
+        interpolation: of RandAugment's geometric operations.
         min_area: smallest share of the frame's area that a crop keeps.
     Raises:
-        ValueError: a policy that timm does not know, or a share that is none.
+        ValueError: a policy that timm does not know, or an invalid share.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class TrainAugmentation:
         return frames
 
     def same_for_all(self, seed: int, frames: np.ndarray) -> np.ndarray:
-        """RandAugment with one draw for all frames: timm draws from the global generators, so each frame seeds them."""
+        """RandAugment with one draw for all frames; timm draws from the global generators, so each frame seeds them."""
         out = []
         for frame in frames:
             random.seed(seed)
@@ -89,7 +88,7 @@ class TrainAugmentation:
 
 
 def short_side_resize(frames: np.ndarray, side: int) -> np.ndarray:
-    """Resize so that the short side is `side`, uint8 ``[T, H, W, 3]``."""
+    """Resize the short side of frames uint8 ``[T, H, W, 3]`` to `side`."""
     height, width = frames.shape[1:3]
     if height < width:
         return resize(frames, side, int(width * side / height))
@@ -97,10 +96,10 @@ def short_side_resize(frames: np.ndarray, side: int) -> np.ndarray:
 
 
 def long_side_crop(frames: np.ndarray, side: int, crop: int, crops: int) -> np.ndarray:
-    """Square number `crop` of `crops`, spread evenly along the long side; a single one is the centre.
+    """Crop square number `crop` of `crops`, spaced evenly along the long side; a single one is the centre.
 
     Args:
-        frames: uint8 ``[T, H, W, 3]``; across the short side the crop is central.
+        frames: uint8 ``[T, H, W, 3]``; along the short side the crop is central.
     """
     height, width = frames.shape[1:3]
     spare = max(height, width) - side

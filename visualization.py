@@ -1,8 +1,8 @@
-"""Pictures and movies of a clip and of the values of its tokens.
+"""Pictures and movies of a clip and of the values of its tokens; run_visualization.py computes the arrays.
 
 A `Row` is one quantity over the time of a clip. `picture` draws rows below each other, one column for each time step;
-`movie` draws them side by side and plays them. run_visualization.py computes the arrays. Shapes: T frames of H x W
-pixels, a token grid (t, h, w) with N = t·h·w tokens, K objects, D features.
+`movie` draws them side by side and plays them. Shapes: T frames of H x W pixels, a token grid (t, h, w) with N = t·h·w
+tokens, K objects, D features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
-from PIL import Image
 
 BOX_COLOURS = ((255, 255, 0), (0, 255, 255), (255, 0, 255), (0, 255, 0))
 HIDDEN, UNKNOWN = 40, 217  # grey of hidden pixels, and of tokens without a value
@@ -28,7 +27,7 @@ MAX_COLUMNS = 8
 
 
 class Scale(NamedTuple):
-    """Numbers from `low` to `high` as colours; `label` stands beside the colour bar."""
+    """Range of a colour map, and the label of its colour bar."""
 
     low: float
     high: float
@@ -36,13 +35,10 @@ class Scale(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One quantity over time.
-
-    `images` is uint8 ``[n, h, w, 3]``, or float ``[n, h, w]`` drawn by `scale`, where NaN is grey.
-    """
+    """One quantity over time."""
 
     title: str
-    images: np.ndarray
+    images: np.ndarray  # uint8 [n, h, w, 3], or float [n, h, w] drawn by `scale`, where NaN is grey
     scale: Scale | None = None
 
 
@@ -58,10 +54,10 @@ class Guess(NamedTuple):
 
 
 class FeatureColours:
-    """Colours of features: their first three principal components as red, green and blue.
+    """Maps features to colours: the first three principal components of `features` as red, green and blue.
 
-    The components and their ranges (percentiles 2 to 98, stretched to full colour) are those of the features given
-    here, so that features drawn later have comparable colours.
+    Components and their ranges (percentiles 2 to 98, stretched to full colour) stay fixed, so that features drawn later
+    have comparable colours.
 
     Args:
         features: float ``[N, D]``, N and D at least 3, of one clip.
@@ -84,7 +80,7 @@ class FeatureColours:
 
 
 def draw_boxes(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """A copy of frames uint8 ``[T, H, W, 3]`` with the outlines of boxes ``[K, T, 4]`` (x1, y1, x2, y2)."""
+    """Draw the outlines of boxes ``[K, T, 4]`` (x1, y1, x2, y2) on a copy of frames uint8 ``[T, H, W, 3]``."""
     frames = frames.copy()
     width = max(1, round(frames.shape[2] / 112))
     for track, colour in zip(boxes, cycle(BOX_COLOURS)):
@@ -94,7 +90,7 @@ def draw_boxes(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def hide_tokens(frames: np.ndarray, mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
-    """A copy of frames uint8 ``[T, H, W, 3]``, dark where the mask bool ``[N]`` is True."""
+    """Darken frames uint8 ``[T, H, W, 3]`` where the mask bool ``[N]`` is True; returns a copy."""
     hidden = mask.reshape(grid)
     for axis, size in enumerate(frames.shape[:3]):
         hidden = hidden.repeat(size // grid[axis], axis=axis)
@@ -138,10 +134,9 @@ def pretraining_rows(
 
 
 def attention_rows(frames: np.ndarray, attention: np.ndarray, grid: tuple[int, int, int]) -> list[Row]:
-    """Rows of a fine-tuned model: clip, and the attention that each token receives.
+    """Rows of a fine-tuned model: frames uint8 ``[T, H, W, 3]``, and the attention that each token receives.
 
     Args:
-        frames: uint8 ``[T, H, W, 3]``.
         attention: share of each token, ``[N]``, sum 1.
     """
     share = attention.reshape(grid) * attention.size  # 1: the share of uniform attention
@@ -150,32 +145,26 @@ def attention_rows(frames: np.ndarray, attention: np.ndarray, grid: tuple[int, i
     light = np.stack([cv2.resize(image, frames.shape[2:0:-1]) for image in light])  # bilinear
     lit = np.rint(frames * light[..., None]).astype(np.uint8)
     scale = Scale(0.0, top, "share of attention\n1: uniform attention")
-    return [
-        Row("clip", frames),
-        Row("lit by the\nattention received", lit),
-        Row("attention received\nlast block, all heads", share, scale),
-    ]
+    rows = [Row("clip", frames), Row("lit by the\nattention received", lit)]
+    return [*rows, Row("attention received\nlast block, all heads", share, scale)]
 
 
 # Figures --------------------------------------------------------------------------------------------------------
 
 
 def shorten(name: str, room: int = 24) -> str:
-    """A name of at most `room` letters, cut in the middle: long class names often begin alike."""
+    """Cut a name to at most `room` letters, in the middle, as long class names often begin alike."""
     return name if len(name) <= room else f"{name[: room // 2 - 1]}…{name[-(room - room // 2) :]}"
 
 
 def draw_guesses(axes: Axes, guesses: Sequence[Guess]) -> None:
-    """Bars of probabilities; the class in the list is green."""
-    bars = axes.barh(
-        range(len(guesses)),
-        [guess.probability for guess in guesses],
-        color=["#2a9d4e" if guess.right else "#8fa3b8" for guess in guesses],
-    )
-    axes.bar_label(bars, [f"{guess.probability:.1%}" for guess in guesses], padding=3)
+    """Draw probabilities as bars; the class in the list is green."""
+    names, probabilities, right = zip(*guesses)
+    bars = axes.barh(range(len(names)), probabilities, color=["#2a9d4e" if yes else "#8fa3b8" for yes in right])
+    axes.bar_label(bars, fmt="{:.1%}", padding=3)
     axes.set(xlim=(0, 1.1), xticks=[])
     axes.set_title("most likely classes (green: the label in the list)", loc="left")
-    axes.set_yticks(range(len(guesses)), [shorten(guess.name) for guess in guesses], parse_math=False)
+    axes.set_yticks(range(len(names)), map(shorten, names), parse_math=False)
     axes.invert_yaxis()
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
@@ -183,7 +172,7 @@ def draw_guesses(axes: Axes, guesses: Sequence[Guess]) -> None:
 def new_figure(
     title: tuple[str, str], grid: tuple[int, int], cell: tuple[float, float], guesses: Sequence[Guess]
 ) -> tuple[Figure, Figure | SubFigure, np.ndarray]:
-    """A figure with a grid (lines, columns) of cells (width, height in inches), and bars of guesses below them.
+    """Make a figure with a grid (lines, columns) of cells (width, height in inches), and bars of guesses below.
 
     Returns:
         the figure, the part of it that holds the cells, and their axes ``[lines, columns]``.
@@ -212,7 +201,7 @@ def show(axes: Axes, row: Row, index: int) -> AxesImage:
 def picture(
     title: tuple[str, str], rows: Sequence[Row], captions: Sequence[str], guesses: Sequence[Guess] = ()
 ) -> Figure:
-    """Rows below each other, a column for each of at most MAX_COLUMNS time steps.
+    """Draw rows below each other, with a column for each of at most MAX_COLUMNS time steps.
 
     Args:
         title: a bold line and a small one.
@@ -228,18 +217,11 @@ def picture(
         images = [show(axes, row, step * len(row.images) // steps) for axes, step in zip(line, chosen)]
         if row.scale:
             part.colorbar(images[0], ax=list(line), label=row.scale.label, extend="max", panchor=False)
-    fix_layout(figure)
     return figure
 
 
-def fix_layout(figure: Figure) -> None:
-    """Lay a figure out once, so that drawing it again moves nothing."""
-    figure.canvas.draw()
-    figure.set_layout_engine("none")
-
-
 def pixels(figure: Figure) -> np.ndarray:
-    """A drawn figure, RGB uint8 ``[height, width, 3]``; both even, as video encoders need."""
+    """Render a figure, RGB uint8 ``[height, width, 3]``, both sides even, as video encoders need."""
     figure.canvas.draw()
     page = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
     return page[: len(page) // 2 * 2, : page.shape[1] // 2 * 2, :3].copy()
@@ -248,11 +230,7 @@ def pixels(figure: Figure) -> np.ndarray:
 def movie(
     title: tuple[str, str], rows: Sequence[Row], captions: Sequence[str], guesses: Sequence[Guess] = ()
 ) -> Iterator[np.ndarray]:
-    """Rows as panels, up to three side by side, which play together.
-
-    Returns:
-        T pages, RGB uint8 ``[height, width, 3]``, both sides even.
-    """
+    """Draw rows as panels that play together, up to three side by side; yields T pages, see pixels."""
     columns, total = 2 if len(rows) == 4 else min(3, len(rows)), len(captions)
     figure, part, cells = new_figure(title, (-(-len(rows) // columns), columns), (2.4, 2.9), guesses)
     panels = [show(axes, row, 0) for axes, row in zip(cells.flat, rows)]
@@ -262,7 +240,8 @@ def movie(
             part.colorbar(panel, label=row.scale.label, extend="max", panchor=False)
     for axes in cells.flat[len(rows) :]:
         axes.remove()
-    fix_layout(figure)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # laid out once, so that nothing moves from page to page
     for frame in range(total):
         for panel, row in zip(panels, rows):
             panel.set_data(row.images[frame * len(row.images) // total])
@@ -273,11 +252,7 @@ def movie(
 
 
 def write_movie(path: Path, pages: Sequence[np.ndarray], fps: float) -> None:
-    """Write pages RGB uint8 ``[height, width, 3]`` as .gif, which starts again at its end, or as .mp4 (H.264)."""
-    if path.suffix == ".gif":
-        first, *others = map(Image.fromarray, pages)
-        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
-        return
+    """Write pages RGB uint8 ``[height, width, 3]`` as a video (H.264, or MPEG-4 where PyAV has no libx264)."""
     rate = Fraction(fps).limit_denominator(1000)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)

@@ -14,7 +14,7 @@ from engine_for_pretraining import masked_loss, train_one_epoch, with_second_mas
 from masking_generator import MaskGenerator
 from modeling_finetune import channel_stats, normalize_clips
 from modeling_pretrain import MODELS
-from modeling_teacher import PixelTarget, build_clip
+from modeling_teacher import PixelTarget, build_teacher
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, build_optimizer, parameter_groups
 from options import RunOptions
@@ -261,7 +261,7 @@ def test_a_dead_worker_is_told_of_wherever_torch_speaks_of_it(dataset):
 @pytest.fixture(scope="module")
 def clip_teacher():
     """CLIP ViT-S/16 with random weights, fed with 32 px frames."""
-    return build_clip("ViT-S-16", "random", "imagenet", (2, 2), 32)
+    return build_teacher("clip", "ViT-S-16", "random", "imagenet", (2, 2), 32)
 
 
 def test_one_batch_is_learnt_by_heart(dataset, clip_teacher):

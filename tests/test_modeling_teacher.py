@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_finetune import NORMS
-from modeling_teacher import FrameTeacher, PixelTarget, build_clip, build_teacher, normalize_features
+from modeling_teacher import FrameTeacher, PixelTarget, build_teacher, normalize_features
 
 OPENAI_EXTRAS = {
     "input_resolution": torch.tensor(224),
@@ -129,7 +129,7 @@ def test_clip_tokens_equal_open_clip(name, clip_model, clip_tokens, weight_file)
     write, activation = FORMS[name]
     path = weight_file(name)
     write(clip_model, path)
-    teacher = build_clip("ViT-B-16", path, "imagenet", (14, 14))
+    teacher = build_teacher("clip", "ViT-B-16", path, "imagenet", (14, 14))
     tokens = teacher.tokens(random_clips(4))
     assert tokens.shape == (1, 2 * 196, 768) and teacher.out_dim == 768
     torch.testing.assert_close(tokens.view(2, 196, 768), clip_tokens[activation], atol=1e-4, rtol=1e-4)
@@ -137,7 +137,7 @@ def test_clip_tokens_equal_open_clip(name, clip_model, clip_tokens, weight_file)
 
 def test_clip_computes_every_product_in_the_open():
     """Fused into one operation, as nn.MultiheadAttention does it, products are neither compiled nor counted."""
-    teacher = build_clip("ViT-S-16", "random", "imagenet", (2, 2), 32)
+    teacher = build_teacher("clip", "ViT-S-16", "random", "imagenet", (2, 2), 32)
     with FlopCounterMode(display=False) as counter:
         teacher.tokens(random_clips(2, side=32))
     patches = 4 * 3 * 16**2 * 384
@@ -163,7 +163,7 @@ def test_clip_at_another_image_size(clip_model, weight_file):
     """Positions are interpolated as open_clip does: bicubic, antialiased. PIL's bicubic is the same filter."""
     path = weight_file("vision.pth")
     torch.save(tower_state(clip_model), path)
-    teacher = build_clip("ViT-B-16", path, "imagenet", (7, 7), image_size=112)
+    teacher = build_teacher("clip", "ViT-B-16", path, "imagenet", (7, 7), image_size=112)
     old = clip_model.visual.positional_embedding.numpy()
     maps = old[1:].reshape(14, 14, 768)[..., :20]
     resized = [
@@ -205,7 +205,7 @@ def test_bad_clip_weights_name_the_flag_and_the_file(tmp_path, kind, suffix):
     path = tmp_path / f"weights{suffix}"
     bad_file(kind, path)
     with pytest.raises(ValueError, match=f"weights {path}"):
-        build_clip("ViT-B-16", str(path), "imagenet", (14, 14))
+        build_teacher("clip", "ViT-B-16", str(path), "imagenet", (14, 14))
 
 
 @pytest.mark.parametrize("kind", ["patch 32", "deeper", "shallower"])
@@ -220,12 +220,12 @@ def test_weights_of_another_clip_model_are_refused(clip_model, weight_file, kind
     path = weight_file("other.pth")
     torch.save(state, path)
     with pytest.raises(ValueError, match=f"weights {path}: of another model"):
-        build_clip("ViT-B-16", path, "imagenet", (14, 14))
+        build_teacher("clip", "ViT-B-16", path, "imagenet", (14, 14))
 
 
 def test_unknown_clip_model_is_refused():
     with pytest.raises(ValueError, match="model ViT-Q-99"):
-        build_clip("ViT-Q-99", "random", "imagenet", (14, 14))
+        build_teacher("clip", "ViT-Q-99", "random", "imagenet", (14, 14))
 
 
 # ------------------------------------------------------------------------------------------------------ frames, grids

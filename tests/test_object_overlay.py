@@ -8,7 +8,17 @@ from fixtures_objects import P_VALUE, noise, solid, write
 from PIL import Image
 from scipy.stats import kstest
 
-from object_overlay import ObjectLibrary, ObjectOverlay, find_objects, read_object, shaped_patch
+import object_overlay
+from object_overlay import (
+    CACHED_OBJECTS,
+    ObjectLibrary,
+    ObjectOverlay,
+    cached_object,
+    find_objects,
+    read_image,
+    read_object,
+    shaped_patch,
+)
 
 
 def solid_library(folder, *colours):
@@ -180,13 +190,13 @@ def test_objects_are_drawn_uniformly(tmp_path):
     assert np.abs(drawn - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / 3000)
 
 
-def test_cache_stays_bounded(tmp_path):
-    solid_library(tmp_path, *[(i, i, i) for i in range(12)])
-    size, rng = 60 * 40 * 4, np.random.default_rng(0)
-    library = ObjectLibrary(str(tmp_path), find_objects(str(tmp_path)), cache_bytes=3 * size + 1)
+def test_cache_stays_bounded_and_is_used(tmp_path, monkeypatch):
+    library, opened = solid_library(tmp_path, *[(i, i, i) for i in range(12)]), []
+    monkeypatch.setattr(object_overlay, "read_image", lambda path: opened.append(path) or read_image(path))
+    rng = np.random.default_rng(0)
     for _ in range(100):
         library.draw(rng)
-        assert sum(pixels.nbytes for pixels in library._cache.values()) == library._cached_bytes <= 3 * size
+    assert len(opened) == 12 and 12 <= cached_object.cache_info().currsize <= CACHED_OBJECTS
 
 
 # ------------------------------------------------------------------------------------------------------ whole overlay

@@ -175,7 +175,7 @@ def test_a_dry_run_writes_nothing(count, tmp_path):
 def test_an_annotation_is_read(tmp_path):
     write_annotation(tmp_path / "a.mat", [37, 91, 143, 189], 30, 200)
     found = read_annotation(tmp_path / "a.mat", "a.avi")
-    assert (found.video, found.first, found.last, found.count) == ("a.avi", 29, 199, 3)
+    assert (found.video, found.first, found.last, len(found.bounds) - 1) == ("a.avi", 29, 199, 3)
     assert found.bounds.tolist() == [36, 90, 142, 188]
 
 
@@ -211,10 +211,10 @@ def test_a_file_that_is_no_annotation_is_one_clear_line(count, repetitions, tmp_
     "change, message",
     [
         ({"temporal_bound": [[1.0], [20.0]]}, "1 cycles; there must be at least 2"),
-        ({"temporal_bound": [[1.0], [20.0], [15.0]]}, "frames must be whole numbers from 1 that rise"),
-        ({"temporal_bound": [[0.0], [20.0], [45.0]]}, "frames must be whole numbers from 1 that rise"),
-        ({"temporal_bound": [[1.0], [np.nan], [45.0]]}, "frames must be whole numbers from 1 that rise"),
-        ({"start_frame": 50.0}, "frames must be whole numbers from 1 that rise"),
+        ({"temporal_bound": [[1.0], [20.0], [15.0]]}, "must be increasing whole numbers from 1"),
+        ({"temporal_bound": [[0.0], [20.0], [45.0]]}, "must be increasing whole numbers from 1"),
+        ({"temporal_bound": [[1.0], [np.nan], [45.0]]}, "must be increasing whole numbers from 1"),
+        ({"start_frame": 50.0}, "must be increasing whole numbers from 1"),
         ({"end_frame": None}, "not an annotation of UCFRep"),
         ({"temporal_bound": "many"}, "not an annotation of UCFRep"),
     ],
