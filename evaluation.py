@@ -5,7 +5,7 @@ What the scores amount to, and the files of a test, are in metrics.py.
 
 import os
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,43 +18,31 @@ from torch.utils.data import DataLoader
 from datasets import VideoStream, init_worker
 from datasets_finetune import EvalDataset, EvalSample, Span, ViewReader
 from lists import VideoList
-from meters import RunLog
+from meters import RunLog, guarded
 from metrics import ONE_LABEL, Task, VideoScore, gather_scores, judge, predict
 from modeling_finetune import channel_stats, normalize_clips
 from modeling_probe import MeanTokens, ProbedEncoder, TokenEncoder, nearest_neighbours
 from optim_factory import autocast
-from training import loader_failure
 from utils import RunError, logger, progress, rank, warn_once, world_size
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
 
 
 def stream_samples(stream: VideoStream, num_workers: int, timeout: float) -> Iterator[Any]:
-    """The samples of a stream; if a worker hangs or dies, the run stops and names the videos that it may have had.
+    """The samples of a stream; `timeout` is the time in seconds to wait for one.
 
-    Args:
-        timeout: seconds to wait for a sample.
     Raises:
-        RunError: it hung, died, or raised.
+        RunError: a worker hung, died, or raised; it names the videos that the worker may have had.
     """
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=init_worker,
-        timeout=timeout if num_workers else 0,
-    )
-    samples, done = iter(loader), set[int]()
-    while True:
-        try:
-            sample = next(samples)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            ahead = ([index for index in share if index not in done] for share in stream.shares(max(1, num_workers)))
-            raise loader_failure(
-                error, deque([share[:1] for share in ahead]), stream.videos, hung=num_workers
-            ) from error
+    timeout = timeout if num_workers else 0
+    loader = DataLoader(stream, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker, timeout=timeout)
+    done = set[int]()
+
+    def issued() -> list[list[int]]:
+        shares = stream.shares(max(1, num_workers))
+        return [[index for index in share if index not in done][:1] for share in shares]
+
+    for sample in guarded(loader, stream.videos, issued, hung=num_workers):
         yield sample
         if sample["last"]:
             done.add(sample["index"])

@@ -1,21 +1,23 @@
-"""The log of a run: averages over steps, console lines, a line of ``log.txt`` for each epoch, TensorBoard, and the
-files that could not be read.
-"""
+"""The log of a run (averages over steps, console, ``log.txt``, TensorBoard), and its files that could not be read."""
 
 import datetime
 import fcntl
+import itertools
 import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
+from torch.utils.data import DataLoader
 
+from datasets import Batch, ChunkSampler
+from lists import VideoList
 from utils import RunError, logger, rank, world_size
 
 MAX_NON_FINITE = 10  # steps in a row
@@ -243,3 +245,57 @@ class BadFiles:
                     file.write(line + "\n")
         except OSError as error:
             logger.warning("could not write to %s (%s)", self.file, error.strerror)
+
+
+# Batches --------------------------------------------------------------------------------------------------------
+
+
+def last_line(error: Exception) -> str:
+    """The last line of a message, which may follow a worker's traceback; without a message the error's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoList, hung: int = 1) -> RunError:
+    """The error to raise if a worker hung or died: it names the videos that the worker may have had.
+
+    Args:
+        issued: videos of each batch on its way, the one that is waited for first.
+        hung: how many of these batches a worker that hangs may have.
+    """
+    hangs = "timed out" in str(error)
+    flying = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
+    lost = ", ".join(videos.path(index) for indices in flying for index in indices)
+    return RunError(
+        f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "
+        "the list, or raise --worker_timeout if storage is slow"
+    )
+
+
+def guarded(
+    loader: DataLoader, videos: VideoList, issued: Callable[[], Iterable[list[int]]], hung: int = 1
+) -> Iterator[Any]:
+    """Iterate over a loader; see loader_failure.
+
+    Raises:
+        RunError: a worker hung, died, or raised.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RunError as error:  # raised in a worker, whose traceback comes along
+            raise RunError(last_line(error).removeprefix("utils.RunError: ")) from error
+        except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while handing over
+            raise loader_failure(error, issued(), videos, hung) from error
+        yield batch
+
+
+def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
+    """The batches of the sampler's epoch; see guarded."""
+    assert isinstance(loader.batch_sampler, ChunkSampler)
+    issued = loader.batch_sampler.issued
+    for batch in guarded(loader, videos, lambda: issued):
+        issued.popleft()
+        yield batch

@@ -6,6 +6,7 @@ non-finite gradients.
 
 import copy
 import math
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import world_size
+from utils import warn_once, world_size
 
 NO_DECAY = ("*mask_token",)  # besides what has one dimension
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +40,26 @@ def cosine_schedule(step: int, base: float, final: float, total: int, warmup: in
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Context manager for a forward pass in fp32, bf16 or fp16."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def has_bf16_instructions() -> bool:
+    """Whether the CPU multiplies bf16 numbers, and torch's matrix library may let it.
+
+    The library also says yes where it has AVX-512 without its bf16 part and converts; hence the second question.
+    """
+    usable = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return usable and (platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported())
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Resolve `auto`."""
+    if precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
+        warn_once("--precision bf16: this CPU has no instructions for it; fp32 is faster here, often many times")
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

@@ -1,57 +1,40 @@
-"""Command-line options that pretraining and fine-tuning share, and what is built from them alone."""
+"""What the programs share: command-line options, what is wrong with them, and what is set up from them."""
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
+import torch.nn as nn
 
-from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule
-from utils import RunError, logger, user_errors, warn_once
+from checkpoints import Position, find_resume, lock_folder, restore
+from datasets import ChunkSampler, VideoCheck, VideoDataset, build_loader, collate
+from lists import VideoList
+from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule, distribute, pick_precision
+from training import Run, RunOptions
+from utils import (
+    RunError,
+    init_distributed,
+    logger,
+    rank,
+    run_main,
+    seed_everything,
+    setup_logging,
+    user_errors,
+    world_size,
+)
 from video_reader import READERS
 from weights import read_checkpoint, stored_options
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """The options of a run that the loop needs; names and meaning are those of the flags."""
-
-    output_dir: str
-    log_dir: str
-    log_interval: int
-    batch_size: int
-    epochs: int
-    stop_epoch: int
-    save_ckpt_freq: int
-    save_ckpt_minutes: float
-    save_ckpt_steps: int
-    keep_ckpts: int
-    max_bad_fraction: float
-    seed: int
-    dry_run: bool
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "RunOptions":
-        """Taken from parsed arguments; a dry run writes nowhere, and logs every step."""
-        values = {field.name: getattr(args, field.name) for field in fields(cls)}
-        if args.dry_run:
-            values |= {"output_dir": "", "log_dir": "", "log_interval": 1}
-        return cls(**values)
-
-
 def make_parser(title: str, text: str) -> argparse.ArgumentParser:
-    """A parser whose help shows defaults, and which takes no abbreviations."""
-    return argparse.ArgumentParser(
-        title,
-        "%(prog)s [options]; --help lists them",
-        text,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """A parser whose help shows defaults, and that takes no abbreviations."""
+    usage, show = "%(prog)s [options]; --help lists them", argparse.ArgumentDefaultsHelpFormatter
+    return argparse.ArgumentParser(title, usage, text, allow_abbrev=False, formatter_class=show)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -101,7 +84,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     run.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
     run.add_argument("--save_ckpt_minutes", type=float, default=15, help="refresh checkpoint-latest.pth; 0: never")
     run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
-    run.add_argument("--keep_ckpts", type=int, default=0, help="numbered checkpoints to keep; 0: all")
     run.add_argument("--resume", default="", help="checkpoint to go on from")
     run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the furthest in output_dir")
     run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
@@ -115,7 +97,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 # Options of VideoMAE's and SMILE's scripts that have no effect here, accepted so that those scripts run unchanged:
-# some take no value, some any, some only the value that is fixed here. REFUSED ones would change results.
+# some take no value, some any, some only the value given here. REFUSED ones would change results.
 NO_VALUE = ("--dist_on_itp", "--not_dist", "--imagenet_default_mean_and_std", "--dist_eval", "--use_mean_pooling",
             "--save_ckpt", "--resplit", "--model_ema_force_cpu")  # fmt: skip
 ANY_VALUE = ("--local_rank", "--local-rank", "--world_size", "--dist_url", "--color_jitter", "--crop_pct",
@@ -129,46 +111,30 @@ ONE_VALUE = {
 REFUSED = {"--use_cls": "the encoder has no class token", "--no_save_ckpt": "leave out --output_dir to save nothing"}
 
 
-def drop_unneeded(argv: list[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the options that have an effect here, and the ignored ones.
+class Ignored(argparse.Action):
+    """Action of an option without effect: appended to `not_needed`, or refused if it would change results."""
 
-    Args:
-        known: options that the program has itself, and so keeps.
-    Raises:
-        ValueError: an option, or a value of one, that would change results.
-    """
-    kept: list[str] = []
-    dropped: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in known or name not in {*NO_VALUE, *ANY_VALUE, *ONE_VALUE, *REFUSED}:
-            kept.append(word)
-            continue
-        if name in {*ANY_VALUE, *ONE_VALUE} and not equals:
-            value = next(words, "")
-        fine, here = ONE_VALUE.get(name, (value, ""))
-        if name in REFUSED or value != fine:
-            raise ValueError(f"{name} {value}".strip() + f" is not supported: {REFUSED.get(name, here)}")
-        dropped.append(f"{name} {value}".strip())
-    return kept, dropped
+    def __call__(self, parser, namespace, values, option_string=None):
+        written = f"{option_string} {values or ''}".strip()
+        wanted, reason = ONE_VALUE.get(option_string, (values, REFUSED.get(option_string)))
+        if option_string in REFUSED or values != wanted:
+            parser.error(f"{written} is not supported: {reason}")
+        namespace.not_needed.append(written)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse `argv` (or sys.argv) without unneeded options, which `not_needed` of the result names; see parse_given."""
-    try:
-        kept, dropped = drop_unneeded(sys.argv[1:] if argv is None else argv, set(parser._option_string_actions))
-    except ValueError as error:
-        parser.error(str(error))
-    return argparse.Namespace(**vars(parse_given(parser, kept)), not_needed=dropped)
+    """Parse `argv` (or sys.argv), and accept the options above that the parser does not have itself.
 
-
-def parse_given(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse `argv` (or sys.argv); `given` of the result names the options that were typed, be it with their default."""
-    untouched = object()
-    typed = parser.parse_args(argv, argparse.Namespace(**{action.dest: untouched for action in parser._actions}))
-    given = [name for name, value in vars(typed).items() if value is not untouched]
-    return argparse.Namespace(**vars(parser.parse_args(argv)), given=given)
+    Returns:
+        the options; `given` names those that were typed, `not_needed` holds those without effect.
+    """
+    argv, known = sys.argv[1:] if argv is None else argv, dict(parser._option_string_actions)
+    given = sorted({known[name].dest for word in argv if (name := word.partition("=")[0]) in known})
+    for names, nargs in ((NO_VALUE, 0), (ANY_VALUE, None), (ONE_VALUE, None), (REFUSED, 0)):
+        for name in filter(lambda name: name not in known, names):
+            none = argparse.SUPPRESS
+            parser.add_argument(name, action=Ignored, nargs=nargs, dest=none, default=none, help=none)
+    return parser.parse_args(argv, argparse.Namespace(given=given, not_needed=[]))
 
 
 # A checkpoint's own options ---------------------------------------------------------------------------------------
@@ -179,7 +145,7 @@ OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_dec
 
 
 def trained_with(path: str) -> dict[str, Any]:
-    """The options of the run that wrote a checkpoint, `model` being that of its encoder; none if it is not of here.
+    """The options of the run that wrote a checkpoint, `model` being its encoder's; {} if another program wrote it.
 
     Raises:
         RunError: unreadable.
@@ -191,12 +157,7 @@ def trained_with(path: str) -> dict[str, Any]:
 
 
 def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Set options that were not given to those of `stored`, and log how the others differ.
-
-    Args:
-        stored: options of the run that wrote the checkpoint `source`.
-        names: which options.
-    """
+    """Set the options `names` that were not given to those of the run that wrote `source`; log what differs."""
     taken = {name: stored[name] for name in names if name in stored and name not in args.given}
     new = [f"--{name} {value}" for name, value in taken.items() if getattr(args, name) != value]
     vars(args).update(taken)
@@ -206,7 +167,7 @@ def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names:
 
 
 def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Log which of the options `names` differ from those of the run that wrote the checkpoint `source`."""
+    """Warn of the options `names` that differ from those of the run that wrote the checkpoint `source`."""
     here = vars(args)
     others = [name for name in names if name in stored and name in here and stored[name] != here[name]]
     if others:
@@ -226,7 +187,7 @@ class Problems:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.found: list[str] = []
-        self.numbers(0, "seed", "num_workers", "worker_timeout", "save_ckpt_minutes", "save_ckpt_steps", "keep_ckpts")
+        self.numbers(0, "seed", "num_workers", "worker_timeout", "save_ckpt_minutes", "save_ckpt_steps")
         self.numbers(0, "start_epoch", "stop_epoch")
         self.numbers(1, "update_freq", "epochs", "sampling_rate", "log_interval", "save_ckpt_freq")
         for name in filter(lambda name: getattr(args, name), ("output_dir", "log_dir")):
@@ -265,52 +226,123 @@ class Problems:
             raise RunError("\n       ".join(self.found))
 
 
-def has_bf16_instructions() -> bool:
-    """Whether the CPU multiplies bf16 numbers, and torch's matrix library may let it.
-
-    The library also says yes where it has AVX-512 without its bf16 part and converts; hence the second question.
-    """
-    usable = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return usable and (platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported())
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """Resolve `auto`."""
-    if precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
-        warn_once("--precision bf16: this CPU has no instructions for it; fp32 is faster here, often many times")
-    if precision != "auto":
-        return precision
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+def total_batch(args: argparse.Namespace) -> int:
+    """Clips (or videos, or segments) of all processes that make an optimizer step; --lr is for 256 of them."""
+    return args.batch_size * args.update_freq * world_size()
 
 
 def build_stepper(
-    args: argparse.Namespace,
-    model: torch.nn.Module,
-    groups: list[dict[str, Any]],
-    device: torch.device,
-    total_batch: int,
-    steps_per_epoch: int,
+    args: argparse.Namespace, model: nn.Module, groups: list[dict[str, Any]], device: torch.device, steps_per_epoch: int
 ) -> Stepper:
-    """Optimizer and schedules; learning rates scale with the total batch / 256.
+    """Optimizer and schedules; learning rates scale with total_batch / 256.
 
     Raises:
         RunError: an optimizer that timm does not know.
     """
-    lr, warmup_lr, min_lr = (rate * total_batch / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
+    lr, warmup_lr, min_lr = (rate * total_batch(args) / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
     total = args.epochs * steps_per_epoch
     warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    with user_errors("--"):
-        optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
-    return Stepper(
-        model,
-        optimizer,
-        device,
-        pick_precision(args.precision, device),
-        args.update_freq,
+    rates = (
         lambda step: cosine_schedule(step, lr, min_lr, total, warmup, warmup_lr),
         lambda step: cosine_schedule(step, args.weight_decay, end, total),
-        args.clip_grad,
     )
+    with user_errors("--"):
+        optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
+    precision = pick_precision(args.precision, device)
+    return Stepper(model, optimizer, device, precision, args.update_freq, *rates, args.clip_grad)
+
+
+# Set-up ---------------------------------------------------------------------------------------------------------
+
+
+def run_program(
+    args: argparse.Namespace,
+    check: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace, torch.device], int],
+    timeout_minutes: float = 30,
+) -> None:
+    """Join the other processes, check the command line, lock the output folder, seed, run, and exit.
+
+    Args:
+        check: completes the arguments; raises RunError if something is wrong with them.
+        run: returns the exit code.
+        timeout_minutes: how long processes wait for each other.
+    """
+
+    def main() -> int:
+        device = init_distributed(args.device, timeout_minutes)
+        setup_logging()
+        if args.not_needed:
+            logger.info("ignored, no effect in this code: %s", ", ".join(args.not_needed))
+        check(args)
+        writes = args.output_dir and rank() == 0 and not getattr(args, "dry_run", False)
+        with lock_folder(args.output_dir) if writes else nullcontext():
+            seed_everything(getattr(args, "seed", 0))
+            return run(args, device)
+
+    run_main(main)
+
+
+def look_at(videos: VideoList, args: argparse.Namespace) -> Callable[[], None]:
+    """Start checking some videos in the background, in the first process; call the result to log what was found."""
+    return VideoCheck(videos, args.input_size, args.reader).tell if rank() == 0 else lambda: None
+
+
+def make_sampler(args: argparse.Namespace, dataset: VideoDataset, chunk: int) -> ChunkSampler:
+    """This process's share of the samples, in micro-batches of `chunk`.
+
+    Raises:
+        ValueError: fewer samples than a step takes.
+    """
+    return ChunkSampler(len(dataset), chunk, args.update_freq, rank(), world_size(), args.seed)
+
+
+def resume(
+    args: argparse.Namespace, contents: dict[str, Any], stepper: Stepper, sampler: ChunkSampler
+) -> Position | None:
+    """Load the checkpoint to resume from into `contents` (see Run) and `stepper`; None if there is none.
+
+    Raises:
+        RunError: the checkpoint is of another run.
+    """
+    found = find_resume(args.output_dir, args.resume, args.auto_resume)
+    if not found:
+        return None
+    position = restore(found, contents, stepper, sampler.samples_per_step)
+    tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
+    return position
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """The options of the run; a dry run writes nowhere, and logs every step."""
+    values = {field.name: getattr(args, field.name) for field in fields(RunOptions)}
+    if args.dry_run:
+        values |= {"output_dir": "", "log_dir": "", "log_interval": 1}
+    return RunOptions(**values)
+
+
+def start(
+    args: argparse.Namespace,
+    position: Position | None,
+    dataset: VideoDataset,
+    sampler: ChunkSampler,
+    stepper: Stepper,
+    contents: dict[str, Any],
+    collate: Callable[[list], Any] = collate,
+    dynamic: bool | None = False,
+) -> Run:
+    """Compile and distribute ``contents["model"]``, build the loader, and return the run.
+
+    Args:
+        position: where to go on; None: at --start_epoch.
+        dynamic: see torch.compile.
+    """
+    model = contents["model"]
+    if args.compile:
+        model.compile(dynamic=dynamic)
+    if stepper.model is model:  # DeepSpeed has wrapped it otherwise
+        stepper.model = distribute(model, stepper.device)
+    pin_memory = getattr(args, "pin_mem", False) and stepper.device.type == "cuda"
+    loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout, collate)
+    return Run(run_options(args), position or Position(args.start_epoch), loader, stepper, contents)

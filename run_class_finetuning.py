@@ -21,18 +21,16 @@ from timm.utils import ModelEmaV3
 
 import options
 import utils
-from checkpoints import BEST, Position
-from datasets import ChunkSampler, VideoCheck, build_loader
+from checkpoints import BEST
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, WeightedCrossEntropy, balanced_weights, train_one_epoch
 from evaluation import Evaluator
 from lists import VideoList
 from modeling_finetune import MODELS, SIZES, channel_stats
-from modeling_image import build_encoder
+from modeling_image import FrameEncoder, build_encoder
 from modeling_probe import ProbedEncoder, ProbeLoss, TokenEncoder
-from optim_factory import distribute, parameter_groups, share_buffers
-from options import RunOptions
+from optim_factory import parameter_groups, pick_precision, share_buffers
 from options_finetune import (
     checkpoint_to_test,
     class_names,
@@ -47,7 +45,7 @@ from options_finetune import (
     read_data_list,
     task,
 )
-from training import Best, Epoch, Run, resume, set_up
+from training import Best, Epoch
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
 from weights import load_encoder, load_strictly, local_path
@@ -60,7 +58,6 @@ def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
     if args.encoder:
         with utils.user_errors("--encoder_"):
             encoder = build_encoder(args.encoder, args.encoder_weights)
-        heads = encoder.num_heads
     else:
         encoder = MODELS[args.model](
             num_classes=0 if probing or args.knn else num_classes(args),
@@ -71,12 +68,12 @@ def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
             init_scale=args.init_scale,
             use_checkpoint=args.use_checkpoint,
         )
-        heads = next(size.num_heads for name, size in SIZES.items() if f"_{name}_" in args.model)
     if args.learn == "head":
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     if not probing:
         return encoder
+    heads = encoder.num_heads if isinstance(encoder, FrameEncoder) else SIZES[args.model.split("_")[1]].num_heads
     kind, rates = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
     return ProbedEncoder(encoder, heads, kind, num_classes(args), rates)
 
@@ -121,7 +118,7 @@ def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
     """Validation and test of the data set."""
-    precision, known = options.pick_precision(args.precision, device), replace(task(args), names=class_names(args))
+    precision, known = pick_precision(args.precision, device), replace(task(args), names=class_names(args))
     views = (view_reader(args, test=False), view_reader(args, test=True))
     return Evaluator(device, precision, *views, args.num_workers, args.worker_timeout, args.output_dir, known)
 
@@ -176,45 +173,34 @@ def validate(evaluator: Evaluator, model: nn.Module, videos: VideoList, epoch: E
 
 def train(args: argparse.Namespace, device: torch.device, model: nn.Module, evaluator: Evaluator) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
-    run_options = RunOptions.of(args)
-    total_batch = args.batch_size * args.update_freq * utils.world_size()  # videos, as VideoMAE scales rates
+    output_dir = options.run_options(args).output_dir
     with utils.user_errors():
         dataset, val_videos = build_train_set(args), read_data_list(args, "val.csv")
-        look = VideoCheck(dataset.videos, args.input_size, args.reader) if utils.rank() == 0 else None
-        sampler = ChunkSampler(
-            len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
-        )
+        report = options.look_at(dataset.videos, args)
+        sampler = options.make_sampler(args, dataset, args.batch_size)
         if isinstance(model, ProbedEncoder):
             groups = model.parameter_groups(args.lr, args.weight_decay)
         else:
             groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, model, groups, device, sampler.steps_per_epoch)
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
-            batch_size = args.batch_size * args.num_sample
-            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, run_options.output_dir)
+            stepper = with_deepspeed(stepper, args.zero_stage, args.batch_size * args.num_sample, output_dir)
 
-    best = Best(evaluator.task.metric)
+    best, total_batch = Best(evaluator.task.metric), options.total_batch(args)  # videos, as VideoMAE scales rates
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
-    position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
+    position = options.resume(args, contents, stepper, sampler)
     logger.info(
         "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
         *(total_batch, args.num_sample, sampler.steps_per_epoch, args.epochs),
         *(args.lr * total_batch / 256, stepper.precision, device),
     )
-    if args.compile:
-        model.compile(dynamic=False)
-    if not args.enable_deepspeed:
-        stepper.model = distribute(model, device)
-    pin_memory = args.pin_mem and device.type == "cuda"
-    loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
+    run = options.start(args, position, dataset, sampler, stepper, contents)
     criterion, augment = build_loss(args, channel_stats("imagenet", device), dataset.videos.labels)
-    if look:
-        look.tell()
-
-    with Run(run_options, position, loader, stepper, contents) as run:
-        if not position.step and waited_enough(args, best, position.epoch - 1):
-            run.stop_epoch = position.epoch  # it had stopped early
+    report()
+    with run:
+        if not run.position.step and waited_enough(args, best, run.position.epoch - 1):
+            run.stop_epoch = run.position.epoch  # it had stopped early
         for epoch in run.epochs():
             train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.while_training, ema)
             if is_validated(args, epoch) and epoch.secure():
@@ -223,7 +209,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
                     share_buffers(ema.module)
                 validate(evaluator, ema.module if ema else model, val_videos, epoch, best)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
-    stepper.close(run_options.output_dir)
+    stepper.close(output_dir)
     return run.exit_code
 
 
@@ -256,12 +242,6 @@ def check(args: argparse.Namespace) -> None:
         logger.info("several labels a video (%s): binary cross-entropy, mean average precision", args.several_labels)
 
 
-def main(args: argparse.Namespace) -> int:
-    """The program; returns the exit code."""
-    with set_up(args, check) as device:
-        return run(args, device)
-
-
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Build the model, and do the chosen job; returns the exit code."""
     with utils.user_errors():
@@ -270,10 +250,10 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         videos = predict_videos(args) if args.predict else read_data_list(args, "test.csv")
     encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
-        look = VideoCheck(videos, args.input_size, args.reader) if args.eval and utils.rank() == 0 else None
+        report = options.look_at(videos, args) if args.eval else None
         load_for_test(args, model)
-        if look:
-            look.tell()
+        if report:
+            report()
         return evaluator.predict(model, videos) if args.predict else evaluator.test(model, videos)
     if args.finetune:
         load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)
@@ -293,4 +273,4 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_main(main, get_args())
+    options.run_program(get_args(), check, run)

@@ -26,15 +26,13 @@ import torch
 import torch.nn as nn
 
 import utils
-from datasets import VideoCheck
 from datasets_finetune import DATA_SETS, SAMPLINGS, Span, ViewReader, WindowReader
 from evaluation import load_views, score_videos
 from lists import VideoList, label_text, read_list
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
-from optim_factory import DTYPES
-from options import add_data_arguments, follow, make_parser, parse_given, pick_precision, trained_with
-from training import set_up
+from optim_factory import DTYPES, pick_precision
+from options import add_data_arguments, follow, look_at, make_parser, parse, run_program, trained_with
 from utils import RunError, logger
 from weights import check_kind, load_encoder, local_path
 
@@ -76,7 +74,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
     precisions = ("auto", *DTYPES)
     run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
-    return parse_given(parser, argv)
+    return parse(parser, argv)
 
 
 def is_windows(args: argparse.Namespace) -> bool:
@@ -267,12 +265,6 @@ def extract(args: argparse.Namespace, videos: VideoList, model: Features, device
     return list(files)
 
 
-def main(args: argparse.Namespace) -> int:
-    """The program; returns the exit code."""
-    with set_up(args, check, timeout_minutes=24 * 60) as device:  # processes may finish far apart
-        return run(args, device)
-
-
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Compute the shards that are missing, and join the index; returns the exit code."""
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
@@ -280,12 +272,11 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     utils.barrier()  # the first process has made the folder
     check_unchanged(args, pick_precision(args.precision, device))
 
-    look = VideoCheck(videos, args.input_size, args.reader) if utils.rank() == 0 else None
+    report = look_at(videos, args)
     encoder = MODELS[args.model](num_classes=0)
     load_encoder(encoder, checkpoint)
     model = Features(encoder, args.features).to(device)
-    if look:
-        look.tell()
+    report()
     files = extract(args, videos, model, device)
     utils.barrier()
     if utils.rank() == 0:
@@ -300,4 +291,4 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_main(main, get_args())
+    run_program(get_args(), check, run, timeout_minutes=24 * 60)  # processes may finish far apart

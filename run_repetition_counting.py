@@ -18,8 +18,7 @@ import torch
 
 import options
 import utils
-from checkpoints import BEST, Position
-from datasets import ChunkSampler, build_loader
+from checkpoints import BEST
 from datasets_counting import (
     AnnotationList,
     SegmentBatch,
@@ -42,8 +41,8 @@ from modeling_counting import (
     window_frames,
 )
 from modeling_finetune import MODELS, token_grid
-from optim_factory import Stepper, autocast, distribute, parameter_groups
-from training import Best, Epoch, Run, Step, resume, set_up
+from optim_factory import Stepper, autocast, parameter_groups, pick_precision
+from training import Best, Epoch, Step
 from utils import RunError, logger
 from video_reader import READERS
 from weights import check_kind, load_encoder, load_strictly, local_path
@@ -82,7 +81,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--eval", action="store_true", help="only count val, with --finetune (or output_dir's best)")
     test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
     options.add_run_arguments(parser)
-    return options.parse_given(parser, argv)
+    return options.parse(parser, argv)
 
 
 # Training and counting ------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: tor
             said = []
             for part, guess in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
                 windows = take_frames(frames, window_frames(part, guess, len(frames), args.num_frames))
-                with autocast(device, options.pick_precision(args.precision, device)):
+                with autocast(device, pick_precision(args.precision, device)):
                     prediction = model(windows.to(device))
                 said.append(Prediction(*(values.float().cpu() for values in prediction)))
             return Prediction(*(torch.cat(values) for values in zip(*said)))
@@ -208,29 +207,23 @@ def validate(
 
 def train(args: argparse.Namespace, device: torch.device, model: RepetitionCounter) -> int:
     """Train, validating as it goes; returns the exit code."""
-    total_batch = args.batch_size * args.update_freq * utils.world_size()
+    total_batch = options.total_batch(args)
     with utils.user_errors():
         segments = (args.segments_per_video, args.max_frames, args.input_size, args.seed, args.reader)
         dataset = TrainSegments(read_split(args, "train"), *segments)
-        sampler = ChunkSampler(
-            len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
-        )
+        sampler = options.make_sampler(args, dataset, args.batch_size)
         groups = parameter_groups(model.encoder, args.weight_decay, args.layer_decay)
         groups += parameter_groups(model.head, args.weight_decay)
-        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, model, groups, device, sampler.steps_per_epoch)
     best = Best("mae", float("inf"))
     contents = {"model": model, "args": args, "best": best}
-    position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
+    position = options.resume(args, contents, stepper, sampler)
     logger.info(
         "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",
         *(total_batch, sampler.steps_per_epoch, args.refine_steps, args.epochs),
         *(args.lr * total_batch / 256, stepper.precision, device),
     )
-    if args.compile:
-        model.compile()
-    stepper.model = distribute(model, device)
-    loader = build_loader(dataset, sampler, args.num_workers, False, args.worker_timeout, collate_segments)
-    with Run(options.RunOptions.of(args), position, loader, stepper, contents) as run:
+    with options.start(args, position, dataset, sampler, stepper, contents, collate_segments, dynamic=None) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
             if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():
@@ -254,12 +247,6 @@ def check(args: argparse.Namespace) -> None:
     find_problems(args).tell()
 
 
-def main(args: argparse.Namespace) -> int:
-    """The program; returns the exit code."""
-    with set_up(args, check) as device:
-        return run(args, device)
-
-
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Build the model, train and test; returns the exit code."""
     encoder = MODELS[args.model](num_classes=0, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
@@ -281,4 +268,4 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_main(main, get_args())
+    options.run_program(get_args(), check, run)

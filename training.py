@@ -1,4 +1,4 @@
-"""The run around the engines: its set-up, and epochs, steps and micro-batches as iterators.
+"""The run around the engines: epochs, steps and micro-batches as iterators.
 
 An engine loops over them and computes the loss. Learning rates, precision, seeds, logging, saving, stopping and
 resuming happen here, between iterations. Do not `break` out of these loops: logging and saving after the yield would be
@@ -12,14 +12,11 @@ skipped.
                 step.update()
 """
 
-import argparse
-import itertools
 import resource
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -31,54 +28,29 @@ import checkpoints
 import utils
 from checkpoints import Position
 from datasets import Batch, ChunkSampler, VideoDataset
-from lists import VideoList
-from meters import BadFiles, RunLog, StepMeter
+from meters import BadFiles, RunLog, StepMeter, epoch_batches, loader_failure
 from optim_factory import Stepper
-from options import OPTIMIZER, RunOptions, tell_differences
-from utils import RunError, logger
-from weights import stored_options
+from utils import logger
 
 DRY_STEPS, WARM_UP = 5, 2  # steps of a dry run, and how many of them are not timed: start-up and compilation
 
 
-# Set-up ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a run, with the names and meaning of the flags."""
 
-
-@contextmanager
-def set_up(
-    args: argparse.Namespace, check: Callable[[argparse.Namespace], None], timeout_minutes: float = 30
-) -> Iterator[torch.device]:
-    """Join the other processes, check the command line, lock the output folder and seed; yields the device.
-
-    Args:
-        check: completes the arguments, or raises RunError if something is wrong with them.
-        timeout_minutes: how long processes wait for each other.
-    """
-    device = utils.init_distributed(args.device, timeout_minutes)
-    utils.setup_logging()
-    if ignored := getattr(args, "not_needed", ()):
-        logger.info("ignored, no effect in this code: %s", ", ".join(ignored))
-    check(args)
-    writes = args.output_dir and utils.rank() == 0 and not getattr(args, "dry_run", False)
-    with checkpoints.lock_folder(args.output_dir) if writes else nullcontext():
-        utils.seed_everything(getattr(args, "seed", 0))
-        yield device
-
-
-def resume(
-    args: argparse.Namespace, contents: dict[str, Any], stepper: Stepper, samples_per_step: int
-) -> Position | None:
-    """Load the checkpoint to resume from into `contents` (see Run) and `stepper`; None if the run starts anew.
-
-    Raises:
-        RunError: the checkpoint is of another run.
-    """
-    found = checkpoints.find_resume(args.output_dir, args.resume, args.auto_resume)
-    if not found:
-        return None
-    position = checkpoints.restore(found, contents, stepper, samples_per_step)
-    tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
-    return position
+    output_dir: str
+    log_dir: str
+    log_interval: int
+    batch_size: int
+    epochs: int
+    stop_epoch: int
+    save_ckpt_freq: int
+    save_ckpt_minutes: float
+    save_ckpt_steps: int
+    max_bad_fraction: float
+    seed: int
+    dry_run: bool
 
 
 class Best:
@@ -228,7 +200,7 @@ class Run:
         self.sampler, self.videos = loader.batch_sampler, loader.dataset.videos
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.stop_epoch = min(options.stop_epoch or options.epochs, options.epochs)
-        saving = (options.save_ckpt_minutes, options.save_ckpt_steps, options.keep_ckpts)
+        saving = (options.save_ckpt_minutes, options.save_ckpt_steps)
         self.writer = checkpoints.CheckpointWriter(options.output_dir, *saving)
         step = position.epoch * self.steps_per_epoch + position.step
         self.log = RunLog(options.output_dir, options.log_dir, position.epoch, step)
@@ -331,49 +303,3 @@ class Run:
             return held | self.stepper.state() | place
 
         return self.writer.save(name, checkpoint)
-
-
-# Batches --------------------------------------------------------------------------------------------------------
-
-
-def last_line(error: Exception) -> str:
-    """The end of a message, which may hold a worker's traceback before it; the name of an error without a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList, hung: int = 1) -> RunError:
-    """What to tell of a worker that hung or died: the videos of its batches.
-
-    Args:
-        issued: videos of each batch that is on its way, the one that is waited for first.
-        hung: how many of these batches a worker that hangs may have.
-    """
-    hangs = "timed out" in str(error)
-    flying = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
-    lost = ", ".join(videos.path(index) for indices in flying for index in indices)
-    return RunError(
-        f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "
-        "the list, or raise --worker_timeout if storage is slow"
-    )
-
-
-def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
-    """The batches of the sampler's epoch; a worker that hangs or dies is reported with the videos it had.
-
-    Raises:
-        RunError: a worker hung, died, or raised.
-    """
-    assert isinstance(loader.batch_sampler, ChunkSampler)
-    issued = loader.batch_sampler.issued
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RunError as error:  # raised in a worker, whose traceback comes along
-            raise RunError(last_line(error).removeprefix("utils.RunError: ")) from error
-        except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while handing over
-            raise loader_failure(error, issued, videos) from error
-        issued.popleft()
-        yield batch
