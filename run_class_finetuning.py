@@ -254,7 +254,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         load_for_test(args, model)
         if report:
             report()
-        return evaluator.predict(model, videos) if args.predict else evaluator.test(model, videos)
+        return evaluator.test(model, videos, labelled=not args.predict)
     if args.finetune:
         load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)
     if args.knn:

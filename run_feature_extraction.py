@@ -27,7 +27,7 @@ import torch.nn as nn
 
 import utils
 from datasets_finetune import DATA_SETS, SAMPLINGS, Span, ViewReader, WindowReader
-from evaluation import load_views, score_videos
+from evaluation import load_views, score_videos, write_table
 from lists import VideoList, label_text, read_list
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
@@ -42,7 +42,6 @@ UNCHANGED = (
     "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
 )  # fmt: skip
 WHOLE = re.compile("-?[0-9]{1,18}")
-PART, WINDOWS_PART = ".csv", ".windows.csv"  # suffixes of the part of the index that belongs to a file of features
 COLUMNS = ("video", "path", "label", "file", "row", "start", "end", "rate", "frames", "error")
 
 
@@ -61,8 +60,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = ", ".join(MODELS)
     model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
     model.add_argument("--checkpoint", default="", help="pretrained or fine-tuned: a file, or hf://owner/repo/file")
+    kinds = ("mean", "time", "token")
     model.add_argument(
-        "--features", choices=("mean", "time", "token"), default="mean", help="of all tokens, by step, all"
+        "--features", choices=kinds, default="mean", help="mean of all tokens, of each time step, or all"
     )
 
     run = parser.add_argument_group("run")
@@ -138,59 +138,60 @@ def check_unchanged(args: argparse.Namespace, precision: str) -> None:
     if file.is_file():
         known = json.loads(file.read_text())
         for name, value in settings.items():
-            if known.get(name, value) != value:  # what an earlier version did not write down cannot differ
+            if known.get(name, value) != value:  # options that an earlier version did not have cannot differ
                 raise RunError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
     utils.barrier()  # all have looked
     if utils.rank() == 0:
         file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def write_part(path: Path, rows: list[list]) -> None:
-    """Write a part of the index."""
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
+def part_of(path: Path, windows: bool) -> Path:
+    """The part of the index that belongs to a file of features."""
+    return path.with_suffix(".windows.csv" if windows else ".csv")
 
 
 def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: tuple[int, ...], dtype: str) -> None:
-    """Write a shard, after its part of the index: a shard that is there is whole.
+    """Write features of some videos, after their part of the index, so that a file that exists is complete.
 
     Args:
-        scores: of each of its videos, features of `shape`, ``[V, …]``, or an error.
+        scores: features of each video, ``[V, …]`` of this shape, or an error.
     """
-    rows = np.full((len(scores), *shape), np.nan, dtype)
-    indices = [score.index for score in scores]
-    paths, labels = [videos.path(index) for index in indices], [os.fsdecode(label) for label in videos.labels[indices]]
-    lines = []
-    for row, (score, video, label) in enumerate(zip(scores, paths, labels)):
+    features, rows = np.full((len(scores), *shape), np.nan, dtype), []
+    for row, score in enumerate(scores):
         if not score.error:
-            rows[row] = score.views
+            features[row] = score.views
         spans = score.spans or [Span(np.nan, np.nan, np.nan, 0)]
         shown = (min(span.start for span in spans), max(span.end for span in spans), *spans[0][2:])
-        lines.append([score.index, video, label, path.name, row, *shown, score.error])
-    write_part(path.with_suffix(PART), lines)
-    if path.suffix == ".npz":
-        numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
-        utils.write_whole(path, lambda file: np.savez(file, features=rows, labels=numbers, paths=paths))
-    else:
-        utils.write_whole(path, lambda file: np.save(file, rows))
+        rows.append([score.index, *named(videos, score.index), path.name, row, *shown, score.error])
+    write_table(part_of(path, windows=False), rows)
+    if path.suffix == ".npy":
+        utils.write_whole(path, lambda file: np.save(file, features))
+        return
+    paths, labels = zip(*(named(videos, score.index) for score in scores))
+    numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
+    utils.write_whole(path, lambda file: np.savez(file, features=features, labels=numbers, paths=paths))
 
 
 def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore, dtype: str) -> None:
-    """Write the windows of a video, after their part of the index; of one that cannot be read only that."""
+    """Write the windows of a video, after their part of the index; of an unreadable video only that part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = [score.index, videos.path(score.index), videos.labels[score.index]]
-    name = str(path.relative_to(folder))
-    rows = [[*known, name, row, *span, ""] for row, span in enumerate(score.spans)]
-    write_part(path.with_suffix(WINDOWS_PART), rows or [[*known, "", "", "", "", "", "", score.error]])
+    known = [score.index, *named(videos, score.index)]
+    rows = [[*known, str(path.relative_to(folder)), row, *span, ""] for row, span in enumerate(score.spans)]
+    write_table(part_of(path, windows=True), rows or [[*known, *[""] * 6, score.error]])
     if not score.error:
         utils.write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
 
 
+def named(videos: VideoList, index: int) -> tuple[str, str]:
+    """Path and label of a video."""
+    return videos.path(index), os.fsdecode(videos.labels[index])
+
+
 def name_files(folder: Path, videos: VideoList) -> list[Path]:
-    """A file for the windows of each video: its name, or where two have the same their places below the folder of all.
+    """A file for the windows of each video: its name, or if two have the same, its path below their common folder.
 
     Raises:
-        RunError: a video stands twice in the list.
+        RunError: a video is in the list twice.
     """
     paths = [Path(os.path.abspath(videos.path(index))) for index in range(len(videos))]
     names = [path.with_suffix(".npy").name for path in paths]
@@ -206,15 +207,15 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     """Join the parts of the index, and describe the windows; returns the lines of videos that could not be read."""
     folder, lines = Path(args.output_dir), list[list[str]]()
     for path in files:
-        with open(path.with_suffix(WINDOWS_PART if is_windows(args) else PART), newline="") as file:
+        with open(part_of(path, is_windows(args)), newline="") as file:
             lines += csv.reader(file)
     unknown = [""] * (len(COLUMNS) - 6)  # parts that an earlier version of this program wrote have no seconds
     lines = [line if len(line) == len(COLUMNS) else [*line[:5], *unknown, line[5]] for line in lines]
-    with open(folder / "index.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *lines])
+    write_table(folder / "index.csv", [list(COLUMNS), *lines])
     if is_windows(args):
-        windows = Counter(line[3] for line in lines if not line[-1])
-        known = {line[3]: {"rate": float(line[7]), "frames": int(line[8])} for line in lines if not line[-1]}
+        readable = [line for line in lines if not line[-1]]
+        windows = Counter(line[3] for line in readable)
+        known = {line[3]: {"rate": float(line[7]), "frames": int(line[8])} for line in readable}
         stride = {"stride_seconds": args.stride_seconds} if args.stride_seconds else {"stride": args.stride}
         window = {"window": args.num_frames * args.sampling_rate, "sampling_rate": args.sampling_rate, **stride}
         of_each = {name.removesuffix(".npy"): {"windows": windows[name], **values} for name, values in known.items()}
@@ -231,32 +232,32 @@ def build_views(args: argparse.Namespace) -> ViewReader:
     return ViewReader(args.sampling, args.num_segment, args.num_crop, args.input_size, *frames)
 
 
+def files_to_write(args: argparse.Namespace, videos: VideoList) -> dict[Path, list[int]]:
+    """The files of features, and the lines of the list whose features each holds."""
+    folder = Path(args.output_dir)
+    if is_windows(args):
+        return {file: [index] for index, file in enumerate(name_files(folder, videos))}
+    shards = [range(len(videos))[start:][: args.shard_size] for start in range(0, len(videos), args.shard_size)]
+    return {folder / f"features-{number:05d}.{args.format}": list(shard) for number, shard in enumerate(shards)}
+
+
 def extract(args: argparse.Namespace, videos: VideoList, model: Features, device: torch.device) -> list[Path]:
     """Compute and write the missing files, each process its share of them; returns all files."""
-    folder, size = Path(args.output_dir), args.shard_size
     t, h, w = token_grid(args.num_frames, args.input_size, args.input_size)
     tokens = {"mean": (), "time": (t,), "token": (t * h * w,)}[args.features]
     shape = (args.num_segment * args.num_crop, *tokens, model.encoder.embed_dim)
-    if is_windows(args):
-        files = {file: [index] for index, file in enumerate(name_files(folder, videos))}
-    else:
-        starts = range(0, len(videos), size)
-        files = {
-            folder / f"features-{start // size:05d}.{args.format}": list(range(len(videos))[start:][:size])
-            for start in starts
-        }
+    files = files_to_write(args, videos)
     missing = utils.broadcast([file for file in files if not file.is_file()])
     logger.info("%d videos, %d of %d files to compute, features %s", len(videos), len(missing), len(files), shape[1:])
 
-    mine = missing[utils.rank() :: utils.world_size()]
-    file_of = {index: file for file in mine for index in files[file]}
+    file_of = {index: file for file in missing[utils.rank() :: utils.world_size()] for index in files[file]}
     ready: dict[Path, list[VideoScore]] = {}
     loading = (args.num_workers, args.worker_timeout, args.batch_size)
     samples = load_views(videos, build_views(args), *loading, list(file_of))
     for score in score_videos(model, samples, device, pick_precision(args.precision, device), "features"):
         file = file_of[score.index]
         if is_windows(args):
-            write_windows(file, folder, videos, score, args.dtype)
+            write_windows(file, Path(args.output_dir), videos, score, args.dtype)
             continue
         ready.setdefault(file, []).append(score)
         if len(ready[file]) == len(files[file]):
@@ -266,12 +267,11 @@ def extract(args: argparse.Namespace, videos: VideoList, model: Features, device
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Compute the shards that are missing, and join the index; returns the exit code."""
+    """Compute the files that are missing, and join the index; returns the exit code."""
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
     videos = read_list(args.data_path, label_text, args.data_root)
     utils.barrier()  # the first process has made the folder
     check_unchanged(args, pick_precision(args.precision, device))
-
     report = look_at(videos, args)
     encoder = MODELS[args.model](num_classes=0)
     load_encoder(encoder, checkpoint)

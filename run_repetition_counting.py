@@ -6,9 +6,7 @@ The method is in modeling_counting.py.
 """
 
 import argparse
-import csv
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -27,8 +25,7 @@ from datasets_counting import (
     collate_segments,
     read_annotations,
 )
-from evaluation import stream_samples
-from meters import RunLog
+from evaluation import log_test, stream_samples, write_table
 from modeling_counting import (
     Prediction,
     RepetitionCounter,
@@ -162,14 +159,11 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
     counts = count_all(args, model, device)
     metrics = count_metrics(args, counts)
     logger.info("test: mae %.4f  obo %.4f", metrics["mae"], metrics["obo"])
-    RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
+    log_test(args.output_dir, metrics)
     if args.output_dir and utils.rank() == 0:
-        with open(Path(args.output_dir) / "test_counts.csv", "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["video", "true", "counted"])
-            videos = read_split(args, "val")
-            for index, count in enumerate(counts):
-                table.writerow([videos.path(index), videos.labels[index], f"{count:.3f}"])
+        videos = read_split(args, "val")
+        rows = [[videos.path(i), videos.labels[i], f"{count:.3f}"] for i, count in enumerate(counts)]
+        write_table(Path(args.output_dir) / "test_counts.csv", [["video", "true", "counted"], *rows])
     return 0
 
 
