@@ -1,6 +1,6 @@
-"""Fine-tune or probe a SMILE encoder for classification, and test it: what is built from the command line.
+"""Fine-tune or probe a SMILE encoder for classification, and test it.
 
-scripts/finetune/ and scripts/test/ hold the recipes; the options are in options_finetune.py.
+The options are in options_finetune.py, recipes in scripts/finetune/ and scripts/test/.
 """
 
 import argparse
@@ -52,34 +52,28 @@ from weights import load_encoder, load_strictly, local_path
 
 
 def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
-    """Classifier, or frozen encoder with probes; randomly initialised, but image encoders come pretrained."""
+    """Classifier, or frozen encoder with probes; randomly initialised, except for pretrained image encoders."""
     probing = is_probe(args)
     encoder: TokenEncoder
     if args.encoder:
         with utils.user_errors("--encoder_"):
             encoder = build_encoder(args.encoder, args.encoder_weights)
     else:
-        encoder = MODELS[args.model](
-            num_classes=0 if probing or args.knn else num_classes(args),
-            drop_rate=args.drop,
-            attn_drop_rate=args.attn_drop_rate,
-            drop_path_rate=args.drop_path,
-            fc_drop_rate=args.fc_drop_rate,
-            init_scale=args.init_scale,
-            use_checkpoint=args.use_checkpoint,
-        )
+        classes = 0 if probing or args.knn else num_classes(args)
+        rates = (args.drop, args.attn_drop_rate, args.drop_path, args.fc_drop_rate)
+        encoder = MODELS[args.model](classes, *rates, args.init_scale, args.use_checkpoint)
     if args.learn == "head":
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     if not probing:
         return encoder
     heads = encoder.num_heads if isinstance(encoder, FrameEncoder) else SIZES[args.model.split("_")[1]].num_heads
-    kind, rates = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
-    return ProbedEncoder(encoder, heads, kind, num_classes(args), rates)
+    kind, tried = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
+    return ProbedEncoder(encoder, heads, kind, num_classes(args), tried)
 
 
 def train_videos(args: argparse.Namespace) -> VideoList:
-    """The training list, or the part of it that was asked for, which is also written to ``train_subset.csv``."""
+    """The training list, or the subset that was asked for, which is also written to ``train_subset.csv``."""
     data_set = DATA_SETS[args.data_set]
     videos = read_data_list(args, data_set.train_list)
     if args.examples and len(videos) != data_set.train_videos:
@@ -106,21 +100,14 @@ def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
     return FinetuneDataset(videos, task(args).clip_label, augment, *clips)
 
 
-def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
-    """The views of a test, or the one of a validation."""
-    data_set = DATA_SETS[args.data_set]
-    views = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
-    segments, crops = views if test else (0, 1)
-    short_side = args.short_side_size if test else 0
-    frames = (args.num_frames, args.sampling_rate)
-    return ViewReader(data_set.sampling, segments, crops, args.input_size, *frames, short_side, args.reader)
-
-
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
-    """Validation and test of the data set."""
+    """Validation on the centre clip, and test on all views of the data set."""
+    data_set, frames = DATA_SETS[args.data_set], (args.input_size, args.num_frames, args.sampling_rate)
+    views = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
+    centre = ViewReader(data_set.sampling, 0, 1, *frames, 0, args.reader)
+    every = ViewReader(data_set.sampling, *views, *frames, args.short_side_size, args.reader)
     precision, known = pick_precision(args.precision, device), replace(task(args), names=class_names(args))
-    views = (view_reader(args, test=False), view_reader(args, test=True))
-    return Evaluator(device, precision, *views, args.num_workers, args.worker_timeout, args.output_dir, known)
+    return Evaluator(device, precision, centre, every, args.num_workers, args.worker_timeout, args.output_dir, known)
 
 
 def build_loss(
@@ -214,10 +201,10 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
 
 
 def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False) -> None:
-    """Load the weights to test: --finetune, else, or if `own`, the best of output_dir.
+    """Load the weights to test: --finetune or, if `own` or without it, the best of output_dir.
 
     Raises:
-        RunError: neither is there, or it holds no head for these classes.
+        RunError: there are none, or they have no head for these classes.
     """
     path, key, prefix = checkpoint_to_test(args), args.model_key, args.model_prefix
     if own:
@@ -236,14 +223,14 @@ def check(args: argparse.Namespace) -> None:
     follow_checkpoint(args)
     find_problems(args).tell()
     if args.enable_deepspeed and args.zero_stage == 0:
-        logger.info("--zero_stage 0 shares nothing out, as DDP: taking stage 1")
+        logger.info("--zero_stage 0 shares nothing out, as DDP: using stage 1")
         args.zero_stage = 1
     if args.several_labels:
         logger.info("several labels a video (%s): binary cross-entropy, mean average precision", args.several_labels)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Build the model, and do the chosen job; returns the exit code."""
+    """Train, test, predict, or vote by nearest neighbours, as the arguments say; returns the exit code."""
     with utils.user_errors():
         evaluator = build_evaluator(args, device)
         model = build_model(args).to(device)

@@ -1,13 +1,14 @@
 """Train a SMILE encoder to count repetitions, and test it: UCFRep, the counting cell of the SEVERE benchmark.
 
 ``--data_path`` holds the annotations, ``train/*.mat`` and ``val/*.mat``; ``--data_root`` the videos of UCF101 that they
-name. After each epoch the whole of ``val`` is counted, and the weights that did best are kept: the benchmark's rule.
-The method is in modeling_counting.py.
+name. As in the benchmark, ``val`` is counted after each epoch, and the best weights are kept. The method is in
+modeling_counting.py.
 """
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -85,17 +86,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def refine(step: Step, model: torch.nn.Module, walks: Walks, num_frames: int, device: torch.device) -> None:
-    """One forward and backward pass on the windows of all walks, which then move on by what was predicted."""
+    """Forward and backward pass on the windows of all walks, which then move by the prediction."""
     classes, boxes = (target.to(device) for target in walks.targets())
     prediction = model(walks.windows(num_frames).to(device))
     loss, parts = counting_loss(prediction, classes, boxes)
     step.backward(loss, **parts)
-    said = Prediction(*(values.detach().cpu() for values in prediction))
-    walks.move(decode(said, walks.lengths))
+    walks.move(decode(Prediction(*(values.detach().cpu() for values in prediction)), walks.lengths))
 
 
 def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_steps: int) -> None:
-    """Train on the steps of an epoch: each walks through its segments, and learns `refine_steps` times on the way."""
+    """Train on the steps of an epoch, with `refine_steps` optimizer steps on each batch of segments."""
     stepper.model.train()
     for step in epoch.steps():
         parties = [
@@ -112,52 +112,43 @@ def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_step
         step.values = {name: torch.stack([values[name] for values in updates]).mean() for name in step.values}
 
 
-def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> Callable:
-    """Return a function that counts the cycles of a segment uint8 ``[F, S, S, 3]``."""
-
-    def count(frames: torch.Tensor) -> float:
-        def predict(moments: torch.Tensor, lengths: torch.Tensor) -> Prediction:
-            said = []
-            for part, guess in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
-                windows = take_frames(frames, window_frames(part, guess, len(frames), args.num_frames))
-                with autocast(device, pick_precision(args.precision, device)):
-                    prediction = model(windows.to(device))
-                said.append(Prediction(*(values.float().cpu() for values in prediction)))
-            return Prediction(*(torch.cat(values) for values in zip(*said)))
-
-        return count_cycles(predict, len(frames))
-
-    return count
-
-
 @torch.inference_mode()
-def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> list[float]:
-    """The count of every video of `val`, in all processes, which share the work.
+def count_all(
+    args: argparse.Namespace, model: RepetitionCounter, device: torch.device
+) -> tuple[list[float], dict[str, float]]:
+    """Count `val`, shared out among the processes.
 
+    Returns:
+        count of each video and their metrics, in all processes.
     Raises:
         RunError: a video cannot be read.
     """
     model.eval()
-    videos = read_split(args, "val")
-    mine = range(utils.rank(), len(videos), utils.world_size())
-    counts, count = [0.0] * len(videos), make_counter(args, model, device)
+    videos, precision = read_split(args, "val"), pick_precision(args.precision, device)
+
+    def predict(frames: torch.Tensor, moments: torch.Tensor, lengths: torch.Tensor) -> Prediction:
+        parts = []
+        for moment, length in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
+            windows = take_frames(frames, window_frames(moment, length, len(frames), args.num_frames))
+            with autocast(device, precision):
+                prediction = model(windows.to(device))
+            parts.append(Prediction(*(values.float().cpu() for values in prediction)))
+        return Prediction(*(torch.cat(values) for values in zip(*parts)))
+
+    counts, mine = [0.0] * len(videos), range(utils.rank(), len(videos), utils.world_size())
     stream = WholeSegments(videos, mine, args.input_size, args.reader)
     for sample in stream_samples(stream, args.num_workers, args.worker_timeout):
         if sample["error"]:
             raise RunError(sample["error"])
-        counts[sample["index"]] = count(sample["frames"])
-    return utils.reduce_sum(counts, device)
-
-
-def count_metrics(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
-    """Metrics of the counts of `val`."""
-    return counting_scores(counts, read_split(args, "val").labels.tolist())
+        frames = sample["frames"]  # uint8 [F, S, S, 3]
+        counts[sample["index"]] = count_cycles(partial(predict, frames), len(frames))
+    counts = utils.reduce_sum(counts, device)
+    return counts, counting_scores(counts, videos.labels.tolist())
 
 
 def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> int:
     """Count, log, and write ``test_counts.csv``; returns the exit code."""
-    counts = count_all(args, model, device)
-    metrics = count_metrics(args, counts)
+    counts, metrics = count_all(args, model, device)
     logger.info("test: mae %.4f  obo %.4f", metrics["mae"], metrics["obo"])
     log_test(args.output_dir, metrics)
     if args.output_dir and utils.rank() == 0:
@@ -193,7 +184,7 @@ def validate(
     args: argparse.Namespace, model: RepetitionCounter, device: torch.device, epoch: Epoch, best: Best
 ) -> None:
     """Count `val` after an epoch, and save the weights if they are the best so far."""
-    metrics = count_metrics(args, count_all(args, model, device))
+    metrics = count_all(args, model, device)[1]
     best.update(epoch, metrics)
     shown = (metrics["mae"], metrics["obo"], best.value, best.epoch)
     logger.info("validation: mae %.4f  obo %.4f  (best mae %.4f in epoch %d)", *shown)
@@ -226,7 +217,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
 
 
 def weights_to_load(args: argparse.Namespace) -> str:
-    """What to start from, or to test with --eval: --finetune, else for a test the best of output_dir."""
+    """The checkpoint to start from or, with --eval, to test: --finetune, for a test also the best of output_dir."""
     best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
     return args.finetune or (best if args.eval else "")
 
