@@ -11,22 +11,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+import utils
 from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, VideoCheck, VideoDataset, build_loader, collate
 from lists import VideoList
 from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule, distribute, pick_precision
 from training import Run, RunOptions
-from utils import (
-    RunError,
-    init_distributed,
-    logger,
-    rank,
-    run_main,
-    seed_everything,
-    setup_logging,
-    user_errors,
-    world_size,
-)
+from utils import RunError, logger, rank, user_errors, world_size
 from video_reader import READERS
 from weights import read_checkpoint, stored_options
 
@@ -271,17 +262,17 @@ def run_program(
     """
 
     def main() -> int:
-        device = init_distributed(args.device, timeout_minutes)
-        setup_logging()
+        device = utils.init_distributed(args.device, timeout_minutes)
+        utils.setup_logging()
         if args.not_needed:
             logger.info("ignored, no effect in this code: %s", ", ".join(args.not_needed))
         check(args)
         writes = args.output_dir and rank() == 0 and not getattr(args, "dry_run", False)
         with lock_folder(args.output_dir) if writes else nullcontext():
-            seed_everything(getattr(args, "seed", 0))
+            utils.seed_everything(getattr(args, "seed", 0))
             return run(args, device)
 
-    run_main(main)
+    utils.run_main(main)
 
 
 def look_at(videos: VideoList, args: argparse.Namespace) -> Callable[[], None]:

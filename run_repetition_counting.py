@@ -15,29 +15,14 @@ from typing import cast
 import numpy as np
 import torch
 
+import datasets_counting
+import modeling_counting as counting
 import options
 import utils
 from checkpoints import BEST
-from datasets_counting import (
-    AnnotationList,
-    SegmentBatch,
-    TrainSegments,
-    WholeSegments,
-    collate_segments,
-    read_annotations,
-)
+from datasets_counting import AnnotationList, SegmentBatch, collate_segments
 from evaluation import log_test, stream_samples, write_table
-from modeling_counting import (
-    Prediction,
-    RepetitionCounter,
-    Walks,
-    count_cycles,
-    counting_loss,
-    counting_scores,
-    decode,
-    take_frames,
-    window_frames,
-)
+from modeling_counting import Prediction, RepetitionCounter, Walks
 from modeling_finetune import MODELS, token_grid
 from optim_factory import Stepper, autocast, parameter_groups, pick_precision
 from training import Best, Epoch, Step
@@ -89,9 +74,9 @@ def refine(step: Step, model: torch.nn.Module, walks: Walks, num_frames: int, de
     """Forward and backward pass on the windows of all walks, which then move by the prediction."""
     classes, boxes = (target.to(device) for target in walks.targets())
     prediction = model(walks.windows(num_frames).to(device))
-    loss, parts = counting_loss(prediction, classes, boxes)
+    loss, parts = counting.counting_loss(prediction, classes, boxes)
     step.backward(loss, **parts)
-    walks.move(decode(Prediction(*(values.detach().cpu() for values in prediction)), walks.lengths))
+    walks.move(counting.decode(Prediction(*(values.detach().cpu() for values in prediction)), walks.lengths))
 
 
 def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_steps: int) -> None:
@@ -129,21 +114,22 @@ def count_all(
     def predict(frames: torch.Tensor, moments: torch.Tensor, lengths: torch.Tensor) -> Prediction:
         parts = []
         for moment, length in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
-            windows = take_frames(frames, window_frames(moment, length, len(frames), args.num_frames))
+            shown = counting.window_frames(moment, length, len(frames), args.num_frames)
+            windows = counting.take_frames(frames, shown)
             with autocast(device, precision):
                 prediction = model(windows.to(device))
             parts.append(Prediction(*(values.float().cpu() for values in prediction)))
         return Prediction(*(torch.cat(values) for values in zip(*parts)))
 
     counts, mine = [0.0] * len(videos), range(utils.rank(), len(videos), utils.world_size())
-    stream = WholeSegments(videos, mine, args.input_size, args.reader)
+    stream = datasets_counting.WholeSegments(videos, mine, args.input_size, args.reader)
     for sample in stream_samples(stream, args.num_workers, args.worker_timeout):
         if sample["error"]:
             raise RunError(sample["error"])
         frames = sample["frames"]  # uint8 [F, S, S, 3]
-        counts[sample["index"]] = count_cycles(partial(predict, frames), len(frames))
+        counts[sample["index"]] = counting.count_cycles(partial(predict, frames), len(frames))
     counts = utils.reduce_sum(counts, device)
-    return counts, counting_scores(counts, videos.labels.tolist())
+    return counts, counting.counting_scores(counts, videos.labels.tolist())
 
 
 def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> int:
@@ -163,7 +149,7 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
 
 def read_split(args: argparse.Namespace, name: str) -> AnnotationList:
     """The annotations `train` or `val`."""
-    return read_annotations(os.path.join(args.data_path, name), args.data_root)
+    return datasets_counting.read_annotations(os.path.join(args.data_path, name), args.data_root)
 
 
 def find_problems(args: argparse.Namespace) -> options.Problems:
@@ -195,7 +181,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
     total_batch = options.total_batch(args)
     with utils.user_errors():
         segments = (args.segments_per_video, args.max_frames, args.input_size, args.seed, args.reader)
-        dataset = TrainSegments(read_split(args, "train"), *segments)
+        dataset = datasets_counting.TrainSegments(read_split(args, "train"), *segments)
         sampler = options.make_sampler(args, dataset, args.batch_size)
         groups = parameter_groups(model.encoder, args.weight_decay, args.layer_decay)
         groups += parameter_groups(model.head, args.weight_decay)

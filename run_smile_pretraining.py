@@ -11,6 +11,7 @@ import os
 
 import torch
 
+import modeling_teacher
 import options
 import utils
 from datasets import ChunkSampler, PretrainDataset, find_images
@@ -19,15 +20,7 @@ from lists import VideoList, any_label, list_of, read_list
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
 from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, channel_stats, token_grid
 from modeling_pretrain import MODELS
-from modeling_teacher import (
-    DINO_MODELS,
-    TARGET_TYPES,
-    TEACHER_NORMS,
-    PixelTarget,
-    build_teacher,
-    check_timm_weights,
-    find_clip_weights,
-)
+from modeling_teacher import DINO_MODELS, TARGET_TYPES, TEACHER_NORMS, PixelTarget, check_timm_weights
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import DTYPES, parameter_groups, pick_precision
 from options import Problems
@@ -136,7 +129,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
         }
     )
     if args.target_type == "clip":
-        problems.attempt(find_clip_weights, args.clip_model, args.clip_weights, prefix="--clip_")
+        problems.attempt(modeling_teacher.find_clip_weights, args.clip_model, args.clip_weights, prefix="--clip_")
     if args.target_type == "timm":
         problems.attempt(check_timm_weights, args.teacher_model, args.teacher_weights, prefix="--teacher_")
     for path in filter(os.path.isfile, {args.first_stage_path, args.resume}):
@@ -188,7 +181,7 @@ def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.M
     fed = (args.teacher_norm, grid, args.teacher_size or None, args.teacher_stage)
     dtype = DTYPES[pick_precision(args.precision, device)]
     with utils.user_errors(prefix):
-        return build_teacher(args.target_type, model, weights, *fed, dtype).to(device)
+        return modeling_teacher.build_teacher(args.target_type, model, weights, *fed, dtype).to(device)
 
 
 def describe(args: argparse.Namespace, precision: str, device: torch.device, sampler: ChunkSampler) -> None:

@@ -48,8 +48,9 @@ BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)\.(\w+
 
 
 def local_path(path: str) -> str:
-    """Local path of a weight file: `path` itself, or for ``hf://owner/repo[@revision]/file`` the file in the cache of
-    huggingface_hub, downloaded if necessary. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN apply.
+    """Local path of a weight file; ``hf://owner/repo[@revision]/file`` is downloaded to huggingface_hub's cache.
+
+    HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN apply.
 
     Raises:
         RunError: malformed ``hf://`` name, or neither cached nor available for download.
