@@ -5,7 +5,6 @@ its optimizer state in a folder of ``OUTPUT_DIR/deepspeed/``; the .pth file hold
 deepspeed is imported where a stepper is built, since the import takes seconds and few runs need it.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import torch.nn as nn
 
 from optim_factory import DTYPES, Stepper, spread_badness
 from utils import RunError, barrier, broadcast, rank, reduce_sum, world_size
+from weights import read_checkpoint
 
 FOLDER = "deepspeed"  # of OUTPUT_DIR
 ELEMENTWISE = ("adamw", "adam", "sgd")  # optimizers that may be cut anywhere
@@ -130,9 +130,7 @@ def remove_unused(folder: str) -> None:
     used = set()
     for path in Path(folder).glob("checkpoint-*.pth"):
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            used.add(state["optimizer"].get("deepspeed"))
+            used.add(read_checkpoint(path, whole=False)["optimizer"].get("deepspeed"))
         except Exception:  # an unreadable .pth keeps what may belong to it
             used |= {path.stem, f"{path.stem}-b"}
     for shards in (Path(folder) / FOLDER).glob("checkpoint-*"):

@@ -19,7 +19,7 @@ from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule, dis
 from training import Run, RunOptions
 from utils import RunError, logger, rank, user_errors, world_size
 from video_reader import READERS
-from weights import read_checkpoint, stored_options
+from weights import load_strictly, read_checkpoint, stored_options
 
 
 def make_parser(title: str, text: str) -> argparse.ArgumentParser:
@@ -289,22 +289,6 @@ def make_sampler(args: argparse.Namespace, dataset: VideoDataset, chunk: int) ->
     return ChunkSampler(len(dataset), chunk, args.update_freq, rank(), world_size(), args.seed)
 
 
-def resume(
-    args: argparse.Namespace, contents: dict[str, Any], stepper: Stepper, sampler: ChunkSampler
-) -> Position | None:
-    """Load the checkpoint to resume from into `contents` (see Run) and `stepper`; None if there is none.
-
-    Raises:
-        RunError: the checkpoint is of another run.
-    """
-    found = find_resume(args.output_dir, args.resume, args.auto_resume)
-    if not found:
-        return None
-    position = restore(found, contents, stepper, sampler.samples_per_step)
-    tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
-    return position
-
-
 def run_options(args: argparse.Namespace) -> RunOptions:
     """The options of the run; a dry run writes nowhere, and logs every step."""
     values = {field.name: getattr(args, field.name) for field in fields(RunOptions)}
@@ -315,25 +299,35 @@ def run_options(args: argparse.Namespace) -> RunOptions:
 
 def start(
     args: argparse.Namespace,
-    position: Position | None,
     dataset: VideoDataset,
     sampler: ChunkSampler,
     stepper: Stepper,
     contents: dict[str, Any],
+    first_weights: str = "",
     collate: Callable[[list], Any] = collate,
     dynamic: bool | None = False,
 ) -> Run:
-    """Compile and distribute ``contents["model"]``, build the loader, and return the run.
+    """Resume if there is a checkpoint, compile and distribute ``contents["model"]``, build the loader; returns the run.
 
     Args:
-        position: where to go on; None: at --start_epoch.
+        contents: see Run.
+        first_weights: checkpoint whose weights are loaded if there is nothing to resume from.
         dynamic: see torch.compile.
+    Raises:
+        RunError: the checkpoint is of another run, or first_weights of another model.
     """
-    model = contents["model"]
+    position, model = Position(args.start_epoch), contents["model"]
+    if found := find_resume(args.output_dir, args.resume, args.auto_resume):
+        position = restore(found, contents, stepper, sampler.samples_per_step)
+        tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
+        if first_weights:
+            logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
+    elif first_weights:
+        load_strictly(model, first_weights)
     if args.compile:
         model.compile(dynamic=dynamic)
     if stepper.model is model:  # DeepSpeed has wrapped it otherwise
         stepper.model = distribute(model, stepper.device)
     pin_memory = getattr(args, "pin_mem", False) and stepper.device.type == "cuda"
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout, collate)
-    return Run(run_options(args), position or Position(args.start_epoch), loader, stepper, contents)
+    return Run(run_options(args), position, loader, stepper, contents)

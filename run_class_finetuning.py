@@ -176,13 +176,12 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
 
     best, total_batch = Best(evaluator.task.metric), options.total_batch(args)  # videos, as VideoMAE scales rates
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
-    position = options.resume(args, contents, stepper, sampler)
     logger.info(
         "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
         *(total_batch, args.num_sample, sampler.steps_per_epoch, args.epochs),
         *(args.lr * total_batch / 256, stepper.precision, device),
     )
-    run = options.start(args, position, dataset, sampler, stepper, contents)
+    run = options.start(args, dataset, sampler, stepper, contents)
     criterion, augment = build_loss(args, channel_stats("imagenet", device), dataset.videos.labels)
     report()
     with run:

@@ -188,13 +188,12 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
         stepper = options.build_stepper(args, model, groups, device, sampler.steps_per_epoch)
     best = Best("mae", float("inf"))
     contents = {"model": model, "args": args, "best": best}
-    position = options.resume(args, contents, stepper, sampler)
     logger.info(
         "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",
         *(total_batch, sampler.steps_per_epoch, args.refine_steps, args.epochs),
         *(args.lr * total_batch / 256, stepper.precision, device),
     )
-    with options.start(args, position, dataset, sampler, stepper, contents, collate_segments, dynamic=None) as run:
+    with options.start(args, dataset, sampler, stepper, contents, "", collate_segments, dynamic=None) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
             if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():

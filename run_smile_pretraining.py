@@ -26,7 +26,7 @@ from optim_factory import DTYPES, parameter_groups, pick_precision
 from options import Problems
 from utils import logger
 from video_transforms import BACKGROUNDS, ClipSource
-from weights import check_kind, load_strictly, local_path
+from weights import check_kind, local_path
 
 GENERATED = ("black", "noise")  # backgrounds that need no files
 
@@ -220,14 +220,9 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     describe(args, stepper.precision, device, sampler)
 
     contents = {"model": student, "args": args}
-    position = options.resume(args, contents, stepper, sampler)
-    if position and args.first_stage_path:
-        logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
-    elif args.first_stage_path:
-        load_strictly(student, args.first_stage_path)
+    run = options.start(args, dataset, sampler, stepper, contents, args.first_stage_path)
     if args.compile:
         teacher.compile(dynamic=False)
-    run = options.start(args, position, dataset, sampler, stepper, contents)
     norm = channel_stats("imagenet", device)
     if report:
         report()

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "modeling_image": {"modeling_teacher"},
     "modeling_probe": {"modeling_finetune", "modeling_image"},
     "metrics": {"lists", "utils", "video_reader"},
-    "deepspeed_stepper": {"optim_factory", "utils"},
+    "deepspeed_stepper": {"optim_factory", "utils", "weights"},
     "meters": {"datasets", "lists", "utils"},
     "training": {"checkpoints", "datasets", "meters", "optim_factory", "utils"},
     "engine_for_pretraining": {"modeling_finetune", "modeling_pretrain", "training"},
@@ -106,7 +106,7 @@ def test_a_reader_of_pretraining_meets_few_files():
         name = ahead.pop()
         seen.add(name)
         ahead += GRAPH[name] - seen
-    assert len(seen) <= 19 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 5150
+    assert len(seen) <= 19 and sum(len(SOURCES[name].read_text().splitlines()) for name in seen) <= 5100
 
 
 def test_leaves_name_no_options():
