@@ -245,40 +245,33 @@ def last_line(error: Exception) -> str:
 
 
 def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoList, hung: int = 1) -> RunError:
-    """The error to raise if a worker hung or died: it names the videos that the worker may have had.
+    """The error to raise if a loader worker hung or died; it names the videos that the worker may have had.
 
     Args:
-        issued: videos of each batch on its way, the one that is waited for first.
+        issued: videos of each batch that is being loaded, the one that is waited for first.
         hung: how many of these batches a worker that hangs may have.
     """
     hangs = "timed out" in str(error)
-    flying = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
-    lost = ", ".join(videos.path(index) for indices in flying for index in indices)
-    return RunError(
-        f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "
-        "the list, or raise --worker_timeout if storage is slow"
-    )
+    loading = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
+    lost = ", ".join(videos.path(index) for indices in loading for index in indices)
+    remedy = "take it off the list, or raise --worker_timeout if storage is slow"
+    return RunError(f"the data loader failed ({last_line(error)}) on one of: {lost}; {remedy}")
 
 
 def guarded(
     loader: DataLoader, videos: VideoList, issued: Callable[[], Iterable[list[int]]], hung: int = 1
 ) -> Iterator[Any]:
-    """Iterate over a loader; see loader_failure.
+    """Iterate over a loader; `issued` and `hung` as in loader_failure.
 
     Raises:
         RunError: a worker hung, died, or raised.
     """
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RunError as error:  # raised in a worker, whose traceback comes along
-            raise RunError(last_line(error).removeprefix("utils.RunError: ")) from error
-        except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while handing over
-            raise loader_failure(error, issued(), videos, hung) from error
-        yield batch
+    try:
+        yield from loader
+    except RunError as error:  # raised in a worker, whose traceback is part of the message
+        raise RunError(last_line(error).removeprefix("utils.RunError: ")) from error
+    except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while sending a batch
+        raise loader_failure(error, issued(), videos, hung) from error
 
 
 def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:

@@ -1,15 +1,14 @@
-"""Write frozen features of the videos of a list, for whatever is to be built on them.
+"""Write frozen features of the videos of a list.
 
-Features are the encoder's tokens after its last block, as the probes see them: ``[V, D]`` for each video (their mean),
-``[V, t, D]`` (their mean in each time step) or ``[V, N, D]`` (all of them), V views. So many lines of the list share a
-file ``features-00000.npy``, one row each, in the list's order; ``index.csv`` names file and row of every video, and the
-seconds that its views show. A video that cannot be read is a row of NaN.
+Features are the encoder's tokens after its last block, as the probes see them: of V views of a video ``[V, D]`` (mean),
+``[V, t, D]`` (mean of each time step) or ``[V, N, D]`` (all). Each file ``features-00000.npy`` holds --shard_size lines
+of the list, one row each; ``index.csv`` has file, row and seconds of every video. Unreadable videos are rows of NaN.
 
---stride N or --stride_seconds S is for temporal localisation: a window every N frames or S seconds, from the start to
-the end of each video, ``[n_windows, D]`` in a file of its own, ``<name>.npy``. ``index.csv`` then has a line for each
-window, and ``windows.json`` what localisation code asks for: frames a window, stride, rate and length of each video.
+--stride N or --stride_seconds S is for temporal localisation: a window every N frames or S seconds of the whole video,
+``[n_windows, D]`` in a file for each video, ``<name>.npy``. ``index.csv`` then has a line for each window, and
+``windows.json`` frames a window, stride, rate and length of each video.
 
-The same command, started again, computes the files that are missing.
+The same command, started again, computes the missing files.
 """
 
 import argparse
@@ -187,22 +186,6 @@ def named(videos: VideoList, index: int) -> tuple[str, str]:
     return videos.path(index), os.fsdecode(videos.labels[index])
 
 
-def name_files(folder: Path, videos: VideoList) -> list[Path]:
-    """A file for the windows of each video: its name, or if two have the same, its path below their common folder.
-
-    Raises:
-        RunError: a video is in the list twice.
-    """
-    paths = [Path(os.path.abspath(videos.path(index))) for index in range(len(videos))]
-    names = [path.with_suffix(".npy").name for path in paths]
-    if len(set(names)) < len(names):
-        root = os.path.commonpath([path.parent for path in paths])
-        names = [f"{path.relative_to(root)}.npy" for path in paths]
-    if len(set(names)) < len(names):
-        raise RunError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} stands there twice")
-    return [folder / name for name in names]
-
-
 def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     """Join the parts of the index, and describe the windows; returns the lines of videos that could not be read."""
     folder, lines = Path(args.output_dir), list[list[str]]()
@@ -233,12 +216,25 @@ def build_views(args: argparse.Namespace) -> ViewReader:
 
 
 def files_to_write(args: argparse.Namespace, videos: VideoList) -> dict[Path, list[int]]:
-    """The files of features, and the lines of the list whose features each holds."""
+    """The files of features, and the lines of the list whose features each holds.
+
+    Windows have a file for each video: its name, or if two have the same, its path below their common folder.
+
+    Raises:
+        RunError: windows of a video that is in the list twice.
+    """
     folder = Path(args.output_dir)
-    if is_windows(args):
-        return {file: [index] for index, file in enumerate(name_files(folder, videos))}
-    shards = [range(len(videos))[start:][: args.shard_size] for start in range(0, len(videos), args.shard_size)]
-    return {folder / f"features-{number:05d}.{args.format}": list(shard) for number, shard in enumerate(shards)}
+    if not is_windows(args):
+        shards = [range(len(videos))[start:][: args.shard_size] for start in range(0, len(videos), args.shard_size)]
+        return {folder / f"features-{number:05d}.{args.format}": list(shard) for number, shard in enumerate(shards)}
+    paths = [Path(os.path.abspath(videos.path(index))) for index in range(len(videos))]
+    names = [path.with_suffix(".npy").name for path in paths]
+    if len(set(names)) < len(names):
+        root = os.path.commonpath([path.parent for path in paths])
+        names = [f"{path.relative_to(root)}.npy" for path in paths]
+    if len(set(names)) < len(names):
+        raise RunError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} stands there twice")
+    return {folder / name: [index] for index, name in enumerate(names)}
 
 
 def extract(args: argparse.Namespace, videos: VideoList, model: Features, device: torch.device) -> list[Path]:
