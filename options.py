@@ -28,63 +28,63 @@ def make_parser(title: str, text: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(title, usage, text, allow_abbrev=False, formatter_class=show)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The option group `data`."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_root", default="", help="folder that relative paths in the lists start from")
-    data.add_argument("--num_frames", type=int, default=16, help="frames a clip")
-    data.add_argument("--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next")
-    data.add_argument("--input_size", type=int, default=224, help="clip side, pixels")
-    data.add_argument("--reader", choices=READERS, default="pyav", help="decoder of the videos; decord: as released")
-    data.add_argument("--num_workers", type=int, default=10, help="loader processes a GPU")
-    data.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches")
-    data.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
-    data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
-    data.add_argument("--max_bad_fraction", type=float, default=0.05, help="stop if more of the videos are unreadable")
-    return data
+def add_data_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Add the option group `data`; returns its `add_argument`."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_root", default="", help="folder that relative paths in the lists start from")
+    add("--num_frames", type=int, default=16, help="frames per clip")
+    add("--sampling_rate", type=int, default=4, help="stride of the sampled frames")
+    add("--input_size", type=int, default=224, help="height and width of clips, pixels")
+    add("--reader", choices=READERS, default="pyav", help="decoder of the videos; decord: as released")
+    add("--num_workers", type=int, default=10, help="loader processes per GPU")
+    add("--pin_mem", action="store_true", default=True, help="page-locked memory for batches")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
+    add("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
+    add("--max_bad_fraction", type=float, default=0.05, help="stop if a larger part of the videos is unreadable")
+    return add
 
 
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The option group `optimizer`; defaults that differ between programs are set by them."""
-    optim = parser.add_argument_group("optimizer")
-    optim.add_argument("--update_freq", type=int, default=1, help="forward passes an optimizer step")
-    optim.add_argument("--epochs", type=int, help="length of the schedule, passes over the list")
-    optim.add_argument("--stop_epoch", type=int, default=0, help="stop after so many epochs; the schedule stays")
-    optim.add_argument("--start_epoch", type=int, default=0, help="epoch to start from, numbered from 0")
-    optim.add_argument("--opt", default="adamw", help="a timm optimizer")
-    optim.add_argument("--opt_eps", type=float, default=1e-8, help="epsilon of Adam")
-    optim.add_argument("--opt_betas", type=float, nargs=2, help="betas of Adam")
-    optim.add_argument("--momentum", type=float, default=0.9, help="of SGD")
-    optim.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
-    optim.add_argument("--weight_decay", type=float, default=0.05, help="not on biases, norms and the mask token")
-    optim.add_argument("--weight_decay_end", type=float, default=None, help="its last value (cosine); None: constant")
-    optim.add_argument("--lr", type=float, help="for 256 a step (--batch_size, GPUs, passes), scaled linearly")
-    optim.add_argument("--warmup_lr", type=float, default=0.0, help="rate of the first step, scaled likewise")
-    optim.add_argument("--min_lr", type=float, help="rate of the last step, scaled likewise")
-    optim.add_argument("--warmup_epochs", type=int, help="epochs of linear warm-up")
-    optim.add_argument("--warmup_steps", type=int, default=-1, help="the same in steps, if >= 0")
-    return optim
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Add the option group `optimizer`; returns its `add_argument`. Programs set the defaults that are missing here."""
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--update_freq", type=int, default=1, help="forward passes per optimizer step")
+    add("--epochs", type=int, help="length of the schedule in passes over the list")
+    add("--stop_epoch", type=int, default=0, help="stop after this many epochs without changing the schedule; 0: no")
+    add("--start_epoch", type=int, default=0, help="epoch to start from, numbered from 0")
+    add("--opt", default="adamw", help="optimizer of timm")
+    add("--opt_eps", type=float, default=1e-8, help="epsilon of Adam")
+    add("--opt_betas", type=float, nargs=2, help="betas of Adam")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD")
+    add("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
+    add("--weight_decay", type=float, default=0.05, help="weight decay, except of biases, norms and the mask token")
+    add("--weight_decay_end", type=float, default=None, help="weight decay at the end (cosine); None: constant")
+    add("--lr", type=float, help="learning rate for a total batch of 256, scaled linearly")
+    add("--warmup_lr", type=float, default=0.0, help="learning rate of the first step, scaled likewise")
+    add("--min_lr", type=float, help="learning rate of the last step, scaled likewise")
+    add("--warmup_epochs", type=int, help="epochs of linear warm-up")
+    add("--warmup_steps", type=int, default=-1, help="steps of linear warm-up, if >= 0")
+    return add
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The option group `run`."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default="", help="checkpoints, log.txt and bad_clips.txt; empty: none")
-    run.add_argument("--log_dir", default="", help="TensorBoard folder; empty: none")
-    run.add_argument("--log_interval", type=int, default=10, help="steps between console lines")
-    run.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
-    run.add_argument("--save_ckpt_minutes", type=float, default=15, help="refresh checkpoint-latest.pth; 0: never")
-    run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
-    run.add_argument("--resume", default="", help="checkpoint to go on from")
-    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the furthest in output_dir")
-    run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
-    run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
-    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
+def add_run_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Add the option group `run`; returns its `add_argument`."""
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="", help="folder for checkpoints, log.txt and bad_clips.txt; empty: none")
+    add("--log_dir", default="", help="TensorBoard folder; empty: none")
+    add("--log_interval", type=int, default=10, help="steps between console lines")
+    add("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
+    add("--save_ckpt_minutes", type=float, default=15, help="minutes between saves of checkpoint-latest.pth; 0: never")
+    add("--save_ckpt_steps", type=int, default=0, help="optimizer steps between them; 0: never")
+    add("--resume", default="", help="checkpoint to resume from")
+    add("--auto_resume", action="store_true", default=True, help="resume from the furthest in output_dir")
+    add("--no_auto_resume", action="store_false", dest="auto_resume", help="do not")
+    add("--seed", type=int, default=0, help="seed of weights, clips and masks")
+    add("--device", default="cuda", help="cuda (where there is one) or cpu")
     precisions = ("auto", *DTYPES)
-    run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
-    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    run.add_argument("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
-    return run
+    add("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
+    return add
 
 
 # Options of VideoMAE's and SMILE's scripts that have no effect here, accepted so that those scripts run unchanged:
@@ -170,9 +170,9 @@ def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: s
 
 
 class Problems:
-    """What is wrong with a command line, collected so that all of it can be told at once.
+    """Errors in a command line, collected to be reported together.
 
-    Starts with what both programs check: numbers, and output that cannot be written.
+    The constructor checks what the training programs share: numbers, and that output folders can be written.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -189,11 +189,11 @@ class Problems:
             self.add({f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written": not writable})
 
     def add(self, messages: dict[str, Any]) -> None:
-        """Note each message whose value is true."""
+        """Add each message whose value is true."""
         self.found += [message for message, wrong in messages.items() if wrong]
 
     def attempt(self, check: Callable[..., Any], *values: Any, prefix: str = "") -> Any:
-        """Call `check`; None if it raises, whose message is noted. `prefix`: see utils.user_errors."""
+        """Return the result of `check`; if it raises, add the message and return None (`prefix`: see user_errors)."""
         try:
             with user_errors(prefix):
                 return check(*values)
@@ -201,24 +201,24 @@ class Problems:
             self.found.append(str(error))
 
     def numbers(self, lowest: int, *names: str) -> None:
-        """Options that must not be below `lowest`, 0 or 1."""
+        """Check that options are at least `lowest`, 0 or 1."""
         limit = "must be at least 1" if lowest else "must not be negative"
         values = {name: getattr(self.args, name) for name in names}
         self.add({f"--{name} {value}: {limit}": value < lowest for name, value in values.items()})
 
     def files(self, *names: str) -> None:
-        """Options that name files, if given."""
+        """Check that options, if given, name readable files."""
         paths = {name: path for name in names if (path := getattr(self.args, name)) and not os.access(path, os.R_OK)}
         self.found += [f"--{name} {path}: no such file, or not readable" for name, path in paths.items()]
 
     def tell(self) -> None:
-        """Raise RunError with all of them, if there are any."""
+        """Raise RunError if there are any."""
         if self.found:
             raise RunError("\n       ".join(self.found))
 
 
 def total_batch(args: argparse.Namespace) -> int:
-    """Clips (or videos, or segments) of all processes that make an optimizer step; --lr is for 256 of them."""
+    """Number of clips (or videos, or segments) in an optimizer step, over all processes."""
     return args.batch_size * args.update_freq * world_size()
 
 

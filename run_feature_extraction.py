@@ -47,32 +47,30 @@ COLUMNS = ("video", "path", "label", "file", "row", "start", "end", "rate", "fra
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
     parser = make_parser("SMILE features", __doc__)
-    data = add_data_arguments(parser)
-    data.add_argument("--data_path", default="", help="list with a line `path label` for each video")
-    data.add_argument("--sampling", choices=SAMPLINGS, default="dense", help="segments: as SSv2 is trained")
-    data.add_argument("--num_segment", type=int, default=1, help="views in time; 1: the centre")
-    data.add_argument("--num_crop", type=int, default=1, help="views in space; 1: the centre")
-    data.add_argument("--stride", type=int, default=0, help="a window every so many frames of the whole video; 0: no")
-    data.add_argument("--stride_seconds", type=float, default=0.0, help="the same in seconds")
+    add = add_data_arguments(parser)
+    add("--data_path", default="", help="list with a line `path label` for each video")
+    add("--sampling", choices=SAMPLINGS, default="dense", help="segments: as SSv2 is trained")
+    add("--num_segment", type=int, default=1, help="views in time; 1: the centre")
+    add("--num_crop", type=int, default=1, help="views in space; 1: the centre")
+    add("--stride", type=int, default=0, help="frames between windows over the whole video; 0: no windows")
+    add("--stride_seconds", type=float, default=0.0, help="seconds between windows")
 
-    model = parser.add_argument_group("model")
+    add = parser.add_argument_group("model").add_argument
     names = ", ".join(MODELS)
-    model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
-    model.add_argument("--checkpoint", default="", help="pretrained or fine-tuned: a file, or hf://owner/repo/file")
+    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
+    add("--checkpoint", default="", help="pretrained or fine-tuned: a file, or hf://owner/repo/file")
     kinds = ("mean", "time", "token")
-    model.add_argument(
-        "--features", choices=kinds, default="mean", help="mean of all tokens, of each time step, or all"
-    )
+    add("--features", choices=kinds, default="mean", help="mean of all tokens, of each time step, or all")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default="", help="folder to write")
-    run.add_argument("--shard_size", type=int, default=256, help="videos a file")
-    run.add_argument("--format", choices=("npy", "npz"), default="npy", help="npz: features, labels and paths together")
-    run.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of what is written")
-    run.add_argument("--batch_size", type=int, default=16, help="views of a video in one forward pass")
-    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="", help="folder of the output")
+    add("--shard_size", type=int, default=256, help="videos per file")
+    add("--format", choices=("npy", "npz"), default="npy", help="npz: features, labels and paths together")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="type of the features")
+    add("--batch_size", type=int, default=16, help="views of a video per forward pass")
+    add("--device", default="cuda", help="cuda (where there is one) or cpu")
     precisions = ("auto", *DTYPES)
-    run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
+    add("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     return parse(parser, argv)
 
 

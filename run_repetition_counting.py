@@ -34,35 +34,35 @@ from weights import check_kind, load_encoder, load_strictly, local_path
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
     parser = options.make_parser("SMILE repetition counting", __doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default="", help="folder with the annotations train/*.mat and val/*.mat")
-    data.add_argument("--data_root", default="", help="folder with the videos, <class>/<name>.avi or another suffix")
-    data.add_argument("--num_frames", type=int, default=16, help="frames of a window; there is one on each side")
-    data.add_argument("--input_size", type=int, default=224, help="side of the frames, pixels")
-    data.add_argument("--segments_per_video", type=int, default=10, help="training segments of each video and epoch")
-    data.add_argument("--max_frames", type=int, default=300, help="longest training segment (or two cycles)")
-    data.add_argument("--num_workers", type=int, default=4, help="loader processes a GPU")
-    data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
-    data.add_argument("--reader", choices=READERS, default="pyav", help="decoder of the videos")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="", help="folder with the annotations train/*.mat and val/*.mat")
+    add("--data_root", default="", help="folder with the videos, <class>/<name>.avi or another suffix")
+    add("--num_frames", type=int, default=16, help="frames of a window; there is one on each side")
+    add("--input_size", type=int, default=224, help="height and width of the frames, pixels")
+    add("--segments_per_video", type=int, default=10, help="training segments per video and epoch")
+    add("--max_frames", type=int, default=300, help="longest training segment (or two cycles)")
+    add("--num_workers", type=int, default=4, help="loader processes per GPU")
+    add("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
+    add("--reader", choices=READERS, default="pyav", help="decoder of the videos")
     parser.set_defaults(sampling_rate=1, max_bad_fraction=0.0)  # every frame counts, and so does every video
 
-    model = parser.add_argument_group("model")
+    add = parser.add_argument_group("model").add_argument
     names = ", ".join(MODELS)
-    model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
-    model.add_argument("--finetune", default="", help="checkpoint to start from, or to test with --eval")
-    model.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
-    model.add_argument("--use_checkpoint", action="store_true", help="recompute activations to save memory")
+    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
+    add("--finetune", default="", help="checkpoint to start from, or to test with --eval")
+    add("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
+    add("--use_checkpoint", action="store_true", help="recompute activations to save memory")
 
-    optim = options.add_optimizer_arguments(parser)
-    optim.add_argument("--batch_size", type=int, default=8, help="training segments a GPU and forward pass")
-    optim.add_argument("--refine_steps", type=int, default=11, help="optimizer steps made with each batch of segments")
-    optim.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate from a layer to that below")
+    add = options.add_optimizer_arguments(parser)
+    add("--batch_size", type=int, default=8, help="training segments per GPU and forward pass")
+    add("--refine_steps", type=int, default=11, help="optimizer steps per batch of segments")
+    add("--layer_decay", type=float, default=1.0, help="factor on the learning rate per layer, from the top")
     parser.set_defaults(epochs=100, opt="adam", opt_betas=[0.9, 0.999], weight_decay=1e-3)
     parser.set_defaults(lr=4e-4, min_lr=4e-4, warmup_epochs=0)  # 5e-5 for the benchmark's batch of 32, all the way
 
-    test = parser.add_argument_group("validation and test")
-    test.add_argument("--eval", action="store_true", help="only count val, with --finetune (or output_dir's best)")
-    test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
+    add = parser.add_argument_group("validation and test").add_argument
+    add("--eval", action="store_true", help="only count val, with --finetune or the best of output_dir")
+    add("--val_freq", type=int, default=1, help="epochs between validations")
     options.add_run_arguments(parser)
     return options.parse(parser, argv)
 
