@@ -106,16 +106,17 @@ def lock_folder(folder: str) -> TextIO:
             time.sleep(0.2)
 
 
-def numbered_checkpoints(folder: str | Path) -> dict[int, Path]:
-    """``checkpoint-{epoch}.pth`` files of a folder by epoch."""
-    found = {path: NUMBERED.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*.pth")}
-    return {int(match[1]): path for path, match in found.items() if match}
+def best_of(folder: str) -> str:
+    """Path of ``checkpoint-best.pth`` in a folder; "" if there is none."""
+    path = os.path.join(folder, BEST)
+    return path if folder and os.path.isfile(path) else ""
 
 
 def resume_candidates(folder: str) -> list[Path]:
     """Checkpoints of a folder: ``checkpoint-latest.pth``, then the numbered ones from the last to the first."""
-    latest = Path(folder) / LATEST
-    return [latest] * latest.exists() + [path for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True)]
+    latest, paths = Path(folder) / LATEST, Path(folder).glob("checkpoint-*.pth")
+    numbered = {int(match[1]): path for path in paths if (match := NUMBERED.fullmatch(path.name))}
+    return [latest] * latest.exists() + [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
 
 
 def resume_point(found: Found) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def cosine_schedule(step: int, base: float, final: float, total: int, warmup: in
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Context manager for a forward pass in fp32, bf16 or fp16."""
+    """Context manager of a forward pass in fp32, bf16 or fp16."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 

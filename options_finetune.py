@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import options
-from checkpoints import BEST
+from checkpoints import best_of
 from datasets_finetune import DATA_SETS, find_several, read_class_names
 from deepspeed_stepper import ELEMENTWISE
 from lists import VIDEO_SUFFIXES, VideoList, any_label, find_files, frames_in, list_of, read_list, why_missing
@@ -160,12 +160,6 @@ def task(args: argparse.Namespace) -> Task:
     return Task(combine, classes)
 
 
-def checkpoint_to_test(args: argparse.Namespace) -> str:
-    """What --eval and --predict test: --finetune, else the best of output_dir, else none."""
-    best = os.path.join(args.output_dir, BEST)
-    return args.finetune or (best if args.output_dir and os.path.isfile(best) else "")
-
-
 def follow_checkpoint(args: argparse.Namespace) -> None:
     """For --eval, --predict and --knn, take options from the checkpoint, unless given; see options.follow.
 
@@ -175,7 +169,7 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
         RunError: the checkpoint is unreadable.
     """
     evaluates = args.eval or args.predict
-    path = checkpoint_to_test(args) if evaluates else args.finetune
+    path = args.finetune or (best_of(args.output_dir) if evaluates else "")
     if not os.path.exists(path):  # reported by find_problems
         return
     stored = options.trained_with(path)

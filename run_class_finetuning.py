@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3
 
 import options
 import utils
-from checkpoints import BEST
+from checkpoints import BEST, best_of
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, WeightedCrossEntropy, balanced_weights, train_one_epoch
@@ -32,7 +32,6 @@ from modeling_image import FrameEncoder, build_encoder
 from modeling_probe import ProbedEncoder, ProbeLoss, TokenEncoder
 from optim_factory import parameter_groups, pick_precision, share_buffers
 from options_finetune import (
-    checkpoint_to_test,
     class_names,
     find_problems,
     follow_checkpoint,
@@ -199,15 +198,12 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
     return run.exit_code
 
 
-def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False) -> None:
-    """Load the weights to test: --finetune or, if `own` or without it, the best of output_dir.
+def load_for_test(args: argparse.Namespace, model: nn.Module, path: str, key: str = "", prefix: str = "") -> None:
+    """Load the weights to test; `key` and `prefix` as in load_encoder.
 
     Raises:
-        RunError: there are none, or they have no head for these classes.
+        RunError: no path, or weights without a head for these classes.
     """
-    path, key, prefix = checkpoint_to_test(args), args.model_key, args.model_prefix
-    if own:
-        path, key, prefix = os.path.join(args.output_dir, BEST), "", ""
     if not path:
         raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
     if isinstance(model, ProbedEncoder) or args.model_ema:
@@ -237,7 +233,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
         report = options.look_at(videos, args) if args.eval else None
-        load_for_test(args, model)
+        load_for_test(args, model, args.finetune or best_of(args.output_dir), args.model_key, args.model_prefix)
         if report:
             report()
         return evaluator.test(model, videos, labelled=not args.predict)
@@ -250,8 +246,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     code = train(args, device, model, evaluator)
     if code == 0 and not args.dry_run:
         utils.barrier()  # the first process may still be writing the best checkpoint
-        if args.output_dir and os.path.isfile(os.path.join(args.output_dir, BEST)):
-            load_for_test(args, model, own=True)
+        if best := best_of(args.output_dir):
+            load_for_test(args, model, best)
         elif args.output_dir:
             logger.warning("no %s in %s: testing the last weights", BEST, args.output_dir)
         code = evaluator.test(model, videos)

@@ -19,7 +19,7 @@ import datasets_counting
 import modeling_counting as counting
 import options
 import utils
-from checkpoints import BEST
+from checkpoints import best_of
 from datasets_counting import AnnotationList, SegmentBatch, collate_segments
 from evaluation import log_test, stream_samples, write_table
 from modeling_counting import Prediction, RepetitionCounter, Walks
@@ -203,8 +203,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
 
 def weights_to_load(args: argparse.Namespace) -> str:
     """The checkpoint to start from or, with --eval, to test: --finetune, for a test also the best of output_dir."""
-    best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
-    return args.finetune or (best if args.eval else "")
+    return args.finetune or (best_of(args.output_dir) if args.eval else "")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -229,8 +228,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         if code or args.dry_run:
             return code
         utils.barrier()  # the first process may still be writing the best checkpoint
-        weights = os.path.join(args.output_dir, BEST) if args.output_dir else ""
-    if os.path.isfile(weights):
+        weights = best_of(args.output_dir)
+    if weights:
         load_strictly(model, weights)
     elif args.eval:
         raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")

@@ -256,7 +256,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-# Seeds ----------------------------------------------------------------------------------------------------------
+# Seeds, files, logging ------------------------------------------------------------------------------------------
 
 
 def seed_everything(*key: int) -> None:
@@ -270,9 +270,6 @@ def seed_everything(*key: int) -> None:
     random.seed(state)
 
 
-# Files ----------------------------------------------------------------------------------------------------------
-
-
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file beside `path`, flush it to disk, and rename it, so that `path` is complete at any moment."""
     draft = path.with_suffix(".tmp")
@@ -284,9 +281,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-# Logging --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
