@@ -222,14 +222,6 @@ def predict_videos(args: argparse.Namespace) -> VideoList:
     return list_of("--predict", paths)
 
 
-def needed_lists(args: argparse.Namespace) -> list[str]:
-    """The lists that the chosen job reads."""
-    if args.predict:
-        return []
-    trains = [] if args.eval else [DATA_SETS[args.data_set].train_list]
-    return [*trains, *([] if args.eval or args.knn else ["val.csv"]), "test.csv"]
-
-
 def check_list(args: argparse.Namespace, name: str) -> None:
     """Read a list and look for some of its videos, with --examples for all training videos.
 
@@ -266,14 +258,16 @@ def find_problems(args: argparse.Namespace) -> Problems:
     wrong_number = bool(known and args.nb_classes not in (0, known))
     if num_classes(args) and not wrong_number:
         problems.attempt(class_names, args)
+        train = [] if args.eval else [DATA_SETS[args.data_set].train_list]
+        val = [] if args.eval or args.knn else ["val.csv"]
         if args.predict:
             problems.attempt(predict_videos, args)
-        for needed in needed_lists(args):
-            problems.attempt(check_list, args, needed)
+        for name in () if args.predict else (*train, *val, "test.csv"):
+            problems.attempt(check_list, args, name)
     name, side, odd = args.data_set, args.short_side_size, args.batch_size * args.num_sample % 2 == 1
     other = f"--nb_classes {args.nb_classes}: {name} has {known} classes; other lists are --data_set custom"
     several, draws = f"but {name} has several labels a video", args.samples_per_class or args.examples
-    weighted = args.class_weights != "none"
+    weighted, uneven = args.class_weights != "none", odd and mixes(args)
     problems.add(
         {
             f"--short_side_size {side}: smaller than --input_size": 0 < side < args.input_size,
@@ -281,8 +275,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
             other: wrong_number,
             f"--samples_per_class and --examples draw class by class, {several}": multi_label(args) and draws,
             f"--class_weights {args.class_weights}: for one class a video, {several}": multi_label(args) and weighted,
-            f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch": odd
-            and mixes(args),
+            f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch": uneven,
         }
     )
     problems.add(contradictions(args))
@@ -293,14 +286,13 @@ def contradictions(args: argparse.Namespace) -> dict[str, Any]:
     """Messages about options that exclude or need each other → whether they were given so."""
     probe, head, knn, evaluates = is_probe(args), args.learn == "head", args.knn, args.eval or args.predict
     few, weights = args.samples_per_class or args.num_train_videos, args.finetune or args.encoder or args.eval
-    cut, used = args.enable_deepspeed and args.opt not in ELEMENTWISE, probe or knn
+    cut, used, tests = args.enable_deepspeed and args.opt not in ELEMENTWISE, probe or knn, evaluates or knn
     two = "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: leave one"
     rates = "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay"
     subset = "--examples draws by a rule of its own: leave --samples_per_class and --num_train_videos"
     return {
         subset: args.examples and few,
-        "--dry_run tries a training step: leave it with --eval, --predict and --knn": args.dry_run
-        and (evaluates or knn),
+        "--dry_run tries a training step: leave it with --eval, --predict and --knn": args.dry_run and tests,
         "--linear_probe and --attentive_probe: choose one": args.linear_probe and args.attentive_probe,
         "--knn is a test of its own: give it without --eval, --predict and probes": knn and (evaluates or probe),
         "a frozen encoder needs weights: give --finetune, or --encoder": (head or used) and not weights,

@@ -44,7 +44,7 @@ from options_finetune import (
     read_data_list,
     task,
 )
-from training import Best, Epoch
+from training import Best
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
 from weights import load_encoder, load_strictly, local_path
@@ -139,22 +139,9 @@ def build_loss(
     return loss, BatchAugmentation(norm, eraser, mixup)
 
 
-def is_validated(args: argparse.Namespace, epoch: Epoch) -> bool:
-    """Whether a validation follows an epoch."""
-    return epoch.is_last or not (args.disable_eval_during_finetuning or (epoch.index + 1) % args.val_freq)
-
-
 def waited_enough(args: argparse.Namespace, best: Best, epoch: int) -> bool:
     """Whether the last --patience validations up to `epoch` were no better than those before."""
     return best.epoch >= 0 and 0 < args.patience <= (epoch - best.epoch) // args.val_freq
-
-
-def validate(evaluator: Evaluator, model: nn.Module, videos: VideoList, epoch: Epoch, best: Best) -> None:
-    """Validate after an epoch, and save the weights if they are the best so far."""
-    metrics = evaluator.validate(model, videos)
-    best.update(epoch, metrics)
-    found = "  ".join(f"{shown} {metrics[shown]:.2f}" for shown in evaluator.task.shown)
-    logger.info("validation: %s  (best %.2f in epoch %d)", found, best.value, best.epoch)
 
 
 def train(args: argparse.Namespace, device: torch.device, model: nn.Module, evaluator: Evaluator) -> int:
@@ -188,11 +175,15 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
             run.stop_epoch = run.position.epoch  # it had stopped early
         for epoch in run.epochs():
             train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.while_training, ema)
-            if is_validated(args, epoch) and epoch.secure():
+            skipped = args.disable_eval_during_finetuning or (epoch.index + 1) % args.val_freq > 0
+            if (epoch.is_last or not skipped) and epoch.secure():
                 share_buffers(model)
                 if ema:
                     share_buffers(ema.module)
-                validate(evaluator, ema.module if ema else model, val_videos, epoch, best)
+                metrics = evaluator.validate(ema.module if ema else model, val_videos)
+                best.update(epoch, metrics)
+                shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in evaluator.task.shown)
+                logger.info("validation: %s  (best %.2f in epoch %d)", shown, best.value, best.epoch)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
     stepper.close(output_dir)
     return run.exit_code

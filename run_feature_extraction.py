@@ -75,7 +75,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def is_windows(args: argparse.Namespace) -> bool:
-    """Whether the features of each video are those of windows all over it."""
+    """Whether features are extracted from windows over the whole video."""
     return bool(args.stride or args.stride_seconds)
 
 
@@ -93,19 +93,14 @@ class Features(nn.Module):
         return tokens.mean(dim=1) if self.kind == "mean" else tokens
 
 
-def follow_checkpoint(args: argparse.Namespace, checkpoint: str) -> None:
-    """Take options of the clips from the checkpoint, unless given; see options.follow."""
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
+    checkpoint = local_path(args.checkpoint)
     if os.path.exists(checkpoint):
         stored = trained_with(checkpoint)
         if stored.get("data_set") in DATA_SETS:
             stored["sampling"] = DATA_SETS[stored["data_set"]].sampling
         follow(args, stored, checkpoint, ("model", *CLIP))
-
-
-def check(args: argparse.Namespace) -> None:
-    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
-    checkpoint = local_path(args.checkpoint)
-    follow_checkpoint(args, checkpoint)
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
             raise RunError(f"--{name} is missing")
@@ -204,15 +199,6 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     return [line for line in lines if line[-1]]
 
 
-def build_views(args: argparse.Namespace) -> ViewReader:
-    """The views, or the windows, of each video."""
-    frames = (args.num_frames, args.sampling_rate, 0, args.reader)
-    if is_windows(args):
-        every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
-        return WindowReader("dense", 0, 1, args.input_size, *frames, *every)
-    return ViewReader(args.sampling, args.num_segment, args.num_crop, args.input_size, *frames)
-
-
 def files_to_write(args: argparse.Namespace, videos: VideoList) -> dict[Path, list[int]]:
     """The files of features, and the lines of the list whose features each holds.
 
@@ -246,8 +232,11 @@ def extract(args: argparse.Namespace, videos: VideoList, model: Features, device
 
     file_of = {index: file for file in missing[utils.rank() :: utils.world_size()] for index in files[file]}
     ready: dict[Path, list[VideoScore]] = {}
-    loading = (args.num_workers, args.worker_timeout, args.batch_size)
-    samples = load_views(videos, build_views(args), *loading, list(file_of))
+    frames = (args.input_size, args.num_frames, args.sampling_rate, 0, args.reader)
+    views = ViewReader(args.sampling, args.num_segment, args.num_crop, *frames)
+    if is_windows(args):
+        views = WindowReader("dense", 0, 1, *frames, args.stride_seconds or args.stride, bool(args.stride_seconds))
+    samples = load_views(videos, views, args.num_workers, args.worker_timeout, args.batch_size, list(file_of))
     for score in score_videos(model, samples, device, pick_precision(args.precision, device), "features"):
         file = file_of[score.index]
         if is_windows(args):

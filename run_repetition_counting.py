@@ -166,16 +166,6 @@ def find_problems(args: argparse.Namespace) -> options.Problems:
     return problems
 
 
-def validate(
-    args: argparse.Namespace, model: RepetitionCounter, device: torch.device, epoch: Epoch, best: Best
-) -> None:
-    """Count `val` after an epoch, and save the weights if they are the best so far."""
-    metrics = count_all(args, model, device)[1]
-    best.update(epoch, metrics)
-    shown = (metrics["mae"], metrics["obo"], best.value, best.epoch)
-    logger.info("validation: mae %.4f  obo %.4f  (best mae %.4f in epoch %d)", *shown)
-
-
 def train(args: argparse.Namespace, device: torch.device, model: RepetitionCounter) -> int:
     """Train, validating as it goes; returns the exit code."""
     total_batch = options.total_batch(args)
@@ -197,7 +187,10 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
         for epoch in run.epochs():
             train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
             if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():
-                validate(args, model, device, epoch, best)
+                _, metrics = count_all(args, model, device)
+                best.update(epoch, metrics)
+                shown = (metrics["mae"], metrics["obo"], best.value, best.epoch)
+                logger.info("validation: mae %.4f  obo %.4f  (best mae %.4f in epoch %d)", *shown)
     return run.exit_code
 
 

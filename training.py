@@ -105,7 +105,9 @@ class Step:
         """Its batches, to be processed with seeded generators and in autocast; only the last one averages gradients."""
         for micro_batch in range(self.stepper.update_freq):
             batch = next(self.batches)
-            key = self.epoch.run.chunk_key(self.epoch.index, self.index, micro_batch)
+            run, epoch = self.epoch.run, self.epoch.index
+            # the same for any division of a step into processes and micro-batches
+            key = (run.options.seed, epoch, run.sampler.chunk_id(self.index, micro_batch))
             utils.seed_everything(*key)
             self.rng = np.random.default_rng(key)
             self.sources += batch["paths"]
@@ -151,7 +153,9 @@ class Epoch:
     def steps(self) -> Iterator[Step]:
         """Its optimizer steps, until the run is told to stop."""
         run = self.run
-        batches = run.batches(self.meter)
+        run.sampler.set_position(self.index, run.position.step)
+        loaded = epoch_batches(run.loader, run.videos)
+        batches = self.meter.timed(run.bad.watch(loaded, self.meter.constants))
         for index in range(run.position.step, run.steps_per_epoch):
             step = Step(self, index, batches)
             self.meter.constants |= run.stepper.schedule(step.number - 1)
@@ -238,16 +242,6 @@ class Run:
         if self.stopping:
             place = (self.position.epoch, self.position.step)
             logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", *place)
-
-    def batches(self, meter: StepMeter) -> Iterator[Batch]:
-        """The micro-batches of the current epoch, from the position on."""
-        self.sampler.set_position(self.position.epoch, self.position.step)
-        loaded = epoch_batches(self.loader, self.videos)
-        return meter.timed(self.bad.watch(loaded, meter.constants))
-
-    def chunk_key(self, epoch: int, step: int, micro_batch: int) -> tuple[int, int, int]:
-        """Seed of a forward pass, which does not depend on the numbers of processes and micro-batches."""
-        return self.options.seed, epoch, self.sampler.chunk_id(step, micro_batch)
 
     def save_or_stop(self, epoch: Epoch) -> bool:
         """After a step, save if due or if told to stop; returns whether the epoch ends here."""
