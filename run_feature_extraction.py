@@ -217,7 +217,7 @@ def files_to_write(args: argparse.Namespace, videos: VideoList) -> dict[Path, li
         root = os.path.commonpath([path.parent for path in paths])
         names = [f"{path.relative_to(root)}.npy" for path in paths]
     if len(set(names)) < len(names):
-        raise RunError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} stands there twice")
+        raise RunError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} is in the list twice")
     return {folder / name: [index] for index, name in enumerate(names)}
 
 
