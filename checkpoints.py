@@ -1,15 +1,15 @@
-"""Saving a run and going on with it: atomic writes, exact resume, one run a folder. Reading weights is in weights.py.
+"""Saving and resuming a run: atomic writes, exact resume, one run a folder. Reading weights is in weights.py.
 
-A checkpoint is a dict ``{'model', 'optimizer', 'scaler', 'epoch', 'step', 'args', …}``. ``checkpoint-{epoch}.pth``
-ends that epoch (numbered from 0); ``checkpoint-latest.pth`` may lie anywhere inside one. `epoch` and `step` say where
-it lies: `step` steps into `epoch`, or at its end if `step` is 0.
+A checkpoint is a dict ``{'model', 'optimizer', 'scaler', 'epoch', 'step', 'args', …}`` saved `step` steps into `epoch`
+(numbered from 0), or at its end if `step` is 0. ``checkpoint-{epoch}.pth`` is saved at the end of an epoch,
+``checkpoint-latest.pth`` at any time.
 """
 
 import fcntl
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,10 +20,11 @@ from optim_factory import Stepper
 from utils import RunError, broadcast, logger, rank, write_whole
 from weights import read_checkpoint
 
+Found = tuple[Path, dict[str, Any]]  # a checkpoint: its file and contents
 LATEST, BEST = "checkpoint-latest.pth", "checkpoint-best.pth"
 NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
 MAX_FAILED_SAVES = 3  # in a row
-LOCK_SECONDS = 10.0  # the run that another one replaces may still be dying
+LOCK_SECONDS = 10.0  # a run that is replaced may still be ending
 
 
 def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
@@ -32,35 +33,32 @@ def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Saves a run from the first process, and survives a full disk.
+    """Saves a run from the first process; a full disk does not end the run at once.
 
     Args:
-        folder: OUTPUT_DIR; empty writes nothing.
-        every_minutes, every_steps: refresh ``checkpoint-latest.pth``; 0 never.
-        keep: numbered checkpoints to keep, 0 for all.
+        folder: OUTPUT_DIR; empty: nothing is saved.
+        every_minutes, every_steps: interval of saving ``checkpoint-latest.pth``; 0: never.
     """
 
-    def __init__(self, folder: str, every_minutes: float = 0, every_steps: int = 0, keep: int = 0):
+    def __init__(self, folder: str, every_minutes: float = 0, every_steps: int = 0):
         self.folder = Path(folder) if folder and rank() == 0 else None
-        self.every_minutes, self.every_steps, self.keep = every_minutes, every_steps, keep
+        self.every_minutes, self.every_steps = every_minutes, every_steps
         self.failures, self.last_save = 0, time.monotonic()
 
     def due(self, steps_done: int) -> bool:
-        """Whether ``checkpoint-latest.pth`` is to be refreshed after this many steps of the run."""
+        """Whether to save ``checkpoint-latest.pth`` after this many steps of the run."""
         by_time = self.every_minutes and time.monotonic() - self.last_save >= 60 * self.every_minutes
         return bool(self.folder and (by_time or (self.every_steps and steps_done % self.every_steps == 0)))
 
     def save(self, name: str, checkpoint: Callable[[], dict[str, Any]]) -> bool:
-        """Write a checkpoint, if this process writes; a failure leaves the old file whole and is reported.
+        """Save a checkpoint, if this process saves; returns whether it was written. A failure keeps the old file.
 
-        Returns:
-            Whether it was written.
         Raises:
-            RunError: the third failure in a row.
+            RunError: MAX_FAILED_SAVES in a row.
         """
         if not self.folder:
             return True
-        if name == LATEST or NUMBERED.fullmatch(name):  # what a run can go on from
+        if name == LATEST or NUMBERED.fullmatch(name):  # can be resumed from
             self.last_save = time.monotonic()
         try:
             write_atomically(checkpoint(), self.folder / name)
@@ -78,19 +76,15 @@ class CheckpointWriter:
         return True
 
     def tidy(self) -> None:
-        """After a numbered checkpoint: drop those past `keep`, and ``checkpoint-latest.pth``, which it outdates."""
-        if not self.folder:
-            return
-        (self.folder / LATEST).unlink(missing_ok=True)
-        numbered = [path for _, path in sorted(numbered_checkpoints(self.folder).items())]
-        for path in numbered[: -self.keep] if self.keep else []:
-            path.unlink(missing_ok=True)
+        """Remove ``checkpoint-latest.pth``, which a numbered checkpoint has made obsolete."""
+        if self.folder:
+            (self.folder / LATEST).unlink(missing_ok=True)
 
 
 def lock_folder(folder: str) -> TextIO:
-    """Make `folder`, and lock it against other runs until the file that is returned is closed.
+    """Create `folder`, and lock it against other runs until the returned file is closed.
 
-    A POSIX record lock: it goes with the process, however that ends, and loader workers do not inherit it.
+    A POSIX record lock ends with the process, however that ends, and is not inherited by loader workers.
 
     Raises:
         RunError: another run holds it, or it cannot be written.
@@ -112,96 +106,92 @@ def lock_folder(folder: str) -> TextIO:
             time.sleep(0.2)
 
 
-def numbered_checkpoints(folder: str | Path) -> dict[int, Path]:
-    """``checkpoint-{epoch}.pth`` files of a folder by epoch."""
-    found = {path: NUMBERED.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*.pth")}
-    return {int(match[1]): path for path, match in found.items() if match}
+def best_of(folder: str) -> str:
+    """Path of ``checkpoint-best.pth`` in a folder; "" if there is none."""
+    path = os.path.join(folder, BEST)
+    return path if folder and os.path.isfile(path) else ""
 
 
 def resume_candidates(folder: str) -> list[Path]:
-    """Checkpoints of a folder: the latest one, then the numbered ones from the last to the first."""
-    latest = Path(folder) / LATEST
-    return [latest] * latest.exists() + [path for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True)]
+    """Checkpoints of a folder: ``checkpoint-latest.pth``, then the numbered ones from the last to the first."""
+    latest, paths = Path(folder) / LATEST, Path(folder).glob("checkpoint-*.pth")
+    numbered = {int(match[1]): path for path in paths if (match := NUMBERED.fullmatch(path.name))}
+    return [latest] * latest.exists() + [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
 
 
-def resume_point(state: dict[str, Any], path: Path) -> tuple[int, int]:
-    """Epoch and step at which the checkpoint at `path` goes on.
+def resume_point(found: Found) -> tuple[int, int]:
+    """Epoch and step at which a checkpoint is resumed.
 
     Raises:
-        RunError: they are no numbers.
+        RunError: they are not numbers.
     """
+    path, state = found
     epoch, step = state.get("epoch", -1), state.get("step", 0)
     if not (isinstance(epoch, int) and isinstance(step, int) and epoch >= -1 and step >= 0):
         raise RunError(f"{path}: damaged checkpoint (epoch {str(epoch)[:20]!r}, step {str(step)[:20]!r})")
     return (epoch, step) if step else (epoch + 1, 0)
 
 
-def _read_or_warn(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """A checkpoint, or None and a warning if it cannot be read."""
-    try:
-        state = read_checkpoint(path)
-        resume_point(state, path)
-        return path, state
-    except RunError as error:
-        logger.warning("auto-resume skips %s", error)
-        return None
+def _readable(paths: list[Path]) -> Iterator[Found]:
+    """The checkpoints that can be read; others are skipped with a warning."""
+    for path in paths:
+        try:
+            found = path, read_checkpoint(path)
+            resume_point(found)
+            yield found
+        except RunError as error:
+            logger.warning("auto-resume skips %s", error)
 
 
 @dataclass
 class Position:
-    """Where a run goes on: an epoch, optimizer steps done in it, and the meter's state there."""
+    """Where a run is resumed: epoch, optimizer steps done in it, and the meter's state there."""
 
     epoch: int = 0
     step: int = 0
     meter: dict | None = None
 
 
-def _furthest_of(folder: str) -> tuple[Path, dict[str, Any]] | None:
+def _furthest_of(folder: str) -> Found | None:
     """The furthest checkpoint of a folder that can be read."""
-    readable = (found for found in map(_read_or_warn, resume_candidates(folder)) if found)
+    readable = _readable(resume_candidates(folder))
     chosen = next(readable, None)
-    if chosen and chosen[0].name == LATEST:  # outdated, if the run died before it was removed
+    if chosen and chosen[0].name == LATEST:  # obsolete, if the run was killed before removing it
         rival = next(readable, None)
-        if rival and resume_point(rival[1], rival[0]) >= resume_point(chosen[1], chosen[0]):
-            return rival
+        return rival if rival and resume_point(rival) >= resume_point(chosen) else chosen
     return chosen
 
 
-def find_resume(folder: str, resume: str, auto_resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from: the furthest of `resume` and of those in `folder` that load, if `auto_resume`.
+def find_resume(folder: str, resume: str, auto_resume: bool) -> Found | None:
+    """The checkpoint to resume from: the furthest of `resume` and, with `auto_resume`, of those in `folder`.
 
-    A job that names `resume` is started again with the same command, when the folder has gone further. Of equally far
-    ones it is `resume`. The first process chooses, all read. Files that do not load are named and skipped.
+    So a job script that names `resume` can be started again after the folder has gone further; of equally far ones
+    `resume` is taken. The first process chooses, all read. Files that cannot be read are skipped with a warning.
 
     Raises:
-        RunError: `resume` does not load.
+        RunError: `resume` cannot be read.
     """
     chosen = None
     if rank() == 0:
         named = (Path(resume), read_checkpoint(resume)) if resume else None
         chosen = _furthest_of(folder) if auto_resume and folder else None
-        if named and (not chosen or resume_point(named[1], named[0]) >= resume_point(chosen[1], chosen[0])):
+        if named and (not chosen or resume_point(named) >= resume_point(chosen)):
             chosen = named
         elif named and chosen:
-            logger.warning(
-                "%s has gone further than --resume %s: it wins; --no_auto_resume goes back", chosen[0], resume
-            )
+            told = "%s has gone further than --resume %s: it wins; --no_auto_resume goes back"
+            logger.warning(told, chosen[0], resume)
     path = broadcast(chosen and chosen[0])
-    if path is None:
-        return None
-    return chosen or (path, read_checkpoint(path))
+    return chosen or (path and (path, read_checkpoint(path)))
 
 
-def restore(
-    found: tuple[Path, dict[str, Any]], contents: dict[str, Any], stepper: Stepper, samples_per_step: int
-) -> Position:
-    """Load a run's checkpoint into `contents`, as far as they have a load_state_dict, and into the stepper.
+def restore(found: Found, contents: dict[str, Any], stepper: Stepper, samples_per_step: int) -> Position:
+    """Load a run's checkpoint into the stepper and those `contents` that have a load_state_dict.
 
     Raises:
-        RunError: of another model or program, or in mid-epoch with another number of samples a step.
+        RunError: of another model or program, or within an epoch with another number of samples a step.
     """
     path, state = found
-    position = Position(*resume_point(state, path), state.get("meter"))
+    position = Position(*resume_point(found), state.get("meter"))
     missing = {"epoch", "step", "samples_per_step", "meter", "optimizer", "scaler"} - set(state)
     if missing:
         raise RunError(

@@ -1,11 +1,10 @@
 """The optimizer step by DeepSpeed (``--enable_deepspeed``): ZeRO stages 1 and 2 in fp32, bf16 or fp16.
 
-Below fp32 the model itself is kept in low precision, its fp32 master weights by DeepSpeed's optimizer. Optimizer state
-goes to ``OUTPUT_DIR/deepspeed/``, a folder a checkpoint; the .pth beside it holds the weights and names its folder.
-deepspeed is imported where a stepper is built, not at the top: that takes seconds, and few runs need it.
+In bf16 and fp16 the model has this precision, and DeepSpeed's optimizer keeps fp32 master weights. Each checkpoint has
+its optimizer state in a folder of ``OUTPUT_DIR/deepspeed/``; the .pth file holds the weights and the folder's name.
+deepspeed is imported where a stepper is built, since the import takes seconds and few runs need it.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import torch.nn as nn
 
 from optim_factory import DTYPES, Stepper, spread_badness
 from utils import RunError, barrier, broadcast, rank, reduce_sum, world_size
+from weights import read_checkpoint
 
 FOLDER = "deepspeed"  # of OUTPUT_DIR
 ELEMENTWISE = ("adamw", "adam", "sgd")  # optimizers that may be cut anywhere
@@ -31,14 +31,12 @@ BUCKET = 50_000_000  # numbers exchanged at a time; with DeepSpeed's default the
 class DeepSpeedStepper(Stepper):
     """A Stepper whose `model` is a DeepSpeed engine; see with_deepspeed."""
 
-    model: Any  # whose types DeepSpeed does not tell
+    model: Any  # DeepSpeed has no types
 
     def __post_init__(self):
-        self.layout = {
-            "zero_stage": self.model.zero_optimization_stage(),
-            "precision": self.precision,
-            "processes": world_size(),
-        }  # shards can be read with the same alone
+        stage = self.model.zero_optimization_stage()
+        # a checkpoint can be read only by a run with the same layout
+        self.layout = {"zero_stage": stage, "precision": self.precision, "processes": world_size()}
         self.tag, self.failed, self.casts = "", False, []
         if self.precision != "fp32":  # clips in low precision, logits in fp32, in training and validation alike
             dtype = DTYPES[self.precision]
@@ -65,18 +63,18 @@ class DeepSpeedStepper(Stepper):
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         self.model.step()
         norm, bad = self.model.get_global_grad_norm(), self.model.optimizer.overflow
-        if self.precision == "fp16":  # an overflow only lowers the scale and is no error
+        if self.precision == "fp16":  # an overflow only lowers the scale
             bad = not loss.isfinite()
         values = {"grad_norm": float(norm), "bad": float(bad)}
         return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
 
     def state(self) -> dict[str, Any]:
-        if self.failed:  # whoever writes the checkpoint counts an OSError as a failed save
+        if self.failed:  # CheckpointWriter counts an OSError as a failed save
             raise OSError("DeepSpeed's optimizer state could not be written")
         return {"optimizer": {"deepspeed": self.tag, **self.layout}, "scaler": {}}
 
     def save_shards(self, folder: str, name: str) -> None:
-        """Write the optimizer state of a checkpoint. Until its .pth replaces the old one, the old state stays too."""
+        """Write the optimizer state of a checkpoint; the old state stays until the new .pth replaces the old one."""
         if not folder:
             return
         shards, stem, failed = Path(folder) / FOLDER, Path(name).stem, False
@@ -99,13 +97,12 @@ class DeepSpeedStepper(Stepper):
                 f"{path} is of {layout if tag else 'a run without DeepSpeed'}, this run has {self.layout}; "
                 "to go on with its weights alone, give it to --finetune with another --output_dir"
             )
-        options = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
-        ]
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 
+        groups = self.optimizer.param_groups
+        own = [{k: value for k, value in group.items() if k != "params" and not k.endswith("step")} for group in groups]
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed itself would unpickle anything
         try:
             with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
@@ -116,8 +113,8 @@ class DeepSpeedStepper(Stepper):
         finally:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         self.model.optimizer.clip_grad = self.clip_grad or 0.0  # not that of the checkpoint
-        for group, own in zip(self.optimizer.param_groups, options):
-            group.update({key: value for key, value in own.items() if not key.endswith("step")})
+        for group, options in zip(self.optimizer.param_groups, own):
+            group.update(options)
 
     def close(self, folder: str) -> None:
         """After training, convert the model to fp32 and remove shards whose .pth is gone."""
@@ -133,10 +130,8 @@ def remove_unused(folder: str) -> None:
     used = set()
     for path in Path(folder).glob("checkpoint-*.pth"):
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            used.add(state["optimizer"].get("deepspeed"))
-        except Exception:  # whatever is wrong with it, this is not the time to lose what may belong to it
+            used.add(read_checkpoint(path, whole=False)["optimizer"].get("deepspeed"))
+        except Exception:  # an unreadable .pth keeps what may belong to it
             used |= {path.stem, f"{path.stem}-b"}
     for shards in (Path(folder) / FOLDER).glob("checkpoint-*"):
         if shards.name not in used:
@@ -144,10 +139,10 @@ def remove_unused(folder: str) -> None:
 
 
 def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, output_dir: str) -> DeepSpeedStepper:
-    """The same steps made by DeepSpeed, configured by ``output_dir/deepspeed_config.json``, which is written here.
+    """Return a stepper by DeepSpeed; its configuration is also written to ``output_dir/deepspeed_config.json``.
 
     Args:
-        stepper: its model must have no DDP around it, and is changed; its optimizer must be one of ELEMENTWISE.
+        stepper: its model must not be wrapped in DDP, and is changed; its optimizer must be one of ELEMENTWISE.
         batch_size: clips a process and forward pass.
     """
     os.environ.setdefault("DS_ACCELERATOR", stepper.device.type)
@@ -158,9 +153,8 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, output_di
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling for what training never calls
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if stepper.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+        backend = "nccl" if stepper.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     config = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": stepper.update_freq,

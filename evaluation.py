@@ -1,60 +1,52 @@
-"""Validation and test of whole videos: all views of a list through the network, one video at a time.
+"""Validation and test: scores of the views of whole videos, their metrics, and the files of a test.
 
-What the scores amount to, and the files of a test, are in metrics.py.
+A video is identified by its line in the list. One that could not be read counts as wrong and is named in the log.
 """
 
+import csv
 import os
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from datasets import VideoStream, init_worker
 from datasets_finetune import EvalDataset, EvalSample, Span, ViewReader
 from lists import VideoList
-from meters import RunLog
-from metrics import ONE_LABEL, Task, VideoScore, gather_scores, judge, predict
+from meters import RunLog, guarded
+from metrics import ONE_LABEL, Task, VideoScore, combine_views
 from modeling_finetune import channel_stats, normalize_clips
 from modeling_probe import MeanTokens, ProbedEncoder, TokenEncoder, nearest_neighbours
 from optim_factory import autocast
-from training import loader_failure
-from utils import RunError, logger, progress, rank, warn_once, world_size
+from utils import RunError, broadcast, cpu_group, logger, progress, rank, warn_once, world_size
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
+TOP = 5  # classes of each video in predictions.csv
 
 
 def stream_samples(stream: VideoStream, num_workers: int, timeout: float) -> Iterator[Any]:
-    """The samples of a stream; if a worker hangs or dies, the run stops and names the videos that it may have had.
+    """The samples of a stream; `timeout` is the time in seconds to wait for one.
 
-    Args:
-        timeout: seconds to wait for a sample.
     Raises:
-        RunError: it hung, died, or raised.
+        RunError: a worker hung, died, or raised; it names the videos that the worker may have had.
     """
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=init_worker,
-        timeout=timeout if num_workers else 0,
-    )
-    samples, done = iter(loader), set[int]()
-    while True:
-        try:
-            sample = next(samples)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            ahead = ([index for index in share if index not in done] for share in stream.shares(max(1, num_workers)))
-            raise loader_failure(
-                error, deque([share[:1] for share in ahead]), stream.videos, hung=num_workers
-            ) from error
+    timeout = timeout if num_workers else 0
+    loader = DataLoader(stream, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker, timeout=timeout)
+    done = set[int]()
+
+    def issued() -> list[list[int]]:
+        shares = stream.shares(max(1, num_workers))
+        return [[index for index in share if index not in done][:1] for share in shares]
+
+    for sample in guarded(loader, stream.videos, issued, hung=num_workers):
         yield sample
         if sample["last"]:
             done.add(sample["index"])
@@ -68,12 +60,12 @@ def load_views(
     batch_size: int = 16,
     mine: Sequence[int] | None = None,
 ) -> Iterator[EvalSample]:
-    """The views of some lines of a list, by default of this process's share: over all processes every video comes once.
+    """Load the views of this process's share of a list.
 
     Args:
         timeout: seconds to wait for a video before stopping.
         batch_size: views in a sample.
-        mine: which lines.
+        mine: the lines to load, by default every `world_size`-th.
     """
     mine = range(rank(), len(videos), world_size()) if mine is None else mine
     return stream_samples(EvalDataset(videos, mine, read_views, batch_size), num_workers, timeout)
@@ -88,13 +80,13 @@ def score_videos(
     title: str,
     finish: Finish | None = None,
 ) -> Iterator[VideoScore]:
-    """The model's output for each video, as soon as all of its views have been seen.
+    """Yield the model's output for each video, once all of its views have been computed.
 
-    Views of different videos never share a batch, so that a video's scores depend on nothing else.
+    Views of different videos never share a batch, so that a video's scores depend on that video alone.
 
     Args:
         title: of the progress bar.
-        finish: turns the model's output into scores; None keeps it.
+        finish: converts the model's output to scores.
     """
     model.eval()
     norm = channel_stats("imagenet", device)
@@ -115,12 +107,115 @@ def score_videos(
             yield VideoScore(index, torch.cat(views).numpy(), sample["error"], times)
 
 
+def gather_scores(scores: list[VideoScore], everywhere: bool = False) -> list[VideoScore]:
+    """The scores of all processes in the order of the list, in the first process or `everywhere`; else []."""
+    parts: list[list[VideoScore]] = [scores]
+    if world_size() > 1:
+        parts = [[] for _ in range(world_size())]
+        if everywhere:
+            dist.all_gather_object(parts, scores, group=cpu_group())
+        else:
+            dist.gather_object(scores, parts if rank() == 0 else None, dst=0, group=cpu_group())
+    return sorted((score for part in parts for score in part), key=lambda score: score.index)
+
+
+def warn_of_unreadable(scores: list[VideoScore], videos: VideoList, effect: str) -> int:
+    """Log the videos that could not be read, and return their number."""
+    unreadable = [score for score in scores if score.error]
+    for score in unreadable:
+        warn_once(f"{effect}, {videos.path(score.index)} could not be read: {score.error}")
+    return len(unreadable)
+
+
+# Metrics and files ----------------------------------------------------------------------------------------------
+
+
+def judge(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> dict[str, float]:
+    """Metrics of a list from the scores of this process, the same in all processes.
+
+    Args:
+        output_dir: where the first process writes ``test_predictions.npz`` and ``test_per_class.csv``; empty: nowhere.
+    Returns:
+        those of the task, and the numbers of ``videos``, ``views`` and ``unreadable`` videos.
+    """
+    scores, metrics = gather_scores(scores), None
+    if rank() == 0:
+        combined = combine_views(scores, task.num_classes, task.combine)
+        labels = task.targets(videos.labels[[score.index for score in scores]])
+        unreadable = warn_of_unreadable(scores, videos, "counted as wrong")
+        views = sum(len(score.views) for score in scores)
+        metrics = task.measure(combined, labels) | {"videos": len(scores), "views": views, "unreadable": unreadable}
+        if output_dir:
+            write_test(Path(output_dir), scores, combined, labels, videos, task)
+    return broadcast(metrics)
+
+
+def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> np.ndarray:
+    """Scores of unlabelled videos, combined over views, in the first process; NaN for unreadable videos.
+
+    Writes ``predictions.csv``, the most probable classes of each video, and ``predictions.npz``, the scores of all.
+
+    Args:
+        output_dir: where to write them; empty: the current folder.
+    Returns:
+        ``[n, C]``; in other processes without rows.
+    Raises:
+        RunError: no video could be read.
+    """
+    scores = gather_scores(scores)
+    failed = rank() == 0 and all(score.error for score in scores)
+    warn_of_unreadable(scores[1:] if failed else scores, videos, "no prediction")
+    if reason := broadcast(f"{videos.path(scores[0].index)}: {scores[0].error}" if failed else ""):
+        raise RunError(f"{videos.source}: no video could be read, the first: {reason}")
+    if rank() != 0:
+        return np.empty((0, task.num_classes))
+    combined, names = combine_views(scores, task.num_classes, task.combine), task.names or range(task.num_classes)
+    paths, places = [videos.path(score.index) for score in scores], range(1, min(TOP, task.num_classes) + 1)
+    rows: list[list] = [["path", *(f"{head}{place}" for place in places for head in ("class", "score"))]]
+    for score, path, row in zip(scores, paths, combined):
+        best = np.argsort(-row, kind="stable")[: 0 if score.error else TOP]
+        rows.append([path, *(cell for c in best for cell in (names[c], f"{row[c]:.4f}"))])
+    write_table(Path(output_dir, "predictions.csv"), rows)
+    classes = [str(name) for name in names]
+    np.savez(Path(output_dir, "predictions.npz"), video=paths, scores=combined.astype(np.float32), classes=classes)
+    return combined
+
+
+def write_test(
+    folder: Path, scores: list[VideoScore], combined: np.ndarray, labels: np.ndarray, videos: VideoList, task: Task
+) -> None:
+    """Write the scores of each video (per view NaN if it could not be read), and metrics of each class."""
+    num_views = max(len(score.views) for score in scores)
+    views = np.full((len(scores), num_views, combined.shape[1]), np.nan, np.float32)
+    for row, score in zip(views, scores):
+        if len(score.views):
+            row[:] = score.views
+    paths, mean = [videos.path(score.index) for score in scores], combined.astype(np.float32)
+    np.savez(folder / "test_predictions.npz", video=paths, label=labels, scores=mean, view_scores=views)
+    heads, classes = task.class_table(combined, labels)
+    rows: list[list] = [["class", "name", *heads]]
+    for label, (number, *values) in classes.items():
+        rows.append([label, task.names[label] if task.names else "", number, *(f"{value:.2f}" for value in values)])
+    write_table(folder / "test_per_class.csv", rows)
+
+
+def write_table(path: Path, rows: list[list]) -> None:
+    """Write a CSV file."""
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def log_test(output_dir: str, metrics: dict[str, float]) -> None:
+    """Append the metrics of a test to ``log.txt``."""
+    RunLog(output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
+
+
 @dataclass
 class Evaluator:
     """Validation and test of a classifier, of probes, or of nearest neighbours.
 
     Args:
-        val_views, test_views: how videos are seen.
+        val_views, test_views: which views of a video are used.
         timeout: seconds to wait for a video before stopping.
         output_dir: where the first process writes the scores of a test; empty: nowhere.
         task: meaning, number and names of the classes.
@@ -152,14 +247,12 @@ class Evaluator:
         model.best_probe = best
         return found[best] | {"probe_lr": model.rates[best][0], "probe_wd": model.rates[best][1]}
 
-    def test(self, model: nn.Module, videos: VideoList) -> int:
-        """Test on all views; see report."""
-        return self.report(self.test_scores(model, videos), videos)
-
-    def test_scores(self, model: nn.Module, videos: VideoList) -> list[VideoScore]:
-        """Class probabilities on all views of this process's videos; of probes, the best one's."""
+    def test(self, model: nn.Module, videos: VideoList, labelled: bool = True) -> int:
+        """Test on all views, or predict the classes of videos that are not `labelled`; see report."""
         scores = self.outputs(model, videos, self.test_views, "test", self.task.probabilities)
-        return [score.of_probe(model.best_probe) for score in scores] if isinstance(model, ProbedEncoder) else scores
+        if isinstance(model, ProbedEncoder):
+            scores = [score.of_probe(model.best_probe) for score in scores]
+        return self.report(scores, videos, labelled)
 
     def knn(self, encoder: TokenEncoder, k: int, train: VideoList, test: VideoList) -> int:
         """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report.
@@ -168,44 +261,31 @@ class Evaluator:
             RunError: no training video can be read.
         """
         features = MeanTokens(encoder)
-        found = self.outputs(features, train, self.val_views, "train features")
-        train_scores = gather_scores(found, everywhere=True)
-        bank = [score for score in train_scores if not score.error]
-        for score in train_scores:
-            if score.error:
-                warn_once(f"left out, {train.path(score.index)} could not be read: {score.error}")
-        if not bank:
+        known = gather_scores(self.outputs(features, train, self.val_views, "train features"), everywhere=True)
+        if warn_of_unreadable(known, train, "left out") == len(known):
             raise RunError(f"{train.source}: none of its {len(train)} videos could be read")
+        known = [score for score in known if not score.error]
         queries = self.outputs(features, test, self.val_views, "test features")
-        known = torch.from_numpy(np.concatenate([score.views for score in bank]))
-        labels = torch.from_numpy(self.task.targets(train.labels[[score.index for score in bank]]))
         seen = [score for score in queries if not score.error]
-        asked = torch.cat([known[:0], *(torch.from_numpy(score.views) for score in seen)])
-        votes = nearest_neighbours(known, labels, asked, k, self.task.num_classes).numpy()
+        bank = torch.from_numpy(np.concatenate([score.views for score in known]))
+        asked = torch.cat([bank[:0], *(torch.from_numpy(score.views) for score in seen)])
+        labels = torch.from_numpy(self.task.targets(train.labels[[score.index for score in known]]))
+        votes = nearest_neighbours(bank, labels, asked, k, self.task.num_classes).numpy()
         judged = [VideoScore(score.index, vote[None]) for score, vote in zip(seen, votes)]
         return self.report([score for score in queries if score.error] + judged, test)
 
-    def report(self, scores: list[VideoScore], videos: VideoList) -> int:
-        """Metrics of a test list, from this process's scores, to console, log.txt and files; of a list without labels,
-        predictions. Returns the exit code.
-        """
-        if self.task.unlabelled(videos):
+    def report(self, scores: list[VideoScore], videos: VideoList, labelled: bool = True) -> int:
+        """Write and log metrics from this process's scores, or predictions if there are no labels; returns 0."""
+        if labelled and not self.task.unlabelled(videos):
+            metrics = judge(scores, videos, self.task, self.output_dir)
+            logger.info("test: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            log_test(self.output_dir, metrics)
+            return 0
+        if labelled:
             logger.info("%s: its videos have no label (-1), so there are predictions and no accuracy", videos.source)
-            return self.report_predictions(scores, videos)
-        metrics = judge(scores, videos, self.task, self.output_dir)
-        logger.info("test: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        RunLog(self.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
-        return 0
-
-    def predict(self, model: nn.Module, videos: VideoList) -> int:
-        """Predict the classes of videos without labels, on all views of the test. Returns the exit code."""
-        return self.report_predictions(self.test_scores(model, videos), videos)
-
-    def report_predictions(self, scores: list[VideoScore], videos: VideoList) -> int:
-        """Print the five likeliest classes of a single video; write predictions of all. Returns the exit code."""
         combined = predict(scores, videos, self.task, self.output_dir)
         if rank() == 0 and len(videos) == 1:
-            for label in np.argsort(-combined[0])[:5]:
+            for label in np.argsort(-combined[0])[:TOP]:
                 print(f"{combined[0, label]:.4f}  {self.task.names[label] if self.task.names else label}")
         told = "%d videos: likeliest classes in %s, scores of all %d classes in predictions.npz beside it"
         logger.info(told, len(videos), os.path.join(self.output_dir, "predictions.csv"), self.task.num_classes)

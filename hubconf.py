@@ -2,8 +2,8 @@
 
     model = torch.hub.load("/path/to/here", "vit_base_patch16_224", source="local", checkpoint="finetuned.pth")
 
-What the weights show (number of classes, width of the target, depth of the decoder) need not be said. What else the
-model was trained with, the clips that it expects above all, is in ``model.trained_with``.
+Number of classes, width of the target and depth of the decoder are taken from the weights. ``model.trained_with`` holds
+other options of the training, such as those of the clips.
 """
 
 import collections.abc
@@ -23,9 +23,9 @@ _CLIP = ("num_frames", "sampling_rate", "input_size", "data_set")
 
 
 def _import_apart() -> list[types.ModuleType]:
-    """Import _FILES under names of their own, such as ``smile_utils``: the calling program may have a utils.py too.
+    """Import _FILES as ``smile_utils`` etc., since the calling program may have a utils.py too.
 
-    What they import from elsewhere must not find files of this folder either: there is more than one datasets.py.
+    Meanwhile this folder is not searched: packages that they import may have a datasets.py too.
     """
     here, paths = pathlib.Path(__file__).resolve().parent, list(sys.path)
     taken = {name: sys.modules.pop(name, None) for name in _FILES}
@@ -43,7 +43,7 @@ def _import_apart() -> list[types.ModuleType]:
 
 
 def _import_file(name: str, file: str) -> types.ModuleType:
-    """Import a file as module `name`, unless it is there already."""
+    """Import a file as module `name`, unless that has been done."""
     if name in sys.modules and sys.modules[name].__file__ == file:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -58,7 +58,7 @@ _, _weights, _modeling_finetune, _modeling_pretrain = _import_apart()
 
 
 def _entry_point(name: str, build: functools.partial) -> collections.abc.Callable:
-    """What torch.hub calls for a model."""
+    """The function that torch.hub calls for a model."""
 
     def load(path: str, **kwargs) -> torch.nn.Module:
         checkpoint = _weights.read_checkpoint(path)

@@ -1,32 +1,34 @@
-"""The log of a run: averages over steps, console lines, a line of ``log.txt`` for each epoch, TensorBoard, and the
-files that could not be read.
-"""
+"""The log of a run (averages over steps, console, ``log.txt``, TensorBoard), and its files that could not be read."""
 
 import datetime
 import fcntl
+import itertools
 import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
+from torch.utils.data import DataLoader
 
+from datasets import Batch, ChunkSampler
+from lists import VideoList
 from utils import RunError, logger, rank, world_size
 
 MAX_NON_FINITE = 10  # steps in a row
 
 
 class RunLog:
-    """Where a run's numbers go: a JSON line an epoch in ``log.txt``, and TensorBoard scalars.
+    """Writes a JSON line for each epoch to ``log.txt``, and TensorBoard scalars; in the first process only.
 
     Args:
-        output_dir, log_dir: either may be empty; written by the first process only.
-        start_epoch: later lines of ``log.txt`` belong to a run that was cut off, and are dropped.
+        output_dir, log_dir: empty: not written.
+        start_epoch: lines of this and later epochs are removed, as they belong to a run that was interrupted.
     """
 
     def __init__(self, output_dir: str, log_dir: str, start_epoch: int = 0, start_step: int = 0):
@@ -64,15 +66,15 @@ class RunLog:
             self.writer.flush()
 
     def close(self) -> None:
-        """Write what is left, and end TensorBoard's thread, which an exit of the program may else trip over."""
+        """Flush, and end TensorBoard's thread, which could otherwise fail when the program exits."""
         if self.writer:
             self.writer.close()
 
 
 class StepMeter:
-    """Collects the numbers of each optimizer step on the device, and reads them once every `interval` steps.
+    """Averages of the numbers of each step; kept on the device, and read by the CPU once every `interval` steps.
 
-    Reading makes the CPU wait for the device, so that nothing else in a step does.
+    Reading makes the CPU wait for the device; nothing else in a step does.
 
     Args:
         interval: steps between console lines.
@@ -91,30 +93,24 @@ class StepMeter:
     ):
         self.log, self.device, self.interval = log, device, interval
         self.epoch, self.epochs, self.steps_per_epoch = epoch, epochs, steps_per_epoch
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, float] = defaultdict(float)
-        self.skipped, self.bad_in_a_row, self.step_time = 0, 0, 0.0
-        if state:
-            self.sums.update(state["sums"])
-            self.counts.update(state["counts"])
-            self.skipped, self.bad_in_a_row = state["skipped"], state["bad_in_a_row"]
+        state = state or {"sums": {}, "counts": {}, "skipped": 0, "bad_in_a_row": 0}
+        self.sums: dict[str, float] = defaultdict(float, state["sums"])
+        self.counts: dict[str, float] = defaultdict(float, state["counts"])
+        self.skipped, self.bad_in_a_row = state["skipped"], state["bad_in_a_row"]
         self.constants: dict[str, float] = {}  # shown beside the averages: rates, counts
+        self.step_time, self._data_time, self._since = 0.0, 0.0, time.perf_counter()
         self._rows: list[tuple[dict[str, torch.Tensor], list[str]]] = []
-        self._data_time, self._since = 0.0, time.perf_counter()
 
     def timed(self, batches: Iterator) -> Iterator:
-        """Pass batches on, measuring the time spent waiting for them."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        """Yield the batches, and measure the time spent waiting for them."""
+        start = time.perf_counter()
+        for batch in batches:
             self._data_time += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     def update(self, step: int, values: dict[str, torch.Tensor], sources: list[str]) -> None:
-        """Take a step's device scalars, among them ``bad`` (1 = skipped), and the samples it was made of.
+        """Add a step's device scalars, among them ``bad`` (1 = skipped), and the paths of its samples.
 
         Raises:
             RunError: MAX_NON_FINITE bad steps in a row.
@@ -124,7 +120,7 @@ class StepMeter:
             self.flush(step)
 
     def flush(self, step: int) -> None:
-        """Read what has been collected, in all processes: sums of the epoch, a console line, scalars."""
+        """Read what has been collected, in all processes, and log it."""
         if not self._rows:
             return
         names = list(self._rows[0][0])
@@ -142,18 +138,17 @@ class StepMeter:
                 continue
             self.bad_in_a_row = 0
             for name, value in values.items():
-                if not math.isfinite(value):  # the norm of a gradient that overflowed in fp16
-                    continue
-                self.sums[name] += value
-                self.counts[name] += 1
-                window[name].append(value)
-        now = time.perf_counter()
-        timing = {"data_time": self._data_time / len(self._rows), "step_time": (now - self._since) / len(self._rows)}
+                if math.isfinite(value):  # the norm of a gradient that overflowed in fp16 is not
+                    self.sums[name] += value
+                    self.counts[name] += 1
+                    window[name].append(value)
+        now, count = time.perf_counter(), len(self._rows)
+        timing = {"data_time": self._data_time / count, "step_time": (now - self._since) / count}
         self.step_time = timing["step_time"]
         self._rows, self._data_time, self._since = [], 0.0, now
         shown = {name: sum(values) / len(values) for name, values in window.items()} | self.constants
         self.log.scalars(self.epoch * self.steps_per_epoch + step, shown | timing)
-        self._console(step, shown, timing)
+        self._console(step, shown | timing)
         if longest >= MAX_NON_FINITE:
             raise RunError(
                 f"{longest} steps in a row had a non-finite loss or gradient; lower --lr, set "
@@ -165,23 +160,21 @@ class StepMeter:
             parts: list[Any] = [None] * world_size()
             dist.all_gather_object(parts, sources)
             sources = [source for part in parts for source in part]
-        self.skipped += 1
-        self.bad_in_a_row += 1
-        logger.warning(
-            "non-finite loss or gradient, step skipped (%d so far); its samples: %s", self.skipped, ", ".join(sources)
-        )
+        self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
+        told = "non-finite loss or gradient, step skipped (%d so far); its samples: %s"
+        logger.warning(told, self.skipped, ", ".join(sources))
 
-    def _console(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
-        left = self.steps_per_epoch - step - 1 + (self.epochs - self.epoch - 1) * self.steps_per_epoch
-        eta = datetime.timedelta(seconds=int(left * timing["step_time"]))
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in (values | timing).items())
+    def _console(self, step: int, values: dict[str, float]) -> None:
+        left = (self.epochs - self.epoch) * self.steps_per_epoch - step - 1
+        eta = datetime.timedelta(seconds=int(left * values["step_time"]))
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         memory = f"  memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if self.device.type == "cuda" else ""
         logger.info("epoch %d [%d/%d]  %s%s  eta %s", self.epoch, step + 1, self.steps_per_epoch, numbers, memory, eta)
 
     def averages(self) -> dict[str, float]:
-        """Means over the epoch so far, skipped steps left out."""
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        return {f"train_{name}": mean for name, mean in means.items()} | {"skipped_steps": self.skipped}
+        """Means over the epoch so far, without skipped steps."""
+        means = {f"train_{name}": total / self.counts[name] for name, total in self.sums.items()}
+        return means | {"skipped_steps": self.skipped}
 
     def state(self, ended: bool = False) -> dict[str, Any]:
         """What a checkpoint keeps of the epoch so far, or for the next one if it has `ended`."""
@@ -190,16 +183,15 @@ class StepMeter:
 
 
 class BadFiles:
-    """Writes each file that could not be read to ``bad_clips.txt``, once, and stops a run that has too many.
+    """Lists files that could not be read in ``bad_clips.txt``, and stops a run that has too many of them.
 
-    Processes append to the same file under a lock.
+    All processes append to the file, under a lock, so that each path is in it once.
     """
 
     def __init__(self, output_dir: str, max_fraction: float):
         self.file = Path(output_dir) / "bad_clips.txt" if output_dir else None
         self.max_fraction, self.videos, self.bad = max_fraction, 0, 0
-        self.noted: set[str] = set()
-        self.first: list[str] = []
+        self.noted: dict[str, str] = {}  # path → reason
 
     def watch(self, batches: Iterator, shown: dict[str, float]) -> Iterator:
         """Yield the batches, note their bad files, and count the videos among them in `shown`.
@@ -222,16 +214,15 @@ class BadFiles:
     def check(self, bad: float, videos: float) -> None:
         """Raise RunError if too large a part of the videos could not be read."""
         if bad > self.max_fraction * videos:
+            first = "; ".join(f"{path}: {reason}" for path, reason in list(self.noted.items())[:3])
             raise RunError(
                 f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
-                f"{self.max_fraction}; the first: {'; '.join(self.first)}"
+                f"{self.max_fraction}; the first: {first}"
             )
 
     def note(self, path: str, reason: str) -> None:
-        """Write a line, unless some process has written it."""
-        line = f"{path}\t{reason}".replace("\n", " ")
-        self.noted.add(path)
-        self.first = [*self.first, f"{path}: {reason}"][:3]
+        """Write a line, unless a process has written it."""
+        self.noted[path] = reason
         logger.warning("cannot use %s: %s", path, reason)
         if not self.file:
             return
@@ -240,6 +231,53 @@ class BadFiles:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.seek(0)
                 if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):
-                    file.write(line + "\n")
+                    file.write(f"{path}\t{reason}".replace("\n", " ") + "\n")
         except OSError as error:
             logger.warning("could not write to %s (%s)", self.file, error.strerror)
+
+
+# Batches --------------------------------------------------------------------------------------------------------
+
+
+def last_line(error: Exception) -> str:
+    """The last line of a message, which may follow a worker's traceback; without a message the error's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoList, hung: int = 1) -> RunError:
+    """The error to raise if a loader worker hung or died; it names the videos that the worker may have had.
+
+    Args:
+        issued: videos of each batch that is being loaded, the one that is waited for first.
+        hung: how many of these batches a worker that hangs may have.
+    """
+    hangs = "timed out" in str(error)
+    loading = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
+    lost = ", ".join(videos.path(index) for indices in loading for index in indices)
+    remedy = "take it off the list, or raise --worker_timeout if storage is slow"
+    return RunError(f"the data loader failed ({last_line(error)}) on one of: {lost}; {remedy}")
+
+
+def guarded(
+    loader: DataLoader, videos: VideoList, issued: Callable[[], Iterable[list[int]]], hung: int = 1
+) -> Iterator[Any]:
+    """Iterate over a loader; `issued` and `hung` as in loader_failure.
+
+    Raises:
+        RunError: a worker hung, died, or raised.
+    """
+    try:
+        yield from loader
+    except RunError as error:  # raised in a worker, whose traceback is part of the message
+        raise RunError(last_line(error).removeprefix("utils.RunError: ")) from error
+    except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while sending a batch
+        raise loader_failure(error, issued(), videos, hung) from error
+
+
+def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
+    """The batches of the sampler's epoch; see guarded."""
+    assert isinstance(loader.batch_sampler, ChunkSampler)
+    issued = loader.batch_sampler.issued
+    for batch in guarded(loader, videos, lambda: issued):
+        issued.popleft()
+        yield batch

@@ -1,27 +1,22 @@
-"""From the scores of views to numbers: gathering over processes, accuracy or average precision, and a test's files.
+"""Labels, and metrics of scores: accuracy, or average precision where videos have several labels.
 
-A video is its line in the list. One that could not be read counts as wrong and is named. Task holds everything that
-differs where videos have several labels.
+Task holds everything that differs between single-label and multi-label data sets.
 """
 
-import csv
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from lists import VideoList
-from utils import RunError, broadcast, cpu_group, rank, warn_once, world_size
+from utils import RunError
 from video_reader import Clip, Span
 
-TOP = 5  # classes of each video in predictions.csv
 MAX_LABEL = 2**31 - 1
 SEVERAL = "classes such as `0,2`, or with their seconds `92:11.90-21.20,147:0.00-12.60`, or `-` for none"
 ACTION = re.compile(r"(\d+)(?::(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?))?", re.ASCII)
@@ -29,10 +24,13 @@ ACTION = re.compile(r"(\d+)(?::(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?))?", re.ASCII)
 
 @dataclass(frozen=True)
 class VideoScore:
-    """The output of a model for a video: its line in the list and class probabilities of its views.
+    """The output of a model for the views of a video.
 
-    `views` is ``[V, C]``, or ``[V, P, C]`` from P probes; without rows if the video could not be read. `spans`: when
-    each view is shown.
+    Attributes:
+        index: of the video's line in the list.
+        views: ``[V, C]``, or ``[V, P, C]`` of P probes; no rows if the video could not be read.
+        error: why it could not be read.
+        spans: the time that each view covers.
     """
 
     index: int
@@ -45,24 +43,13 @@ class VideoScore:
         return self if self.error else VideoScore(self.index, self.views[:, p])
 
 
-def gather_scores(scores: list[VideoScore], everywhere: bool = False) -> list[VideoScore]:
-    """The scores of all processes by line of the list, in the first process or `everywhere`; else none."""
-    parts: list[list[VideoScore]] = [scores]
-    if world_size() > 1:
-        parts = [[] for _ in range(world_size())]
-        if everywhere:
-            dist.all_gather_object(parts, scores, group=cpu_group())
-        else:
-            dist.gather_object(scores, parts if rank() == 0 else None, dst=0, group=cpu_group())
-    return sorted((score for part in parts for score in part), key=lambda score: score.index)
-
-
 def combine_views(scores: list[VideoScore], num_classes: int, how: str = "mean") -> np.ndarray:
-    """Mean, or with `how` max the highest, over the views of each video, float64 ``[n, C]``; NaN without views."""
-    unread, combine = np.full(num_classes, np.nan), np.max if how == "max" else np.mean
-    return np.stack(
-        [combine(score.views.astype(np.float64), axis=0) if len(score.views) else unread for score in scores]
-    )
+    """Mean or maximum (`how`) over the views of each video, float64 ``[n, C]``; NaN without views."""
+    combined, combine = np.full((len(scores), num_classes), np.nan), np.max if how == "max" else np.mean
+    for row, score in zip(combined, scores):
+        if len(score.views):
+            row[:] = combine(score.views.astype(np.float64), axis=0)
+    return combined
 
 
 def in_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
@@ -107,10 +94,10 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def class_label(text: str, num_classes: int = 0) -> int:
-    """A class number.
+    """Parse a class number.
 
     Raises:
-        ValueError: it is none, or not in [0, num_classes); 0: any number is taken.
+        ValueError: not a number, or not in [0, num_classes) if this is not 0.
     """
     if not re.fullmatch(r"-?[0-9]+", text):
         hint = "; several labels a video need --data_set Charades or custom" if re.fullmatch(r"[\d,:.-]+", text) else ""
@@ -122,7 +109,7 @@ def class_label(text: str, num_classes: int = 0) -> int:
 
 
 def read_actions(text: str, num_classes: int = 0) -> np.ndarray:
-    """Class, first and last second of each label of a video, float64 ``[A, 3]``; the whole video where none are given.
+    """Parse the labels of a video: class, first and last second of each, float64 ``[A, 3]``; ±inf if no seconds.
 
     Raises:
         ValueError: not SEVERAL, a class not in [0, num_classes), or seconds that end before they start.
@@ -140,7 +127,7 @@ def read_actions(text: str, num_classes: int = 0) -> np.ndarray:
 
 
 def label_classes(text: str) -> set[int]:
-    """The classes that a label names, in whatever form; none if it is no label."""
+    """The classes in a label of either form; empty if it is not a label."""
     try:
         return set(read_actions(text)[:, 0].astype(int).tolist())
     except ValueError:
@@ -165,22 +152,22 @@ class Task:
     no_label: ClassVar[int | bytes] = -1  # what stands for none in VideoList.labels
 
     def parse_label(self, text: str) -> int | str:
-        """A label of a list, as VideoList.labels keeps it.
+        """Convert a label of a list for VideoList.labels.
 
         Raises:
-            ValueError: it is none.
+            ValueError: not a label.
         """
         return class_label(text, self.num_classes)
 
     def parse_test_label(self, text: str) -> int | str | bytes:
-        """The same of a test list, where -1 stands for no label."""
+        """The same for a test list, where -1 stands for no label."""
         return self.no_label if text == "-1" else self.parse_label(text)
 
     def unlabelled(self, videos: VideoList) -> bool:
         """Whether a test list has no labels.
 
         Raises:
-            ValueError: some of its videos have one and some have not.
+            ValueError: some of its videos have one, others have none.
         """
         lacking = np.flatnonzero(videos.labels == self.no_label)
         if 0 < len(lacking) < len(videos):
@@ -191,23 +178,23 @@ class Task:
         return len(lacking) > 0
 
     def clip_label(self, videos: VideoList, index: int, clip: Clip) -> Any:
-        """The label of a clip of a video, for training: the video's own."""
+        """The label of a training clip: that of its video."""
         return np.int64(videos.labels[index])
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
-        """Labels of whole videos as `losses` and `measure` take them."""
+        """Convert VideoList.labels for `losses` and `measure`."""
         return labels.astype(np.int64)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of the classes, ``[..., C]``."""
+        """Logits ``[..., C]`` → probabilities."""
         return logits.softmax(dim=-1)
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Of each clip ``[B]``, from logits ``[B, C]`` and labels as lists have them."""
+        """Loss of each clip ``[B]``, from logits ``[B, C]`` and `targets`."""
         return F.cross_entropy(logits, labels, reduction="none")
 
     def while_training(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the log shows beside the loss, of logits ``[B, C]``, or ``[B, P, C]`` of P probes."""
+        """What to log beside the loss, from logits ``[B, C]``, or ``[B, P, C]`` of P probes."""
         right = logits.argmax(dim=-1).movedim(0, -1) == labels  # [B], or [P, B]; mixed clips count by their own label
         return {"acc1": right.float().mean() * 100}
 
@@ -216,7 +203,7 @@ class Task:
         return accuracy(scores, labels)
 
     def class_table(self, scores: np.ndarray, labels: np.ndarray) -> tuple[list[str], dict[int, list]]:
-        """Heads, and a row for each class that occurs: its number of videos and metrics in percent."""
+        """Column names, and for each class that occurs its number of videos and metrics in percent."""
         right = {k: in_top_k(scores, labels, k) for k in (1, 5)}
         rows = {
             int(label): [(labels == label).sum(), *(100 * right[k][labels == label].mean() for k in (1, 5))]
@@ -235,14 +222,14 @@ class SeveralLabels(Task):
     no_label: ClassVar[int | bytes] = b"-1"
 
     def parse_label(self, text: str) -> int | str:
-        """A label of a list, checked by read_actions and kept as text."""
+        """Check a label with read_actions, and keep its text."""
         actions = read_actions(text, self.num_classes)
         if self.needs_seconds and np.isinf(actions).any():
             raise ValueError(f"label {text[:80]!r} has no seconds, as in `92:11.90-21.20,147:0.00-12.60`")
         return text
 
     def clip_label(self, videos: VideoList, index: int, clip: Clip) -> np.ndarray:
-        """The classes seen between the first and the last frame of a clip, 0 or 1, float32 ``[C]``.
+        """Multi-hot label of the classes between the first and the last frame of a clip, float32 ``[C]``.
 
         Raises:
             RunError: labels have seconds, and the video has neither time stamps nor a frame rate.
@@ -256,7 +243,7 @@ class SeveralLabels(Task):
         return self.seen(actions, clip.seconds[0], clip.seconds[-1])
 
     def seen(self, actions: np.ndarray, start: float = -np.inf, end: float = np.inf) -> np.ndarray:
-        """The classes of actions ``[A, 3]`` seen at any moment from one second to another, float32 ``[C]``."""
+        """Multi-hot label of the actions ``[A, 3]`` that overlap the time from `start` to `end`, float32 ``[C]``."""
         label = np.zeros(self.num_classes, np.float32)
         label[actions[(actions[:, 1] <= end) & (actions[:, 2] >= start), 0].astype(int)] = 1
         return label
@@ -274,7 +261,7 @@ class SeveralLabels(Task):
         return {}
 
     def measure(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The mean of average precision over the classes that any video shows, and their number."""
+        """Mean average precision over the classes that occur, and their number."""
         of_classes = [values[-1] for values in self.class_table(scores, labels)[1].values()]
         return {"map": float(np.mean(of_classes)) if of_classes else 0.0, "classes": len(of_classes)}
 
@@ -288,80 +275,3 @@ class SeveralLabels(Task):
 
 
 ONE_LABEL = Task()
-
-
-def judge(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> dict[str, float]:
-    """Metrics of a list from the scores of this process, the same in all processes.
-
-    Args:
-        output_dir: where the first process writes ``test_predictions.npz`` and ``test_per_class.csv``; empty: nowhere.
-    Returns:
-        those of the task, and the numbers of ``videos``, ``views`` and ``unreadable`` videos.
-    """
-    scores, metrics = gather_scores(scores), None
-    if rank() == 0:
-        combined = combine_views(scores, task.num_classes, task.combine)
-        metrics = task.measure(combined, task.targets(videos.labels[[score.index for score in scores]]))
-        unreadable = [score for score in scores if score.error]
-        for score in unreadable:
-            warn_once(f"counted as wrong, {videos.path(score.index)} could not be read: {score.error}")
-        views = sum(len(score.views) for score in scores)
-        metrics |= {"videos": len(scores), "views": views, "unreadable": len(unreadable)}
-        if output_dir:
-            write_test(Path(output_dir), scores, combined, videos, task)
-    return broadcast(metrics)
-
-
-def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> np.ndarray:
-    """Scores of unlabelled videos, combined over views, in the first process; NaN where a video could not be read.
-
-    It writes ``predictions.csv``, the likeliest classes of each video, and ``predictions.npz``, the scores of all.
-
-    Args:
-        output_dir: where to write them; empty: the current folder.
-    Returns:
-        ``[n, C]``; of other processes without rows.
-    Raises:
-        RunError: not one video could be read.
-    """
-    scores = gather_scores(scores)
-    unreadable = [score for score in scores if score.error]
-    for score in unreadable[: len(scores) - 1]:
-        warn_once(f"no prediction, {videos.path(score.index)} could not be read: {score.error}")
-    failed = rank() == 0 and len(unreadable) == len(scores)
-    if reason := broadcast(f"{videos.path(scores[0].index)}: {scores[0].error}" if failed else ""):
-        raise RunError(f"{videos.source}: no video could be read, the first: {reason}")
-    if rank() != 0:
-        return np.empty((0, task.num_classes))
-    combined = combine_views(scores, task.num_classes, task.combine)
-    paths, places = [videos.path(score.index) for score in scores], range(1, min(TOP, task.num_classes) + 1)
-    with open(Path(output_dir, "predictions.csv"), "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["path", *(f"{head}{place}" for place in places for head in ("class", "score"))])
-        for score, path, row in zip(scores, paths, combined):
-            best = np.argsort(-row, kind="stable")[: 0 if score.error else TOP]
-            table.writerow(
-                [path, *(cell for c in best for cell in (task.names[c] if task.names else c, f"{row[c]:.4f}"))]
-            )
-    names = task.names or [str(c) for c in range(task.num_classes)]
-    np.savez(Path(output_dir, "predictions.npz"), video=paths, scores=combined.astype(np.float32), classes=names)
-    return combined
-
-
-def write_test(folder: Path, scores: list[VideoScore], combined: np.ndarray, videos: VideoList, task: Task) -> None:
-    """Scores of every video (per-view ones are NaN where it could not be read), and metrics by class."""
-    num_views = max(len(score.views) for score in scores)
-    views = np.full((len(scores), num_views, combined.shape[1]), np.nan, np.float32)
-    for row, score in zip(views, scores):
-        if len(score.views):
-            row[:] = score.views
-    labels = task.targets(videos.labels[[score.index for score in scores]])
-    paths, mean = [videos.path(score.index) for score in scores], combined.astype(np.float32)
-    np.savez(folder / "test_predictions.npz", video=paths, label=labels, scores=mean, view_scores=views)
-    heads, rows = task.class_table(combined, labels)
-    with open(folder / "test_per_class.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["class", "name", *heads])
-        for label, (number, *values) in rows.items():
-            name = task.names[label] if task.names else ""
-            table.writerow([label, name, number, *(f"{value:.2f}" for value in values)])

@@ -98,15 +98,11 @@ class ProbedEncoder(nn.Module):
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """One group per probe, with its rate and decay as multiples of the scheduled `lr` and `weight_decay`."""
-        return [
-            {
-                "params": list(probe.parameters()),
-                "weight_decay": decay,
-                "wd_scale": decay / weight_decay,
-                "lr_scale": rate / lr,
-            }
-            for probe, (rate, decay) in zip(self.probes, self.rates)
-        ]
+        groups = []
+        for probe, (rate, decay) in zip(self.probes, self.rates):
+            scales = {"wd_scale": decay / weight_decay, "lr_scale": rate / lr}
+            groups.append({"params": list(probe.parameters()), "weight_decay": decay, **scales})
+        return groups
 
 
 class MeanTokens(nn.Module):
@@ -121,7 +117,7 @@ class MeanTokens(nn.Module):
 
 
 class ProbeLoss(nn.Module):
-    """Sum of the losses of all probes, so that each gets the gradient of its own: logits ``[B, P, C]``, labels ``[B]``.
+    """Sum of the losses of all probes, each of which gets its own gradient: logits ``[B, P, C]``, labels ``[B]``.
 
     Args:
         losses: logits ``[n, C]`` and labels ``[n]`` or ``[n, C]`` → loss of each sample, ``[n]``.

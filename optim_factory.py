@@ -1,11 +1,8 @@
-"""Optimizers: schedules, parameter groups, and the optimizer step.
-
-Optimizers and groups are timm's. `Stepper`, which both engines use, handles precision, accumulation, clipping and
-non-finite gradients.
-"""
+"""Optimizers: precision, schedules, parameter groups, and the optimizer step. Optimizers and groups are timm's."""
 
 import copy
 import math
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import world_size
+from utils import warn_once, world_size
 
 NO_DECAY = ("*mask_token",)  # besides what has one dimension
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +25,7 @@ FUSED = ("adamw", "adam")  # a fused SGD whose first step is skipped has uniniti
 def cosine_schedule(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
     """Value at `step`: linear from `start` to `base` over `warmup` steps, then a cosine to `final` at `total`.
 
-    The warm-up's last step already has the value `base` (recipe of MAE and VideoMAE).
+    The last step of the warm-up has the value `base` (recipe of MAE and VideoMAE).
     """
     if step < warmup:
         return start + (base - start) * step / max(1, warmup - 1)
@@ -37,8 +34,28 @@ def cosine_schedule(step: int, base: float, final: float, total: int, warmup: in
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Context manager for a forward pass in fp32, bf16 or fp16."""
+    """Context manager of a forward pass in fp32, bf16 or fp16."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def has_bf16_instructions() -> bool:
+    """Whether torch's matrix library uses the CPU's bf16 instructions.
+
+    The library also says so of a CPU with AVX-512 without its bf16 part, where it converts; hence the second check.
+    """
+    usable = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return usable and (platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported())
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Resolve `auto`: bf16 or fp16 on a GPU, fp32 on the CPU."""
+    if precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
+        warn_once("--precision bf16: this CPU has no instructions for it; fp32 is faster here, often many times")
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -53,7 +70,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=NO_DECAY)
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = list(names.values())
-    groups.sort(key=lambda group: order.index(names[group["params"][0]]))  # as in checkpoints that hold no names
+    groups.sort(key=lambda group: order.index(names[group["params"][0]]))  # the order in checkpoints without names
     for group in groups:
         group["names"] = [names[parameter] for parameter in group["params"]]
         group["wd_scale"], group["lr_scale"] = group["weight_decay"], group.get("lr_scale", 1.0)
@@ -74,14 +91,12 @@ def build_optimizer(
     Raises:
         ValueError: timm does not know `opt`.
     """
-    options: dict[str, Any] = {"fused": True} if opt in FUSED else {}
-    if betas and "sgd" not in opt:
-        options["betas"] = betas
-    if eps is not None and "sgd" not in opt:
-        options["eps"] = eps
-    groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     if opt.lower() not in list_optimizers():
         raise ValueError(f"opt {opt}: timm has no such optimizer")
+    options: dict[str, Any] = {"fused": True} if opt in FUSED else {}
+    if "sgd" not in opt:
+        options |= ({"betas": betas} if betas else {}) | ({} if eps is None else {"eps": eps})
+    groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, momentum=momentum, **options)
 
 
@@ -94,14 +109,14 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Copy the buffers of process 0 to all others: running statistics differ, as each process sees other data."""
+    """Copy the buffers of process 0 to all others: running statistics differ between processes."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def spread_badness(loss: torch.Tensor) -> torch.Tensor:
-    """Return the loss, with a non-finite gradient if it is not finite (an infinite loss can have a finite gradient)."""
+    """Return the loss; if it is not finite, its gradient will not be either (that of an infinite loss may be)."""
     return loss * (1 + 0 * loss.detach())
 
 
@@ -109,8 +124,8 @@ def spread_badness(loss: torch.Tensor) -> torch.Tensor:
 class Stepper:
     """One optimizer step: precision, accumulation, clipping and schedules, without waiting for the device if possible.
 
-    If loss or gradient is not finite, the step is skipped in all processes: a non-finite loss gives a non-finite
-    gradient, which processes average. Fused optimizers check this on the device.
+    If the loss or gradient of a process is not finite, all processes skip the step, as they average gradients. Fused
+    optimizers check this on the device.
 
     Args:
         model: the module called in the forward pass, with or without DDP.
@@ -153,7 +168,7 @@ class Stepper:
         self.scaler.scale(spread_badness(loss) / self.update_freq).backward()
 
     def sync(self, micro_batch: int) -> AbstractContextManager:
-        """Context manager for forward and backward: gradients are only averaged in the step's last micro-batch."""
+        """Context manager for forward and backward: processes average gradients in the last micro-batch only."""
         if isinstance(self.model, DistributedDataParallel) and micro_batch < self.update_freq - 1:
             return self.model.no_sync()
         return nullcontext()
@@ -172,11 +187,11 @@ class Stepper:
         finite = norm.isfinite()
         bad = (~finite).float()
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips the step on overflow, which lowers the scale and is no error
+            self.scaler.step(self.optimizer)  # skips the step on overflow, which only lowers the scale
             self.scaler.update()
             bad = (~loss.isfinite()).float()
         elif self.optimizer.defaults.get("fused"):
-            # the way GradScaler passes it to fused optimizers
+            # as GradScaler does for fused optimizers
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
             self.optimizer.step()
         elif finite:
@@ -185,7 +200,7 @@ class Stepper:
         return {"grad_norm": norm, "bad": bad}
 
     def state(self) -> dict[str, Any]:
-        """State for a checkpoint."""
+        """State to save in a checkpoint."""
         optimizer = self.optimizer.state_dict() | {"names": self.parameter_names()}
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
@@ -203,7 +218,7 @@ class Stepper:
         before = {name: number for number, name in enumerate(saved.get("names", names))}
         if before.keys() != set(names) or ("names" not in saved and sizes[0] != sizes[1]):
             raise ValueError("its optimizer has other parameters")
-        moved = {number: before[name] for number, name in enumerate(names)}  # the order depends on --layer_decay
+        moved = {number: before[name] for number, name in enumerate(names)}  # order depends on --layer_decay
         own["state"] = {new: saved["state"][old] for new, old in moved.items() if old in saved["state"]}
         counts = {key: value for key, value in saved["param_groups"][0].items() if key.endswith("step")}
         for group in own["param_groups"]:  # some of timm's optimizers count steps here
@@ -220,4 +235,4 @@ class Stepper:
         """After training: restore the plain model and remove unused files from `folder` (DeepSpeed)."""
 
     def save_shards(self, folder: str, name: str) -> None:
-        """Save state that is divided among processes (DeepSpeed); called in all processes before a checkpoint."""
+        """Save state that processes share out (DeepSpeed); called in all processes before a checkpoint."""

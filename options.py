@@ -1,121 +1,94 @@
-"""Command-line options that pretraining and fine-tuning share, and what is built from them alone."""
+"""What the programs share: command-line options, what is wrong with them, and what is set up from them."""
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
+import torch.nn as nn
 
-from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule
-from utils import RunError, logger, user_errors, warn_once
+import utils
+from checkpoints import Position, find_resume, lock_folder, restore
+from datasets import ChunkSampler, VideoCheck, VideoDataset, build_loader, collate
+from lists import VideoList
+from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule, distribute, pick_precision
+from training import Run, RunOptions
+from utils import RunError, logger, rank, user_errors, world_size
 from video_reader import READERS
-from weights import read_checkpoint, stored_options
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The options of a run that the loop needs; names and meaning are those of the flags."""
-
-    output_dir: str
-    log_dir: str
-    log_interval: int
-    batch_size: int
-    epochs: int
-    stop_epoch: int
-    save_ckpt_freq: int
-    save_ckpt_minutes: float
-    save_ckpt_steps: int
-    keep_ckpts: int
-    max_bad_fraction: float
-    seed: int
-    dry_run: bool
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "RunOptions":
-        """Taken from parsed arguments; a dry run writes nowhere, and logs every step."""
-        values = {field.name: getattr(args, field.name) for field in fields(cls)}
-        if args.dry_run:
-            values |= {"output_dir": "", "log_dir": "", "log_interval": 1}
-        return cls(**values)
+from weights import load_strictly, read_checkpoint, stored_options
 
 
 def make_parser(title: str, text: str) -> argparse.ArgumentParser:
-    """A parser whose help shows defaults, and which takes no abbreviations."""
-    return argparse.ArgumentParser(
-        title,
-        "%(prog)s [options]; --help lists them",
-        text,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """A parser whose help shows defaults, and that takes no abbreviations."""
+    usage, show = "%(prog)s [options]; --help lists them", argparse.ArgumentDefaultsHelpFormatter
+    return argparse.ArgumentParser(title, usage, text, allow_abbrev=False, formatter_class=show)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The option group `data`."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_root", default="", help="folder that relative paths in the lists start from")
-    data.add_argument("--num_frames", type=int, default=16, help="frames a clip")
-    data.add_argument("--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next")
-    data.add_argument("--input_size", type=int, default=224, help="clip side, pixels")
-    data.add_argument("--reader", choices=READERS, default="pyav", help="decoder of the videos; decord: as released")
-    data.add_argument("--num_workers", type=int, default=10, help="loader processes a GPU")
-    data.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches")
-    data.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
-    data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
-    data.add_argument("--max_bad_fraction", type=float, default=0.05, help="stop if more of the videos are unreadable")
-    return data
+def add_data_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Add the option group `data`; returns its `add_argument`."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_root", default="", help="folder that relative paths in the lists start from")
+    add("--num_frames", type=int, default=16, help="frames per clip")
+    add("--sampling_rate", type=int, default=4, help="stride of the sampled frames")
+    add("--input_size", type=int, default=224, help="height and width of clips, pixels")
+    add("--reader", choices=READERS, default="pyav", help="decoder of the videos; decord: as released")
+    add("--num_workers", type=int, default=10, help="loader processes per GPU")
+    add("--pin_mem", action="store_true", default=True, help="page-locked memory for batches")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
+    add("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
+    add("--max_bad_fraction", type=float, default=0.05, help="stop if a larger part of the videos is unreadable")
+    return add
 
 
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The option group `optimizer`; defaults that differ between programs are set by them."""
-    optim = parser.add_argument_group("optimizer")
-    optim.add_argument("--update_freq", type=int, default=1, help="forward passes an optimizer step")
-    optim.add_argument("--epochs", type=int, help="length of the schedule, passes over the list")
-    optim.add_argument("--stop_epoch", type=int, default=0, help="stop after so many epochs; the schedule stays")
-    optim.add_argument("--start_epoch", type=int, default=0, help="epoch to start from, numbered from 0")
-    optim.add_argument("--opt", default="adamw", help="a timm optimizer")
-    optim.add_argument("--opt_eps", type=float, default=1e-8, help="epsilon of Adam")
-    optim.add_argument("--opt_betas", type=float, nargs=2, help="betas of Adam")
-    optim.add_argument("--momentum", type=float, default=0.9, help="of SGD")
-    optim.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
-    optim.add_argument("--weight_decay", type=float, default=0.05, help="not on biases, norms and the mask token")
-    optim.add_argument("--weight_decay_end", type=float, default=None, help="its last value (cosine); None: constant")
-    optim.add_argument("--lr", type=float, help="for 256 a step (--batch_size, GPUs, passes), scaled linearly")
-    optim.add_argument("--warmup_lr", type=float, default=0.0, help="rate of the first step, scaled likewise")
-    optim.add_argument("--min_lr", type=float, help="rate of the last step, scaled likewise")
-    optim.add_argument("--warmup_epochs", type=int, help="epochs of linear warm-up")
-    optim.add_argument("--warmup_steps", type=int, default=-1, help="the same in steps, if >= 0")
-    return optim
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Add the option group `optimizer`; returns its `add_argument`. Programs set the defaults that are missing here."""
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--update_freq", type=int, default=1, help="forward passes per optimizer step")
+    add("--epochs", type=int, help="length of the schedule in passes over the list")
+    add("--stop_epoch", type=int, default=0, help="stop after this many epochs without changing the schedule; 0: no")
+    add("--start_epoch", type=int, default=0, help="epoch to start from, numbered from 0")
+    add("--opt", default="adamw", help="optimizer of timm")
+    add("--opt_eps", type=float, default=1e-8, help="epsilon of Adam")
+    add("--opt_betas", type=float, nargs=2, help="betas of Adam")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD")
+    add("--clip_grad", type=float, default=None, help="largest gradient norm; None: no clipping")
+    add("--weight_decay", type=float, default=0.05, help="weight decay, except of biases, norms and the mask token")
+    add("--weight_decay_end", type=float, default=None, help="weight decay at the end (cosine); None: constant")
+    add("--lr", type=float, help="learning rate for a total batch of 256, scaled linearly")
+    add("--warmup_lr", type=float, default=0.0, help="learning rate of the first step, scaled likewise")
+    add("--min_lr", type=float, help="learning rate of the last step, scaled likewise")
+    add("--warmup_epochs", type=int, help="epochs of linear warm-up")
+    add("--warmup_steps", type=int, default=-1, help="steps of linear warm-up, if >= 0")
+    return add
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The option group `run`."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default="", help="checkpoints, log.txt and bad_clips.txt; empty: none")
-    run.add_argument("--log_dir", default="", help="TensorBoard folder; empty: none")
-    run.add_argument("--log_interval", type=int, default=10, help="steps between console lines")
-    run.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
-    run.add_argument("--save_ckpt_minutes", type=float, default=15, help="refresh checkpoint-latest.pth; 0: never")
-    run.add_argument("--save_ckpt_steps", type=int, default=0, help="the same by optimizer steps; 0: never")
-    run.add_argument("--keep_ckpts", type=int, default=0, help="numbered checkpoints to keep; 0: all")
-    run.add_argument("--resume", default="", help="checkpoint to go on from")
-    run.add_argument("--auto_resume", action="store_true", default=True, help="go on from the furthest in output_dir")
-    run.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="start anew")
-    run.add_argument("--seed", type=int, default=0, help="of weights, clips and masks")
-    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
+def add_run_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Add the option group `run`; returns its `add_argument`."""
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="", help="folder for checkpoints, log.txt and bad_clips.txt; empty: none")
+    add("--log_dir", default="", help="TensorBoard folder; empty: none")
+    add("--log_interval", type=int, default=10, help="steps between console lines")
+    add("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
+    add("--save_ckpt_minutes", type=float, default=15, help="minutes between saves of checkpoint-latest.pth; 0: never")
+    add("--save_ckpt_steps", type=int, default=0, help="optimizer steps between them; 0: never")
+    add("--resume", default="", help="checkpoint to resume from")
+    add("--auto_resume", action="store_true", default=True, help="resume from the furthest in output_dir")
+    add("--no_auto_resume", action="store_false", dest="auto_resume", help="do not")
+    add("--seed", type=int, default=0, help="seed of weights, clips and masks")
+    add("--device", default="cuda", help="cuda (where there is one) or cpu")
     precisions = ("auto", *DTYPES)
-    run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
-    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    run.add_argument("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
-    return run
+    add("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
+    return add
 
 
 # Options of VideoMAE's and SMILE's scripts that have no effect here, accepted so that those scripts run unchanged:
-# some take no value, some any, some only the value that is fixed here. REFUSED ones would change results.
+# some take no value, some any, some only the value given here. REFUSED ones would change results.
 NO_VALUE = ("--dist_on_itp", "--not_dist", "--imagenet_default_mean_and_std", "--dist_eval", "--use_mean_pooling",
             "--save_ckpt", "--resplit", "--model_ema_force_cpu")  # fmt: skip
 ANY_VALUE = ("--local_rank", "--local-rank", "--world_size", "--dist_url", "--color_jitter", "--crop_pct",
@@ -129,46 +102,30 @@ ONE_VALUE = {
 REFUSED = {"--use_cls": "the encoder has no class token", "--no_save_ckpt": "leave out --output_dir to save nothing"}
 
 
-def drop_unneeded(argv: list[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the options that have an effect here, and the ignored ones.
+class Ignored(argparse.Action):
+    """Action of an option without effect: appended to `not_needed`, or refused if it would change results."""
 
-    Args:
-        known: options that the program has itself, and so keeps.
-    Raises:
-        ValueError: an option, or a value of one, that would change results.
-    """
-    kept: list[str] = []
-    dropped: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in known or name not in {*NO_VALUE, *ANY_VALUE, *ONE_VALUE, *REFUSED}:
-            kept.append(word)
-            continue
-        if name in {*ANY_VALUE, *ONE_VALUE} and not equals:
-            value = next(words, "")
-        fine, here = ONE_VALUE.get(name, (value, ""))
-        if name in REFUSED or value != fine:
-            raise ValueError(f"{name} {value}".strip() + f" is not supported: {REFUSED.get(name, here)}")
-        dropped.append(f"{name} {value}".strip())
-    return kept, dropped
+    def __call__(self, parser, namespace, values, option_string=None):
+        written = f"{option_string} {values or ''}".strip()
+        wanted, reason = ONE_VALUE.get(option_string, (values, REFUSED.get(option_string)))
+        if option_string in REFUSED or values != wanted:
+            parser.error(f"{written} is not supported: {reason}")
+        namespace.not_needed.append(written)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse `argv` (or sys.argv) without unneeded options, which `not_needed` of the result names; see parse_given."""
-    try:
-        kept, dropped = drop_unneeded(sys.argv[1:] if argv is None else argv, set(parser._option_string_actions))
-    except ValueError as error:
-        parser.error(str(error))
-    return argparse.Namespace(**vars(parse_given(parser, kept)), not_needed=dropped)
+    """Parse `argv` (or sys.argv), and accept the options above that the parser does not have itself.
 
-
-def parse_given(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse `argv` (or sys.argv); `given` of the result names the options that were typed, be it with their default."""
-    untouched = object()
-    typed = parser.parse_args(argv, argparse.Namespace(**{action.dest: untouched for action in parser._actions}))
-    given = [name for name, value in vars(typed).items() if value is not untouched]
-    return argparse.Namespace(**vars(parser.parse_args(argv)), given=given)
+    Returns:
+        the options; `given` names those that were typed, `not_needed` holds those without effect.
+    """
+    argv, known = sys.argv[1:] if argv is None else argv, dict(parser._option_string_actions)
+    given = sorted({known[name].dest for word in argv if (name := word.partition("=")[0]) in known})
+    for names, nargs in ((NO_VALUE, 0), (ANY_VALUE, None), (ONE_VALUE, None), (REFUSED, 0)):
+        for name in filter(lambda name: name not in known, names):
+            none = argparse.SUPPRESS
+            parser.add_argument(name, action=Ignored, nargs=nargs, dest=none, default=none, help=none)
+    return parser.parse_args(argv, argparse.Namespace(given=given, not_needed=[]))
 
 
 # A checkpoint's own options ---------------------------------------------------------------------------------------
@@ -179,7 +136,7 @@ OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_dec
 
 
 def trained_with(path: str) -> dict[str, Any]:
-    """The options of the run that wrote a checkpoint, `model` being that of its encoder; none if it is not of here.
+    """The options of the run that wrote a checkpoint, `model` being its encoder's; {} if another program wrote it.
 
     Raises:
         RunError: unreadable.
@@ -191,12 +148,7 @@ def trained_with(path: str) -> dict[str, Any]:
 
 
 def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Set options that were not given to those of `stored`, and log how the others differ.
-
-    Args:
-        stored: options of the run that wrote the checkpoint `source`.
-        names: which options.
-    """
+    """Set the options `names` that were not given to those of the run that wrote `source`; log what differs."""
     taken = {name: stored[name] for name in names if name in stored and name not in args.given}
     new = [f"--{name} {value}" for name, value in taken.items() if getattr(args, name) != value]
     vars(args).update(taken)
@@ -206,7 +158,7 @@ def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names:
 
 
 def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Log which of the options `names` differ from those of the run that wrote the checkpoint `source`."""
+    """Warn of the options `names` that differ from those of the run that wrote the checkpoint `source`."""
     here = vars(args)
     others = [name for name in names if name in stored and name in here and stored[name] != here[name]]
     if others:
@@ -218,15 +170,15 @@ def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: s
 
 
 class Problems:
-    """What is wrong with a command line, collected so that all of it can be told at once.
+    """Errors in a command line, collected to be reported together.
 
-    Starts with what both programs check: numbers, and output that cannot be written.
+    The constructor checks what the training programs share: numbers, and that output folders can be written.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.found: list[str] = []
-        self.numbers(0, "seed", "num_workers", "worker_timeout", "save_ckpt_minutes", "save_ckpt_steps", "keep_ckpts")
+        self.numbers(0, "seed", "num_workers", "worker_timeout", "save_ckpt_minutes", "save_ckpt_steps")
         self.numbers(0, "start_epoch", "stop_epoch")
         self.numbers(1, "update_freq", "epochs", "sampling_rate", "log_interval", "save_ckpt_freq")
         for name in filter(lambda name: getattr(args, name), ("output_dir", "log_dir")):
@@ -237,11 +189,11 @@ class Problems:
             self.add({f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written": not writable})
 
     def add(self, messages: dict[str, Any]) -> None:
-        """Note each message whose value is true."""
+        """Add each message whose value is true."""
         self.found += [message for message, wrong in messages.items() if wrong]
 
     def attempt(self, check: Callable[..., Any], *values: Any, prefix: str = "") -> Any:
-        """Call `check`; None if it raises, whose message is noted. `prefix`: see utils.user_errors."""
+        """Return the result of `check`; if it raises, add the message and return None (`prefix`: see user_errors)."""
         try:
             with user_errors(prefix):
                 return check(*values)
@@ -249,68 +201,133 @@ class Problems:
             self.found.append(str(error))
 
     def numbers(self, lowest: int, *names: str) -> None:
-        """Options that must not be below `lowest`, 0 or 1."""
+        """Check that options are at least `lowest`, 0 or 1."""
         limit = "must be at least 1" if lowest else "must not be negative"
         values = {name: getattr(self.args, name) for name in names}
         self.add({f"--{name} {value}: {limit}": value < lowest for name, value in values.items()})
 
     def files(self, *names: str) -> None:
-        """Options that name files, if given."""
+        """Check that options, if given, name readable files."""
         paths = {name: path for name in names if (path := getattr(self.args, name)) and not os.access(path, os.R_OK)}
         self.found += [f"--{name} {path}: no such file, or not readable" for name, path in paths.items()]
 
     def tell(self) -> None:
-        """Raise RunError with all of them, if there are any."""
+        """Raise RunError if there are any."""
         if self.found:
             raise RunError("\n       ".join(self.found))
 
 
-def has_bf16_instructions() -> bool:
-    """Whether the CPU multiplies bf16 numbers, and torch's matrix library may let it.
-
-    The library also says yes where it has AVX-512 without its bf16 part and converts; hence the second question.
-    """
-    usable = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return usable and (platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported())
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """Resolve `auto`."""
-    if precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
-        warn_once("--precision bf16: this CPU has no instructions for it; fp32 is faster here, often many times")
-    if precision != "auto":
-        return precision
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+def total_batch(args: argparse.Namespace) -> int:
+    """Number of clips (or videos, or segments) in an optimizer step, over all processes."""
+    return args.batch_size * args.update_freq * world_size()
 
 
 def build_stepper(
-    args: argparse.Namespace,
-    model: torch.nn.Module,
-    groups: list[dict[str, Any]],
-    device: torch.device,
-    total_batch: int,
-    steps_per_epoch: int,
+    args: argparse.Namespace, model: nn.Module, groups: list[dict[str, Any]], device: torch.device, steps_per_epoch: int
 ) -> Stepper:
-    """Optimizer and schedules; learning rates scale with the total batch / 256.
+    """Optimizer and schedules; learning rates scale with total_batch / 256.
 
     Raises:
         RunError: an optimizer that timm does not know.
     """
-    lr, warmup_lr, min_lr = (rate * total_batch / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
+    lr, warmup_lr, min_lr = (rate * total_batch(args) / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
     total = args.epochs * steps_per_epoch
     warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    with user_errors("--"):
-        optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
-    return Stepper(
-        model,
-        optimizer,
-        device,
-        pick_precision(args.precision, device),
-        args.update_freq,
+    rates = (
         lambda step: cosine_schedule(step, lr, min_lr, total, warmup, warmup_lr),
         lambda step: cosine_schedule(step, args.weight_decay, end, total),
-        args.clip_grad,
     )
+    with user_errors("--"):
+        optimizer = build_optimizer(groups, args.opt, lr, tuple(args.opt_betas), args.opt_eps, args.momentum)
+    precision = pick_precision(args.precision, device)
+    return Stepper(model, optimizer, device, precision, args.update_freq, *rates, args.clip_grad)
+
+
+# Set-up ---------------------------------------------------------------------------------------------------------
+
+
+def run_program(
+    args: argparse.Namespace,
+    check: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace, torch.device], int],
+    timeout_minutes: float = 30,
+) -> None:
+    """Join the other processes, check the command line, lock the output folder, seed, run, and exit.
+
+    Args:
+        check: completes the arguments; raises RunError if something is wrong with them.
+        run: returns the exit code.
+        timeout_minutes: how long processes wait for each other.
+    """
+
+    def main() -> int:
+        device = utils.init_distributed(args.device, timeout_minutes)
+        utils.setup_logging()
+        if args.not_needed:
+            logger.info("ignored, no effect in this code: %s", ", ".join(args.not_needed))
+        check(args)
+        writes = args.output_dir and rank() == 0 and not getattr(args, "dry_run", False)
+        with lock_folder(args.output_dir) if writes else nullcontext():
+            utils.seed_everything(getattr(args, "seed", 0))
+            return run(args, device)
+
+    utils.run_main(main)
+
+
+def look_at(videos: VideoList, args: argparse.Namespace) -> Callable[[], None]:
+    """Start checking some videos in the background, in the first process; call the result to log what was found."""
+    return VideoCheck(videos, args.input_size, args.reader).tell if rank() == 0 else lambda: None
+
+
+def make_sampler(args: argparse.Namespace, dataset: VideoDataset, chunk: int) -> ChunkSampler:
+    """This process's share of the samples, in micro-batches of `chunk`.
+
+    Raises:
+        ValueError: fewer samples than a step takes.
+    """
+    return ChunkSampler(len(dataset), chunk, args.update_freq, rank(), world_size(), args.seed)
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """The options of the run; a dry run writes nowhere, and logs every step."""
+    values = {field.name: getattr(args, field.name) for field in fields(RunOptions)}
+    if args.dry_run:
+        values |= {"output_dir": "", "log_dir": "", "log_interval": 1}
+    return RunOptions(**values)
+
+
+def start(
+    args: argparse.Namespace,
+    dataset: VideoDataset,
+    sampler: ChunkSampler,
+    stepper: Stepper,
+    contents: dict[str, Any],
+    first_weights: str = "",
+    collate: Callable[[list], Any] = collate,
+    dynamic: bool | None = False,
+) -> Run:
+    """Resume if there is a checkpoint, compile and distribute ``contents["model"]``, build the loader; returns the run.
+
+    Args:
+        contents: see Run.
+        first_weights: checkpoint whose weights are loaded if there is nothing to resume from.
+        dynamic: see torch.compile.
+    Raises:
+        RunError: the checkpoint is of another run, or first_weights of another model.
+    """
+    position, model = Position(args.start_epoch), contents["model"]
+    if found := find_resume(args.output_dir, args.resume, args.auto_resume):
+        position = restore(found, contents, stepper, sampler.samples_per_step)
+        tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
+        if first_weights:
+            logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
+    elif first_weights:
+        load_strictly(model, first_weights)
+    if args.compile:
+        model.compile(dynamic=dynamic)
+    if stepper.model is model:  # DeepSpeed has wrapped it otherwise
+        stepper.model = distribute(model, stepper.device)
+    pin_memory = getattr(args, "pin_mem", False) and stepper.device.type == "cuda"
+    loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout, collate)
+    return Run(run_options(args), position, loader, stepper, contents)

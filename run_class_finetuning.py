@@ -1,6 +1,6 @@
-"""Fine-tune or probe a SMILE encoder for classification, and test it: what is built from the command line.
+"""Fine-tune or probe a SMILE encoder for classification, and test it.
 
-scripts/finetune/ and scripts/test/ hold the recipes; the options are in options_finetune.py.
+The options are in options_finetune.py, recipes in scripts/finetune/ and scripts/test/.
 """
 
 import argparse
@@ -21,20 +21,17 @@ from timm.utils import ModelEmaV3
 
 import options
 import utils
-from checkpoints import BEST, Position
-from datasets import ChunkSampler, VideoCheck, build_loader
+from checkpoints import BEST, best_of
 from datasets_finetune import DATA_SETS, FinetuneDataset, ViewReader, few_shot, severe_subset
 from deepspeed_stepper import with_deepspeed
 from engine_for_finetuning import BatchAugmentation, WeightedCrossEntropy, balanced_weights, train_one_epoch
 from evaluation import Evaluator
 from lists import VideoList
 from modeling_finetune import MODELS, SIZES, channel_stats
-from modeling_image import build_encoder
+from modeling_image import FrameEncoder, build_encoder
 from modeling_probe import ProbedEncoder, ProbeLoss, TokenEncoder
-from optim_factory import distribute, parameter_groups, share_buffers
-from options import RunOptions
+from optim_factory import parameter_groups, pick_precision, share_buffers
 from options_finetune import (
-    checkpoint_to_test,
     class_names,
     find_problems,
     follow_checkpoint,
@@ -47,42 +44,35 @@ from options_finetune import (
     read_data_list,
     task,
 )
-from training import Best, Epoch, Run, resume, set_up
+from training import Best
 from utils import RunError, logger
 from video_transforms_finetune import TrainAugmentation
 from weights import load_encoder, load_strictly, local_path
 
 
 def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
-    """Classifier, or frozen encoder with probes; randomly initialised, but image encoders come pretrained."""
+    """Classifier, or frozen encoder with probes; randomly initialised, except for pretrained image encoders."""
     probing = is_probe(args)
     encoder: TokenEncoder
     if args.encoder:
         with utils.user_errors("--encoder_"):
             encoder = build_encoder(args.encoder, args.encoder_weights)
-        heads = encoder.num_heads
     else:
-        encoder = MODELS[args.model](
-            num_classes=0 if probing or args.knn else num_classes(args),
-            drop_rate=args.drop,
-            attn_drop_rate=args.attn_drop_rate,
-            drop_path_rate=args.drop_path,
-            fc_drop_rate=args.fc_drop_rate,
-            init_scale=args.init_scale,
-            use_checkpoint=args.use_checkpoint,
-        )
-        heads = next(size.num_heads for name, size in SIZES.items() if f"_{name}_" in args.model)
+        classes = 0 if probing or args.knn else num_classes(args)
+        rates = (args.drop, args.attn_drop_rate, args.drop_path, args.fc_drop_rate)
+        encoder = MODELS[args.model](classes, *rates, args.init_scale, args.use_checkpoint)
     if args.learn == "head":
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     if not probing:
         return encoder
-    kind, rates = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
-    return ProbedEncoder(encoder, heads, kind, num_classes(args), rates)
+    heads = encoder.num_heads if isinstance(encoder, FrameEncoder) else SIZES[args.model.split("_")[1]].num_heads
+    kind, tried = "linear" if args.linear_probe else "attentive", list(product(args.probe_lrs, args.probe_wds))
+    return ProbedEncoder(encoder, heads, kind, num_classes(args), tried)
 
 
 def train_videos(args: argparse.Namespace) -> VideoList:
-    """The training list, or the part of it that was asked for, which is also written to ``train_subset.csv``."""
+    """The training list, or the subset that was asked for, which is also written to ``train_subset.csv``."""
     data_set = DATA_SETS[args.data_set]
     videos = read_data_list(args, data_set.train_list)
     if args.examples and len(videos) != data_set.train_videos:
@@ -109,21 +99,14 @@ def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
     return FinetuneDataset(videos, task(args).clip_label, augment, *clips)
 
 
-def view_reader(args: argparse.Namespace, test: bool) -> ViewReader:
-    """The views of a test, or the one of a validation."""
-    data_set = DATA_SETS[args.data_set]
-    views = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
-    segments, crops = views if test else (0, 1)
-    short_side = args.short_side_size if test else 0
-    frames = (args.num_frames, args.sampling_rate)
-    return ViewReader(data_set.sampling, segments, crops, args.input_size, *frames, short_side, args.reader)
-
-
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
-    """Validation and test of the data set."""
-    precision, known = options.pick_precision(args.precision, device), replace(task(args), names=class_names(args))
-    views = (view_reader(args, test=False), view_reader(args, test=True))
-    return Evaluator(device, precision, *views, args.num_workers, args.worker_timeout, args.output_dir, known)
+    """Validation on the centre clip, and test on all views of the data set."""
+    data_set, frames = DATA_SETS[args.data_set], (args.input_size, args.num_frames, args.sampling_rate)
+    views = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
+    centre = ViewReader(data_set.sampling, 0, 1, *frames, 0, args.reader)
+    every = ViewReader(data_set.sampling, *views, *frames, args.short_side_size, args.reader)
+    precision, known = pick_precision(args.precision, device), replace(task(args), names=class_names(args))
+    return Evaluator(device, precision, centre, every, args.num_workers, args.worker_timeout, args.output_dir, known)
 
 
 def build_loss(
@@ -156,86 +139,62 @@ def build_loss(
     return loss, BatchAugmentation(norm, eraser, mixup)
 
 
-def is_validated(args: argparse.Namespace, epoch: Epoch) -> bool:
-    """Whether a validation follows an epoch."""
-    return epoch.is_last or not (args.disable_eval_during_finetuning or (epoch.index + 1) % args.val_freq)
-
-
 def waited_enough(args: argparse.Namespace, best: Best, epoch: int) -> bool:
     """Whether the last --patience validations up to `epoch` were no better than those before."""
     return best.epoch >= 0 and 0 < args.patience <= (epoch - best.epoch) // args.val_freq
 
 
-def validate(evaluator: Evaluator, model: nn.Module, videos: VideoList, epoch: Epoch, best: Best) -> None:
-    """Validate after an epoch, and save the weights if they are the best so far."""
-    metrics = evaluator.validate(model, videos)
-    best.update(epoch, metrics)
-    found = "  ".join(f"{shown} {metrics[shown]:.2f}" for shown in evaluator.task.shown)
-    logger.info("validation: %s  (best %.2f in epoch %d)", found, best.value, best.epoch)
-
-
 def train(args: argparse.Namespace, device: torch.device, model: nn.Module, evaluator: Evaluator) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
-    run_options = RunOptions.of(args)
-    total_batch = args.batch_size * args.update_freq * utils.world_size()  # videos, as VideoMAE scales rates
+    output_dir = options.run_options(args).output_dir
     with utils.user_errors():
         dataset, val_videos = build_train_set(args), read_data_list(args, "val.csv")
-        look = VideoCheck(dataset.videos, args.input_size, args.reader) if utils.rank() == 0 else None
-        sampler = ChunkSampler(
-            len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
-        )
+        report = options.look_at(dataset.videos, args)
+        sampler = options.make_sampler(args, dataset, args.batch_size)
         if isinstance(model, ProbedEncoder):
             groups = model.parameter_groups(args.lr, args.weight_decay)
         else:
             groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, model, groups, device, sampler.steps_per_epoch)
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         if args.enable_deepspeed:
-            batch_size = args.batch_size * args.num_sample
-            stepper = with_deepspeed(stepper, args.zero_stage, batch_size, run_options.output_dir)
+            stepper = with_deepspeed(stepper, args.zero_stage, args.batch_size * args.num_sample, output_dir)
 
-    best = Best(evaluator.task.metric)
+    best, total_batch = Best(evaluator.task.metric), options.total_batch(args)  # videos, as VideoMAE scales rates
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
-    position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
     logger.info(
         "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
         *(total_batch, args.num_sample, sampler.steps_per_epoch, args.epochs),
         *(args.lr * total_batch / 256, stepper.precision, device),
     )
-    if args.compile:
-        model.compile(dynamic=False)
-    if not args.enable_deepspeed:
-        stepper.model = distribute(model, device)
-    pin_memory = args.pin_mem and device.type == "cuda"
-    loader = build_loader(dataset, sampler, args.num_workers, pin_memory, args.worker_timeout)
+    run = options.start(args, dataset, sampler, stepper, contents)
     criterion, augment = build_loss(args, channel_stats("imagenet", device), dataset.videos.labels)
-    if look:
-        look.tell()
-
-    with Run(run_options, position, loader, stepper, contents) as run:
-        if not position.step and waited_enough(args, best, position.epoch - 1):
-            run.stop_epoch = position.epoch  # it had stopped early
+    report()
+    with run:
+        if not run.position.step and waited_enough(args, best, run.position.epoch - 1):
+            run.stop_epoch = run.position.epoch  # it had stopped early
         for epoch in run.epochs():
             train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.while_training, ema)
-            if is_validated(args, epoch) and epoch.secure():
+            skipped = args.disable_eval_during_finetuning or (epoch.index + 1) % args.val_freq > 0
+            if (epoch.is_last or not skipped) and epoch.secure():
                 share_buffers(model)
                 if ema:
                     share_buffers(ema.module)
-                validate(evaluator, ema.module if ema else model, val_videos, epoch, best)
+                metrics = evaluator.validate(ema.module if ema else model, val_videos)
+                best.update(epoch, metrics)
+                shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in evaluator.task.shown)
+                logger.info("validation: %s  (best %.2f in epoch %d)", shown, best.value, best.epoch)
                 epoch.is_last |= waited_enough(args, best, epoch.index)
-    stepper.close(run_options.output_dir)
+    stepper.close(output_dir)
     return run.exit_code
 
 
-def load_for_test(args: argparse.Namespace, model: nn.Module, own: bool = False) -> None:
-    """Load the weights to test: --finetune, else, or if `own`, the best of output_dir.
+def load_for_test(args: argparse.Namespace, model: nn.Module, path: str, key: str = "", prefix: str = "") -> None:
+    """Load the weights to test; `key` and `prefix` as in load_encoder.
 
     Raises:
-        RunError: neither is there, or it holds no head for these classes.
+        RunError: no path, or weights without a head for these classes.
     """
-    path, key, prefix = checkpoint_to_test(args), args.model_key, args.model_prefix
-    if own:
-        path, key, prefix = os.path.join(args.output_dir, BEST), "", ""
     if not path:
         raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
     if isinstance(model, ProbedEncoder) or args.model_ema:
@@ -250,31 +209,25 @@ def check(args: argparse.Namespace) -> None:
     follow_checkpoint(args)
     find_problems(args).tell()
     if args.enable_deepspeed and args.zero_stage == 0:
-        logger.info("--zero_stage 0 shares nothing out, as DDP: taking stage 1")
+        logger.info("--zero_stage 0 shares nothing out, as DDP: using stage 1")
         args.zero_stage = 1
     if args.several_labels:
         logger.info("several labels a video (%s): binary cross-entropy, mean average precision", args.several_labels)
 
 
-def main(args: argparse.Namespace) -> int:
-    """The program; returns the exit code."""
-    with set_up(args, check) as device:
-        return run(args, device)
-
-
 def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Build the model, and do the chosen job; returns the exit code."""
+    """Train, test, predict, or vote by nearest neighbours, as the arguments say; returns the exit code."""
     with utils.user_errors():
         evaluator = build_evaluator(args, device)
         model = build_model(args).to(device)
         videos = predict_videos(args) if args.predict else read_data_list(args, "test.csv")
     encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
-        look = VideoCheck(videos, args.input_size, args.reader) if args.eval and utils.rank() == 0 else None
-        load_for_test(args, model)
-        if look:
-            look.tell()
-        return evaluator.predict(model, videos) if args.predict else evaluator.test(model, videos)
+        report = options.look_at(videos, args) if args.eval else None
+        load_for_test(args, model, args.finetune or best_of(args.output_dir), args.model_key, args.model_prefix)
+        if report:
+            report()
+        return evaluator.test(model, videos, labelled=not args.predict)
     if args.finetune:
         load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)
     if args.knn:
@@ -284,8 +237,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     code = train(args, device, model, evaluator)
     if code == 0 and not args.dry_run:
         utils.barrier()  # the first process may still be writing the best checkpoint
-        if args.output_dir and os.path.isfile(os.path.join(args.output_dir, BEST)):
-            load_for_test(args, model, own=True)
+        if best := best_of(args.output_dir):
+            load_for_test(args, model, best)
         elif args.output_dir:
             logger.warning("no %s in %s: testing the last weights", BEST, args.output_dir)
         code = evaluator.test(model, videos)
@@ -293,4 +246,4 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_main(main, get_args())
+    options.run_program(get_args(), check, run)

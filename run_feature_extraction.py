@@ -1,15 +1,14 @@
-"""Write frozen features of the videos of a list, for whatever is to be built on them.
+"""Write frozen features of the videos of a list.
 
-Features are the encoder's tokens after its last block, as the probes see them: ``[V, D]`` for each video (their mean),
-``[V, t, D]`` (their mean in each time step) or ``[V, N, D]`` (all of them), V views. So many lines of the list share a
-file ``features-00000.npy``, one row each, in the list's order; ``index.csv`` names file and row of every video, and the
-seconds that its views show. A video that cannot be read is a row of NaN.
+Features are the encoder's tokens after its last block, as the probes see them: of V views of a video ``[V, D]`` (mean),
+``[V, t, D]`` (mean of each time step) or ``[V, N, D]`` (all). Each file ``features-00000.npy`` holds --shard_size lines
+of the list, one row each; ``index.csv`` has file, row and seconds of every video. Unreadable videos are rows of NaN.
 
---stride N or --stride_seconds S is for temporal localisation: a window every N frames or S seconds, from the start to
-the end of each video, ``[n_windows, D]`` in a file of its own, ``<name>.npy``. ``index.csv`` then has a line for each
-window, and ``windows.json`` what localisation code asks for: frames a window, stride, rate and length of each video.
+--stride N or --stride_seconds S is for temporal localisation: a window every N frames or S seconds of the whole video,
+``[n_windows, D]`` in a file for each video, ``<name>.npy``. ``index.csv`` then has a line for each window, and
+``windows.json`` frames a window, stride, rate and length of each video.
 
-The same command, started again, computes the files that are missing.
+The same command, started again, computes the missing files.
 """
 
 import argparse
@@ -26,15 +25,13 @@ import torch
 import torch.nn as nn
 
 import utils
-from datasets import VideoCheck
 from datasets_finetune import DATA_SETS, SAMPLINGS, Span, ViewReader, WindowReader
-from evaluation import load_views, score_videos
+from evaluation import load_views, score_videos, write_table
 from lists import VideoList, label_text, read_list
 from metrics import VideoScore
 from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
-from optim_factory import DTYPES
-from options import add_data_arguments, follow, make_parser, parse_given, pick_precision, trained_with
-from training import set_up
+from optim_factory import DTYPES, pick_precision
+from options import add_data_arguments, follow, look_at, make_parser, parse, run_program, trained_with
 from utils import RunError, logger
 from weights import check_kind, load_encoder, local_path
 
@@ -44,43 +41,41 @@ UNCHANGED = (
     "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
 )  # fmt: skip
 WHOLE = re.compile("-?[0-9]{1,18}")
-PART, WINDOWS_PART = ".csv", ".windows.csv"  # suffixes of the part of the index that belongs to a file of features
 COLUMNS = ("video", "path", "label", "file", "row", "start", "end", "rate", "frames", "error")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
     parser = make_parser("SMILE features", __doc__)
-    data = add_data_arguments(parser)
-    data.add_argument("--data_path", default="", help="list with a line `path label` for each video")
-    data.add_argument("--sampling", choices=SAMPLINGS, default="dense", help="segments: as SSv2 is trained")
-    data.add_argument("--num_segment", type=int, default=1, help="views in time; 1: the centre")
-    data.add_argument("--num_crop", type=int, default=1, help="views in space; 1: the centre")
-    data.add_argument("--stride", type=int, default=0, help="a window every so many frames of the whole video; 0: no")
-    data.add_argument("--stride_seconds", type=float, default=0.0, help="the same in seconds")
+    add = add_data_arguments(parser)
+    add("--data_path", default="", help="list with a line `path label` for each video")
+    add("--sampling", choices=SAMPLINGS, default="dense", help="segments: as SSv2 is trained")
+    add("--num_segment", type=int, default=1, help="views in time; 1: the centre")
+    add("--num_crop", type=int, default=1, help="views in space; 1: the centre")
+    add("--stride", type=int, default=0, help="frames between windows over the whole video; 0: no windows")
+    add("--stride_seconds", type=float, default=0.0, help="seconds between windows")
 
-    model = parser.add_argument_group("model")
+    add = parser.add_argument_group("model").add_argument
     names = ", ".join(MODELS)
-    model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
-    model.add_argument("--checkpoint", default="", help="pretrained or fine-tuned: a file, or hf://owner/repo/file")
-    model.add_argument(
-        "--features", choices=("mean", "time", "token"), default="mean", help="of all tokens, by step, all"
-    )
+    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
+    add("--checkpoint", default="", help="pretrained or fine-tuned: a file, or hf://owner/repo/file")
+    kinds = ("mean", "time", "token")
+    add("--features", choices=kinds, default="mean", help="mean of all tokens, of each time step, or all")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default="", help="folder to write")
-    run.add_argument("--shard_size", type=int, default=256, help="videos a file")
-    run.add_argument("--format", choices=("npy", "npz"), default="npy", help="npz: features, labels and paths together")
-    run.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of what is written")
-    run.add_argument("--batch_size", type=int, default=16, help="views of a video in one forward pass")
-    run.add_argument("--device", default="cuda", help="cuda (where there is one) or cpu")
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="", help="folder of the output")
+    add("--shard_size", type=int, default=256, help="videos per file")
+    add("--format", choices=("npy", "npz"), default="npy", help="npz: features, labels and paths together")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="type of the features")
+    add("--batch_size", type=int, default=16, help="views of a video per forward pass")
+    add("--device", default="cuda", help="cuda (where there is one) or cpu")
     precisions = ("auto", *DTYPES)
-    run.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
-    return parse_given(parser, argv)
+    add("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
+    return parse(parser, argv)
 
 
 def is_windows(args: argparse.Namespace) -> bool:
-    """Whether the features of each video are those of windows all over it."""
+    """Whether features are extracted from windows over the whole video."""
     return bool(args.stride or args.stride_seconds)
 
 
@@ -98,19 +93,14 @@ class Features(nn.Module):
         return tokens.mean(dim=1) if self.kind == "mean" else tokens
 
 
-def follow_checkpoint(args: argparse.Namespace, checkpoint: str) -> None:
-    """Take options of the clips from the checkpoint, unless given; see options.follow."""
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
+    checkpoint = local_path(args.checkpoint)
     if os.path.exists(checkpoint):
         stored = trained_with(checkpoint)
         if stored.get("data_set") in DATA_SETS:
             stored["sampling"] = DATA_SETS[stored["data_set"]].sampling
         follow(args, stored, checkpoint, ("model", *CLIP))
-
-
-def check(args: argparse.Namespace) -> None:
-    """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
-    checkpoint = local_path(args.checkpoint)
-    follow_checkpoint(args, checkpoint)
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
             raise RunError(f"--{name} is missing")
@@ -140,83 +130,68 @@ def check_unchanged(args: argparse.Namespace, precision: str) -> None:
     if file.is_file():
         known = json.loads(file.read_text())
         for name, value in settings.items():
-            if known.get(name, value) != value:  # what an earlier version did not write down cannot differ
+            if known.get(name, value) != value:  # options that an earlier version did not have cannot differ
                 raise RunError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
     utils.barrier()  # all have looked
     if utils.rank() == 0:
         file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def write_part(path: Path, rows: list[list]) -> None:
-    """Write a part of the index."""
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
+def part_of(path: Path, windows: bool) -> Path:
+    """The part of the index that belongs to a file of features."""
+    return path.with_suffix(".windows.csv" if windows else ".csv")
 
 
 def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: tuple[int, ...], dtype: str) -> None:
-    """Write a shard, after its part of the index: a shard that is there is whole.
+    """Write features of some videos, after their part of the index, so that a file that exists is complete.
 
     Args:
-        scores: of each of its videos, features of `shape`, ``[V, …]``, or an error.
+        scores: features of each video, ``[V, …]`` of this shape, or an error.
     """
-    rows = np.full((len(scores), *shape), np.nan, dtype)
-    indices = [score.index for score in scores]
-    paths, labels = [videos.path(index) for index in indices], [os.fsdecode(label) for label in videos.labels[indices]]
-    lines = []
-    for row, (score, video, label) in enumerate(zip(scores, paths, labels)):
+    features, rows = np.full((len(scores), *shape), np.nan, dtype), []
+    for row, score in enumerate(scores):
         if not score.error:
-            rows[row] = score.views
+            features[row] = score.views
         spans = score.spans or [Span(np.nan, np.nan, np.nan, 0)]
         shown = (min(span.start for span in spans), max(span.end for span in spans), *spans[0][2:])
-        lines.append([score.index, video, label, path.name, row, *shown, score.error])
-    write_part(path.with_suffix(PART), lines)
-    if path.suffix == ".npz":
-        numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
-        utils.write_whole(path, lambda file: np.savez(file, features=rows, labels=numbers, paths=paths))
-    else:
-        utils.write_whole(path, lambda file: np.save(file, rows))
+        rows.append([score.index, *named(videos, score.index), path.name, row, *shown, score.error])
+    write_table(part_of(path, windows=False), rows)
+    if path.suffix == ".npy":
+        utils.write_whole(path, lambda file: np.save(file, features))
+        return
+    paths, labels = zip(*(named(videos, score.index) for score in scores))
+    numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
+    utils.write_whole(path, lambda file: np.savez(file, features=features, labels=numbers, paths=paths))
 
 
 def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore, dtype: str) -> None:
-    """Write the windows of a video, after their part of the index; of one that cannot be read only that."""
+    """Write the windows of a video, after their part of the index; of an unreadable video only that part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = [score.index, videos.path(score.index), videos.labels[score.index]]
-    name = str(path.relative_to(folder))
-    rows = [[*known, name, row, *span, ""] for row, span in enumerate(score.spans)]
-    write_part(path.with_suffix(WINDOWS_PART), rows or [[*known, "", "", "", "", "", "", score.error]])
+    known = [score.index, *named(videos, score.index)]
+    rows = [[*known, str(path.relative_to(folder)), row, *span, ""] for row, span in enumerate(score.spans)]
+    write_table(part_of(path, windows=True), rows or [[*known, *[""] * 6, score.error]])
     if not score.error:
         utils.write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
 
 
-def name_files(folder: Path, videos: VideoList) -> list[Path]:
-    """A file for the windows of each video: its name, or where two have the same their places below the folder of all.
-
-    Raises:
-        RunError: a video stands twice in the list.
-    """
-    paths = [Path(os.path.abspath(videos.path(index))) for index in range(len(videos))]
-    names = [path.with_suffix(".npy").name for path in paths]
-    if len(set(names)) < len(names):
-        root = os.path.commonpath([path.parent for path in paths])
-        names = [f"{path.relative_to(root)}.npy" for path in paths]
-    if len(set(names)) < len(names):
-        raise RunError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} stands there twice")
-    return [folder / name for name in names]
+def named(videos: VideoList, index: int) -> tuple[str, str]:
+    """Path and label of a video."""
+    return videos.path(index), os.fsdecode(videos.labels[index])
 
 
 def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     """Join the parts of the index, and describe the windows; returns the lines of videos that could not be read."""
     folder, lines = Path(args.output_dir), list[list[str]]()
     for path in files:
-        with open(path.with_suffix(WINDOWS_PART if is_windows(args) else PART), newline="") as file:
+        with open(part_of(path, is_windows(args)), newline="") as file:
             lines += csv.reader(file)
     unknown = [""] * (len(COLUMNS) - 6)  # parts that an earlier version of this program wrote have no seconds
     lines = [line if len(line) == len(COLUMNS) else [*line[:5], *unknown, line[5]] for line in lines]
-    with open(folder / "index.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *lines])
+    write_table(folder / "index.csv", [list(COLUMNS), *lines])
     if is_windows(args):
-        windows = Counter(line[3] for line in lines if not line[-1])
-        known = {line[3]: {"rate": float(line[7]), "frames": int(line[8])} for line in lines if not line[-1]}
+        readable = [line for line in lines if not line[-1]]
+        windows = Counter(line[3] for line in readable)
+        known = {line[3]: {"rate": float(line[7]), "frames": int(line[8])} for line in readable}
         stride = {"stride_seconds": args.stride_seconds} if args.stride_seconds else {"stride": args.stride}
         window = {"window": args.num_frames * args.sampling_rate, "sampling_rate": args.sampling_rate, **stride}
         of_each = {name.removesuffix(".npy"): {"windows": windows[name], **values} for name, values in known.items()}
@@ -224,41 +199,48 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     return [line for line in lines if line[-1]]
 
 
-def build_views(args: argparse.Namespace) -> ViewReader:
-    """The views, or the windows, of each video."""
-    frames = (args.num_frames, args.sampling_rate, 0, args.reader)
-    if is_windows(args):
-        every = (args.stride_seconds or args.stride, bool(args.stride_seconds))
-        return WindowReader("dense", 0, 1, args.input_size, *frames, *every)
-    return ViewReader(args.sampling, args.num_segment, args.num_crop, args.input_size, *frames)
+def files_to_write(args: argparse.Namespace, videos: VideoList) -> dict[Path, list[int]]:
+    """The files of features, and the lines of the list whose features each holds.
+
+    Windows have a file for each video: its name, or if two have the same, its path below their common folder.
+
+    Raises:
+        RunError: windows of a video that is in the list twice.
+    """
+    folder = Path(args.output_dir)
+    if not is_windows(args):
+        shards = [range(len(videos))[start:][: args.shard_size] for start in range(0, len(videos), args.shard_size)]
+        return {folder / f"features-{number:05d}.{args.format}": list(shard) for number, shard in enumerate(shards)}
+    paths = [Path(os.path.abspath(videos.path(index))) for index in range(len(videos))]
+    names = [path.with_suffix(".npy").name for path in paths]
+    if len(set(names)) < len(names):
+        root = os.path.commonpath([path.parent for path in paths])
+        names = [f"{path.relative_to(root)}.npy" for path in paths]
+    if len(set(names)) < len(names):
+        raise RunError(f"{videos.source}: {Counter(names).most_common(1)[0][0]} is in the list twice")
+    return {folder / name: [index] for index, name in enumerate(names)}
 
 
 def extract(args: argparse.Namespace, videos: VideoList, model: Features, device: torch.device) -> list[Path]:
     """Compute and write the missing files, each process its share of them; returns all files."""
-    folder, size = Path(args.output_dir), args.shard_size
     t, h, w = token_grid(args.num_frames, args.input_size, args.input_size)
     tokens = {"mean": (), "time": (t,), "token": (t * h * w,)}[args.features]
     shape = (args.num_segment * args.num_crop, *tokens, model.encoder.embed_dim)
-    if is_windows(args):
-        files = {file: [index] for index, file in enumerate(name_files(folder, videos))}
-    else:
-        starts = range(0, len(videos), size)
-        files = {
-            folder / f"features-{start // size:05d}.{args.format}": list(range(len(videos))[start:][:size])
-            for start in starts
-        }
+    files = files_to_write(args, videos)
     missing = utils.broadcast([file for file in files if not file.is_file()])
     logger.info("%d videos, %d of %d files to compute, features %s", len(videos), len(missing), len(files), shape[1:])
 
-    mine = missing[utils.rank() :: utils.world_size()]
-    file_of = {index: file for file in mine for index in files[file]}
+    file_of = {index: file for file in missing[utils.rank() :: utils.world_size()] for index in files[file]}
     ready: dict[Path, list[VideoScore]] = {}
-    loading = (args.num_workers, args.worker_timeout, args.batch_size)
-    samples = load_views(videos, build_views(args), *loading, list(file_of))
+    frames = (args.input_size, args.num_frames, args.sampling_rate, 0, args.reader)
+    views = ViewReader(args.sampling, args.num_segment, args.num_crop, *frames)
+    if is_windows(args):
+        views = WindowReader("dense", 0, 1, *frames, args.stride_seconds or args.stride, bool(args.stride_seconds))
+    samples = load_views(videos, views, args.num_workers, args.worker_timeout, args.batch_size, list(file_of))
     for score in score_videos(model, samples, device, pick_precision(args.precision, device), "features"):
         file = file_of[score.index]
         if is_windows(args):
-            write_windows(file, folder, videos, score, args.dtype)
+            write_windows(file, Path(args.output_dir), videos, score, args.dtype)
             continue
         ready.setdefault(file, []).append(score)
         if len(ready[file]) == len(files[file]):
@@ -267,25 +249,17 @@ def extract(args: argparse.Namespace, videos: VideoList, model: Features, device
     return list(files)
 
 
-def main(args: argparse.Namespace) -> int:
-    """The program; returns the exit code."""
-    with set_up(args, check, timeout_minutes=24 * 60) as device:  # processes may finish far apart
-        return run(args, device)
-
-
 def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Compute the shards that are missing, and join the index; returns the exit code."""
+    """Compute the files that are missing, and join the index; returns the exit code."""
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
     videos = read_list(args.data_path, label_text, args.data_root)
     utils.barrier()  # the first process has made the folder
     check_unchanged(args, pick_precision(args.precision, device))
-
-    look = VideoCheck(videos, args.input_size, args.reader) if utils.rank() == 0 else None
+    report = look_at(videos, args)
     encoder = MODELS[args.model](num_classes=0)
     load_encoder(encoder, checkpoint)
     model = Features(encoder, args.features).to(device)
-    if look:
-        look.tell()
+    report()
     files = extract(args, videos, model, device)
     utils.barrier()
     if utils.rank() == 0:
@@ -300,4 +274,4 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_main(main, get_args())
+    run_program(get_args(), check, run, timeout_minutes=24 * 60)  # processes may finish far apart

@@ -1,49 +1,31 @@
 """Train a SMILE encoder to count repetitions, and test it: UCFRep, the counting cell of the SEVERE benchmark.
 
 ``--data_path`` holds the annotations, ``train/*.mat`` and ``val/*.mat``; ``--data_root`` the videos of UCF101 that they
-name. After each epoch the whole of ``val`` is counted, and the weights that did best are kept: the benchmark's rule.
-The method is in modeling_counting.py.
+name. As in the benchmark, ``val`` is counted after each epoch, and the best weights are kept. The method is in
+modeling_counting.py.
 """
 
 import argparse
-import csv
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 
+import datasets_counting
+import modeling_counting as counting
 import options
 import utils
-from checkpoints import BEST, Position
-from datasets import ChunkSampler, build_loader
-from datasets_counting import (
-    AnnotationList,
-    SegmentBatch,
-    TrainSegments,
-    WholeSegments,
-    collate_segments,
-    read_annotations,
-)
-from evaluation import stream_samples
-from meters import RunLog
-from modeling_counting import (
-    Prediction,
-    RepetitionCounter,
-    Walks,
-    count_cycles,
-    counting_loss,
-    counting_scores,
-    decode,
-    take_frames,
-    window_frames,
-)
+from checkpoints import best_of
+from datasets_counting import AnnotationList, SegmentBatch, collate_segments
+from evaluation import log_test, stream_samples, write_table
+from modeling_counting import Prediction, RepetitionCounter, Walks
 from modeling_finetune import MODELS, token_grid
-from optim_factory import Stepper, autocast, distribute, parameter_groups
-from training import Best, Epoch, Run, Step, resume, set_up
+from optim_factory import Stepper, autocast, parameter_groups, pick_precision
+from training import Best, Epoch, Step
 from utils import RunError, logger
 from video_reader import READERS
 from weights import check_kind, load_encoder, load_strictly, local_path
@@ -52,54 +34,53 @@ from weights import check_kind, load_encoder, load_strictly, local_path
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (`argv`, or sys.argv)."""
     parser = options.make_parser("SMILE repetition counting", __doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default="", help="folder with the annotations train/*.mat and val/*.mat")
-    data.add_argument("--data_root", default="", help="folder with the videos, <class>/<name>.avi or another suffix")
-    data.add_argument("--num_frames", type=int, default=16, help="frames of a window; there is one on each side")
-    data.add_argument("--input_size", type=int, default=224, help="side of the frames, pixels")
-    data.add_argument("--segments_per_video", type=int, default=10, help="training segments of each video and epoch")
-    data.add_argument("--max_frames", type=int, default=300, help="longest training segment (or two cycles)")
-    data.add_argument("--num_workers", type=int, default=4, help="loader processes a GPU")
-    data.add_argument("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
-    data.add_argument("--reader", choices=READERS, default="pyav", help="decoder of the videos")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="", help="folder with the annotations train/*.mat and val/*.mat")
+    add("--data_root", default="", help="folder with the videos, <class>/<name>.avi or another suffix")
+    add("--num_frames", type=int, default=16, help="frames of a window; there is one on each side")
+    add("--input_size", type=int, default=224, help="height and width of the frames, pixels")
+    add("--segments_per_video", type=int, default=10, help="training segments per video and epoch")
+    add("--max_frames", type=int, default=300, help="longest training segment (or two cycles)")
+    add("--num_workers", type=int, default=4, help="loader processes per GPU")
+    add("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
+    add("--reader", choices=READERS, default="pyav", help="decoder of the videos")
     parser.set_defaults(sampling_rate=1, max_bad_fraction=0.0)  # every frame counts, and so does every video
 
-    model = parser.add_argument_group("model")
+    add = parser.add_argument_group("model").add_argument
     names = ", ".join(MODELS)
-    model.add_argument("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
-    model.add_argument("--finetune", default="", help="checkpoint to start from, or to test with --eval")
-    model.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
-    model.add_argument("--use_checkpoint", action="store_true", help="recompute activations to save memory")
+    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
+    add("--finetune", default="", help="checkpoint to start from, or to test with --eval")
+    add("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
+    add("--use_checkpoint", action="store_true", help="recompute activations to save memory")
 
-    optim = options.add_optimizer_arguments(parser)
-    optim.add_argument("--batch_size", type=int, default=8, help="training segments a GPU and forward pass")
-    optim.add_argument("--refine_steps", type=int, default=11, help="optimizer steps made with each batch of segments")
-    optim.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate from a layer to that below")
+    add = options.add_optimizer_arguments(parser)
+    add("--batch_size", type=int, default=8, help="training segments per GPU and forward pass")
+    add("--refine_steps", type=int, default=11, help="optimizer steps per batch of segments")
+    add("--layer_decay", type=float, default=1.0, help="factor on the learning rate per layer, from the top")
     parser.set_defaults(epochs=100, opt="adam", opt_betas=[0.9, 0.999], weight_decay=1e-3)
     parser.set_defaults(lr=4e-4, min_lr=4e-4, warmup_epochs=0)  # 5e-5 for the benchmark's batch of 32, all the way
 
-    test = parser.add_argument_group("validation and test")
-    test.add_argument("--eval", action="store_true", help="only count val, with --finetune (or output_dir's best)")
-    test.add_argument("--val_freq", type=int, default=1, help="epochs between validations")
+    add = parser.add_argument_group("validation and test").add_argument
+    add("--eval", action="store_true", help="only count val, with --finetune or the best of output_dir")
+    add("--val_freq", type=int, default=1, help="epochs between validations")
     options.add_run_arguments(parser)
-    return options.parse_given(parser, argv)
+    return options.parse(parser, argv)
 
 
 # Training and counting ------------------------------------------------------------------------------------------
 
 
 def refine(step: Step, model: torch.nn.Module, walks: Walks, num_frames: int, device: torch.device) -> None:
-    """One forward and backward pass on the windows of all walks, which then move on by what was predicted."""
+    """Forward and backward pass on the windows of all walks, which then move by the prediction."""
     classes, boxes = (target.to(device) for target in walks.targets())
     prediction = model(walks.windows(num_frames).to(device))
-    loss, parts = counting_loss(prediction, classes, boxes)
+    loss, parts = counting.counting_loss(prediction, classes, boxes)
     step.backward(loss, **parts)
-    said = Prediction(*(values.detach().cpu() for values in prediction))
-    walks.move(decode(said, walks.lengths))
+    walks.move(counting.decode(Prediction(*(values.detach().cpu() for values in prediction)), walks.lengths))
 
 
 def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_steps: int) -> None:
-    """Train on the steps of an epoch: each walks through its segments, and learns `refine_steps` times on the way."""
+    """Train on the steps of an epoch, with `refine_steps` optimizer steps on each batch of segments."""
     stepper.model.train()
     for step in epoch.steps():
         parties = [
@@ -116,61 +97,50 @@ def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_step
         step.values = {name: torch.stack([values[name] for values in updates]).mean() for name in step.values}
 
 
-def make_counter(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> Callable:
-    """Return a function that counts the cycles of a segment uint8 ``[F, S, S, 3]``."""
-
-    def count(frames: torch.Tensor) -> float:
-        def predict(moments: torch.Tensor, lengths: torch.Tensor) -> Prediction:
-            said = []
-            for part, guess in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
-                windows = take_frames(frames, window_frames(part, guess, len(frames), args.num_frames))
-                with autocast(device, options.pick_precision(args.precision, device)):
-                    prediction = model(windows.to(device))
-                said.append(Prediction(*(values.float().cpu() for values in prediction)))
-            return Prediction(*(torch.cat(values) for values in zip(*said)))
-
-        return count_cycles(predict, len(frames))
-
-    return count
-
-
 @torch.inference_mode()
-def count_all(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> list[float]:
-    """The count of every video of `val`, in all processes, which share the work.
+def count_all(
+    args: argparse.Namespace, model: RepetitionCounter, device: torch.device
+) -> tuple[list[float], dict[str, float]]:
+    """Count `val`, shared out among the processes.
 
+    Returns:
+        count of each video and their metrics, in all processes.
     Raises:
         RunError: a video cannot be read.
     """
     model.eval()
-    videos = read_split(args, "val")
-    mine = range(utils.rank(), len(videos), utils.world_size())
-    counts, count = [0.0] * len(videos), make_counter(args, model, device)
-    stream = WholeSegments(videos, mine, args.input_size, args.reader)
+    videos, precision = read_split(args, "val"), pick_precision(args.precision, device)
+
+    def predict(frames: torch.Tensor, moments: torch.Tensor, lengths: torch.Tensor) -> Prediction:
+        parts = []
+        for moment, length in zip(moments.split(args.batch_size), lengths.split(args.batch_size)):
+            shown = counting.window_frames(moment, length, len(frames), args.num_frames)
+            windows = counting.take_frames(frames, shown)
+            with autocast(device, precision):
+                prediction = model(windows.to(device))
+            parts.append(Prediction(*(values.float().cpu() for values in prediction)))
+        return Prediction(*(torch.cat(values) for values in zip(*parts)))
+
+    counts, mine = [0.0] * len(videos), range(utils.rank(), len(videos), utils.world_size())
+    stream = datasets_counting.WholeSegments(videos, mine, args.input_size, args.reader)
     for sample in stream_samples(stream, args.num_workers, args.worker_timeout):
         if sample["error"]:
             raise RunError(sample["error"])
-        counts[sample["index"]] = count(sample["frames"])
-    return utils.reduce_sum(counts, device)
-
-
-def count_metrics(args: argparse.Namespace, counts: list[float]) -> dict[str, float]:
-    """Metrics of the counts of `val`."""
-    return counting_scores(counts, read_split(args, "val").labels.tolist())
+        frames = sample["frames"]  # uint8 [F, S, S, 3]
+        counts[sample["index"]] = counting.count_cycles(partial(predict, frames), len(frames))
+    counts = utils.reduce_sum(counts, device)
+    return counts, counting.counting_scores(counts, videos.labels.tolist())
 
 
 def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> int:
     """Count, log, and write ``test_counts.csv``; returns the exit code."""
-    counts = count_all(args, model, device)
-    metrics = count_metrics(args, counts)
+    counts, metrics = count_all(args, model, device)
     logger.info("test: mae %.4f  obo %.4f", metrics["mae"], metrics["obo"])
-    RunLog(args.output_dir, "", sys.maxsize).epoch({f"test_{name}": value for name, value in metrics.items()})
+    log_test(args.output_dir, metrics)
     if args.output_dir and utils.rank() == 0:
-        with open(Path(args.output_dir) / "test_counts.csv", "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["video", "true", "counted"])
-            videos = read_split(args, "val")
-            for index, count in enumerate(counts):
-                table.writerow([videos.path(index), videos.labels[index], f"{count:.3f}"])
+        videos = read_split(args, "val")
+        rows = [[videos.path(i), videos.labels[i], f"{count:.3f}"] for i, count in enumerate(counts)]
+        write_table(Path(args.output_dir) / "test_counts.csv", [["video", "true", "counted"], *rows])
     return 0
 
 
@@ -179,7 +149,7 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
 
 def read_split(args: argparse.Namespace, name: str) -> AnnotationList:
     """The annotations `train` or `val`."""
-    return read_annotations(os.path.join(args.data_path, name), args.data_root)
+    return datasets_counting.read_annotations(os.path.join(args.data_path, name), args.data_root)
 
 
 def find_problems(args: argparse.Namespace) -> options.Problems:
@@ -196,52 +166,37 @@ def find_problems(args: argparse.Namespace) -> options.Problems:
     return problems
 
 
-def validate(
-    args: argparse.Namespace, model: RepetitionCounter, device: torch.device, epoch: Epoch, best: Best
-) -> None:
-    """Count `val` after an epoch, and save the weights if they are the best so far."""
-    metrics = count_metrics(args, count_all(args, model, device))
-    best.update(epoch, metrics)
-    shown = (metrics["mae"], metrics["obo"], best.value, best.epoch)
-    logger.info("validation: mae %.4f  obo %.4f  (best mae %.4f in epoch %d)", *shown)
-
-
 def train(args: argparse.Namespace, device: torch.device, model: RepetitionCounter) -> int:
     """Train, validating as it goes; returns the exit code."""
-    total_batch = args.batch_size * args.update_freq * utils.world_size()
+    total_batch = options.total_batch(args)
     with utils.user_errors():
         segments = (args.segments_per_video, args.max_frames, args.input_size, args.seed, args.reader)
-        dataset = TrainSegments(read_split(args, "train"), *segments)
-        sampler = ChunkSampler(
-            len(dataset), args.batch_size, args.update_freq, utils.rank(), utils.world_size(), args.seed
-        )
+        dataset = datasets_counting.TrainSegments(read_split(args, "train"), *segments)
+        sampler = options.make_sampler(args, dataset, args.batch_size)
         groups = parameter_groups(model.encoder, args.weight_decay, args.layer_decay)
         groups += parameter_groups(model.head, args.weight_decay)
-        stepper = options.build_stepper(args, model, groups, device, total_batch, sampler.steps_per_epoch)
+        stepper = options.build_stepper(args, model, groups, device, sampler.steps_per_epoch)
     best = Best("mae", float("inf"))
     contents = {"model": model, "args": args, "best": best}
-    position = resume(args, contents, stepper, sampler.samples_per_step) or Position(args.start_epoch)
     logger.info(
         "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",
         *(total_batch, sampler.steps_per_epoch, args.refine_steps, args.epochs),
         *(args.lr * total_batch / 256, stepper.precision, device),
     )
-    if args.compile:
-        model.compile()
-    stepper.model = distribute(model, device)
-    loader = build_loader(dataset, sampler, args.num_workers, False, args.worker_timeout, collate_segments)
-    with Run(options.RunOptions.of(args), position, loader, stepper, contents) as run:
+    with options.start(args, dataset, sampler, stepper, contents, "", collate_segments, dynamic=None) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
             if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():
-                validate(args, model, device, epoch, best)
+                _, metrics = count_all(args, model, device)
+                best.update(epoch, metrics)
+                shown = (metrics["mae"], metrics["obo"], best.value, best.epoch)
+                logger.info("validation: mae %.4f  obo %.4f  (best mae %.4f in epoch %d)", *shown)
     return run.exit_code
 
 
 def weights_to_load(args: argparse.Namespace) -> str:
-    """What to start from, or to test with --eval: --finetune, else for a test the best of output_dir."""
-    best = os.path.join(args.output_dir, BEST) if args.output_dir else ""
-    return args.finetune or (best if args.eval else "")
+    """The checkpoint to start from or, with --eval, to test: --finetune, for a test also the best of output_dir."""
+    return args.finetune or (best_of(args.output_dir) if args.eval else "")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -252,12 +207,6 @@ def check(args: argparse.Namespace) -> None:
         compare = options.follow if args.eval else options.tell_differences
         compare(args, options.trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
     find_problems(args).tell()
-
-
-def main(args: argparse.Namespace) -> int:
-    """The program; returns the exit code."""
-    with set_up(args, check) as device:
-        return run(args, device)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
@@ -272,8 +221,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         if code or args.dry_run:
             return code
         utils.barrier()  # the first process may still be writing the best checkpoint
-        weights = os.path.join(args.output_dir, BEST) if args.output_dir else ""
-    if os.path.isfile(weights):
+        weights = best_of(args.output_dir)
+    if weights:
         load_strictly(model, weights)
     elif args.eval:
         raise RunError("nothing to test: give --finetune, or an --output_dir with checkpoint-best.pth")
@@ -281,4 +230,4 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_main(main, get_args())
+    options.run_program(get_args(), check, run)

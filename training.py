@@ -1,8 +1,7 @@
-"""The run around the engines: its set-up, and epochs, steps and micro-batches as iterators.
+"""The run around the engines: epochs, steps and micro-batches as iterators.
 
-An engine loops over them and computes the loss. Learning rates, precision, seeds, logging, saving, stopping and
-resuming happen here, between iterations. Do not `break` out of these loops: logging and saving after the yield would be
-skipped.
+An engine loops over them and computes the loss. Learning rates, precision, seeds, logging, saving and stopping are
+handled here, between iterations. Do not `break` out of the loops: logging and saving after the yield would be skipped.
 
     with Run(...) as run:
         for epoch in run.epochs():                 # logged and saved when the loop comes back
@@ -12,14 +11,11 @@ skipped.
                 step.update()
 """
 
-import argparse
-import itertools
 import resource
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -31,80 +27,55 @@ import checkpoints
 import utils
 from checkpoints import Position
 from datasets import Batch, ChunkSampler, VideoDataset
-from lists import VideoList
-from meters import BadFiles, RunLog, StepMeter
+from meters import BadFiles, RunLog, StepMeter, epoch_batches, loader_failure
 from optim_factory import Stepper
-from options import OPTIMIZER, RunOptions, tell_differences
-from utils import RunError, logger
-from weights import stored_options
+from utils import logger
 
-DRY_STEPS, WARM_UP = 5, 2  # steps of a dry run, and how many of them are not timed: start-up and compilation
+DRY_STEPS, WARM_UP = 5, 2  # steps of a dry run; the first ones are not timed because of start-up and compilation
 
 
-# Set-up ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a run, with the names and meaning of the flags."""
 
-
-@contextmanager
-def set_up(
-    args: argparse.Namespace, check: Callable[[argparse.Namespace], None], timeout_minutes: float = 30
-) -> Iterator[torch.device]:
-    """Join the other processes, check the command line, lock the output folder and seed; yields the device.
-
-    Args:
-        check: completes the arguments, or raises RunError if something is wrong with them.
-        timeout_minutes: how long processes wait for each other.
-    """
-    device = utils.init_distributed(args.device, timeout_minutes)
-    utils.setup_logging()
-    if ignored := getattr(args, "not_needed", ()):
-        logger.info("ignored, no effect in this code: %s", ", ".join(ignored))
-    check(args)
-    writes = args.output_dir and utils.rank() == 0 and not getattr(args, "dry_run", False)
-    with checkpoints.lock_folder(args.output_dir) if writes else nullcontext():
-        utils.seed_everything(getattr(args, "seed", 0))
-        yield device
-
-
-def resume(
-    args: argparse.Namespace, contents: dict[str, Any], stepper: Stepper, samples_per_step: int
-) -> Position | None:
-    """Load the checkpoint to resume from into `contents` (see Run) and `stepper`; None if the run starts anew.
-
-    Raises:
-        RunError: the checkpoint is of another run.
-    """
-    found = checkpoints.find_resume(args.output_dir, args.resume, args.auto_resume)
-    if not found:
-        return None
-    position = checkpoints.restore(found, contents, stepper, samples_per_step)
-    tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
-    return position
+    output_dir: str
+    log_dir: str
+    log_interval: int
+    batch_size: int
+    epochs: int
+    stop_epoch: int
+    save_ckpt_freq: int
+    save_ckpt_minutes: float
+    save_ckpt_steps: int
+    max_bad_fraction: float
+    seed: int
+    dry_run: bool
 
 
 class Best:
-    """The best validation so far, whose weights are in ``checkpoint-best.pth``; checkpoints hold it under ``best``.
+    """The best validation so far, whose weights are in ``checkpoint-best.pth``; saved in checkpoints under ``best``.
 
     Args:
-        metric: name of the number that decides.
-        worst: value that every other one is better than; above 0 if smaller is better.
+        metric: name of the metric that decides.
+        worst: a value worse than all others; if positive, smaller values are better.
     """
 
     def __init__(self, metric: str, worst: float = -1.0):
         self.metric, self.smaller_wins, self.value, self.epoch = metric, worst > 0, worst, -1
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """State to save in a checkpoint."""
         return {self.metric: self.value, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a checkpoint."""
+        """Load the state of a checkpoint."""
         self.value, self.epoch = state[self.metric], int(state["epoch"])
 
     def update(self, epoch: "Epoch", metrics: dict[str, float]) -> None:
-        """Log the metrics of a validation with its epoch, and save the weights if they are the best so far."""
+        """Add the metrics of a validation to the epoch's log, and save the weights if they are the best so far."""
         before, value = self.state_dict(), metrics[self.metric]
         if value < self.value if self.smaller_wins else value > self.value:
-            self.value, self.epoch = value, epoch.index  # goes into the file
+            self.value, self.epoch = value, epoch.index  # before saving, which saves them too
             if not utils.broadcast(epoch.save(checkpoints.BEST)):
                 self.load_state_dict(before)
         epoch.shown |= {f"val_{name}": number for name, number in metrics.items()}
@@ -118,7 +89,7 @@ class Step:
 
     Attributes:
         number: optimizer steps of the whole run when this one is done.
-        rng: generator of what the engine draws for the micro-batch in hand.
+        rng: generator for what the engine draws for the current micro-batch.
     """
 
     def __init__(self, epoch: "Epoch", index: int, batches: Iterator[Batch]):
@@ -131,29 +102,31 @@ class Step:
         self.values: dict[str, torch.Tensor] = {}
 
     def micro_batches(self) -> Iterator[Batch]:
-        """Its forward passes: seeded, in autocast; processes exchange gradients with the last one only."""
+        """Its batches, to be processed with seeded generators and in autocast; only the last one averages gradients."""
         for micro_batch in range(self.stepper.update_freq):
             batch = next(self.batches)
-            key = self.epoch.run.chunk_key(self.epoch.index, self.index, micro_batch)
+            run, epoch = self.epoch.run, self.epoch.index
+            # the same for any division of a step into processes and micro-batches
+            key = (run.options.seed, epoch, run.sampler.chunk_id(self.index, micro_batch))
             utils.seed_everything(*key)
             self.rng = np.random.default_rng(key)
             self.sources += batch["paths"]
             with self.stepper.sync(micro_batch), self.stepper.autocast():
-                yield batch  # the loop's body runs in here
+                yield batch  # the body of the loop runs here
 
     def backward(self, loss: torch.Tensor, /, **shown: torch.Tensor) -> None:
-        """Add a micro-batch's share of the gradient.
+        """Accumulate the gradient of a micro-batch.
 
         Args:
             loss: a device scalar.
-            shown: more of them for the log, averaged over the micro-batches; may replace ``loss`` there.
+            shown: other device scalars to log, averaged over the micro-batches; ``loss`` replaces the loss in the log.
         """
         with torch.autocast(loss.device.type, enabled=False):
             self.stepper.backward(loss)
         self.rows.append({"loss": loss.detach(), **shown})
 
     def update(self) -> None:
-        """Update the weights, unless loss or gradient is not finite; the log will say so. `backward` may then go on."""
+        """Update the weights, or skip and log the step if loss or gradient is not finite. May be called repeatedly."""
         rows, self.rows = self.rows, []
         means = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
         self.values = means | self.stepper.step(means["loss"])
@@ -164,7 +137,7 @@ class Epoch:
 
     Attributes:
         index: numbered from 0.
-        shown: what the epoch's line in the log holds besides, such as metrics of a validation.
+        shown: additional values for the epoch's line in the log, such as metrics of a validation.
         is_last: set it to end the run after this epoch.
     """
 
@@ -175,12 +148,14 @@ class Epoch:
         length, interval = (self.index, run.stop_epoch, run.steps_per_epoch), run.options.log_interval
         self.meter = StepMeter(run.log, run.stepper.device, *length, interval, run.position.meter)
         last = self.index * run.steps_per_epoch + max(0, run.position.step - 1)
-        self.meter.constants |= run.stepper.schedule(last)  # for the log, if no step is left
+        self.meter.constants |= run.stepper.schedule(last)  # for the log, if no steps are left
 
     def steps(self) -> Iterator[Step]:
         """Its optimizer steps, until the run is told to stop."""
         run = self.run
-        batches = run.batches(self.meter)
+        run.sampler.set_position(self.index, run.position.step)
+        loaded = epoch_batches(run.loader, run.videos)
+        batches = self.meter.timed(run.bad.watch(loaded, self.meter.constants))
         for index in range(run.position.step, run.steps_per_epoch):
             step = Step(self, index, batches)
             self.meter.constants |= run.stepper.schedule(step.number - 1)
@@ -192,13 +167,13 @@ class Epoch:
 
     @property
     def complete(self) -> bool:
-        """Whether all its steps are done, and the run goes on."""
+        """Whether all steps are done and the run has not been told to stop."""
         return self.run.position.step == self.run.steps_per_epoch and not self.run.stopping
 
     def secure(self) -> bool:
         """Save before a long operation such as a validation; returns False if told to stop.
 
-        From here to the end of the epoch a signal ends the program at once, and nothing is lost.
+        From here to the end of the epoch a signal ends the program at once, without losing anything.
         """
         if self.complete and not self.run.options.dry_run:
             self.run.save(checkpoints.LATEST, self.index, self.run.steps_per_epoch, self.meter.state())
@@ -207,16 +182,16 @@ class Epoch:
         return False
 
     def save(self, name: str) -> bool:
-        """Write a checkpoint of the whole epoch; returns whether it was written."""
+        """Save a checkpoint at the end of the epoch; returns whether it was written."""
         return self.run.save(name, self.index, 0, self.meter.state(ended=True))
 
 
 class Run:
-    """A training run: where it stands, and what happens between its steps and epochs. Used in a ``with`` block.
+    """A training run: its position, and what happens between its steps and epochs. Used in a ``with`` block.
 
     Args:
-        contents: what checkpoints hold beside optimizer and position, such as ``{'model': module, 'args': args}``;
-            of what has a state_dict, that.
+        contents: what checkpoints hold besides optimizer and position, such as ``{'model': module, 'args': args}``; of
+            objects with a state_dict, their state_dict.
     """
 
     def __init__(
@@ -228,7 +203,7 @@ class Run:
         self.sampler, self.videos = loader.batch_sampler, loader.dataset.videos
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.stop_epoch = min(options.stop_epoch or options.epochs, options.epochs)
-        saving = (options.save_ckpt_minutes, options.save_ckpt_steps, options.keep_ckpts)
+        saving = (options.save_ckpt_minutes, options.save_ckpt_steps)
         self.writer = checkpoints.CheckpointWriter(options.output_dir, *saving)
         step = position.epoch * self.steps_per_epoch + position.step
         self.log = RunLog(options.output_dir, options.log_dir, position.epoch, step)
@@ -241,10 +216,10 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Name the videos of a dead loader worker: torch tells of it from a signal handler, wherever that strikes."""
+        """Name the videos of a loader worker that died, which torch reports from a signal handler at any moment."""
         self.log.close()
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may tell of the same worker once more
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may report the same worker again
             raise loader_failure(error, self.sampler.issued, self.videos) from error
 
     @property
@@ -253,7 +228,7 @@ class Run:
         return utils.EXIT_REQUEUE if self.stopping else 0
 
     def epochs(self) -> Iterator[Epoch]:
-        """The epochs from the position on; each is logged and saved when its loop body is done."""
+        """The epochs from the position on; each is logged and saved after the body of the loop."""
         while self.position.epoch < self.stop_epoch and not self.stopping:
             epoch = Epoch(self)
             self.control.listen()
@@ -268,18 +243,8 @@ class Run:
             place = (self.position.epoch, self.position.step)
             logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", *place)
 
-    def batches(self, meter: StepMeter) -> Iterator[Batch]:
-        """The micro-batches of the epoch in hand, from the position on."""
-        self.sampler.set_position(self.position.epoch, self.position.step)
-        loaded = epoch_batches(self.loader, self.videos)
-        return meter.timed(self.bad.watch(loaded, meter.constants))
-
-    def chunk_key(self, epoch: int, step: int, micro_batch: int) -> tuple[int, int, int]:
-        """What seeds a forward pass, the same for any division of the same chunks into processes and micro-batches."""
-        return self.options.seed, epoch, self.sampler.chunk_id(step, micro_batch)
-
     def save_or_stop(self, epoch: Epoch) -> bool:
-        """After a step, save if it is time or if told to stop; returns whether the epoch ends here."""
+        """After a step, save if due or if told to stop; returns whether the epoch ends here."""
         done = self.position.step
         self.stopping, self.save_due = self.control.agree(self.writer.due(epoch.index * self.steps_per_epoch + done))
         if self.stopping or (self.save_due and done < self.steps_per_epoch):
@@ -290,7 +255,7 @@ class Run:
         return self.stopping or len(self.dry_times) == DRY_STEPS
 
     def report_dry_run(self) -> None:
-        """Say what memory a dry run took, and how long the rest of the run takes at the speed of its last steps."""
+        """Log the memory that a dry run took, and the duration of the whole run at the speed of the last steps."""
         count, timed = len(self.dry_times), self.dry_times[WARM_UP:] or self.dry_times[-1:]
         steps = self.steps_per_epoch * (self.stop_epoch - self.position.epoch) - self.position.step + count
         step, clips = float(np.median(timed)), self.options.batch_size * self.stepper.update_freq * utils.world_size()
@@ -302,7 +267,7 @@ class Run:
         logger.info(text, step, len(timed), clips / step, steps, steps * step / 3600)
 
     def finish(self, epoch: Epoch) -> None:
-        """Log and save an epoch, and go on to the next."""
+        """Log and save an epoch, and advance the position."""
         self.control.listen()
         self.position = Position(epoch.index + 1, meter=epoch.meter.state(ended=True))
         if epoch.is_last:
@@ -319,61 +284,13 @@ class Run:
         self.bad.check(bad, videos)
 
     def save(self, name: str, epoch: int, step: int, meter: dict[str, Any]) -> bool:
-        """Write a checkpoint `step` steps into `epoch`, or after it if 0; returns whether it was written."""
+        """Save a checkpoint `step` steps into `epoch`, or at its end if 0; returns whether it was written."""
         self.stepper.save_shards(self.options.output_dir, name)
+        place = {"epoch": epoch, "step": step, "meter": meter, "samples_per_step": self.sampler.samples_per_step}
 
         def checkpoint() -> dict[str, Any]:
-            held = {
-                name: value.state_dict() if hasattr(value, "state_dict") else value
-                for name, value in self.contents.items()
-            }
-            place = {"epoch": epoch, "step": step, "meter": meter, "samples_per_step": self.sampler.samples_per_step}
+            held = dict(self.contents)
+            held |= {key: value.state_dict() for key, value in held.items() if hasattr(value, "state_dict")}
             return held | self.stepper.state() | place
 
         return self.writer.save(name, checkpoint)
-
-
-# Batches --------------------------------------------------------------------------------------------------------
-
-
-def last_line(error: Exception) -> str:
-    """The end of a message, which may hold a worker's traceback before it; the name of an error without a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def loader_failure(error: Exception, issued: deque[list[int]], videos: VideoList, hung: int = 1) -> RunError:
-    """What to tell of a worker that hung or died: the videos of its batches.
-
-    Args:
-        issued: videos of each batch that is on its way, the one that is waited for first.
-        hung: how many of these batches a worker that hangs may have.
-    """
-    hangs = "timed out" in str(error)
-    flying = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
-    lost = ", ".join(videos.path(index) for indices in flying for index in indices)
-    return RunError(
-        f"the data loader failed ({last_line(error)}) on one of: {lost}; take it off "
-        "the list, or raise --worker_timeout if storage is slow"
-    )
-
-
-def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
-    """The batches of the sampler's epoch; a worker that hangs or dies is reported with the videos it had.
-
-    Raises:
-        RunError: a worker hung, died, or raised.
-    """
-    assert isinstance(loader.batch_sampler, ChunkSampler)
-    issued = loader.batch_sampler.issued
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RunError as error:  # raised in a worker, whose traceback comes along
-            raise RunError(last_line(error).removeprefix("utils.RunError: ")) from error
-        except (RuntimeError, OSError, EOFError) as error:  # hung, died, or died while handing over
-            raise loader_failure(error, issued, videos) from error
-        issued.popleft()
-        yield batch

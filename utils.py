@@ -1,8 +1,4 @@
-"""Helpers for processes, logging, seeds, signals and files.
-
-Every helper works unchanged in a single process. Nothing here knows videos, masks or teachers; saving and
-loading a run is in checkpoints.py, its numbers are in meters.py.
-"""
+"""Helpers for processes, logging, seeds, signals and files; each works unchanged in a single process."""
 
 import ctypes
 import datetime
@@ -28,17 +24,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-EXIT_REQUEUE = 85  # the run was asked to stop and has saved itself: start it again (scripts/slurm)
-
+EXIT_REQUEUE = 85  # the run was told to stop and has saved itself: start it again (scripts/slurm)
 PATIENCE = 5.0  # seconds that the first process waits for others that end with an error as well
 
 logger = logging.getLogger("smile")
-meeting_place: dist.Store | None = None  # of several processes; init_distributed sets it
+meeting_place: dist.Store | None = None  # shared by the processes; set by init_distributed
 T = TypeVar("T")
 
 
 class RunError(Exception):
-    """Something the user can mend; shown as one line, without a traceback."""
+    """An error that the user can fix; shown as one line, without a traceback."""
 
 
 @contextmanager
@@ -46,7 +41,7 @@ def user_errors(prefix: str = "") -> Iterator[None]:
     """Turn the ValueErrors and OSErrors of set-up into RunErrors.
 
     Args:
-        prefix: makes the parameter that a message begins with a flag, such as ``--`` or ``--clip_``.
+        prefix: put before the message of a ValueError, which begins with a parameter's name: ``--`` or ``--clip_``.
     """
     try:
         yield
@@ -55,8 +50,9 @@ def user_errors(prefix: str = "") -> Iterator[None]:
 
 
 def run_main(function: Any, *args: Any) -> None:
-    """Call a program's main function; exit with 1 and one line on RunError or if another process was lost, with
-    EXIT_REQUEUE if it was asked to stop.
+    """Call a program's main function and exit with its code.
+
+    The code is 1, after one line, on RunError or if another process was lost; EXIT_REQUEUE if told to stop.
     """
     leave_on_signal()
     try:
@@ -79,38 +75,38 @@ def run_main(function: Any, *args: Any) -> None:
 
 
 def first_to_say(message: str) -> bool:
-    """Whether this process prints an error: of several that end with the same message, the first one does."""
+    """Whether this process prints an error message: the first one of those that end with the same message."""
     if meeting_place is None:
         return True
     try:
         first = meeting_place.add(f"said: {message}", 1) == 1
         ended, patience = meeting_place.add("ended", 1), time.monotonic() + PATIENCE
-        while rank() == 0 and ended < world_size() and time.monotonic() < patience:  # may hold what the others look at
+        while rank() == 0 and ended < world_size() and time.monotonic() < patience:  # it may hold the store
             time.sleep(0.05)
             ended = meeting_place.add("ended", 0)
-    except RuntimeError:  # gone with the process that held it
+    except RuntimeError:  # the process that held the store has ended
         return True
     return first
 
 
 def leave_on_signal() -> None:
-    """Let a signal to stop end the program at once with EXIT_REQUEUE, as long as there is nothing to save (Control)."""
+    """Let a signal end the program at once with EXIT_REQUEUE, while there is nothing to save (see Control)."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
 
 
 def end_workers() -> None:
-    """Kill this process's loader workers: one that hangs heeds nothing else, and Python would wait for it at exit."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
+    """Kill this process's loader workers; Python would wait at exit for one that hangs."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 class Control:
-    """Agreement of all processes after each step: whether to stop (SIGTERM, SIGUSR1 or SIGINT came), or to save.
+    """Agreement of all processes, after each step, on whether to stop (SIGTERM, SIGUSR1 or SIGINT) or to save.
 
-    Processes exchange it on the CPU, one step late, so that no GPU has to wait for it. A second
-    SIGINT ends the program at once. Outside of `listen` … `close` a signal ends it at once, with EXIT_REQUEUE.
+    They exchange it on the CPU, one step late, so that no GPU has to wait. A second SIGINT ends the program at once.
+    Outside of `listen` … `close` any of the signals ends it at once, with EXIT_REQUEUE.
     """
 
     def __init__(self):
@@ -119,7 +115,7 @@ class Control:
         self._group = cpu_group() if dist.is_initialized() else None
 
     def listen(self) -> None:
-        """From now on take note of signals."""
+        """Record signals from now on."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -139,18 +135,16 @@ class Control:
         return before
 
     def close(self) -> bool:
-        """Stop listening; returns whether any process has been told to stop by now."""
+        """Stop listening; returns whether any process has been told to stop so far."""
         leave_on_signal()
         self._finish()
         return reduce_sum([float(self.signal != 0)], torch.device("cpu"), self._group)[0] > 0
 
     def _finish(self) -> tuple[bool, bool]:
-        """The outcome of the exchange under way."""
         if self._pending is None:
             return False, False
-        work, flags = self._pending
+        (work, flags), self._pending = self._pending, None
         work.wait()
-        self._pending = None
         return bool(flags[0]), bool(flags[1])
 
 
@@ -186,8 +180,8 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
     gpu = device.startswith("cuda") and torch.cuda.is_available()
     local = int(env.get("LOCAL_RANK", 0))
     if gpu:
-        if local >= torch.cuda.device_count():
-            raise RunError(f"local rank {local}, but {torch.cuda.device_count()} GPUs: one process a GPU, lower GPUS")
+        if local >= (count := torch.cuda.device_count()):
+            raise RunError(f"local rank {local}, but {count} GPUs: one process a GPU, lower GPUS")
         torch.cuda.set_device(local)
         card, built_for = torch.cuda.get_device_properties(local), torch.cuda.get_arch_list()
         if problem := kernel_problem(card.name, (card.major, card.minor), built_for):
@@ -205,10 +199,10 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
 
 
 def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) -> str:
-    """What to tell if the installed torch cannot compute on a GPU of this compute capability; "" if it can.
+    """Why the installed torch cannot compute on a GPU of this compute capability; "" if it can.
 
-    sm_XY is machine code for the major version X from the minor version Y on, compute_XY is compiled on the spot for
-    all from X.Y on (CUDA programming guide, "application compatibility"). Other makers' names are not judged.
+    sm_XY is machine code for the major version X from the minor version Y on; compute_XY is compiled at run time for
+    all versions from X.Y on (CUDA programming guide, "application compatibility"). Other names are not judged.
     """
     known = [match for name in built_for if (match := re.fullmatch(r"(sm|compute)_(\d+)[af]?", name))]
     versions = [(match[1], divmod(int(match[2]), 10)) for match in known]
@@ -225,15 +219,14 @@ def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) 
 
 @functools.cache
 def cpu_group() -> Any:
-    """All processes, for what lies in CPU memory; to be asked for in all of them."""
+    """A group of all processes for data in CPU memory; must be called in all of them."""
     return never_freed(dist.new_group(backend="gloo"))
 
 
 def never_freed(group: Any) -> Any:
-    """A Gloo group, kept for as long as the process lives.
+    """Keep a Gloo group alive until the process ends.
 
-    Where one is freed, torch 2.5 waits for its threads with Python's lock held, and one of them may need that lock to
-    free a tensor: a program that has done everything would never end.
+    When one is freed, torch 2.5 waits for its threads while holding Python's lock, which they may need: a deadlock.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     return group
@@ -263,14 +256,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-# Seeds ----------------------------------------------------------------------------------------------------------
+# Seeds, files, logging ------------------------------------------------------------------------------------------
 
 
 def seed_everything(*key: int) -> None:
     """Seed the global generators (drop path, Mixup) from a key such as (seed, epoch, chunk).
 
-    Called before every forward pass, so that a resumed run draws what the undisturbed one draws and no generator
-    state has to be saved.
+    Called before every forward pass, so that a resumed run draws the same without saving the generators' states.
     """
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(state)
@@ -278,11 +270,8 @@ def seed_everything(*key: int) -> None:
     random.seed(state)
 
 
-# Files ----------------------------------------------------------------------------------------------------------
-
-
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside `path`, flush to the disk, then rename over it: `path` is whole at every moment."""
+    """Write a file beside `path`, flush it to disk, and rename it, so that `path` is complete at any moment."""
     draft = path.with_suffix(".tmp")
     try:
         with open(draft, "wb") as file:
@@ -294,17 +283,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
-# Logging --------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning, the first time that it comes."""
+    """Log a warning once."""
     logger.warning(message)
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Writes a line where a progress bar stands, which moves on below it."""
+    """Writes lines above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(self.stream):
@@ -312,14 +298,15 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 def progress(items: Iterable[T], title: str, unit: str, count: Callable[[T], int]) -> Iterator[T]:
-    """Yield items while showing a progress bar, cleared at the end; without a terminal, log one line instead.
+    """Yield items while showing a progress bar; without a terminal, log that it begins.
 
     Args:
-        unit: what is counted; count: how many of it an item holds.
+        unit: what is counted; count: number of them in an item.
     """
-    if not sys.stderr.isatty():
+    terminal = sys.stderr.isatty()
+    if not terminal:
         logger.info("%s begins", title)
-    with tqdm(desc=title, unit=f" {unit}", disable=rank() > 0 or not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(desc=title, unit=f" {unit}", disable=rank() > 0 or not terminal, leave=False) as bar:
         for item in items:
             yield item
             bar.update(count(item))

@@ -1,7 +1,6 @@
 """Reading weight files of this project and of others, and loading them into models.
 
 Files are read with weights_only=True, so no code in them is executed. (CLIP files are read by modeling_teacher.py.)
-Saving and resuming are in checkpoints.py.
 """
 
 import argparse
@@ -49,8 +48,9 @@ BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)\.(\w+
 
 
 def local_path(path: str) -> str:
-    """Local path of a weight file: `path` itself, or for ``hf://owner/repo[@revision]/file`` the file in the cache of
-    huggingface_hub, downloaded if necessary. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN apply.
+    """Local path of a weight file; ``hf://owner/repo[@revision]/file`` is downloaded to huggingface_hub's cache.
+
+    HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN apply.
 
     Raises:
         RunError: malformed ``hf://`` name, or neither cached nor available for download.
@@ -84,10 +84,7 @@ class _NumpyType:
 
 
 class _NumpyArray:
-    """Replaces numpy.ndarray; its contents are not needed."""
-
-    def __init__(self, *_: Any):
-        pass
+    """Replaces numpy.ndarray, whose contents are not needed."""
 
     def __setstate__(self, state: tuple) -> None:
         pass
@@ -252,13 +249,8 @@ def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> No
     Raises:
         RunError: unreadable, or missing, unknown or differently shaped weights.
     """
-    weights = model_weights(read_checkpoint(path), path, key)
-    own = model.state_dict()
-    wrong = [
-        f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
+    weights, own = model_weights(read_checkpoint(path), path, key), model.state_dict()
+    wrong = [_mismatch(name, weights, own) for name in _misshapen(weights, own)]
     wrong += [f"{name} is missing there" for name in own if name not in weights]
     wrong += [f"{name} is unknown here" for name in weights if name not in own]
     if wrong:
@@ -285,32 +277,36 @@ def load_encoder(
     Raises:
         RunError: unreadable, of another size, or without an encoder.
     """
-    everything = model_weights(read_checkpoint(path), path, key)
+    everything, own = model_weights(read_checkpoint(path), path, key), model.state_dict()
     weights = everything = {name.removeprefix(prefix): value for name, value in everything.items()}
     for usual in ("encoder.", "backbone."):
         inside = {name.removeprefix(usual): value for name, value in weights.items() if name.startswith(usual)}
         weights = inside or weights
-    own = model.state_dict()
-    fitting = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
-    other = [name for name in own if name in weights and name not in fitting and not name.startswith("head.")]
+    other = _misshapen(weights, own)
+    fitting = {name: weights[name] for name in own if name in weights and name not in other}
+    other = [name for name in other if not name.startswith("head.")]
     if other or not any(name.startswith("blocks.") for name in fitting):
-        reason = (
-            f"{other[0]} is {list(weights[other[0]].shape)} there, {list(own[other[0]].shape)} here"
-            if other
-            else "no weight of it has a name of this model"
-        )
+        reason = _mismatch(other[0], weights, own) if other else "no weight of it has a name of this model"
         raise RunError(f"{path} does not fit this model: {reason}; check --model")
     new = [name for name in own if name not in fitting]
     left = [name for name in everything if name.removeprefix("encoder.").removeprefix("backbone.") not in fitting]
-    if [name for name in new if name.startswith(("blocks.", "patch_embed.")) or need_head]:
-        raise RunError(
-            f"{path} lacks {', '.join(new[:4])}"
-            + ("; it is not fine-tuned for this number of classes" if need_head else "")
-        )
+    if (need_head and new) or any(name.startswith(("blocks.", "patch_embed.")) for name in new):
+        remedy = "; it is not fine-tuned for this number of classes" if need_head else ""
+        raise RunError(f"{path} lacks {', '.join(new[:4])}{remedy}")
     model.load_state_dict(fitting, strict=False)
     logger.info("%s: loaded %d tensors; new here: %s; left out: %s", path, len(fitting), _names(new), _names(left))
 
 
+def _misshapen(weights: Weights, own: Weights) -> list[str]:
+    """Names of weights whose shape differs from the model's own."""
+    return [name for name in own if name in weights and weights[name].shape != own[name].shape]
+
+
+def _mismatch(name: str, weights: Weights, own: Weights) -> str:
+    """Message about the shape of a weight."""
+    return f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
+
+
 def _names(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"

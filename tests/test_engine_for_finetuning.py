@@ -231,14 +231,14 @@ def test_a_test_reports_what_its_files_hold(evaluator, model, videos, tmp_path):
 
 def test_predict_names_the_classes_from_the_likeliest_on(evaluator, model, clips, broken, capsys):
     path = str(clips["bikes.mp4"])
-    assert evaluator.predict(model, list_of("--predict", [path])) == 0
+    assert evaluator.test(model, list_of("--predict", [path]), labelled=False) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     sample = {"index": 0, "views": evaluator.test_views(path), "spans": [], "error": "", "last": True}
     mean = next(score_videos(model, [sample], CPU, "fp32", "", evaluator.task.probabilities)).views.mean(axis=0)
     assert [row[1] for row in rows] == ["abcd"[c] for c in np.argsort(-mean)] and len(rows) == 4
     assert [float(row[0]) for row in rows] == pytest.approx(sorted(mean, reverse=True), abs=1e-4)
     with pytest.raises(RunError, match="--predict: no video could be read, the first: .*text.mp4"):
-        evaluator.predict(model, list_of("--predict", [str(broken["text"])]))
+        evaluator.test(model, list_of("--predict", [str(broken["text"])]), labelled=False)
 
 
 def test_a_model_without_a_number_is_wrong(evaluator, model, videos):

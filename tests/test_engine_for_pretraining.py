@@ -17,8 +17,7 @@ from modeling_pretrain import MODELS
 from modeling_teacher import PixelTarget, build_teacher
 from object_overlay import ObjectLibrary, ObjectOverlay, find_objects
 from optim_factory import Stepper, build_optimizer, parameter_groups
-from options import RunOptions
-from training import Run, epoch_batches
+from training import Run, RunOptions, epoch_batches
 from utils import RunError
 from video_transforms import ClipSource
 

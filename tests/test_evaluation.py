@@ -8,7 +8,8 @@ import pytest
 import torch.distributed as dist
 from fixtures_video import video_list
 
-from metrics import Task, VideoScore, accuracy, combine_views, gather_scores, in_top_k, judge
+from evaluation import gather_scores, judge
+from metrics import Task, VideoScore, accuracy, combine_views, in_top_k
 
 
 def make_list(folder, labels, names=None):

@@ -11,8 +11,9 @@ from fixtures_pictures import check_texts
 from fixtures_video import video_list
 from PIL import Image
 
+from evaluation import judge
 from meters import RunLog
-from metrics import Task, VideoScore, judge
+from metrics import Task, VideoScore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import plot_log

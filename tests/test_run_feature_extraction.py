@@ -182,6 +182,7 @@ def test_windows_all_over_each_video(extract, encoder, videos, tmp_path):
         assert done.code == 0, done.all
         index, about = index_of(tmp_path / name), json.loads((tmp_path / name / "windows.json").read_text())
         assert about["window"] == 8 and list(about.values())[2] == options[1]
+        assert {entry["label"] for entry in index} == {"5"}
         for path in videos[1]:
             rows = [entry for entry in index if entry["path"] == str(path)]
             if rows[0]["error"]:

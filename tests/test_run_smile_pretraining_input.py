@@ -158,7 +158,7 @@ def test_rates_follow_the_released_recipe_in_real_steps(data_args, more, total, 
     chunk = args.batch_size // clips_per_video(args)
     assert ChunkSampler(len(build_dataset(args)), chunk, args.update_freq).steps_per_epoch == steps
     model = torch.nn.Linear(2, 2)
-    stepper = build_stepper(args, model, parameter_groups(model, 0.05), torch.device("cpu"), total, steps)
+    stepper = build_stepper(args, model, parameter_groups(model, 0.05), torch.device("cpu"), steps)
     warmup = 9 if "--warmup_steps" in more else 2 * steps
     base, final = 1.5e-4 * total / 256, 1e-5 * total / 256
     i = np.arange(7 * steps - warmup)

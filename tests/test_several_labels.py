@@ -15,8 +15,9 @@ from fixtures_video import source_frames, video_list, write_mp4
 from sklearn.metrics import average_precision_score
 
 from datasets_finetune import FinetuneDataset, dense_indices
+from evaluation import judge
 from lists import read_list
-from metrics import SeveralLabels, VideoScore, average_precision, judge, read_actions
+from metrics import SeveralLabels, VideoScore, average_precision, read_actions
 from modeling_finetune import MODELS
 from modeling_probe import ProbeLoss, nearest_neighbours
 from options_finetune import find_problems, get_args, read_data_list, task
