@@ -1,4 +1,4 @@
-"""Object images for the overlay of stage 1: cut-outs with transparency, cropped, of useful size, and a list of them.
+"""Prepare object images for the overlay of stage 1: crop and shrink cut-outs with transparency, and list them.
 
     python scripts/data/prepare_objects.py cutouts PIN/images --output objects
     python scripts/data/prepare_objects.py masks JPEGImages Annotations --mask_values ids --output objects
@@ -7,16 +7,16 @@ cutouts  RGBA images ``<category>/<name>``. A file LVIS_instance_pools.json besi
          says which of them to use.
 masks    images, and masks of the same name in another folder; flat or ``<category>/<name>``.
 
-Written below --output: images/<category>/<name>.png, cropped to what can be seen; object_instances.txt, a line for each
+Written below --output: images/<category>/<name>.png, cropped to the visible part; object_instances.txt, a line for each
 (--objects_path OUTPUT/images --objects_list OUTPUT/object_instances.txt); dropped.tsv with what was left out, and why.
-The same command, started again after any end, does what is left.
+The same command, started again, writes what is missing.
 """
 
 import argparse
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +24,11 @@ import numpy as np
 from data_tools import (
     RunError,
     Unusable,
+    add_work_options,
     is_made,
+    new_parser,
     output_folder,
+    positive,
     put_in_place,
     read_text,
     without_suffixes,
@@ -33,7 +36,7 @@ from data_tools import (
     write_text,
 )
 from PIL import Image
-from processes import Team, in_processes
+from processes import connect, from_first, in_processes, share, to_first
 
 from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects
 from utils import run_main
@@ -75,7 +78,7 @@ class Job:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     cutouts = commands.add_parser("cutouts", help="RGBA images <category>/<name>")
     cutouts.add_argument("images", help="folder with <category>/<name>.png, or the one above its images/")
@@ -83,36 +86,32 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     masks = commands.add_parser("masks", help="images and masks")
     masks.add_argument("images", help="folder with images")
     masks.add_argument("masks", help="folder with masks of the same names")
-    masks.add_argument(
-        "--mask_values", choices=("alpha", "ids"), default=Settings.mask_values, help="0 to 255, or numbers of objects"
-    )
+    values = "0 to 255, or numbers of objects (default %(default)s)"
+    masks.add_argument("--mask_values", choices=("alpha", "ids"), default=Settings.mask_values, help=values)
     for command in (cutouts, masks):
-        command.add_argument("--output", required=True, help="folder to write to")
-        command.add_argument("--min_side", type=int, default=Settings.min_side, help="pixels (default %(default)s)")
-        command.add_argument("--max_side", type=int, default=Settings.max_side, help="pixels (default %(default)s)")
-        command.add_argument(
-            "--min_fill", type=float, default=Settings.min_fill, help="part of its box (default %(default)s)"
-        )
-        command.add_argument("--keep_opaque", action="store_true", help="keep images without any transparent pixel")
-        command.add_argument("--exclude", nargs="*", default=[], metavar="CATEGORY", help="categories to leave out")
-        command.add_argument("--min_per_category", type=int, default=1, help="leave out categories with fewer objects")
-        cores = len(os.sched_getaffinity(0))
-        command.add_argument("--workers", type=int, default=cores, help="processes (default: one for each core)")
-        command.add_argument("--timeout", type=float, default=120, help="seconds for one image (default 120)")
+        add = command.add_argument
+        add("--output", required=True, type=Path, help="folder to write to")
+        add("--min_side", type=positive, default=Settings.min_side, help="pixels (default %(default)s)")
+        add("--max_side", type=positive, default=Settings.max_side, help="pixels (default %(default)s)")
+        add("--min_fill", type=float, default=Settings.min_fill, help="part of its box (default %(default)s)")
+        add("--keep_opaque", action="store_true", help="keep images without any transparent pixel")
+        add("--exclude", nargs="*", default=[], metavar="CATEGORY", help="categories to leave out")
+        add("--min_per_category", type=int, default=1, help="leave out categories with fewer objects")
+        add_work_options(command, "image", 120)
     args = parser.parse_args(argv)
-    if not 1 <= args.min_side <= args.max_side or not 0 <= args.min_fill <= 1 or args.workers < 1:
-        parser.error("needed: 1 <= --min_side <= --max_side, --min_fill in [0, 1], --workers at least 1")
+    if args.min_side > args.max_side or not 0 <= args.min_fill <= 1:
+        parser.error("needed: --min_side at most --max_side, --min_fill in [0, 1]")
     return args
 
 
-# What there is --------------------------------------------------------------------------------------------------
+# Input files ----------------------------------------------------------------------------------------------------
 
 
 def pool_names(path: Path) -> list[str]:
-    """``<category>/<name>`` of the paths in a file of instance pools: what follows their ``images/``.
+    """Read a file of instance pools: ``<category>/<name>``, the part of each path after ``images/``.
 
     Raises:
-        RunError: it is no such file.
+        RunError: another kind of file.
     """
     try:
         pools = json.loads(read_text(path))
@@ -126,11 +125,7 @@ def pool_names(path: Path) -> list[str]:
 
 
 def cutout_jobs(images: str, pools: str, output: Path) -> list[Job]:
-    """The RGBA images to use.
-
-    Raises:
-        RunError: none.
-    """
+    """List the RGBA images to use. Raises RunError if there are none."""
     root = Path(images) / "images" if (Path(images) / "images").is_dir() else Path(images)
     beside = root.parent / POOLS
     if pools or beside.exists():
@@ -144,11 +139,7 @@ def cutout_jobs(images: str, pools: str, output: Path) -> list[Job]:
 
 
 def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
-    """The images that have a mask.
-
-    Raises:
-        RunError: none.
-    """
+    """List the images that have a mask. Raises RunError if there are none."""
     files = {}
     for folder in (images, masks):
         found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -167,7 +158,7 @@ def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
 
 
 def read_pixels(job: Job) -> np.ndarray:
-    """RGBA uint8 ``[h, w, 4]`` of an image that has an alpha channel, or whose job has a mask.
+    """Read an image with an alpha channel, or with a mask, as RGBA uint8 ``[h, w, 4]``.
 
     Raises:
         Unusable or IMAGE_ERRORS: no alpha, or unreadable.
@@ -179,10 +170,10 @@ def read_pixels(job: Job) -> np.ndarray:
 
 
 def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, np.ndarray]:
-    """Alpha uint8 ``[h, w]`` of each object of a mask, by what is added to the object's name.
+    """Read a mask: alpha uint8 ``[h, w]`` of each object, by the suffix of the object's name.
 
     Raises:
-        Unusable: it has another size, or is all dark.
+        Unusable: the mask has another size than the image, or no bright pixel.
     """
     with Image.open(job.mask) as image:
         if image.size != size:
@@ -199,12 +190,12 @@ def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, n
 
 
 def cut_out(pixels: np.ndarray, settings: Settings) -> Image.Image:
-    """An object cropped to what can be seen of it, and shrunk if it is too large.
+    """Crop an object to its visible part, and shrink it if it is too large.
 
     Args:
         pixels: RGBA uint8 ``[h, w, 4]``.
     Raises:
-        Unusable: nothing can be seen, or too little; or all of it, so that it is no cut-out.
+        Unusable: nothing or too little is visible, or everything is opaque, so that it is no cut-out.
     """
     seen = pixels[..., 3] >= VISIBLE
     if not seen.any():
@@ -226,16 +217,11 @@ def cut_out(pixels: np.ndarray, settings: Settings) -> Image.Image:
     return image
 
 
-def target_of(job: Job, suffix: str) -> Path:
-    """File of an object of an image."""
-    return job.target.with_name(f"{job.target.name}{suffix}.png")
-
-
 def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path], list[str]]:
-    """Write the objects of an image: their files, and why others were dropped.
+    """Write the objects of an image; returns their files, and the reasons of those that were dropped.
 
     Raises:
-        Unusable: it has none.
+        Unusable: the image or its mask cannot be used.
     """
     made, reasons = [], []
     try:
@@ -243,11 +229,10 @@ def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path],
         size = (pixels.shape[1], pixels.shape[0])
         masks = read_masks(job, size, settings.mask_values) if job.mask else {"": pixels[..., 3]}
     except IMAGE_ERRORS as error:
-        raise Unusable(
-            getattr(error, "strerror", None) or str(error).replace(job.image, "it") or type(error).__name__
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error).replace(job.image, "it") or type(error).__name__
+        raise Unusable(reason) from error
     for suffix, alpha in masks.items():
-        target = target_of(job, suffix)
+        target = job.target.with_name(f"{job.target.name}{suffix}.png")
         if is_made(target, job.image) and (not job.mask or is_made(target, job.mask)):
             made.append(target)
             continue
@@ -266,53 +251,59 @@ def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path],
 # All images -----------------------------------------------------------------------------------------------------
 
 
+def prepare_all(args: argparse.Namespace, jobs: list[Job]) -> list[tuple[list[Path], list[tuple[str, str]]]]:
+    """Write the objects of all images.
+
+    Returns:
+        of each process: its files, and (image, reason) of what it dropped; an empty list in all but the first.
+    """
+    connect()
+    settings = Settings(*(getattr(args, field.name, field.default) for field in fields(Settings)))
+    made, dropped = list[Path](), list[tuple[str, str]]()
+    with output_folder(args.output, asdict(settings)) as unfinished:
+        from_first(None)
+        work = partial(prepare, settings=settings, unfinished=unfinished)
+        for job, outcome, reason in in_processes(work, share(jobs), args.workers, args.timeout, "images"):
+            files, reasons = outcome or ([], [reason])
+            made += files
+            dropped += [(job.image, why) for why in reasons]
+        return to_first((made, dropped))
+
+
 def instances(made: list[Path], images: Path, min_per_category: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """Lines of object_instances.txt, and what is left out since its category has too few."""
+    """Lines of object_instances.txt, and (category, reason) of the categories that have too few objects."""
     names = sorted(path.relative_to(images).as_posix() for path in made)
     counts = Counter(name.partition("/")[0] for name in names)
-    few = {category for category, count in counts.items() if count < min_per_category}
-    kept = [name for name in names if name.partition("/")[0] not in few]
-    return kept, [
-        (category, f"{counts[category]} in the category, fewer than --min_per_category") for category in sorted(few)
-    ]
+    few = {
+        category: f"{count} in the category, fewer than --min_per_category"
+        for category, count in sorted(counts.items())
+        if count < min_per_category
+    }
+    return [name for name in names if name.partition("/")[0] not in few], list(few.items())
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare all objects; print the counts."""
     args = get_args(argv)
-    output = Path(args.output)
     if args.kind == "cutouts":
-        jobs = cutout_jobs(args.images, args.pools, output)
+        jobs = cutout_jobs(args.images, args.pools, args.output)
     else:
-        jobs = mask_jobs(args.images, args.masks, output)
+        jobs = mask_jobs(args.images, args.masks, args.output)
     jobs = [job for job in jobs if job.target.parent.name not in args.exclude]
-    names = {name: getattr(args, name, default) for name, default in asdict(Settings()).items()}
-    settings = Settings(**names)
-    made: list[str] = []
-    dropped: list[tuple[str, str]] = []
-    team = Team(output / ".team")
-    with output_folder(output, asdict(settings), team.rank) as unfinished:
-        team.begin()
-        work, mine = partial(prepare, settings=settings, unfinished=unfinished), list(team.share(jobs))
-        for job, outcome, reason in in_processes(work, mine, args.workers, args.timeout, "images", team):
-            files, reasons = outcome or ([], [reason])
-            made += map(str, files)
-            dropped += [(job.image, why) for why in reasons]
-        results = team.gather((made, dropped))
+    results = prepare_all(args, jobs)
     if not results:
         return
-    made = [file for result in results for file in result[0]]
-    dropped = [(image, why) for result in results for image, why in result[1]]
-    dropped.sort()
-    lines, few = instances([Path(file) for file in made], output / "images", args.min_per_category)
-    write_table(output / "dropped.tsv", ("image", "reason"), dropped + few)
-    print(f"{len(jobs)} images: {len(made)} objects, {len(dropped)} dropped (see {output / 'dropped.tsv'})")
+    made = [file for files, _ in results for file in files]
+    dropped = sorted(row for _, rows in results for row in rows)
+    lines, few = instances(made, args.output / "images", args.min_per_category)
+    write_table(args.output / "dropped.tsv", ("image", "reason"), dropped + few)
+    print(f"{len(jobs)} images: {len(made)} objects, {len(dropped)} dropped (see {args.output / 'dropped.tsv'})")
     if not lines:
         first = (dropped + few or [("no image", "all are excluded")])[0]
         raise RunError(f"{args.images}: no usable object; the first: {': '.join(first)}")
-    write_text(output / "object_instances.txt", "".join(f"{line}\n" for line in lines))
-    categories = {line.partition("/")[0] for line in lines}
-    print(f"{output / 'object_instances.txt'}: {len(lines)} objects of {len(categories)} categories")
+    path = args.output / "object_instances.txt"
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    print(f"{path}: {len(lines)} objects of {len({line.partition('/')[0] for line in lines})} categories")
 
 
 if __name__ == "__main__":
