@@ -8,8 +8,7 @@ Written below --output:
     *.csv           the lists with the new paths, without the videos that failed
     failed.tsv      the videos that failed, and why
 Reads whatever FFmpeg reads, including AV1 and VP9. Every result is read again and compared with its source before it
-gets its name. The same command, started again, writes what is missing and tries failed videos again. DATASET.md has the
-measurements that the defaults come from.
+gets its name. The same command, started again, writes what is missing and tries failed videos again.
 """
 
 import argparse
