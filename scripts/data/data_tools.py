@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -72,6 +73,19 @@ class Line(NamedTuple):
 
     name: str
     label: str
+
+
+Problem = tuple[str, str, str, str]  # list, kind, name, detail
+
+
+@dataclass
+class Found:
+    """New lists: lines and number of wanted videos by list file, problems, and names of the classes if known."""
+
+    lines: dict[str, list[Line]] = field(default_factory=dict)
+    wanted: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
 
 
 def read_list(path: str) -> list[Line]:
