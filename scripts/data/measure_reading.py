@@ -1,13 +1,11 @@
-"""How many frames each reader gets wrong, by container and codec: the table in DATASET.md.
+"""Count the frames that each reader gets wrong, by container and codec: the table in DATASET.md.
 
     python scripts/data/measure_reading.py
 
-Videos are made in which every picture shows its number, and clips all over them are read by number. The truth is the
+Writes videos in which every picture shows its number, and reads clips from all parts of them. The reference is the
 sequence that FFmpeg decodes from the start of the file.
 """
 
-import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +15,8 @@ from typing import Any
 
 import av
 import numpy as np
+from data_tools import new_parser
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import run_main
 from video_check import ffmpeg_frames
@@ -31,13 +28,14 @@ NUM_FRAMES, STRIDE, CLIPS = 16, 4, 11
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to write a video.
+    """A kind of video.
 
     Args:
         options: of the encoder.
         gap: frames between key frames.
-        stamps: of each frame, in milliseconds; none: RATE frames a second.
-        change: applied to each packet on its way into a second file; see the functions below.
+        stamps: time of each frame, milliseconds; none: RATE frames a second.
+        change: function of number and packet, applied to each packet while it is copied into a second file; packets
+            for which it returns False are dropped.
     """
 
     title: str
@@ -51,19 +49,19 @@ class Kind:
 
 
 def drop_start(number: int, packet: av.Packet) -> bool:
-    """A recording that begins between two key frames."""
+    """Start between two key frames, as a recording may."""
     return number > 7
 
 
 def cut_copied(number: int, packet: av.Packet) -> bool:
-    """A clip cut by ``ffmpeg -ss 3 -c copy``: what comes before the cut is in the file, and not to be shown."""
+    """Cut as ``ffmpeg -ss 3 -c copy`` does: frames before the cut are in the file, but not to be shown."""
     packet.pts -= int(3 / packet.time_base)
     packet.dts -= int(3 / packet.time_base)
     return True
 
 
 def lose_order(number: int, packet: av.Packet) -> bool:
-    """Stamps of a program that knows no B-frames."""
+    """Stamp frames in coding order, as a program without B-frames does."""
     packet.pts = packet.dts
     return True
 
@@ -107,24 +105,20 @@ KINDS = [
 
 
 def picture(number: int) -> np.ndarray:
-    """A picture that shows its number, below 256, as two rows of bright and dark fields; uint8 ``[H, W, 3]``."""
+    """Draw a number below 256 as two rows of bright and dark fields; uint8 ``[H, W, 3]``."""
     fields = np.unpackbits(np.array([number], np.uint8)).reshape(2, 4) * 200 + 25
     return np.repeat(np.kron(fields, np.ones((HEIGHT // 2, WIDTH // 4), np.uint8))[..., None], 3, axis=2)
 
 
 def number_of(frame: np.ndarray) -> int:
-    """The number that a frame ``[H, W, 3]`` shows."""
+    """Read the number that a frame ``[H, W, 3]`` shows."""
     height, width = frame.shape[:2]
     fields = frame.mean(axis=2).reshape(2, height // 2, 4, width // 4).mean(axis=(1, 3))
     return int(np.packbits(fields.ravel() > 125)[0])
 
 
 def write(path: str, kind: Kind, frames: int = 240) -> None:
-    """Write a video of a kind.
-
-    Raises:
-        av.FFmpegError: this FFmpeg cannot.
-    """
+    """Write a video. Raises av.FFmpegError if this FFmpeg cannot."""
     first = f"{path}.whole.{kind.suffix}" if kind.change else path
     with av.open(first, "w") as container:
         stream = container.add_stream(kind.codec, rate=RATE, options=dict(kind.options))
@@ -147,7 +141,7 @@ def write(path: str, kind: Kind, frames: int = 240) -> None:
 
 
 def wrong(path: str, reader: str) -> tuple[int, int]:
-    """Frames of clips all over a video that a reader gets wrong, and how many there are."""
+    """Number of wrong frames in clips from all parts of a video, and of all frames of the clips."""
     truth = [number_of(frame.to_ndarray(format="rgb24")) for frame in ffmpeg_frames(path)]
     faults = 0
     for start in np.linspace(0, len(truth) - (NUM_FRAMES - 1) * STRIDE - 1, CLIPS).astype(int):
@@ -162,8 +156,7 @@ def wrong(path: str, reader: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    new_parser(__doc__).parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in tqdm(KINDS, desc="kinds", disable=None):
