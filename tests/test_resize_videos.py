@@ -265,7 +265,7 @@ def test_originals_are_not_overwritten(clips, tmp_path):
 def test_two_runs_at_once_are_refused(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(data_tools, "LOCK_WAIT", 0.2)
     listed = write_list(tmp_path / "l.csv", [clips["short.mp4"]])
-    with resize_videos.output_folder(tmp_path / "out", {}), pytest.raises(RunError, match="another run is writing"):
+    with data_tools.output_folder(tmp_path / "out", {}), pytest.raises(RunError, match="another run is writing"):
         resize_videos.main([listed, "--output", str(tmp_path / "out")])
 
 

@@ -27,7 +27,6 @@ from data_tools import (
     Unusable,
     common_folder,
     list_parser,
-    output_folder,
     put_in_place,
     read_lists,
     write_lists,
@@ -35,7 +34,7 @@ from data_tools import (
     write_text,
 )
 from index_shards import scan, write_index
-from processes import connect, from_first, in_processes, share, to_first
+from processes import in_processes, make_all
 
 from shards import BUFFER, ShardError, index_path, key_of, members_of, open_file, status
 from utils import rank, run_main
@@ -148,22 +147,27 @@ def extend_plan(
     return plan
 
 
-def make_plan(args: argparse.Namespace, lists: dict[str, dict[str, str]]) -> tuple[list[Packed], dict[str, str]]:
-    """Write the plan; returns it, and why videos are not in it, by source."""
+def make_plan(
+    args: argparse.Namespace, lists: dict[str, dict[str, str]], failed: dict[str, str]
+) -> list[tuple[str, list[Packed]]]:
+    """Write the plan; returns the members of each shard that is missing, and adds reasons by source to `failed`."""
     plan = read_plan(args.output)
     planned = {packed.source for packed in plan}
     new = [
         source for source in dict.fromkeys(s for sources in lists.values() for s in sources) if source not in planned
     ]
-    sizes, failed = dict[str, int](), dict[str, str]()
+    sizes = dict[str, int]()
     for source, size, reason in in_processes(bytes_of, new, args.workers, args.timeout, "sizes"):
         if reason:
             failed[source] = reason
         else:
             sizes[source] = size
+    shards: dict[str, list[Packed]] = {}
     plan = extend_plan(plan, lists, sizes, args.shard_size)
+    for packed in plan:
+        shards.setdefault(packed.shard, []).append(packed)
     write_text(args.output / PLAN, "".join(json.dumps(packed) + "\n" for packed in plan))
-    return plan, failed
+    return [(name, members) for name, members in shards.items() if not (args.output / name).exists()]
 
 
 # One shard ------------------------------------------------------------------------------------------------------
@@ -240,25 +244,6 @@ def pack(shard: tuple[str, list[Packed]], output: Path, unfinished: Path) -> dic
 # All shards -----------------------------------------------------------------------------------------------------
 
 
-def pack_all(args: argparse.Namespace, lists: dict[str, dict[str, str]]) -> list[dict[str, str]]:
-    """Write the shards that are missing.
-
-    Returns:
-        of each process, why videos are in no shard, by source; an empty list in all processes but the first.
-    """
-    connect()
-    with output_folder(args.output, {"data_root": args.data_root}) as unfinished:
-        plan, failed = from_first(make_plan(args, lists) if rank() == 0 else ([], {}))
-        shards: dict[str, list[Packed]] = {}
-        for packed in plan:
-            shards.setdefault(packed.shard, []).append(packed)
-        todo = [shard for shard in share(list(shards.items())) if not (args.output / shard[0]).exists()]
-        work = partial(pack, output=args.output, unfinished=unfinished)
-        for (_, members), lost, reason in in_processes(work, todo, args.workers, args.timeout, "shards"):
-            failed |= lost or {packed.source: reason for packed in members if reason}
-        return to_first(failed)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Pack the videos of the lists; print the totals."""
     args = get_args(argv)
@@ -267,10 +252,13 @@ def main(argv: list[str] | None = None) -> None:
         labels = sources[path] = dict[str, str]()
         for name, label in lines:
             labels.setdefault(os.path.join(args.data_root, name), label)
-    results = pack_all(args, sources)
-    if not results:
+    reasons = dict[str, str]()
+    jobs = lambda: make_plan(args, sources, reasons)
+    outcomes = make_all(args, {"data_root": args.data_root}, jobs, partial(pack, output=args.output), "shards")
+    if rank() > 0:
         return
-    reasons = {source: reason for result in results for source, reason in result.items()}
+    for (_, members), lost, reason in outcomes:
+        reasons |= lost or {packed.source: reason for packed in members if reason}
     plan = read_plan(args.output)
     there = names_packed(args.output, plan)
     base = "" if args.relative else os.path.abspath(args.output)

@@ -27,7 +27,6 @@ from data_tools import (
     add_work_options,
     is_made,
     new_parser,
-    output_folder,
     positive,
     put_in_place,
     read_text,
@@ -36,10 +35,10 @@ from data_tools import (
     write_text,
 )
 from PIL import Image
-from processes import connect, from_first, in_processes, share, to_first
+from processes import make_all
 
 from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects
-from utils import run_main
+from utils import rank, run_main
 
 VISIBLE = 16  # alpha from which a pixel counts as part of the object
 POOLS = "LVIS_instance_pools.json"
@@ -251,25 +250,6 @@ def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path],
 # All images -----------------------------------------------------------------------------------------------------
 
 
-def prepare_all(args: argparse.Namespace, jobs: list[Job]) -> list[tuple[list[Path], list[tuple[str, str]]]]:
-    """Write the objects of all images.
-
-    Returns:
-        of each process: its files, and (image, reason) of what it dropped; an empty list in all but the first.
-    """
-    connect()
-    settings = Settings(*(getattr(args, field.name, field.default) for field in fields(Settings)))
-    made, dropped = list[Path](), list[tuple[str, str]]()
-    with output_folder(args.output, asdict(settings)) as unfinished:
-        from_first(None)
-        work = partial(prepare, settings=settings, unfinished=unfinished)
-        for job, outcome, reason in in_processes(work, share(jobs), args.workers, args.timeout, "images"):
-            files, reasons = outcome or ([], [reason])
-            made += files
-            dropped += [(job.image, why) for why in reasons]
-        return to_first((made, dropped))
-
-
 def instances(made: list[Path], images: Path, min_per_category: int) -> tuple[list[str], list[tuple[str, str]]]:
     """Lines of object_instances.txt, and (category, reason) of the categories that have too few objects."""
     names = sorted(path.relative_to(images).as_posix() for path in made)
@@ -290,11 +270,13 @@ def main(argv: list[str] | None = None) -> None:
     else:
         jobs = mask_jobs(args.images, args.masks, args.output)
     jobs = [job for job in jobs if job.target.parent.name not in args.exclude]
-    results = prepare_all(args, jobs)
-    if not results:
+    settings = Settings(*(getattr(args, field.name, field.default) for field in fields(Settings)))
+    outcomes = make_all(args, asdict(settings), lambda: jobs, partial(prepare, settings=settings), "images")
+    if rank() > 0:
         return
-    made = [file for files, _ in results for file in files]
-    dropped = sorted(row for _, rows in results for row in rows)
+    made = [file for _, outcome, _ in outcomes if outcome for file in outcome[0]]
+    reasons = [(job, outcome[1] if outcome else [reason]) for job, outcome, reason in outcomes]
+    dropped = sorted((job.image, reason) for job, several in reasons for reason in several)
     lines, few = instances(made, args.output / "images", args.min_per_category)
     write_table(args.output / "dropped.tsv", ("image", "reason"), dropped + few)
     print(f"{len(jobs)} images: {len(made)} objects, {len(dropped)} dropped (see {args.output / 'dropped.tsv'})")

@@ -3,6 +3,7 @@
 A process that hangs or dies costs only the item it works on. Nodes are connected as in training, by torchrun or srun.
 """
 
+import argparse
 import ctypes
 import functools
 import multiprocessing
@@ -12,10 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from data_tools import Unusable
+from data_tools import Unusable, output_folder
 from tqdm import tqdm
 
 from utils import init_distributed, never_freed, rank, world_size
@@ -152,3 +154,30 @@ def to_first(value: T) -> list[T]:
 def share(items: Sequence[T]) -> Sequence[T]:
     """The items of this process: every world-th, beginning with that of its rank."""
     return items[rank() :: world_size()]
+
+
+def make_all(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    jobs: Callable[[], list[T]],
+    make: Callable[[T, Path], Any],
+    title: str,
+) -> list[tuple[T, Any, str]]:
+    """Do all jobs in the processes of all nodes.
+
+    Args:
+        args: with output, workers and timeout.
+        settings: see output_folder.
+        jobs: called in the first process, once the folder is locked.
+        make: called with a job and a folder for unfinished files; raises Unusable.
+    Returns:
+        (job, result, "") or (job, None, reason) of each; an empty list in all processes but the first.
+    Raises:
+        RunError: see output_folder.
+    """
+    connect()
+    with output_folder(args.output, settings) as unfinished:
+        mine = share(from_first(jobs() if rank() == 0 else []))
+        work = functools.partial(make, unfinished=unfinished)
+        outcomes = list(in_processes(work, mine, args.workers, args.timeout, title))
+        return [outcome for part in to_first(outcomes) for outcome in part]

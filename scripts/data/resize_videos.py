@@ -22,18 +22,17 @@ from data_tools import (
     common_folder,
     is_made,
     list_parser,
-    output_folder,
     put_in_place,
     read_lists,
     without_suffixes,
     write_lists,
     write_table,
 )
-from processes import connect, from_first, in_processes, share, to_first
+from processes import make_all
 from video_writing import USUAL_RATE, Settings, Written, write_resized
 
 from shards import problem_of, status
-from utils import run_main
+from utils import rank, run_main
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,37 +72,19 @@ def plan(sources: list[str], root: str, videos: Path) -> dict[str, Path]:
     return targets
 
 
-def resize(job: tuple[str, Path], settings: Settings, unfinished: Path) -> Written:
-    """Write one video (source, target) to a file of this process and rename it. Raises Unusable."""
+def resize(job: tuple[str, Path], settings: Settings, unfinished: Path) -> Written | None:
+    """Write one video (source, target) to a file of this process and rename it; None if it is there already.
+
+    Raises:
+        Unusable: see write_resized.
+    """
     source, target = job
+    if is_made(target, source):
+        return None
     file = unfinished / f"{os.getpid()}.mp4"
     written = write_resized(source, str(file), settings)
     put_in_place(file, target)
     return written
-
-
-def resize_all(args: argparse.Namespace, root: str, targets: dict[str, Path]) -> list[tuple[int, dict, list]]:
-    """Write the results that are missing.
-
-    Returns:
-        of each process: number of results there before, reasons by failed source, and what was written; an empty
-        list in all processes but the first.
-    """
-    connect()
-    # With another root two originals could have the same target, so it is a setting of the folder.
-    settings = Settings(args.short_side, args.key_frames, args.crf, args.preset, args.b_frames)
-    failed, made = dict[str, str](), list[Written]()
-    with output_folder(args.output, asdict(settings) | {"root": root}) as unfinished:
-        from_first(None)
-        mine = share(list(targets.items()))
-        todo = [(source, target) for source, target in mine if not is_made(target, source)]
-        work = partial(resize, settings=settings, unfinished=unfinished)
-        for (source, _), written, reason in in_processes(work, todo, args.workers, args.timeout, "videos"):
-            if reason:
-                failed[source] = reason
-            else:
-                made.append(written)
-        return to_first((len(mine) - len(todo), failed, made))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,12 +94,16 @@ def main(argv: list[str] | None = None) -> None:
     sources = list(dict.fromkeys(os.path.join(args.data_root, line.name) for part in lists.values() for line in part))
     root = os.path.abspath(args.root) if args.root else common_folder(sources)
     targets = plan(sources, root, videos)
-    results = resize_all(args, root, targets)
-    if not results:
+    settings = Settings(args.short_side, args.key_frames, args.crf, args.preset, args.b_frames)
+    # With another root two originals could have the same target, so it is a setting of the folder.
+    fixed, jobs = asdict(settings) | {"root": root}, list(targets.items())
+    outcomes = make_all(args, fixed, lambda: jobs, partial(resize, settings=settings), "videos")
+    if rank() > 0:
         return
-    if there := sum(count for count, _, _ in results):
+    reasons = {source: reason for (source, _), _, reason in outcomes if reason}
+    made = [written for _, written, _ in outcomes if written]
+    if there := len(targets) - len(reasons) - len(made):
         print(f"{there} of {len(targets)} videos are there already")
-    reasons = {source: reason for _, failed, _ in results for source, reason in failed.items()}
     failed = [(source, reasons[source]) for source in targets if source in reasons]
     write_table(args.output / "failed.tsv", ("path", "reason"), failed)
     done = {source: target for source, target in targets.items() if source not in reasons}
@@ -126,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     before, after = (sum(size[column] for size in sizes) for column in (0, 1))
     times = f"{after / max(1, before):.2f} times"
     print(f"{len(done)} videos, {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after ({times})")
-    if made := [written for _, _, part in results for written in part]:
+    if made:
         psnr, minutes = [written.psnr for written in made], sum(written.seconds for written in made) / 60
         print(f"made now: {len(made)}, {minutes:.1f} minutes, PSNR {min(psnr):.1f} to {max(psnr):.1f} dB")
     if guessed := sum(written.guessed_rate for written in made):
