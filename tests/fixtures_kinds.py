@@ -1,12 +1,5 @@
-"""Count the frames that each reader gets wrong, by container and codec: the table in DATASET.md.
+"""Videos of many containers and codecs in which every picture shows its number. No test here: PYTEST_DONT_REWRITE."""
 
-    python scripts/data/measure_reading.py
-
-Writes videos in which every picture shows its number, and reads clips from all parts of them. The reference is the
-sequence that FFmpeg decodes from the start of the file.
-"""
-
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,15 +8,8 @@ from typing import Any
 
 import av
 import numpy as np
-from data_tools import new_parser
-from tqdm import tqdm
-
-from utils import run_main
-from video_check import ffmpeg_frames
-from video_reader import READERS, VideoError, read_frames
 
 WIDTH, HEIGHT, RATE = 128, 96, 25
-NUM_FRAMES, STRIDE, CLIPS = 16, 4, 11
 
 
 @dataclass(frozen=True)
@@ -117,7 +103,7 @@ def number_of(frame: np.ndarray) -> int:
     return int(np.packbits(fields.ravel() > 125)[0])
 
 
-def write(path: str, kind: Kind, frames: int = 240) -> None:
+def write_kind(path: str, kind: Kind, frames: int) -> None:
     """Write a video. Raises av.FFmpegError if this FFmpeg cannot."""
     first = f"{path}.whole.{kind.suffix}" if kind.change else path
     with av.open(first, "w") as container:
@@ -138,34 +124,3 @@ def write(path: str, kind: Kind, frames: int = 240) -> None:
                     packet.stream = stream
                     target.mux(packet)
         Path(first).unlink()
-
-
-def wrong(path: str, reader: str) -> tuple[int, int]:
-    """Number of wrong frames in clips from all parts of a video, and of all frames of the clips."""
-    truth = [number_of(frame.to_ndarray(format="rgb24")) for frame in ffmpeg_frames(path)]
-    faults = 0
-    for start in np.linspace(0, len(truth) - (NUM_FRAMES - 1) * STRIDE - 1, CLIPS).astype(int):
-        wanted = start + STRIDE * np.arange(NUM_FRAMES)
-        try:
-            frames = read_frames(path, lambda total, wanted=wanted: wanted.clip(max=total - 1), reader)
-        except VideoError:
-            return CLIPS * NUM_FRAMES, CLIPS * NUM_FRAMES
-        faults += sum(number_of(frame) != truth[index] for frame, index in zip(frames, wanted))
-    return faults, CLIPS * NUM_FRAMES
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print the table."""
-    new_parser(__doc__).parse_args(argv)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in tqdm(KINDS, desc="kinds", disable=None):
-            path = f"{folder}/video.{kind.suffix}"
-            write(path, kind)
-            counts = [wrong(path, reader) for reader in READERS]
-            rows.append(f"| {kind.title} | {kind.suffix} | {' | '.join(f'{bad} of {all_}' for bad, all_ in counts)} |")
-    print(f"| | file | {' | '.join(READERS)} |\n|{'---|' * (2 + len(READERS))}", *rows, sep="\n")
-
-
-if __name__ == "__main__":
-    run_main(main)
