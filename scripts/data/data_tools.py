@@ -25,7 +25,7 @@ import lists
 from shards import status
 from utils import RunError, rank, user_errors, write_whole
 
-LOCK_WAIT = 20.0  # seconds
+LOCK_WAIT, POLL = 20.0, 0.05  # seconds
 
 
 class Unusable(Exception):
@@ -210,14 +210,12 @@ def take_lock(lock: IO, folder: Path) -> None:
     Raises:
         RunError: still locked after LOCK_WAIT seconds.
     """
-    end = time.monotonic() + LOCK_WAIT
-    while True:
+    for _ in range(max(1, round(LOCK_WAIT / POLL))):
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > end:
-                raise RunError(f"{folder}: another run is writing to this folder") from error
-            time.sleep(0.05)
+        except BlockingIOError:
+            time.sleep(POLL)
+    raise RunError(f"{folder}: another run is writing to this folder")
 
 
 @contextmanager
