@@ -146,24 +146,25 @@ def load(path: Path) -> tuple[nn.Module, Weights, dict[str, Any]]:
     if isinstance(theirs, VideoMAEModel) and (path / DECODER).is_file():
         weights |= load_file(path / DECODER)
     ours = build_ours(weights, path)
-    return theirs or ours, weights, checkpoint
+    return theirs or ours, ours.state_dict(), checkpoint
 
 
 # Files ----------------------------------------------------------------------------------------------------------
 
 
-def read_class_names(model: PreTrainedModel) -> list[str]:
-    """Class names of the config; empty if they are the placeholders of transformers."""
-    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
-    return [] if names == [f"LABEL_{label}" for label in range(len(names))] else names
+def read_config(model: PreTrainedModel, folder: Path) -> tuple[int, int, list[str]]:
+    """Frames, side, and class names (empty if they are placeholders) of a model of transformers.
 
-
-def check_normalisation(folder: Path) -> None:
-    """Warn if the model was trained with another normalisation than ours."""
+    Warns if it was trained with another normalisation than ours.
+    """
+    config, side = model.config, model.config.image_size
+    names = [config.id2label[label] for label in range(config.num_labels)]
     if (folder / "preprocessor_config.json").is_file():
         processor = VideoMAEImageProcessor.from_pretrained(folder)
         if (tuple(processor.image_mean), tuple(processor.image_std)) != IMAGENET:
             logger.warning("%s was trained with another normalisation than ImageNet's, which is ours", folder)
+    placeholders = [f"LABEL_{label}" for label in range(len(names))]
+    return config.num_frames, side if isinstance(side, int) else side[0], [] if names == placeholders else names
 
 
 def write_ours(weights: Weights, path: Path) -> None:
@@ -283,9 +284,7 @@ def main(args: argparse.Namespace) -> None:
         raise RunError(f"{destination}: from a folder to a file, so end it in {', '.join(FILES)}")
     model, weights, checkpoint = load(source)
     if isinstance(model, PreTrainedModel):
-        check_normalisation(source)
-        classes, side, frames = read_class_names(model), model.config.image_size, model.config.num_frames
-        side = side if isinstance(side, int) else side[0]
+        frames, side, classes = read_config(model, source)
     else:
         trained = checkpoint.get("args")
         frames, side = getattr(trained, "num_frames", 16), getattr(trained, "input_size", 224)
