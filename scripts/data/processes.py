@@ -55,35 +55,29 @@ def serve(
         pipe.send(outcome)
 
 
-class Worker:
-    """A process that works on one item at a time."""
+def start(function: Callable[[Any], Any]) -> tuple[multiprocessing.connection.Connection, Any]:
+    """Start a worker; returns its pipe and process."""
+    pipe, theirs = FORK.Pipe()
+    process = FORK.Process(target=serve, args=(function, theirs, pipe), daemon=True)
+    process.start()
+    theirs.close()
+    return pipe, process
 
-    def __init__(self, function: Callable[[Any], Any]):
-        self.pipe, theirs = FORK.Pipe()
-        self.process = FORK.Process(target=serve, args=(function, theirs, self.pipe), daemon=True)
-        self.process.start()
-        theirs.close()
 
-    def give(self, item: Any, timeout: float) -> None:
-        """Send it an item."""
-        self.item, self.deadline = item, time.monotonic() + timeout
-        self.pipe.send(item)
+def receive(pipe: multiprocessing.connection.Connection, process: Any) -> tuple[Any, str]:
+    """(result, "") or (None, reason) of a worker that has sent one, or died."""
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        return None, f"the process that read it died (exit code {process.exitcode})"
 
-    def take(self) -> tuple[Any, str] | None:
-        """(result, ""), or (None, reason); None if it has neither yet."""
-        if self.pipe.poll():
-            try:
-                return self.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                self.process.join()
-                return None, f"the process that read it died (exit code {self.process.exitcode})"
-        return (None, "no answer in time (--timeout)") if time.monotonic() > self.deadline else None
 
-    def stop(self) -> None:
-        """Kill it."""
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
+def end(pipe: multiprocessing.connection.Connection, process: Any) -> None:
+    """Kill a worker."""
+    process.kill()
+    process.join()
+    pipe.close()
 
 
 def in_processes(
@@ -94,28 +88,26 @@ def in_processes(
     An item fails if the function raises Unusable, takes longer than `timeout` seconds, or kills its process.
     """
     todo = deque(items)
-    crew = [Worker(function) for _ in range(min(workers, len(todo)))]
-    busy: set[Worker] = set()
+    crew = dict(start(function) for _ in range(min(workers, len(todo))))  # processes by their pipes
+    busy: dict[Any, tuple[T, float]] = {}  # item and deadline, by pipe
     try:
         with tqdm(total=len(todo), desc=title, disable=rank() > 0 or None, smoothing=0.05) as bar:
             while todo or busy:
-                for worker in [worker for worker in crew if worker not in busy][: len(todo)]:
-                    worker.give(todo.popleft(), timeout)
-                    busy.add(worker)
-                multiprocessing.connection.wait([worker.pipe for worker in busy], timeout=1)
-                for worker in list(busy):
-                    outcome = worker.take()
-                    if outcome is None:
-                        continue
-                    busy.remove(worker)
-                    if outcome[0] is None and (not worker.process.is_alive() or time.monotonic() > worker.deadline):
-                        worker.stop()
-                        crew[crew.index(worker)] = Worker(function)
+                for pipe in [pipe for pipe in crew if pipe not in busy][: len(todo)]:
+                    busy[pipe] = todo.popleft(), time.monotonic() + timeout
+                    pipe.send(busy[pipe][0])
+                ready = multiprocessing.connection.wait(list(busy), timeout=1)
+                for pipe in [pipe for pipe in busy if pipe in ready or time.monotonic() > busy[pipe][1]]:
+                    item, _ = busy.pop(pipe)
+                    outcome = receive(pipe, crew[pipe]) if pipe in ready else (None, "no answer in time (--timeout)")
+                    if pipe not in ready or not crew[pipe].is_alive():
+                        end(pipe, crew.pop(pipe))
+                        crew |= [start(function)]
                     bar.update()
-                    yield worker.item, *outcome
+                    yield item, *outcome
     finally:
-        for worker in crew:
-            worker.stop()
+        for pipe, process in crew.items():
+            end(pipe, process)
 
 
 # Nodes ----------------------------------------------------------------------------------------------------------
