@@ -43,7 +43,6 @@ from utils import rank, run_main
 VISIBLE = 16  # alpha from which a pixel counts as part of the object
 POOLS = "LVIS_instance_pools.json"
 FLAT = "object"  # category of images that lie in no folder
-ID_MODES = ("1", "L", "P", "I", "I;16")
 VOID = 255  # of masks that number their objects: belongs to none
 
 
