@@ -155,8 +155,8 @@ def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
 # One image ------------------------------------------------------------------------------------------------------
 
 
-def read_pixels(job: Job) -> np.ndarray:
-    """Read an image with an alpha channel, or with a mask, as RGBA uint8 ``[h, w, 4]``.
+def read_image(job: Job) -> Image.Image:
+    """Read an image with an alpha channel, or with a mask, as RGBA.
 
     Raises:
         Unusable or IMAGE_ERRORS: no alpha, or unreadable.
@@ -164,53 +164,48 @@ def read_pixels(job: Job) -> np.ndarray:
     with Image.open(job.image) as image:
         if not job.mask and "A" not in image.getbands() and "transparency" not in image.info:
             raise Unusable("no transparency: not a cut-out")
-        return np.array(image.convert("RGBA"))
+        return image.convert("RGBA")
 
 
-def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, np.ndarray]:
-    """Read a mask: alpha uint8 ``[h, w]`` of each object, by the suffix of the object's name.
+def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, Image.Image]:
+    """Read a mask: the alpha channel of each object, by the suffix of the object's name.
 
     Raises:
         Unusable: the mask has another size than the image, or no bright pixel.
     """
-    with Image.open(job.mask) as image:
-        if image.size != size:
-            raise Unusable(f"the mask has {image.size[0]} x {image.size[1]} pixels, the image {size[0]} x {size[1]}")
+    with Image.open(job.mask) as mask:
+        if mask.size != size:
+            raise Unusable(f"the mask has {mask.size[0]} x {mask.size[1]} pixels, the image {size[0]} x {size[1]}")
         if mask_values == "ids":
-            values = np.array(image if image.mode in ("P", "L") else image.convert("I"))
-            return {
-                f"_{value}": np.uint8(255) * (values == value) for value in np.unique(values) if value not in (0, VOID)
-            }
-        alpha = np.array(image.convert("L"))
-    if alpha.max() < 128:
+            values = np.array(mask if mask.mode in ("P", "L") else mask.convert("I"))
+            ids = [value for value in np.unique(values) if value not in (0, VOID)]
+            return {f"_{value}": Image.fromarray(np.uint8(255) * (values == value)) for value in ids}
+        alpha = mask.convert("L")
+    if alpha.getextrema()[1] < 128:
         raise Unusable("the mask is nowhere above 127: if its values number objects, --mask_values ids")
     return {"": alpha}
 
 
-def cut_out(pixels: np.ndarray, settings: Settings) -> Image.Image:
-    """Crop an object to its visible part, and shrink it if it is too large.
+def cut_out(image: Image.Image, settings: Settings) -> Image.Image:
+    """Crop an object (RGBA) to its visible part, and shrink it if it is too large.
 
-    Args:
-        pixels: RGBA uint8 ``[h, w, 4]``.
     Raises:
         Unusable: nothing or too little is visible, or everything is opaque, so that it is no cut-out.
     """
-    seen = pixels[..., 3] >= VISIBLE
-    if not seen.any():
+    seen = image.getchannel("A").point(lambda alpha: 255 * (alpha >= VISIBLE))
+    box = seen.getbbox()
+    if box is None:
         raise Unusable("fully transparent")
-    if not settings.keep_opaque and (pixels[..., 3] == 255).all():
+    if not settings.keep_opaque and image.getchannel("A").getextrema()[0] == 255:
         raise Unusable("opaque everywhere: not a cut-out")
-    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = seen[box].shape
-    shrink = min(1.0, settings.max_side / max(height, width))
-    if min(height, width) * shrink < settings.min_side:
-        raise Unusable(f"too small: {width} x {height} pixels")
-    if seen[box].mean() < settings.min_fill:
-        raise Unusable(f"fills {seen[box].mean():.1%} of its box")
-    image = Image.fromarray(np.ascontiguousarray(pixels[box]))
+    image, fill = image.crop(box), np.asarray(seen.crop(box)).astype(bool).mean()
+    shrink = min(1.0, settings.max_side / max(image.size))
+    if min(image.size) * shrink < settings.min_side:
+        raise Unusable(f"too small: {image.width} x {image.height} pixels")
+    if fill < settings.min_fill:
+        raise Unusable(f"fills {fill:.1%} of its box")
     if shrink < 1:  # with premultiplied alpha, or colours hidden under transparent pixels would show at the edge
-        size = (round(width * shrink), round(height * shrink))
+        size = (round(image.width * shrink), round(image.height * shrink))
         image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     return image
 
@@ -223,25 +218,22 @@ def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path],
     """
     made, reasons = [], []
     try:
-        pixels = read_pixels(job)
-        size = (pixels.shape[1], pixels.shape[0])
-        masks = read_masks(job, size, settings.mask_values) if job.mask else {"": pixels[..., 3]}
+        image = read_image(job)
+        masks = read_masks(job, image.size, settings.mask_values) if job.mask else {"": image.getchannel("A")}
     except IMAGE_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error).replace(job.image, "it") or type(error).__name__
         raise Unusable(reason) from error
     for suffix, alpha in masks.items():
         target = job.target.with_name(f"{job.target.name}{suffix}.png")
-        if is_made(target, job.image) and (not job.mask or is_made(target, job.mask)):
-            made.append(target)
-            continue
-        try:
-            image = cut_out(np.dstack([pixels[..., :3], alpha]), settings)
-        except Unusable as error:
-            reasons.append(f"object{suffix}: {error}" if suffix else str(error))
-            continue
-        file = unfinished / f"{os.getpid()}.png"
-        image.save(file)
-        put_in_place(file, target)
+        if not is_made(target, job.image) or (job.mask and not is_made(target, job.mask)):
+            image.putalpha(alpha)
+            file = unfinished / f"{os.getpid()}.png"
+            try:
+                cut_out(image, settings).save(file)
+            except Unusable as error:
+                reasons.append(f"object{suffix}: {error}" if suffix else str(error))
+                continue
+            put_in_place(file, target)
         made.append(target)
     return made, reasons
 
