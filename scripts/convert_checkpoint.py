@@ -17,6 +17,7 @@ import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -38,7 +39,7 @@ from checkpoints import write_atomically
 from modeling_finetune import PATCH_SIZE, SIZES, TUBELET_SIZE, Size, VisionTransformer, token_grid
 from modeling_pretrain import Encoder, PretrainVisionTransformer, split_tokens
 from utils import RunError, logger, run_main, setup_logging, user_errors
-from weights import THEIR_MODULES, THEIR_PARTS, Weights, from_transformers, local_path, model_weights, read_checkpoint
+from weights import THEIR_MODULES, THEIR_PARTS, Weights, local_path, model_weights, read_checkpoint
 
 FILES = (".pth", ".pt", ".safetensors")
 DECODER = "smile_decoder.safetensors"  # next to a VideoMAEModel, with our names
@@ -54,29 +55,28 @@ PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}
 
 
 def their_names(name: str) -> list[str]:
-    """Their names of one of our tensors: one name, or three (query, key, value) that divide its first axis."""
+    """Names in transformers of one of our tensors: one, or three (query, key, value) that divide its first axis."""
     name = name.removeprefix("encoder.")
-    block = re.fullmatch(r"(.+)\.(\d+)\.(.+)\.(\w+)", name)
     module, dot, leaf = name.rpartition(".")
     theirs = f"{MODULES.get(module, module)}{dot}{leaf}"
-    if block:
+    if block := re.fullmatch(r"(.+)\.(\d+)\.(.+)\.(\w+)", name):
         stack, number, part, leaf = block.groups()
         theirs = f"{MODULES[stack]}.{number}.{PARTS.get(part, 'attention.attention.{}')}.{leaf}"
     inside = "videomae." * theirs.startswith(("embeddings.", "encoder.", "layernorm."))
-    names = ("query", "key", "value") if "{}" in theirs else ("",)
-    return [inside + theirs.format(name) for name in names]
+    parts = ("query", "key", "value") if "{}" in theirs else ("",)
+    return [inside + theirs.format(part) for part in parts]
 
 
 def to_theirs(weights: Weights) -> Weights:
-    """Our tensors with their names."""
-    return {
-        name: part.clone()  # safetensors takes no views
-        for ours, value in weights.items()
-        for name, part in zip(their_names(ours), value.chunk(len(their_names(ours))))
-    }
+    """Rename and divide our tensors for transformers."""
+    theirs = {}
+    for ours, value in weights.items():
+        names = their_names(ours)
+        theirs |= {name: part.clone() for name, part in zip(names, value.chunk(len(names)))}  # safetensors: no views
+    return theirs
 
 
-# Our side -------------------------------------------------------------------------------------------------------
+# Models ---------------------------------------------------------------------------------------------------------
 
 
 def count(weights: Weights, prefix: str) -> int:
@@ -84,58 +84,35 @@ def count(weights: Weights, prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
 
 
-def find_size(width: int, depth: int) -> Size:
-    """The size with this width and depth.
-
-    Raises:
-        RunError: no such size.
-    """
+def size_of(weights: Weights) -> Size:
+    """Size of the model with these weights. Raises RunError if there is none."""
+    prefix = "" if "head.bias" in weights else "encoder."
+    width, depth = len(weights.get(f"{prefix}patch_embed.proj.bias", ())), count(weights, f"{prefix}blocks.")
     for size in SIZES.values():
         if (size.embed_dim, size.depth) == (width, depth):
             return size
     raise RunError(f"no model of this project has {depth} blocks of width {width}")
 
 
-def size_of(weights: Weights) -> Size:
-    """The size of the model with these weights (our names); raises RunError if there is none."""
-    prefix = "" if "head.bias" in weights else "encoder."
-    return find_size(len(weights.get(f"{prefix}patch_embed.proj.bias", ())), count(weights, f"{prefix}blocks."))
-
-
-def new_model(size: Size, classes: int = 0, decoder_depth: int = 0, out_dim: int = 0) -> nn.Module:
-    """A classifier, a pretraining model, or only the encoder of one, with the names it has there."""
-    if classes:
-        return VisionTransformer(size, num_classes=classes)
-    if out_dim:
-        return PretrainVisionTransformer(size, decoder_depth, out_dim)
-    return nn.ModuleDict({"encoder": Encoder(size, 0.0, False)})
-
-
-def load_ours(checkpoint: dict, path: Path) -> nn.Module:
-    """Build the model of a checkpoint and load its weights.
+def build_ours(weights: Weights, path: Path) -> nn.Module:
+    """Build the classifier, pretraining model, or encoder of one that has these weights; `path` is for messages.
 
     Raises:
         RunError: the weights fit no model of this project.
     """
-    weights = model_weights(checkpoint, path)
     classes, out_dim = (len(weights.get(name, ())) for name in ("head.bias", "decoder.head.bias"))
-    model = new_model(size_of(weights), classes, count(weights, "decoder.blocks."), out_dim)
+    size = size_of(weights)
+    if classes:
+        model: nn.Module = VisionTransformer(size, num_classes=classes)
+    elif out_dim:
+        model = PretrainVisionTransformer(size, count(weights, "decoder.blocks."), out_dim)
+    else:
+        model = nn.ModuleDict({"encoder": Encoder(size, 0.0, False)})
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # its second line names the first tensors
         raise RunError(f"{path}: {str(error).splitlines()[1].strip()[:160]}") from error
     return model
-
-
-def write_ours(weights: Weights, path: Path) -> None:
-    """Write weights as a checkpoint."""
-    if path.suffix == ".safetensors":
-        save_file({name: value.contiguous() for name, value in weights.items()}, path, {"format": "pt"})
-    else:
-        write_atomically({"model": weights}, path)
-
-
-# Their side -----------------------------------------------------------------------------------------------------
 
 
 def load_theirs(folder: Path) -> PreTrainedModel:
@@ -155,44 +132,47 @@ def load_theirs(folder: Path) -> PreTrainedModel:
     return model
 
 
-def read_theirs(model: PreTrainedModel, folder: Path) -> Weights:
-    """The weights of a model of transformers with our names; `folder` is where it was loaded from."""
-    config, inside = model.config, "videomae." if isinstance(model, VideoMAEModel) else ""
-    biases = {".query.bias": ".q_bias", ".value.bias": ".v_bias"}  # as transformers 5 names them in memory
-    theirs = {}
-    for name, value in model.state_dict().items():
-        ending = next((ending for ending in biases if name.endswith(ending)), "")
-        theirs[inside + name.removesuffix(ending) + biases.get(ending, "")] = value
-    size = find_size(config.hidden_size, config.num_hidden_layers)
-    with torch.device("meta"):
-        if isinstance(model, VideoMAEForVideoClassification):
-            ours = new_model(size, classes=config.num_labels)
-        elif isinstance(model, VideoMAEForPreTraining):
-            ours = new_model(size, decoder_depth=config.decoder_num_hidden_layers, out_dim=PIXELS)
-        else:
-            ours = new_model(size)
-    found = from_transformers(theirs)
-    missing = [name for name in ours.state_dict() if name not in found]
-    if missing:
-        raise RunError(f"the Hugging Face model lacks {missing[0]} (and {len(missing) - 1} more)")
-    weights = {name: found[name] for name in ours.state_dict()}
-    if isinstance(model, VideoMAEModel) and (folder / DECODER).is_file():
-        weights |= load_file(folder / DECODER)
-    return weights
+def load(path: Path) -> tuple[nn.Module, Weights, dict[str, Any]]:
+    """Load a file of this project, or a folder of transformers.
+
+    Returns:
+        the model, its weights with our names, and the checkpoint.
+    Raises:
+        RunError: unreadable, or no model of this project.
+    """
+    theirs = load_theirs(path) if path.is_dir() else None
+    checkpoint = read_checkpoint(path)
+    weights = model_weights(checkpoint, path)
+    if isinstance(theirs, VideoMAEModel) and (path / DECODER).is_file():
+        weights |= load_file(path / DECODER)
+    ours = build_ours(weights, path)
+    return theirs or ours, ours.state_dict(), checkpoint
 
 
-def read_class_names(model: PreTrainedModel) -> list[str]:
-    """Class names of the config; empty if they are the placeholders of transformers."""
-    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
-    return [] if names == [f"LABEL_{label}" for label in range(len(names))] else names
+# Files ----------------------------------------------------------------------------------------------------------
 
 
-def check_normalisation(folder: Path) -> None:
-    """Warn if the model was trained with another normalisation than ours."""
+def read_config(model: PreTrainedModel, folder: Path) -> tuple[int, int, list[str]]:
+    """Frames, side, and class names (empty if they are placeholders) of a model of transformers.
+
+    Warns if it was trained with another normalisation than ours.
+    """
+    config, side = model.config, model.config.image_size
+    names = [config.id2label[label] for label in range(config.num_labels)]
     if (folder / "preprocessor_config.json").is_file():
         processor = VideoMAEImageProcessor.from_pretrained(folder)
         if (tuple(processor.image_mean), tuple(processor.image_std)) != IMAGENET:
             logger.warning("%s was trained with another normalisation than ImageNet's, which is ours", folder)
+    placeholders = [f"LABEL_{label}" for label in range(len(names))]
+    return config.num_frames, side if isinstance(side, int) else side[0], [] if names == placeholders else names
+
+
+def write_ours(weights: Weights, path: Path) -> None:
+    """Write weights as a checkpoint."""
+    if path.suffix == ".safetensors":
+        save_file({name: value.contiguous() for name, value in weights.items()}, path, {"format": "pt"})
+    else:
+        write_atomically({"model": weights}, path)
 
 
 def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes: list[str]) -> None:
@@ -201,7 +181,7 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
     Raises:
         RunError: the number of classes differs from that of the head.
     """
-    size, labels, beside = size_of(weights), len(weights.get("head.bias", ())), {}
+    size, labels, beside = size_of(weights), len(weights.get("head.bias", ())), Weights()
     if classes and len(classes) != labels:
         raise RunError(f"--classes names {len(classes)} classes, the head has {labels}")
     kind = "VideoMAEForVideoClassification" if labels else "VideoMAEForPreTraining"
@@ -210,39 +190,37 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
     theirs = to_theirs({name: value for name, value in weights.items() if name not in beside})
     if kind == "VideoMAEModel":
         theirs = {name.removeprefix("videomae."): value for name, value in theirs.items()}
-    names = classes or [f"LABEL_{label}" for label in range(labels)]
-    config = VideoMAEConfig(
+    encoder = {"hidden_size": size.embed_dim, "num_hidden_layers": size.depth, "num_attention_heads": size.num_heads}
+    decoder = {
+        "decoder_hidden_size": size.decoder_embed_dim,
+        "decoder_num_hidden_layers": count(weights, "decoder.blocks."),
+        "decoder_num_attention_heads": size.decoder_num_heads,
+    }
+    names = dict(enumerate(classes or [f"LABEL_{label}" for label in range(labels)]))
+    VideoMAEConfig(
+        **encoder,
+        **decoder,
         image_size=side,
         num_frames=frames,
         patch_size=PATCH_SIZE,
         tubelet_size=TUBELET_SIZE,
-        hidden_size=size.embed_dim,
-        num_hidden_layers=size.depth,
-        num_attention_heads=size.num_heads,
         intermediate_size=4 * size.embed_dim,
-        decoder_hidden_size=size.decoder_embed_dim,
-        decoder_num_hidden_layers=count(weights, "decoder.blocks."),
-        decoder_num_attention_heads=size.decoder_num_heads,
         decoder_intermediate_size=4 * size.decoder_embed_dim,
         layer_norm_eps=1e-6,
         use_mean_pooling=labels > 0,
         architectures=[kind],
-        id2label=dict(enumerate(names)),
-        label2id={name: label for label, name in enumerate(names)},
-    )
-    config.save_pretrained(folder)
+        id2label=names,
+        label2id={name: label for label, name in names.items()},
+    ).save_pretrained(folder)
     save_file(theirs, folder / "model.safetensors", {"format": "pt"})
     if beside:
         save_file(beside, folder / DECODER, {"format": "pt"})
-    VideoMAEImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=list(IMAGENET[0]),
-        image_std=list(IMAGENET[1]),
-    ).save_pretrained(folder)
+    edges, (mean, std) = {"shortest_edge": side}, map(list, IMAGENET)
+    crop = {"height": side, "width": side}
+    VideoMAEImageProcessor(size=edges, crop_size=crop, image_mean=mean, image_std=std).save_pretrained(folder)
 
 
-# Both -----------------------------------------------------------------------------------------------------------
+# The program ----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -256,12 +234,10 @@ def run_model(model: nn.Module, clip: torch.Tensor, mask: torch.Tensor, whole: b
         logits ``[1, C]``, predictions ``[1, N_masked, out_dim]``, or encoded visible tokens ``[1, N_visible, D]``.
     """
     model = model.eval().to(clip.dtype)
-    if isinstance(model, VideoMAEForVideoClassification):
-        return model(clip.transpose(1, 2)).logits
-    if isinstance(model, VideoMAEForPreTraining):
-        return model(clip.transpose(1, 2), mask).logits
-    if isinstance(model, VideoMAEModel):
-        return model(clip.transpose(1, 2), mask).last_hidden_state
+    if isinstance(model, PreTrainedModel):
+        masks = () if isinstance(model, VideoMAEForVideoClassification) else (mask,)
+        output = model(clip.transpose(1, 2), *masks)
+        return output.last_hidden_state if isinstance(model, VideoMAEModel) else output.logits
     if isinstance(model, VisionTransformer):
         return model(clip)
     if whole and isinstance(model, PretrainVisionTransformer):
@@ -304,17 +280,13 @@ def main(args: argparse.Namespace) -> None:
         classes = Path(args.classes).read_text("utf-8-sig").splitlines() if args.classes else []
         destination.parent.mkdir(parents=True, exist_ok=True)
 
-    if source.is_dir():
-        if destination.suffix not in FILES:
-            raise RunError(f"{destination}: from a folder to a file, so end it in {', '.join(FILES)}")
-        model = load_theirs(source)
-        check_normalisation(source)
-        weights, classes, side = read_theirs(model, source), read_class_names(model), model.config.image_size
-        frames, side = model.config.num_frames, side if isinstance(side, int) else side[0]
+    if source.is_dir() and destination.suffix not in FILES:
+        raise RunError(f"{destination}: from a folder to a file, so end it in {', '.join(FILES)}")
+    model, weights, checkpoint = load(source)
+    if isinstance(model, PreTrainedModel):
+        frames, side, classes = read_config(model, source)
     else:
-        checkpoint = read_checkpoint(source)
-        model = load_ours(checkpoint, source)
-        weights, trained = model.state_dict(), checkpoint.get("args")
+        trained = checkpoint.get("args")
         frames, side = getattr(trained, "num_frames", 16), getattr(trained, "input_size", 224)
     frames, side = args.num_frames or frames, args.input_size or side
     with user_errors("--"):
@@ -326,9 +298,7 @@ def main(args: argparse.Namespace) -> None:
             write_ours(weights, draft)
         else:
             write_theirs(weights, draft, frames, side, classes)
-        gap = difference(
-            model, load_theirs(draft) if draft.is_dir() else load_ours(read_checkpoint(draft), draft), frames, side
-        )
+        gap = difference(model, load(draft)[0], frames, side)
         if not gap <= args.tolerance:
             raise RunError(
                 f"{destination} was not written: its output differs from that of {args.source} by {gap:.2g}, more than "

@@ -9,6 +9,7 @@ BENCHMARKS.md compares with measured peaks. --reserve leaves room for CUDA, NCCL
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -40,25 +41,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def block_bytes(tokens: int, width: int, half: bool) -> int:
-    """Bytes that a block saves for the backward pass.
+def saved_bytes(tokens: int, width: int, half: bool, use_checkpoint: bool = False) -> int:
+    """Bytes that a block saves for the backward pass; with activation checkpointing only its input.
 
     For each channel: input and output of two norms, query, key and value, the output of attention, and the hidden layer
     (four times as wide) before and after GELU. Under autocast the inputs of norms are fp32 and all others 16 bits.
     """
-    return tokens * width * (2 * (4 + 2) + 2 * (3 + 1 + 4 + 4) if half else 4 * (2 + 2 + 3 + 1 + 4 + 4))
-
-
-def blocks_bytes(tokens: int, width: int, depth: int, half: bool, use_checkpoint: bool) -> int:
-    """Bytes that `depth` blocks save; with activation checkpointing only their inputs."""
     if use_checkpoint:
-        return depth * tokens * width * (2 if half else 4)
-    return depth * block_bytes(tokens, width, half)
+        return tokens * width * (2 if half else 4)
+    return tokens * width * (2 * (4 + 2) + 2 * (3 + 1 + 4 + 4) if half else 4 * (2 + 2 + 3 + 1 + 4 + 4))
 
 
 def backward_bytes(tokens: int, width: int, half: bool, use_checkpoint: bool) -> int:
     """Bytes that the backward pass of a block adds: gradients, and with checkpointing the recomputed activations."""
-    return tokens * width * (4 * 2 + 4 if half else 4 * 4 + 4) + use_checkpoint * block_bytes(tokens, width, half)
+    return tokens * width * (4 * 2 + 4 if half else 4 * 4 + 4) + use_checkpoint * saved_bytes(tokens, width, half)
 
 
 def pretraining_bytes(size: Size, half: bool, use_checkpoint: bool, clip: Clip, mask_ratio: float) -> int:
@@ -66,8 +62,8 @@ def pretraining_bytes(size: Size, half: bool, use_checkpoint: bool, clip: Clip, 
     t, h, w = token_grid(*clip)
     tokens, hidden, value = t * h * w, t * int(mask_ratio * h * w), 2 if half else 4
     width, visible = size.decoder_embed_dim, tokens - hidden
-    kept = blocks_bytes(visible, size.embed_dim, size.depth, half, use_checkpoint)
-    kept += blocks_bytes(tokens, width, DECODER_DEPTH, half, use_checkpoint)
+    kept = size.depth * saved_bytes(visible, size.embed_dim, half, use_checkpoint)
+    kept += DECODER_DEPTH * saved_bytes(tokens, width, half, use_checkpoint)
     if use_checkpoint:  # the decoder's residual stream is fp32 like its mask token
         kept += (4 - value) * DECODER_DEPTH * tokens * width
     kept += value * visible * 3 * TUBELET_SIZE * PATCH_SIZE**2  # pixels of the embedding
@@ -83,7 +79,7 @@ def pretraining_bytes(size: Size, half: bool, use_checkpoint: bool, clip: Clip, 
 def finetuning_bytes(size: Size, half: bool, use_checkpoint: bool, clip: Clip) -> int:
     """Peak bytes of a clip, early in the backward pass."""
     t, h, w = token_grid(*clip)
-    kept = blocks_bytes(t * h * w, size.embed_dim, size.depth, half, use_checkpoint)
+    kept = size.depth * saved_bytes(t * h * w, size.embed_dim, half, use_checkpoint)
     kept += backward_bytes(t * h * w, size.embed_dim, half, use_checkpoint)
     return kept + (2 if half else 4) * 3 * clip[0] * clip[1] * clip[2] + clip_bytes(clip)
 
@@ -112,19 +108,17 @@ def main() -> None:
     """Print the table."""
     args = get_args()
     clip, half = (args.num_frames, args.input_size, args.input_size), args.precision != "fp32"
-    cards = " | ".join(f"{memory:g} GiB" for memory in args.gpu_memory)
-    print(
-        f"| model | `--use_checkpoint` | fixed, GiB | a clip, MiB | {cards} |\n{'|---' * (4 + len(args.gpu_memory))}|"
-    )
-    for name, use_checkpoint in ((name, flag) for name in args.model for flag in (False, True)):
+    heads = ["model", "`--use_checkpoint`", "fixed, GiB", "a clip, MiB", *(f"{card:g} GiB" for card in args.gpu_memory)]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for name, use_checkpoint in itertools.product(args.model, (False, True)):
         fixed = fixed_bytes(name, half, args.finetune)
         if args.finetune:
             each = finetuning_bytes(SIZES[name], half, use_checkpoint, clip)
         else:
             each = pretraining_bytes(SIZES[name], half, use_checkpoint, clip, args.mask_ratio)
-        rooms = [(1 - args.reserve) * card * 2**30 - fixed for card in args.gpu_memory]
-        cells = [name, "on" if use_checkpoint else "off", f"{fixed / 2**30:.1f}", f"{each / 2**20:.0f}"]
-        print("| " + " | ".join([*cells, *(str(largest_batch(room, each)) for room in rooms)]) + " |")
+        batches = [largest_batch((1 - args.reserve) * card * 2**30 - fixed, each) for card in args.gpu_memory]
+        cells = (name, "on" if use_checkpoint else "off", f"{fixed / 2**30:.1f}", f"{each / 2**20:.0f}", *batches)
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 if __name__ == "__main__":

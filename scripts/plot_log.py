@@ -9,7 +9,6 @@ Takes run folders or files: `log.txt` (one JSON line per epoch), and the `test_p
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from run_logs import read_log
+
+from utils import RunError, run_main, user_errors
 from visualization import shorten
 
 LOG, PREDICTIONS, PER_CLASS = "log.txt", "test_predictions.npz", "test_per_class.csv"
@@ -47,10 +49,6 @@ MAX_NAMED = 25  # classes with names in a confusion matrix
 SHOWN_CLASSES = 40  # bars in one picture
 
 
-class InputError(Exception):
-    """A file that cannot be drawn; the message names it."""
-
-
 class ClassResult(NamedTuple):
     """A line of test_per_class.csv: accuracies in percent, or average precision for multi-label tests."""
 
@@ -61,24 +59,6 @@ class ClassResult(NamedTuple):
 
 
 # Reading --------------------------------------------------------------------------------------------------------
-
-
-def read_log(path: Path) -> list[dict]:
-    """Read the lines of a log.txt; a truncated last line is ignored.
-
-    Raises:
-        InputError: a line in the middle that is not JSON, or nothing to draw.
-    """
-    lines, found = path.read_text().splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path}, line {number}: not a line of a log ({line[:60]!r})") from error
-    if not found or not all(isinstance(line, dict) for line in found):
-        raise InputError(f"{path}: no lines with numbers of epochs")
-    return found
 
 
 def curve(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -110,64 +90,63 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with np.load(path) as file:
             return file["label"], file["scores"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not the predictions of a test ({error})") from error
-
-
-def class_result(row: dict[str, str]) -> ClassResult:
-    """Parse a row of the table; a class without a name is called by its number."""
-    name, videos = row["name"] or f"class {row['class']}", int(row["videos"])
-    if "ap" in row:
-        return ClassResult(name, videos, float(row["ap"]), None)
-    return ClassResult(name, videos, float(row["top1"]), float(row["top5"]))
+        raise RunError(f"{path}: not the predictions of a test ({error})") from error
 
 
 def read_classes(path: Path) -> dict[int, ClassResult]:
-    """Read a test_per_class.csv: class number → result."""
+    """Read a test_per_class.csv: class number → result; a class without a name is called by its number."""
+    results = {}
     try:
         with open(path, newline="") as file:
-            return {int(row["class"]): class_result(row) for row in csv.DictReader(file)}
+            for row in csv.DictReader(file):
+                name, top5 = row["name"] or f"class {row['class']}", None if "ap" in row else float(row["top5"])
+                first = float(row["top1"] if top5 is not None else row["ap"])
+                results[int(row["class"])] = ClassResult(name, int(row["videos"]), first, top5)
+            return results
     except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a table of classes ({error})") from error
+        raise RunError(f"{path}: not a table of classes ({error})") from error
 
 
 # Drawing --------------------------------------------------------------------------------------------------------
 
 
 def draw_curves(logs: dict[str, list[dict]]) -> Figure:
-    """One panel for each quantity in the logs, one colour for each run.
+    """Draw one panel for each quantity in the logs, with one colour for each run.
 
     Raises:
-        InputError: none of the known quantities is in the logs.
+        RunError: none of the known quantities is in the logs.
     """
     keys = {key for log in logs.values() for line in log for key in line if line[key] or key not in RARE}
-    panels = {
-        title: [line for line in wanted if line[0] in keys]
-        for title, wanted in PANELS.items()
-        if any(line[0] in keys for line in wanted)
-    }
+    known = {title: [line for line in lines if line[0] in keys] for title, lines in PANELS.items()}
+    panels = {title: lines for title, lines in known.items() if lines}
     if not panels:
-        raise InputError(f"{', '.join(logs)}: none of the numbers of a run in it")
+        raise RunError(f"{', '.join(logs)}: none of the numbers of a run in it")
     columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.1 * lines + 0.3 * len(logs)), layout="constrained", dpi=110)
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes, (title, wanted) in zip(grid.flat, panels.items()):
-        draw_panel(axes, logs, wanted)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.1 * rows + 0.3 * len(logs)), layout="constrained", dpi=110)
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (title, lines) in zip(grid, panels.items()):
+        draw_panel(axes, logs, lines)
         axes.set_title(title, fontsize=10)
         if "accuracy" in title:
             axes.set_ylim(top=min(axes.get_ylim()[1], 101))
         elif title != "loss":
             axes.set_ylim(bottom=0)
-    for axes in grid.flat[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:
+    for axes in grid[len(panels) - columns : len(panels)]:
         axes.set_xlabel("epochs done")
     if len(logs) > 1:
         handles = [Line2D([], [], color=f"C{number}") for number in range(len(logs))]
         figure.legend(handles, list(logs), loc="outside upper left", ncols=min(4, len(logs)), frameon=False)
     else:
-        figure.suptitle(next(iter(logs)), x=0.01, ha="left", fontsize=11, fontweight="bold")
+        head(figure, next(iter(logs)))
     return figure
+
+
+def head(figure: Figure, text: str) -> None:
+    """Write the heading of a figure."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
 def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, str, str]]) -> None:
@@ -212,7 +191,7 @@ def draw_confusion(matrix: np.ndarray, names: list[str], title: str, unread: int
     right, videos = int(np.trace(matrix)), int(matrix.sum())
     lost = f", {unread} unreadable left out" if unread else ""
     heading = f"{title}: {right} of {videos} videos right ({100 * right / max(1, videos):.1f} %){lost}"
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    head(figure, heading)
     return figure
 
 
@@ -236,14 +215,12 @@ def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
     one_label = all(result.top5 is not None for result in classes.values())
     metric, name = ("accuracy", "top-1") if one_label else ("average precision", "average precision")
     ranked = sorted(classes.values(), key=lambda result: -result.top1)
-    half = SHOWN_CLASSES // 2
+    half, middle = SHOWN_CLASSES // 2, -(-len(ranked) // 2)
+    parts = {f"the best {half} of {len(ranked)} classes": ranked[:half], f"the worst {half}": ranked[-half:]}
     if len(ranked) <= half:
         parts = {f"all {len(ranked)} classes": ranked}
     elif len(ranked) <= SHOWN_CLASSES:
-        middle = -(-len(ranked) // 2)
         parts = {"the better half": ranked[:middle], "the other half": ranked[middle:]}
-    else:
-        parts = {f"the best {half} of {len(ranked)} classes": ranked[:half], f"the worst {half}": ranked[-half:]}
     longest = max(map(len, parts.values()))
     figure = Figure(figsize=(6.5 * len(parts), 0.24 * longest + 1.6), layout="constrained", dpi=110)
     mean = np.mean([result.top1 for result in ranked])
@@ -258,7 +235,7 @@ def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     labels = (name, *["top-5"] * one_label, f"mean {name}, {mean:.1f} %")
     figure.legend((bars, *marks, line), labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{title}: {metric} by class (number of videos)", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    head(figure, f"{title}: {metric} by class (number of videos)")
     return figure
 
 
@@ -269,7 +246,7 @@ def find_files(paths: list[str]) -> Iterator[Path]:
     """Find files that can be drawn: `paths` themselves, or files in these folders.
 
     Raises:
-        InputError: a folder without such files.
+        RunError: a folder without such files.
     """
     for path in map(Path, paths):
         if path.is_file():
@@ -277,7 +254,7 @@ def find_files(paths: list[str]) -> Iterator[Path]:
             continue
         found = [path / name for name in (LOG, PREDICTIONS, PER_CLASS) if (path / name).is_file()]
         if not found:
-            raise InputError(f"{path}: no {LOG}, {PREDICTIONS} or {PER_CLASS} there")
+            raise RunError(f"{path}: no {LOG}, {PREDICTIONS} or {PER_CLASS} there")
         yield from found
 
 
@@ -291,53 +268,48 @@ def run_names(files: list[Path]) -> dict[Path, str]:
     return names
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure and print its path."""
-    figure.savefig(path)
-    print(path)
-
-
-def draw_all(files: list[Path], output: Path) -> None:
-    """Draw all files, logs together in one picture, and print the paths of the pictures.
-
-    Raises:
-        InputError: unknown kind of file.
-    """
-    names, logs = run_names(files), {}
-    for file in files:
-        if file.suffix == ".npz":
-            labels, scores = read_predictions(file)
-            if labels.ndim == 2:
-                print(f"{file}: no confusion matrix, since videos have several labels")
-                continue
-            table = read_classes(file.with_name(PER_CLASS)) if file.with_name(PER_CLASS).is_file() else {}
-            classes = [table[c].name if c in table else f"class {c}" for c in range(scores.shape[1])]
-            matrix = confusion_matrix(labels, scores)
-            figure = draw_confusion(matrix, classes, names[file], len(labels) - int(matrix.sum()))
-            save(figure, output / f"confusion-{names[file]}.png")
-        elif file.suffix == ".csv":
-            save(draw_classes(read_classes(file), names[file]), output / f"per_class-{names[file]}.png")
-        elif file.suffix in (".txt", ".jsonl"):
-            logs[names[file]] = read_log(file)
-        else:
-            raise InputError(f"{file}: neither a {LOG}, nor a {PREDICTIONS}, nor a {PER_CLASS}")
-    if logs:
-        save(draw_curves(logs), output / "curves.png")
+def confusion_picture(file: Path, title: str) -> Figure | None:
+    """Draw the predictions of a test; None for videos with several labels. Names come from the table of classes."""
+    labels, scores = read_predictions(file)
+    if labels.ndim == 2:
+        print(f"{file}: no confusion matrix, since videos have several labels")
+        return None
+    table = read_classes(file.with_name(PER_CLASS)) if file.with_name(PER_CLASS).is_file() else {}
+    classes = [table[c].name if c in table else f"class {c}" for c in range(scores.shape[1])]
+    matrix = confusion_matrix(labels, scores)
+    return draw_confusion(matrix, classes, title, len(labels) - int(matrix.sum()))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and draw."""
+    """Draw all files, logs together in one picture, and print the paths of the pictures.
+
+    Raises:
+        RunError: no file, or one of another kind.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", help="run folders or files")
-    parser.add_argument("--output_dir", default="pictures", help="folder for the pictures (default: pictures)")
+    parser.add_argument("--output_dir", type=Path, default="pictures", help="folder for the pictures (%(default)s)")
     args = parser.parse_args(argv)
-    output = Path(args.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        draw_all(list(find_files(args.paths)), output)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    names, logs = run_names(list(find_files(args.paths))), {}
+    figures: dict[str, Figure | None] = {}
+    for file, name in names.items():
+        if file.suffix == ".npz":
+            figures[f"confusion-{name}.png"] = confusion_picture(file, name)
+        elif file.suffix == ".csv":
+            figures[f"per_class-{name}.png"] = draw_classes(read_classes(file), name)
+        elif file.suffix in (".txt", ".jsonl"):
+            logs[name] = read_log(file)
+        else:
+            raise RunError(f"{file}: neither a {LOG}, nor a {PREDICTIONS}, nor a {PER_CLASS}")
+    if logs:
+        figures["curves.png"] = draw_curves(logs)
+    with user_errors():
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for file_name, figure in figures.items():
+            if figure:
+                figure.savefig(args.output_dir / file_name)
+                print(args.output_dir / file_name)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

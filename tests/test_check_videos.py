@@ -120,11 +120,9 @@ def hang_or_die(item):
     return item.upper()
 
 
-def test_a_worker_that_hangs_or_dies_costs_its_item_alone(tmp_path):
-    items, team = ["a", "hangs", "b", "dies", "refuses", "c"], processes.Team(tmp_path)
-    results = {
-        item: (result, why) for item, result, why in processes.in_processes(hang_or_die, items, 2, 1.5, "", team)
-    }
+def test_a_worker_that_hangs_or_dies_costs_its_item_alone():
+    items = ["a", "hangs", "b", "dies", "refuses", "c"]
+    results = {item: (result, why) for item, result, why in processes.in_processes(hang_or_die, items, 2, 1.5, "")}
     assert {item: result for item, (result, _) in results.items() if result} == {"a": "A", "b": "B", "c": "C"}
     assert results["dies"][1].startswith("the process that read it died (exit code -9)")
     assert "--timeout" in results["hangs"][1] and results["refuses"][1] == "not mine"

@@ -14,7 +14,6 @@ from fixtures_video import source_frames, write_list, write_mp4
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
 import make_lists
-import measure_shards
 import pack_videos
 import resize_videos
 from data_tools import read_list
@@ -179,12 +178,6 @@ def test_killed_anywhere_it_goes_on(tmp_path, name, calls):
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")} for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) > 5
     assert {key: data.replace(b"/two/", b"/one/") for key, data in two.items()} == one
-
-
-def test_the_measurement_prints_its_figures(clips, capsys):
-    measure_shards.main(["--members", "20", "--shards", "2", "--rounds", "1", "--video", str(clips["short.mp4"])])
-    out = capsys.readouterr().out
-    assert "a list of 20 members in 2 shards" in out and out.count("of the files'") == 2
 
 
 # Shards of others -----------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ def test_what_is_dropped_and_why(prepare, tmp_path):
 
 def test_shrinking_shows_no_colour_of_transparent_pixels():
     """Under transparent pixels all is green, the object is red: no green at its edge."""
-    image = np.array(cut_out(cutout(700, 700, (3, 5, 640, 650), (255, 0, 0)), Settings(max_side=97)))
+    whole = Image.fromarray(cutout(700, 700, (3, 5, 640, 650), (255, 0, 0)))
+    image = np.array(cut_out(whole, Settings(max_side=97)))
     assert image.shape == (97, 96, 4)
     assert image[image[..., 3] > 0][:, 1].max() == 0 and image[48, 48].tolist() == [255, 0, 0, 255]
 

@@ -1,29 +1,23 @@
 """Several processes of the tools of scripts/data, as on several nodes: what they write is what one process writes."""
 
 import os
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fixtures_data_tools import kill_at, start
-from fixtures_video import decode_all, source_frames, write_list, write_mp4
+from fixtures_video import decode_all, free_port, source_frames, write_list, write_mp4
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
 import pack_videos
 import prepare_objects
-import processes
 import resize_videos
-from processes import Team, process_place
-
-from utils import RunError
 
 pytest_plugins = "fixtures_data_tools"
-SRUN = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}
-NODES = ("RANK", "WORLD_SIZE", *SRUN)
 
 
 @pytest.fixture
@@ -51,9 +45,11 @@ def on_nodes(monkeypatch, world, main, argv, killed=None):
     """Call a program's main in `world` processes; exit codes. `killed`: rank, and what kill_at takes; then all end."""
     ranks = [rank for rank in range(world) if not killed or rank != killed[0]]
     processes = []
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in shared.items():
+        monkeypatch.setenv(name, value)
     for rank in ranks:
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(world))
         processes.append(start(main, argv))
     if killed:
         monkeypatch.setenv("RANK", str(killed[0]))
@@ -62,7 +58,7 @@ def on_nodes(monkeypatch, world, main, argv, killed=None):
             process.kill()
     for process in processes:
         process.join()
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", *shared):
         monkeypatch.delenv(name)
     return [process.exitcode for process in processes]
 
@@ -104,75 +100,17 @@ def test_several_processes_write_what_one_writes(monkeypatch, tools, tmp_path, t
     assert [path for path in one if not same(one[path], several[path])] == []
 
 
-@pytest.mark.parametrize(
-    "env, place",
-    [
-        ({}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2", **SRUN}, (1, 2)),
-        (SRUN, (2, 3)),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, (0, 1)),
-    ],
-)
-def test_the_place_is_that_of_training(monkeypatch, env, place):
-    """torchrun's variables before those of srun, and no others of Slurm's: INSTALL.md, utils.init_distributed."""
-    for name in NODES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert process_place() == place
-
-
-def team_of(monkeypatch, folder, rank, world=2):
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    return Team(folder)
-
-
-def test_what_an_earlier_run_left_does_not_count(monkeypatch, tmp_path):
-    """Neither its result nor its arrival: the first waits for those of this run, which come later."""
-    monkeypatch.setattr(processes, "POLL", 0.01)
-    old = [team_of(monkeypatch, tmp_path / "team", rank) for rank in (0, 1)]
-    old[1].write("come", old[1].ticket)
-    old[0].beat()
-    old[1].begin()
-    assert old[1].gather("old") == []
-    old[1].write("come", "one that was killed before it could begin")
-    first, second = (team_of(monkeypatch, tmp_path / "team", rank) for rank in (0, 1))
-    first.begin()
-    first.beat()
-
-    def late(argv):
-        second.begin()
-        second.gather("new")
-
-    process = start(late, [])
-    assert first.gather("mine") == ["mine", "new"]
-    process.join()
-    assert process.exitcode == 0 and not (tmp_path / "team").exists()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_has_ended_is_told_by_those_that_wait(monkeypatch, tmp_path, rank):
-    monkeypatch.setattr(processes, "PATIENCE", 0.3)
-    monkeypatch.setattr(processes, "POLL", 0.01)
-    team = team_of(monkeypatch, tmp_path / "team", rank)
-    with pytest.raises(RunError, match=f"process {1 - rank} of 2 has ended, or hangs: .* start the same command again"):
-        team.begin()
-        team.gather("mine")
-
-
-def test_a_process_that_works_for_long_is_waited_for(monkeypatch, tmp_path):
-    """Longer than the patience, with signs of life."""
-    for name, value in {"PATIENCE": 1.0, "POLL": 0.01, "BEAT": 0.05}.items():
-        monkeypatch.setattr(processes, name, value)
-    first, second = (team_of(monkeypatch, tmp_path / "team", rank) for rank in (0, 1))
-
-    def slow(argv):
-        second.begin()
-        for _ in second.share(range(120)):
-            time.sleep(0.05)
-        second.gather("late")
-
-    process = start(slow, [])
-    assert first.gather("mine") == ["mine", "late"]
-    process.join()
+def test_what_is_refused_ends_all_processes_with_a_line(tools, tmp_path):
+    """Both find results that were made with other settings; nobody waits for the other, and no traceback is shown."""
+    argv = [*tools["resize"][1], "--output", str(tmp_path / "out")]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text('{"short_side": 3}')
+    words = [sys.executable, resize_videos.__file__, *argv]
+    started = [
+        subprocess.Popen(words, env=os.environ | shared | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [1, 1], said
+    assert "was made with --short_side 3, not 256" in "".join(said) and "Traceback" not in "".join(said)

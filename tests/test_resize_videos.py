@@ -15,7 +15,6 @@ from fixtures_video import decode_all, source_frames, video_list, write_list, wr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import data_tools
-import measure_resizing
 import resize_videos
 from data_tools import Unusable, read_list
 from video_writing import Settings, verify
@@ -115,12 +114,12 @@ def test_colours_stay(resize, tmp_path):
 
 
 def test_real_videos_keep_their_colours(resize, tmp_path):
-    """Of the decoder of training, against its own frames of the original, resized."""
-    source = next(path for path in measure_resizing.demo_videos() if "bikes" in path)
-    write_mp4(tmp_path / "part.mp4", source_frames("bikes", 0, 30, (640, 272)))
+    """Of the decoder of training, against frames of the original, resized."""
+    source = source_frames("bikes", 0, 30, (640, 272))
+    write_mp4(tmp_path / "part.mp4", source)
     results, _ = resize(write_list(tmp_path / "l.csv", [tmp_path / "part.mp4"]), "--short_side", 136)
     ours = read_frames(results["part.mp4"], EVERY)
-    halves = read_frames(source, lambda _: np.arange(30)).reshape(30, 136, 2, 320, 2, 3).mean(axis=(2, 4))
+    halves = source.reshape(30, 136, 2, 320, 2, 3).mean(axis=(2, 4))
     assert ours.shape == halves.shape and psnr(ours, halves) > 30
     assert np.abs((ours - halves).mean(axis=(0, 1, 2))).max() < 1.5
 
@@ -266,7 +265,7 @@ def test_originals_are_not_overwritten(clips, tmp_path):
 def test_two_runs_at_once_are_refused(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(data_tools, "LOCK_WAIT", 0.2)
     listed = write_list(tmp_path / "l.csv", [clips["short.mp4"]])
-    with resize_videos.output_folder(tmp_path / "out", {}), pytest.raises(RunError, match="another run is writing"):
+    with data_tools.output_folder(tmp_path / "out", {}), pytest.raises(RunError, match="another run is writing"):
         resize_videos.main([listed, "--output", str(tmp_path / "out")])
 
 
@@ -325,24 +324,6 @@ def test_the_program_itself(clips, broken, tmp_path):
     words = [sys.executable, resize_videos.__file__, listed, "--output", str(tmp_path / "out"), "--crf", "40"]
     refused = subprocess.run(words, capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
-
-
-# The measurement ------------------------------------------------------------------------------------------------
-
-
-def test_the_measurement_prints_a_row_for_each_choice(odd_videos, capsys):
-    videos, _ = odd_videos
-    measure_resizing.main(
-        [
-            "--videos",
-            str(videos["plain.mp4"]),
-            *["--short_side", "64", "--key_frames", "8", "1", "--b_frames", "0", "--rounds", "1"],
-        ]
-    )
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert [row[:2] for row in rows[2:]] == [["as it is"] * 2, ["64", "8"], ["64", "1"]]
-    assert all(float(row[5]) > 0 for row in rows[2:]) and all(float(row[8]) > 30 for row in rows[3:])
-    assert float(rows[3][7]) < float(rows[4][7])  # key frames cost bytes
 
 
 def test_a_missing_source_is_named(resize, tmp_path):

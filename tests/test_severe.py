@@ -16,6 +16,7 @@ from fixtures_severe import CELLS, SCRIPTS, VARIABLES, write_lines
 
 from options_finetune import get_args
 from run_class_finetuning import train_videos
+from utils import RunError
 
 sys.path.insert(0, str(SCRIPTS))
 import severe_table
@@ -197,8 +198,8 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         severe_table.main(["fx-s1=x"])
     assert "fx-s1=x: not CELL=FOLDER" in capsys.readouterr().err
-    (tmp_path / "log.txt").write_text("not a log\n")
-    with pytest.raises(SystemExit, match="log.txt: not the log of a run"):
+    (tmp_path / "log.txt").write_text("not a log\n{}\n")
+    with pytest.raises(RunError, match="log.txt, line 1: not a line of the log of a run"):
         severe_table.main([f"ssv2={tmp_path}"])
 
 

@@ -9,11 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from fixtures_video import decode_all
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
-import measure_reading
-from measure_reading import KINDS, Kind, number_of, picture
+from fixtures_kinds import KINDS, Kind, number_of, picture, write_kind
+from fixtures_video import ROOT, decode_all
 
 from datasets_finetune import ActionList, ViewReader, WindowReader
 from video_check import wrong_frames
@@ -33,7 +30,7 @@ def write(path, kind, frames=140):
     """Write a video of a kind, or skip the test."""
     if kind.codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no encoder {kind.codec}")
-    measure_reading.write(str(path), kind, frames)
+    write_kind(str(path), kind, frames)
     return str(path)
 
 
@@ -111,7 +108,7 @@ def test_all_programs_read_the_same_of_several_streams(tmp_path):
     assert numbers in (list(range(20)), list(range(100, 120)))
     resized = tmp_path / "out" / "videos" / "two.mp4"
     (tmp_path / "l.csv").write_text(f"{path} 0\n")
-    program = Path(measure_reading.__file__).with_name("resize_videos.py")
+    program = ROOT / "scripts" / "data" / "resize_videos.py"
     command = [sys.executable, program, tmp_path / "l.csv", "--output", tmp_path / "out", "--workers", "1"]
     subprocess.run(command, check=True, capture_output=True)
     assert [number_of(frame) for frame in read_frames(str(resized), np.arange)] == numbers

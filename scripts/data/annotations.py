@@ -1,8 +1,7 @@
-"""What the annotation files of each data set say: which videos, in which list, with which label.
+"""Readers of the annotation files of each data set: which videos are in which list, with which label.
 
-Each reader takes the folder of a data set's own files, under their own names, and is the only place that knows their
-oddities. Labels come out as text, counted from 0; those of Charades as ``class:start-end`` in seconds. No video is
-looked for: make_lists.py finds them and writes the lists.
+Each reader takes the folder of a data set's own files under their own names. Labels are text, counted from 0; those of
+Charades are ``class:start-end`` in seconds. make_lists.py finds the videos and writes the lists.
 """
 
 import csv
@@ -25,7 +24,7 @@ GYM_PARTS = {"fx-s1": range(6, 17), "ub-s1": range(74, 89)}
 class Entry(NamedTuple):
     """A video of an annotation file.
 
-    names: how its file may be called, with or without folder and suffix; the first one found counts.
+    names: possible names of its file, with or without folder and suffix; the first one found counts.
     folder: the folder it should be in, if the data set has one for each class.
     """
 
@@ -52,10 +51,10 @@ class Annotations:
 
 
 def find_file(folder: str, *patterns: str) -> Path:
-    """The file of an annotation folder that matches the first pattern that any file matches.
+    """Find the file that matches the first pattern that any file matches.
 
     Raises:
-        RunError: none does, or several match the same pattern.
+        RunError: no match, or several for that pattern.
     """
     for pattern in patterns:
         found = sorted(Path(folder).glob(pattern))
@@ -67,7 +66,7 @@ def find_file(folder: str, *patterns: str) -> Path:
 
 
 def whole_number(text: str, where: str) -> int:
-    """A number of an annotation file; `where` names its place in the error."""
+    """Parse a number of an annotation file; `where` names its place in the error."""
     if not re.fullmatch(r"\d+", text):
         raise RunError(f"{where}: {text[:80]!r} is no whole number")
     return int(text)
@@ -81,7 +80,7 @@ def class_label(number: int, classes: Sequence[str], where: str) -> str:
 
 
 def numbered_names(path: Path) -> tuple[list[str], int]:
-    """Names in the order of their numbers, and the first number, from lines ``1 name`` or ``name 1``.
+    """Read lines ``1 name`` or ``name 1``: the names in the order of their numbers, and the first number.
 
     Raises:
         RunError: a line without number, or the numbers are not consecutive from 0 or 1.
@@ -100,11 +99,7 @@ def numbered_names(path: Path) -> tuple[list[str], int]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file.
-
-    Raises:
-        RunError: it is none.
-    """
+    """Read a JSON file. Raises RunError if it is none."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -112,7 +107,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """Rows of a CSV file with a head, each with its place for errors; values without spaces around them.
+    """Read a CSV file with a head: place (for errors) and values of each row, without surrounding spaces.
 
     Raises:
         RunError: a column is missing, or a row ends before it.
@@ -139,7 +134,7 @@ def stem_of(name: str) -> str:
 
 
 def listed_entries(path: Path) -> list[tuple[str, Entry, int]]:
-    """Place, entry and number of lines ``name number``, or ``name frames number``."""
+    """Read lines ``name number``, or ``name frames number``: place, entry and number of each."""
     lines = list(read_lines(path))
     with_frames = all(re.fullmatch(r"\S+ \d+ \d+", line) for _, line in lines)
     entries = []
@@ -159,24 +154,23 @@ def listed_entries(path: Path) -> list[tuple[str, Entry, int]]:
 
 def kinetics(folder: str) -> Annotations:
     """Kinetics' own train and val files: ``label,youtube_id,time_start,time_end,split``; classes by name."""
-    columns = ("label", "youtube_id", "time_start", "time_end")
-    tables = {}
-    for part, names in {"train": ("train",), "val": ("val", "validate", "validation")}.items():
+
+    def read(*names: str) -> list[tuple[str, dict[str, str]]]:
         patterns = [pattern.format(name) for pattern in ("{}.csv", "*_{}.csv", "*-{}.csv") for name in names]
-        tables[f"{part}.csv"] = read_csv(find_file(folder, *patterns), columns)
+        return read_csv(find_file(folder, *patterns), ("label", "youtube_id", "time_start", "time_end"))
+
+    tables = {"train.csv": read("train"), "val.csv": read("val", "validate", "validation")}
     classes = sorted({row["label"].strip('"') for _, row in tables["train.csv"]})
     numbers = {name: str(number) for number, name in enumerate(classes)}
-    lists: dict[str, list[Entry]] = {}
-    for name, table in tables.items():
-        lists[name] = []
-        for where, row in table:
-            label, video = row["label"].strip('"'), row["youtube_id"]
-            if label not in numbers:
-                raise RunError(f"{where}: the class {label!r} is not in the train file")
-            start, end = (whole_number(row[key].removesuffix(".0"), where) for key in ("time_start", "time_end"))
-            stems = (f"{video}_{start:06d}_{end:06d}", f"{video}_{start}_{end}", video)
-            trimmed = tuple(f"{video}_{word}" for word in ("time_trimmed", "trimmed"))
-            lists[name].append(Entry(stems + trimmed, numbers[label], label))
+    lists: dict[str, list[Entry]] = {name: [] for name in tables}
+    for name, where, row in ((name, *row) for name, table in tables.items() for row in table):
+        label, video = row["label"].strip('"'), row["youtube_id"]
+        if label not in numbers:
+            raise RunError(f"{where}: the class {label!r} is not in the train file")
+        start, end = (whole_number(row[key].removesuffix(".0"), where) for key in ("time_start", "time_end"))
+        stems = (f"{video}_{start:06d}_{end:06d}", f"{video}_{start}_{end}", video)
+        trimmed = (f"{video}_time_trimmed", f"{video}_trimmed")
+        lists[name].append(Entry(stems + trimmed, numbers[label], label))
     return Annotations(lists, classes)
 
 
@@ -186,14 +180,12 @@ def given_lists(train: str, val: str, class_names: str) -> Annotations:
     Labels count from 1 if the numbers of `class_names` do; without `class_names` they must count from 0.
     """
     classes, first = numbered_names(Path(class_names)) if class_names else ([], 0)
-    lists = {
-        name: [
-            entry._replace(label=class_label(number - first, classes, where))
-            for where, entry, number in listed_entries(Path(path))
-        ]
-        for name, path in {"train.csv": train, "val.csv": val}.items()
-    }
-    return Annotations(lists, classes)
+
+    def entries(path: str) -> list[Entry]:
+        listed = listed_entries(Path(path))
+        return [entry._replace(label=class_label(n - first, classes, where)) for where, entry, n in listed]
+
+    return Annotations({"train.csv": entries(train), "val.csv": entries(val)}, classes)
 
 
 def ssv2(folder: str, mini: str = "") -> Annotations:
@@ -202,22 +194,23 @@ def ssv2(folder: str, mini: str = "") -> Annotations:
     Args:
         mini: list of the videos of a smaller train set, by id or path, with or without label: ``train_mini.csv``.
     """
-    prefix = "something-something-v2-"
-    paths = {
-        part: find_file(folder, f"{prefix}{part}.json", f"{part}.json") for part in ("labels", "train", "validation")
-    }
-    numbers = {name: int(number) for name, number in read_json(paths["labels"]).items()}
+    find = lambda part: find_file(folder, f"something-something-v2-{part}.json", f"{part}.json")
+    labels = find("labels")
+    numbers = {name: int(number) for name, number in read_json(labels).items()}
     classes = sorted(numbers, key=numbers.__getitem__)
     if [numbers[name] for name in classes] != list(range(len(classes))):
-        raise RunError(f"{paths['labels']}: the numbers of the classes are not consecutive from 0")
-    lists: dict[str, list[Entry]] = {}
-    for name, part in {"train.csv": "train", "val.csv": "validation"}.items():
-        lists[name] = []
-        for record in read_json(paths[part]):
+        raise RunError(f"{labels}: the numbers of the classes are not consecutive from 0")
+
+    def entries(path: Path) -> list[Entry]:
+        found = []
+        for record in read_json(path):
             template = re.sub(r"[\[\]]", "", record["template"]).strip()
             if template not in numbers:
-                raise RunError(f"{paths[part]}, id {record['id']}: no class {template!r} in {paths['labels'].name}")
-            lists[name].append(Entry((str(record["id"]),), str(numbers[template])))
+                raise RunError(f"{path}, id {record['id']}: no class {template!r} in {labels.name}")
+            found.append(Entry((str(record["id"]),), str(numbers[template])))
+        return found
+
+    lists = {"train.csv": entries(find("train")), "val.csv": entries(find("validation"))}
     if mini:
         whole = {entry.names[0]: entry for entry in lists["train.csv"]}
         lists["train_mini.csv"] = []
@@ -231,28 +224,28 @@ def ssv2(folder: str, mini: str = "") -> Annotations:
 
 
 def class_folders(folder: str, fold: int) -> Annotations:
-    """UCF101 and NTU60 as SEVERE has it: ``classInd.txt``, ``trainlist01.txt``, ``testlist01.txt``.
+    """UCF101, and NTU60 as distributed by SEVERE: ``classInd.txt``, ``trainlist01.txt``, ``testlist01.txt``.
 
-    The label is the number of the folder's class; where a line has a number itself, it must be the same. Class,
-    folder and file name may differ in case (HandstandPushups, v_HandStandPushups_g01_c01.avi).
+    The label is the number of the folder's class; if a line has a number itself, it must be the same. Class, folder and
+    file name may differ in case (HandstandPushups, v_HandStandPushups_g01_c01.avi).
     """
     classes, first = numbered_names(find_file(folder, "classInd.txt"))
     numbers = {name.casefold(): number for number, name in enumerate(classes)}
-    lists: dict[str, list[Entry]] = {}
-    for name, part in {"train.csv": "train", "val.csv": "test"}.items():
-        path = find_file(folder, f"{part}list{fold:02d}.txt")
-        lists[name] = []
+
+    def entries(part: str) -> list[Entry]:
+        path, found = find_file(folder, f"{part}list{fold:02d}.txt"), []
         for number, line in read_lines(path):
-            where = f"{path}, line {number}"
             video, _, label = line.rpartition(" ") if re.search(r" \d+$", line) else (line, "", "")
             of_class = video.rpartition("/")[0]
-            if of_class.casefold() not in numbers:
-                raise RunError(f"{where}: no class {of_class!r} in classInd.txt")
-            index = numbers[of_class.casefold()]
+            index = numbers.get(of_class.casefold())
+            if index is None:
+                raise RunError(f"{path}, line {number}: no class {of_class!r} in classInd.txt")
             if label and int(label) - first != index:
-                raise RunError(f"{where}: the number {label} is not that of the class {of_class}")
-            lists[name].append(Entry((video.strip(),), str(index), of_class))
-    return Annotations(lists, classes, fold_case=True)
+                raise RunError(f"{path}, line {number}: the number {label} is not that of the class {of_class}")
+            found.append(Entry((video.strip(),), str(index), of_class))
+        return found
+
+    return Annotations({"train.csv": entries("train"), "val.csv": entries("test")}, classes, fold_case=True)
 
 
 def hmdb51(folder: str, fold: int) -> Annotations:
@@ -285,33 +278,28 @@ def finegym(folder: str, part: str) -> Annotations:
     if classes and len(classes) != total:
         raise RunError(f"{names[0]}: {len(classes)} classes, not {total}")
     kept = GYM_PARTS.get(part, range(total))
-    lists: dict[str, list[Entry]] = {}
-    for split in ("train", "val"):
-        end = f"{base}_{split}"
-        path = find_file(
-            folder, f"{end}_element_v1.1.txt", f"{end}_element*.txt", f"{end}.txt", f"{end}_org.txt", f"{end}_v*.txt"
-        )
-        lists[f"{split}.csv"] = []
-        for where, entry, number in listed_entries(path):
-            if number >= total:
-                raise RunError(f"{where}: label {number} is not in [0, {total})")
-            if number in kept:
-                lists[f"{split}.csv"].append(entry._replace(label=str(number - kept.start)))
+
+    def entries(split: str) -> list[Entry]:
+        endings = ("_element_v1.1.txt", "_element*.txt", ".txt", "_org.txt", "_v*.txt")
+        listed = listed_entries(find_file(folder, *(f"{base}_{split}{ending}" for ending in endings)))
+        if wrong := next(((where, number) for where, _, number in listed if number >= total), None):
+            raise RunError(f"{wrong[0]}: label {wrong[1]} is not in [0, {total})")
+        return [entry._replace(label=str(n - kept.start)) for _, entry, n in listed if n in kept]
+
+    lists = {"train.csv": entries("train"), "val.csv": entries("val")}
     return Annotations(lists, [classes[number] for number in kept] if classes else [])
 
 
 def diving48(folder: str) -> Annotations:
     """Diving48 V2: ``Diving48_V2_train.json``, ``_test.json``, ``Diving48_vocab.json``; labels count from 0."""
-    vocabulary = read_json(find_file(folder, "Diving48_vocab.json", "*vocab.json"))
-    classes = [" ".join(parts) for parts in vocabulary]
-    lists = {}
-    for name, part in {"train.csv": "train", "val.csv": "test"}.items():
+    classes = [" ".join(parts) for parts in read_json(find_file(folder, "Diving48_vocab.json", "*vocab.json"))]
+
+    def entries(part: str) -> list[Entry]:
         path = find_file(folder, f"Diving48_V2_{part}.json", f"*{part}.json")
-        lists[name] = [
-            Entry((record["vid_name"],), class_label(int(record["label"]), classes, f"{path}, {record['vid_name']}"))
-            for record in read_json(path)
-        ]
-    return Annotations(lists, classes)
+        records = [(record["vid_name"], int(record["label"])) for record in read_json(path)]
+        return [Entry((name,), class_label(label, classes, f"{path}, {name}")) for name, label in records]
+
+    return Annotations({"train.csv": entries("train"), "val.csv": entries("test")}, classes)
 
 
 def charades(folder: str) -> Annotations:
@@ -319,11 +307,10 @@ def charades(folder: str) -> Annotations:
 
     A label is ``92:11.90-21.20,147:0.00-12.60``, and ``-`` where nothing is done.
     """
-    lines = [line for _, line in read_lines(find_file(folder, "Charades_v1_classes.txt"))]
-    classes = [line.partition(" ")[2].strip() for line in lines]
-    if [line.partition(" ")[0] for line in lines] != [f"c{number:03d}" for number in range(len(lines))]:
+    lines = [line.partition(" ") for _, line in read_lines(find_file(folder, "Charades_v1_classes.txt"))]
+    if [line[0] for line in lines] != [f"c{number:03d}" for number in range(len(lines))]:
         raise RunError(f"{folder}: the classes of Charades_v1_classes.txt are not c000, c001, ...")
-    annotations = Annotations({}, classes)
+    annotations = Annotations({}, [line[2].strip() for line in lines])
     for name, part in {"train.csv": "train", "val.csv": "test"}.items():
         annotations.lists[name] = []
         for where, row in read_csv(find_file(folder, f"Charades_v1_{part}.csv"), ("id", "actions")):
@@ -336,6 +323,6 @@ def charades(folder: str) -> Annotations:
                 if float(end) < float(start):
                     annotations.problems.append((name, "ends before it starts", row["id"], action))
                 else:
-                    intervals.append(f"{class_label(int(number), classes, where)}:{start}-{end}")
+                    intervals.append(f"{class_label(int(number), annotations.classes, where)}:{start}-{end}")
             annotations.lists[name].append(Entry((row["id"],), ",".join(intervals) or "-"))
     return annotations

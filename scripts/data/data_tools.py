@@ -1,7 +1,7 @@
-"""What the programs of this folder share: lists, and files that are whole or not there.
+"""Shared by the programs of this folder: options, lists, and files that are either complete or absent.
 
-A run can be killed at any moment. Results are written elsewhere and moved into place when they are complete, so that
-the same command, started again, finds only whole ones and goes on from there.
+A run can be killed at any moment. Results are written elsewhere and renamed when they are complete, so that the same
+command, started again, finds only complete results and continues from there.
 """
 
 import argparse
@@ -12,10 +12,10 @@ import re
 import shutil
 import sys
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -23,55 +23,105 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lists
 from shards import status
-from utils import RunError, user_errors
+from utils import RunError, rank, user_errors, write_whole
 
-LOCK_WAIT = 20.0  # seconds
+LOCK_WAIT, POLL = 20.0, 0.05  # seconds
 
 
 class Unusable(Exception):
     """A file that cannot be used; the message is the reason, without the path."""
 
 
+# Options --------------------------------------------------------------------------------------------------------
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with the description as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1")
+    return int(text)
+
+
+def add_work_options(parser: argparse.ArgumentParser, item: str, timeout: int) -> None:
+    """Add --workers and --timeout (seconds for an item), for in_processes."""
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=positive, default=cores, help="processes (default: one for each core)")
+    parser.add_argument("--timeout", type=positive, default=timeout, help=f"seconds for one {item} (default {timeout})")
+
+
+def list_parser(description: str | None, item: str, timeout: int) -> argparse.ArgumentParser:
+    """Parser of a program that makes something of the videos of lists."""
+    parser = new_parser(description)
+    parser.add_argument("lists", nargs="+", help="lists with lines `path label`")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write to")
+    parser.add_argument("--data_root", default="", help="folder that relative paths in the lists start from")
+    parser.add_argument("--relative", action="store_true", help="write relative paths, for use with --data_root")
+    add_work_options(parser, item, timeout)
+    return parser
+
+
 # Lists ----------------------------------------------------------------------------------------------------------
 
 
 class Line(NamedTuple):
-    """A line of a list: the path as it is written there, and the label's text."""
+    """A line of a list: the path as it is written there, and the text of the label."""
 
     name: str
     label: str
 
 
+Problem = tuple[str, str, str, str]  # list, kind, name, detail
+
+
+@dataclass
+class Found:
+    """New lists: lines and number of wanted videos by list file, problems, and names of the classes if known."""
+
+    lines: dict[str, list[Line]] = field(default_factory=dict)
+    wanted: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+
 def read_list(path: str) -> list[Line]:
-    """The lines of a list of videos, whatever kind the labels are.
+    """Read a list of videos with labels of any kind.
 
     Raises:
-        RunError: no such file, no line, or one that is not ``path label``, by its number.
+        RunError: no such file, no line, or a line that is not ``path label``, named by its number.
     """
     with user_errors():
         videos = lists.read_list(path, lists.label_text)
     return [Line(os.fsdecode(name), os.fsdecode(label)) for name, label in zip(videos.paths, videos.labels)]
 
 
+def read_lists(paths: Sequence[str]) -> dict[str, list[Line]]:
+    """Read lists whose names differ, so that new lists can have the same names; by path. Raises RunError."""
+    name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
+    if count > 1:
+        raise RunError(f"two lists are called {name}")
+    return {path: read_list(path) for path in paths}
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file, with or without a byte order mark. Raises RunError if it cannot be read."""
+    with user_errors():
+        return lists.read_text(path)
+
+
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank, without the spaces around it."""
+    """Yield number and text of each line that is not blank, without surrounding spaces."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield number, line.strip()
 
 
-def read_text(path: str | Path) -> str:
-    """A text file, with or without a byte order mark.
-
-    Raises:
-        RunError: it cannot be read.
-    """
-    with user_errors():
-        return lists.read_text(path)
-
-
 def fits_a_list(path: str) -> bool:
-    """Whether a line of a list can hold this path: no line breaks, no spaces at its ends, UTF-8."""
+    """Whether a line of a list can hold this path: UTF-8, no line breaks, no spaces at its ends."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -80,24 +130,12 @@ def fits_a_list(path: str) -> bool:
 
 
 def write_list(path: Path, lines: Sequence[Line]) -> None:
-    """Write a list, all of it or nothing."""
+    """Write a list."""
     write_text(path, "".join(f"{name} {label}\n" for name, label in lines))
 
 
-def names_differ(parser: argparse.ArgumentParser, paths: Sequence[str]) -> None:
-    """End with an error if two lists have the same name, and so would the new ones."""
-    name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
-    if count > 1:
-        parser.error(f"two lists are called {name}")
-
-
-def common_folder(sources: list[str]) -> str:
-    """The deepest folder that all sources lie below."""
-    return os.path.commonpath([os.path.dirname(os.path.abspath(source)) for source in sources])
-
-
-def write_lists(output: Path, lists: dict[str, list[Line]], data_root: str, places: dict[str, str]) -> None:
-    """Print how many videos each new list has, and write them to a folder, with the classes.txt beside the old ones.
+def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], places: dict[str, str]) -> None:
+    """Write lists with the new paths to --output, with the classes.txt beside the old ones, and print their lengths.
 
     Args:
         lists: by path.
@@ -106,41 +144,41 @@ def write_lists(output: Path, lists: dict[str, list[Line]], data_root: str, plac
         RunError: a list would be empty.
     """
     for path, lines in lists.items():
-        new, named = (
-            output / Path(path).name,
-            [(places.get(os.path.join(data_root, line.name)), line) for line in lines],
-        )
-        kept = [Line(place, line.label) for place, line in named if place]
+        new = args.output / Path(path).name
+        named = [(places.get(os.path.join(args.data_root, line.name)), line.label) for line in lines]
+        kept = [Line(place, label) for place, label in named if place]
         if not kept:
-            raise RunError(f"{new}: not written, all of its videos failed (see {output}/failed.tsv)")
+            raise RunError(f"{new}: not written, all of its videos failed (see {args.output}/failed.tsv)")
         write_list(new, kept)
         print(f"{new}: {len(kept)} of {len(lines)} videos")
         classes = Path(path).parent / "classes.txt"
         if classes.exists():
-            write_text(output / "classes.txt", read_text(classes))
+            write_text(args.output / "classes.txt", read_text(classes))
 
 
-# Files that are whole or not there ------------------------------------------------------------------------------
+def common_folder(sources: Sequence[str]) -> str:
+    """The deepest folder that contains all sources."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(source)) for source in sources])
+
+
+def without_suffixes(paths: Sequence[str]) -> list[str]:
+    """Paths without their suffixes; paths that differ in the suffix alone keep it, so that results do not collide."""
+    stems = [os.path.splitext(path)[0] for path in paths]
+    counts = Counter(dict(zip(paths, stems)).values())
+    return [stem if counts[stem] == 1 else path for path, stem in zip(paths, stems)]
+
+
+# Files that are complete or absent ------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, all of it or nothing."""
+    """Write a text file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")  # other nodes may write it too
-    unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
-    put_in_place(unfinished, path)
-
-
-def put_in_place(unfinished: Path, path: Path) -> None:
-    """Give a complete file its name, once it is on the disk."""
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(unfinished, path)
+    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def write_table(path: Path, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write rows separated by tabs under a line of heads; without rows there is no file."""
+    """Write rows separated by tabs under a line of heads; without rows, remove the file."""
     if not rows:
         path.unlink(missing_ok=True)
         return
@@ -148,55 +186,16 @@ def write_table(path: Path, heads: Sequence[str], rows: Sequence[Sequence[str]])
     write_text(path, "".join("\t".join(row) + "\n" for row in clean))
 
 
-def take_lock(lock: IO, folder: Path, seconds: float) -> None:
-    """Lock a file, which workers share; those of a run that was killed may need a moment to end.
-
-    Raises:
-        RunError: it is still locked after some seconds.
-    """
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > end:
-                raise RunError(f"{folder}: another run is writing to this folder") from error
-            time.sleep(0.05)
-
-
-@contextmanager
-def output_folder(path: Path, settings: dict[str, Any], rank: int = 0) -> Iterator[Path]:
-    """The folder that a run writes to, for this run alone; gives a folder in it for unfinished files, empty.
-
-    Args:
-        settings: what the results depend on; kept in ``settings.json``.
-        rank: of this process among those of the run (Team), each of which has unfinished files of its own.
-    Raises:
-        RunError: another run is at work there, or its results were made with other settings.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    of_rank = f".{rank}" if rank else ""
-    with open(path / f".lock{of_rank}", "w") as lock:
-        take_lock(lock, path, LOCK_WAIT)
-        record = path / "settings.json"
-        made = json.loads(record.read_text()) if record.exists() else settings
-        if changed := [name for name in settings if made.get(name) != settings[name]]:
-            name, was = changed[0], made.get(changed[0])
-            raise RunError(f"{path} was made with --{name} {was}, not {settings[name]}: give that, or another --output")
-        write_text(record, json.dumps(settings, indent=1) + "\n")
-        unfinished = path / f".unfinished{of_rank}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        yield unfinished
-        for left in [unfinished] if rank else path.glob(".unfinished*"):  # the others have ended before the first
-            shutil.rmtree(left, ignore_errors=True)
-        for other in () if rank else path.glob(".lock.*"):
-            other.unlink(missing_ok=True)
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Flush a complete file to the disk and give it its name."""
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(unfinished, path)
 
 
 def is_made(path: Path, source: str) -> bool:
-    """Whether there is a result at `path`, made after its source was last changed, or whose source is gone."""
+    """Whether a result exists and is newer than the last change of its source, or the source is gone."""
     if not path.exists():
         return False
     try:
@@ -205,8 +204,47 @@ def is_made(path: Path, source: str) -> bool:
         return True
 
 
-def without_suffixes(paths: Sequence[str]) -> list[str]:
-    """Paths without their suffixes; those that differ in the suffix alone keep it, so that results do not collide."""
-    stems = [os.path.splitext(path)[0] for path in paths]
-    counts = Counter(dict(zip(paths, stems)).values())
-    return [stem if counts[stem] == 1 else path for path, stem in zip(paths, stems)]
+def take_lock(lock: IO, folder: Path) -> None:
+    """Lock a file; workers of a run that was killed hold the lock for a moment longer.
+
+    Raises:
+        RunError: still locked after LOCK_WAIT seconds.
+    """
+    for _ in range(max(1, round(LOCK_WAIT / POLL))):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(POLL)
+    raise RunError(f"{folder}: another run is writing to this folder")
+
+
+@contextmanager
+def output_folder(path: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """Lock the folder that a run writes to; yields a folder in it for unfinished files, empty.
+
+    Each process of the run has its own lock and unfinished files.
+
+    Args:
+        settings: options that the results depend on; kept in ``settings.json``.
+    Raises:
+        RunError: another run is writing there, or its results were made with other settings.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    suffix = f".{rank()}" if rank() else ""
+    with open(path / f".lock{suffix}", "w") as lock:
+        take_lock(lock, path)
+        record = path / "settings.json"
+        made = json.loads(record.read_text()) if record.exists() else settings
+        if changed := [name for name in settings if made.get(name) != settings[name]]:
+            name, was = changed[0], made.get(changed[0])
+            raise RunError(f"{path} was made with --{name} {was}, not {settings[name]}: give that, or another --output")
+        if rank() == 0:
+            write_text(record, json.dumps(settings, indent=1) + "\n")
+        unfinished = path / f".unfinished{suffix}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        for left in [unfinished] if rank() else path.glob(".unfinished*"):  # the first process ends last
+            shutil.rmtree(left, ignore_errors=True)
+        for other in () if rank() else path.glob(".lock.*"):
+            other.unlink(missing_ok=True)

@@ -1,27 +1,27 @@
-"""The index that a tar file needs beside it so that its members can be read in place (shards.py).
+"""Write the index of tar files, with which their members are read in place (shards.py).
 
     python scripts/data/index_shards.py /data/objects.tar /data/shards/*.tar
 
-Each is read through once, header by header. make_lists.py shards does the same for shards that have none.
+`make_lists.py shards` does the same for shards without an index.
 """
 
-import argparse
 import os
 import tarfile
+from pathlib import Path
 
-import data_tools  # noqa: F401 - finds the modules at the top level
+from data_tools import RunError, new_parser
 
 from shards import VERSION, Member, ShardError, index_path, key_of
-from utils import RunError, run_main
+from utils import run_main, write_whole
 
 BLOCK = tarfile.BLOCKSIZE
 
 
 def scan(shard: str) -> list[Member]:
-    """The files in a tar file, by reading all its headers.
+    """List the files in a tar file by reading all its headers.
 
     Raises:
-        ShardError: it is no tar file, or cut off.
+        ShardError: no tar file, or cut off.
     """
     members = []
     try:
@@ -41,7 +41,7 @@ def scan(shard: str) -> list[Member]:
 
 
 def write_index(shard: str, members: list[Member]) -> None:
-    """Write the index of a shard, all of it or nothing. Members of one sample lie side by side.
+    """Write the index of a shard: a line for each run of members of one sample.
 
     Raises:
         ShardError: it cannot be written, or a member has a name that no index can hold.
@@ -54,17 +54,11 @@ def write_index(shard: str, members: list[Member]) -> None:
             rows[-1].append(member)
         else:
             rows.append([member])
-    unfinished = f"{index_path(shard)}.{os.getpid()}.unfinished"
     suffix = lambda name: name[len(key_of(name)) + 1 :] or "-"
+    lines = [" ".join(f"{suffix(name)} {start} {size} {name}" for name, start, size in row) for row in rows]
+    text = "".join(f"{line}\n" for line in (f"{VERSION.decode()} {len(rows)}", *lines))
     try:
-        with open(unfinished, "wb") as file:
-            file.write(b"%s %d\n" % (VERSION, len(rows)))
-            for row in rows:
-                line = " ".join(f"{suffix(name)} {start} {size} {name}" for name, start, size in row)
-                file.write(os.fsencode(line) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, index_path(shard))
+        write_whole(Path(index_path(shard)), lambda file: file.write(os.fsencode(text)))
     except OSError as error:
         raise ShardError(
             f"{index_path(shard)}: cannot be written ({error.strerror}); where the shards lie in a folder of others, "
@@ -73,8 +67,8 @@ def write_index(shard: str, members: list[Member]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print what is done: write the index of each tar file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Write the index of each tar file, and print its length."""
+    parser = new_parser(__doc__)
     parser.add_argument("shards", nargs="+", help="tar files, uncompressed")
     for shard in parser.parse_args(argv).shards:
         try:

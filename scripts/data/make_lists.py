@@ -1,91 +1,92 @@
-"""Lists for training and testing out of a data set's own annotation files and the videos that you have.
+"""Make lists for training and testing from a data set's own annotation files and the videos on your disk.
 
     python scripts/data/make_lists.py kinetics --videos k400 --annotations k400/annotations --output lists
 
 Written to --output: train.csv, val.csv and test.csv with a line ``path label`` for each video, classes.txt with the
-name of class 0 on the first line and so on, and problems.tsv with what is missing, twice there or contradictory.
-Videos are found by their names wherever they lie below --videos, with any suffix; ``shards`` finds those in tar files,
-and writes the index of each that has none. DATASET.md has the command for each data set and what to start from.
+name of class 0 on the first line and so on, and problems.tsv with what is missing, listed twice or contradictory.
+Videos are found by their names anywhere below --videos, with any suffix; ``shards`` finds those in tar files, and
+writes the index of each that has none. DATASET.md has the command for each data set and what it needs.
 """
 
 import argparse
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import annotations as formats
 import numpy as np
 from annotations import Annotations, stem_of
-from data_tools import Line, fits_a_list, write_list, write_table, write_text
-from shard_lists import look_at_all, number_classes, split_of
+from data_tools import Found, Line, Problem, fits_a_list, new_parser, positive, write_list, write_table, write_text
+from shard_lists import SPLITS, from_shards
 from tqdm import tqdm
 
 from lists import VIDEO_SUFFIXES, frames_in
 from utils import RunError, run_main
 
 LISTS = ("train.csv", "train_mini.csv", "val.csv", "test.csv")
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder
 TAR = (".tar",)
 SHOWN = 5  # problems of a kind that are named on the console
-PROBLEM_HEADS = ("list", "problem", "name", "detail")
-Problem = tuple[str, str, str, str]  # list, kind, name, detail
-
-
-def add_common(
-    parser: argparse.ArgumentParser, annotations: bool = True, what: str = "videos"
-) -> argparse.ArgumentParser:
-    """Options that all data sets have."""
-    parser.add_argument("--videos", required=True, help=f"folder with the {what}, in any sub-folders")
-    if annotations:
-        parser.add_argument("--annotations", required=True, help="folder with the data set's own annotation files")
-    parser.add_argument("--output", required=True, help="folder to write the lists to")
-    parser.add_argument("--relative", action="store_true", help="paths relative to --videos, for use with --data_root")
-    parser.add_argument("--workers", type=int, default=8, help="folders read at the same time (default 8)")
-    return parser
+READERS: dict[str, Callable[[argparse.Namespace], Annotations]] = {
+    "kinetics": lambda args: (
+        formats.given_lists(*args.lists, args.class_names) if args.lists else formats.kinetics(args.annotations)
+    ),
+    "ssv2": lambda args: formats.ssv2(args.annotations, args.mini),
+    "ucf101": lambda args: formats.class_folders(args.annotations, args.fold),
+    "hmdb51": lambda args: formats.hmdb51(args.annotations, args.fold),
+    "finegym": lambda args: formats.finegym(args.annotations, args.part),
+    "diving48": lambda args: formats.diving48(args.annotations),
+    "ntu60": lambda args: formats.class_folders(args.annotations, 1),
+    "charades": lambda args: formats.charades(args.annotations),
+}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="data_set", required=True, metavar="DATA_SET")
-    new = lambda name, text: commands.add_parser(name, help=text, description=text)
 
-    kinetics = add_common(new("kinetics", "Kinetics-400, -600, -700; Mini-Kinetics from given lists"), False)
-    kinetics.add_argument("--annotations", default="", help="folder with Kinetics' own train.csv and val.csv")
-    kinetics.add_argument(
-        "--lists", nargs=2, default=None, metavar=("TRAIN", "VAL"), help="instead: lists `name label`"
-    )
-    kinetics.add_argument("--class_names", default="", help="with --lists: file with lines `name number`")
-    mini = add_common(new("ssv2", "Something-Something V2"))
-    mini.add_argument("--mini", default="", help="list of the train videos of SSv2-mini: writes train_mini.csv too")
+    def new(name: str, text: str, videos: str = "videos", annotations: bool = True) -> Callable[..., Any]:
+        add = commands.add_parser(name, help=text, description=text).add_argument
+        add("--videos", required=True, help=f"folder with the {videos}, in any sub-folders")
+        if annotations:
+            where = "folder with the data set's own annotation files"
+            add("--annotations", required=name != "kinetics", default="", help=where)
+        add("--output", required=True, type=Path, help="folder to write the lists to")
+        add("--relative", action="store_true", help="paths relative to --videos, for use with --data_root")
+        add("--workers", type=positive, default=8, help="folders read at the same time (default 8)")
+        return add
+
+    add = new("kinetics", "Kinetics-400, -600, -700; Mini-Kinetics from given lists")
+    add("--lists", nargs=2, default=None, metavar=("TRAIN", "VAL"), help="instead: lists `name label`")
+    add("--class_names", default="", help="with --lists: file with lines `name number`")
+    add = new("ssv2", "Something-Something V2")
+    add("--mini", default="", help="list of the train videos of SSv2-mini: writes train_mini.csv too")
     for name in ("ucf101", "hmdb51"):
-        fold = add_common(new(name, f"{name.upper()}, one of the three folds"))
-        fold.add_argument("--fold", type=int, choices=(1, 2, 3), default=1)
-    gym = add_common(new("finegym", "Gym-99, Gym-288, and the parts FX-S1 and UB-S1 of Gym-99"))
-    gym.add_argument("--part", choices=("gym99", "gym288", *formats.GYM_PARTS), default="gym99")
-    add_common(new("diving48", "Diving48 V2"))
-    add_common(new("ntu60", "NTU RGB+D 60, cross-subject, as SEVERE distributes it"))
-    add_common(new("charades", "Charades, several labels with their seconds"))
-    folder = add_common(new("folder", "videos of your own: <class>/<video> or {train,val,test}/<class>/<video>"), False)
-    folder.add_argument("--unlabelled", action="store_true", help="no classes: one train.csv with label -1")
-    folder.add_argument("--val_fraction", type=float, default=0.1, help="of each class, if there is no val folder")
-    folder.add_argument("--seed", type=int, default=0, help="of the draw of the val videos")
-    text = "tar files in WebDataset's layout, such as video2dataset's"
-    shards = add_common(new("shards", text), annotations=False, what="tar files")
-    shards.add_argument("--label_field", default="", help="of .json, a number or a class (default: .cls, else -1)")
+        new(name, f"{name.upper()}, one of the three folds")("--fold", type=int, choices=(1, 2, 3), default=1)
+    add = new("finegym", "Gym-99, Gym-288, and the parts FX-S1 and UB-S1 of Gym-99")
+    add("--part", choices=("gym99", "gym288", *formats.GYM_PARTS), default="gym99")
+    new("diving48", "Diving48 V2")
+    new("ntu60", "NTU RGB+D 60, cross-subject, as SEVERE distributes it")
+    new("charades", "Charades, several labels with their seconds")
+    text = "videos of your own: <class>/<video> or {train,val,test}/<class>/<video>"
+    add = new("folder", text, annotations=False)
+    add("--unlabelled", action="store_true", help="no classes: one train.csv with label -1")
+    add("--val_fraction", type=float, default=0.1, help="of each class, if there is no val folder")
+    add("--seed", type=int, default=0, help="of the draw of the val videos")
+    add = new("shards", "tar files in WebDataset's layout, such as video2dataset's", "tar files", annotations=False)
+    add("--label_field", default="", help="of .json, a number or a class (default: .cls, else -1)")
 
     args = parser.parse_args(argv)
     if args.data_set == "kinetics" and bool(args.annotations) == bool(args.lists):
         parser.error("kinetics: give either --annotations or --lists")
     if args.data_set == "folder" and not 0 <= args.val_fraction < 1:
         parser.error("--val_fraction must lie in [0, 1)")
-    if getattr(args, "annotations", "") and Path(args.annotations).resolve() == Path(args.output).resolve():
+    if getattr(args, "annotations", "") and Path(args.annotations).resolve() == args.output.resolve():
         parser.error("--output is the folder of the annotations, whose files would be overwritten")
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
     return args
 
 
@@ -93,21 +94,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def scan(folder: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Sub-folders of a folder, and its files whose names end so, as paths."""
-    folders, videos = [], []
+    """Paths of the sub-folders of a folder, and of its files with these suffixes."""
     with os.scandir(folder) as entries:
+        folders, files = [], []
         for entry in entries:
             if entry.is_dir():
                 folders.append(entry.path)
             elif entry.name.lower().endswith(suffixes) and not entry.name.startswith("."):
-                videos.append(entry.path)
-    return folders, videos
+                files.append(entry.path)
+    return folders, files
 
 
 def find_videos(root: str, workers: int, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -> list[str]:
-    """Print a progress bar over folders; paths of all videos (or others) below `root`, relative to it, sorted.
+    """Find all videos (or other files) below `root`, showing a progress bar; paths relative to it, sorted.
 
-    Folders are read by threads: on a network file system the time goes into waiting.
+    Folders are read by threads: on a network file system most of the time is waiting.
 
     Raises:
         RunError: no such folder, or no videos in it.
@@ -138,53 +139,29 @@ def plain(name: str) -> str:
     return name.casefold().replace(" ", "_")
 
 
-class VideoIndex:
-    """Videos by their names without folder and suffix."""
-
-    def __init__(self, videos: list[str], fold_case: bool):
-        self.key = str.casefold if fold_case else str
-        self.by_stem: dict[str, list[str]] = defaultdict(list)
-        for video in videos:
-            self.by_stem[self.key(stem_of(video))].append(video)
-
-    def find(self, names: tuple[str, ...], folder: str) -> list[str]:
-        """Videos of that name, the best first: in `folder`, and with the suffix of the annotation.
-
-        Names that differ from a video's in case alone are those of another one (YouTube's ids do), unless
-        `fold_case`.
-        """
-        for name in names:
-            found = self.by_stem.get(self.key(stem_of(name)), [])
-            if folder:
-                in_folder = [path for path in found if plain(Path(path).parent.name) == plain(folder)]
-                found = in_folder or found
-            if found:
-                return sorted(found, key=lambda path: (Path(path).suffix != Path(name).suffix, path))
-        return []
-
-
-# Lists ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Found:
-    """Lines by list file, how many videos each list should have, and what is wrong."""
-
-    lines: dict[str, list[Line]]
-    wanted: dict[str, int]
-    problems: list[Problem]
-
-
 def match(wanted: Annotations, videos: list[str]) -> Found:
-    """The video of each entry. An entry without one, or seen before, is left out and noted."""
-    index = VideoIndex(videos, wanted.fold_case)
-    lists = wanted.lists
-    result = Found({}, {name: len(entries) for name, entries in lists.items()}, list(wanted.problems))
-    for name, entries in lists.items():
+    """Find the video of each entry. Entries without one, or listed before, are left out and become problems.
+
+    Names that differ from a video's in case alone belong to another video (as YouTube's ids do), unless
+    `wanted.fold_case`. Of several videos the one in the entry's folder and with the entry's suffix is taken.
+    """
+    key_of = str.casefold if wanted.fold_case else str
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for video in videos:
+        by_stem[key_of(stem_of(video))].append(video)
+    result = Found(classes=wanted.classes, problems=list(wanted.problems))
+    for name, entries in wanted.lists.items():
         labels: dict[str, str] = {}  # by path, or by name where there is no path
-        lines: list[Line] = []
+        lines = result.lines[name] = []
+        result.wanted[name] = len(entries)
         for entry in entries:
-            paths = index.find(entry.names, entry.folder)
+            file = next((file for file in entry.names if key_of(stem_of(file)) in by_stem), entry.names[0])
+            paths = by_stem.get(key_of(stem_of(file)), [])
+            in_folder = [
+                path for path in paths if entry.folder and plain(Path(path).parent.name) == plain(entry.folder)
+            ]
+            suffix = Path(file).suffix
+            paths = sorted(in_folder or paths, key=lambda path, suffix=suffix: (Path(path).suffix != suffix, path))
             key = paths[0] if paths else entry.names[0]
             if key in labels:
                 same = labels[key] == entry.label
@@ -200,38 +177,20 @@ def match(wanted: Annotations, videos: list[str]) -> Found:
                 lines.append(Line(paths[0], entry.label))
             if len(paths) > 1:
                 result.problems.append((name, "several files", entry.names[0], f"{paths[0]} taken, not {paths[1:]}"))
-        result.lines[name] = lines
     return result
 
 
-def split_folder(videos: list[str], val_fraction: float, seed: int) -> tuple[dict[str, list[str]], list[str]]:
-    """Videos of each split, by the split folders if there are any, and the classes. Without val folder it is drawn."""
-    parts = [(video, Path(video).parts) for video in videos]
-    has_splits = any(part[0] in SPLITS for _, part in parts)
-    strays = [video for video, part in parts if has_splits and part[0] not in SPLITS]
-    if strays:
-        raise RunError(f"{strays[0]} is in none of {'/, '.join(SPLITS)}/, but other videos are")
-    too_short = [video for video, part in parts if len(part) < 2 + has_splits]
-    if too_short:
-        raise RunError(f"{too_short[0]} is in no class folder; for videos without classes add --unlabelled")
-    classes = sorted({part[has_splits] for _, part in parts})
-    lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for video, part in parts:
-        lists[SPLITS[part[0]] if has_splits else "train"].append(video)
-    if not lists["val"]:
-        class_of = {video: part[has_splits] for video, part in parts}
-        lists["train"], lists["val"] = draw_val(lists["train"], class_of, val_fraction, seed)
-    return lists, classes
+# A folder of one's own ------------------------------------------------------------------------------------------
 
 
 def draw_val(
-    videos: list[str], class_of: dict[str, str], val_fraction: float, seed: int
+    videos: list[str], class_of: Callable[[str], str], val_fraction: float, seed: int
 ) -> tuple[list[str], list[str]]:
-    """Some of the videos of each class drawn for val, one at least where there are two; the others and those."""
+    """Draw some of the videos of each class for val, at least one where there are two; returns the others and those."""
     rng = np.random.default_rng(seed)
     train, val = [], []
-    for name in sorted({class_of[video] for video in videos}):
-        of_class = [video for video in videos if class_of[video] == name]
+    for name in sorted(set(map(class_of, videos))):
+        of_class = [video for video in videos if class_of(video) == name]
         count = max(round(val_fraction * len(of_class)), 1) if val_fraction else 0
         count = min(count, len(of_class) - 1)  # one is left to train on
         drawn = set(rng.permutation(len(of_class))[:count].tolist())
@@ -240,60 +199,60 @@ def draw_val(
     return train, val
 
 
-def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: int) -> tuple[Found, list[str]]:
-    """Lists and classes of a folder of one's own videos."""
+def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: int) -> Found:
+    """Lists of a folder of one's own videos: split folders if there are any, else val is drawn.
+
+    Raises:
+        RunError: a video in no class folder, or in no split folder while others are.
+    """
     held = [video for video in videos if fits_a_list(video)]
     problems = [("", "a name that no list can hold", repr(video), "") for video in videos if not fits_a_list(video)]
     if unlabelled:
-        return Found({"train.csv": [Line(video, "-1") for video in held]}, {"train.csv": len(videos)}, problems), []
-    lists, classes = split_folder(held, val_fraction, seed)
-    has_splits = any(Path(video).parts[0] in SPLITS for video in held)
+        lines = {"train.csv": [Line(video, "-1") for video in held]}
+        return Found(lines, Counter({"train.csv": len(videos)}), problems)
+    first = lambda video: Path(video).parts[0]
+    has_splits = any(first(video) in SPLITS for video in held)
+    for video in held:
+        if has_splits and first(video) not in SPLITS:
+            raise RunError(f"{video} is in none of {'/, '.join(SPLITS)}/, but other videos are")
+        if len(Path(video).parts) < 2 + has_splits:
+            raise RunError(f"{video} is in no class folder; for videos without classes add --unlabelled")
+    class_of = lambda video: Path(video).parts[has_splits]
+    classes = sorted(set(map(class_of, held)))
     numbers = {name: str(number) for number, name in enumerate(classes)}
-    lines = {
-        f"{split}.csv": [Line(video, numbers[Path(video).parts[has_splits]]) for video in part]
-        for split, part in lists.items()
-        if part
-    }
-    validated = {line.label for line in lines.get("val.csv", [])}
-    has_val = any(SPLITS.get(Path(video).parts[0]) == "val" for video in held)
-    rule = "" if has_val else ", which takes two of a class and --val_fraction above 0"
-    problems += [
-        ("val.csv", f"classes without a video in it{rule}", name, "")
-        for name in classes
-        if numbers[name] not in validated
-    ]
-    return Found(lines, {name: len(part) for name, part in lines.items()}, problems), classes
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for video in held:
+        splits[SPLITS[first(video)] if has_splits else "train"].append(video)
+    rule = ""
+    if not splits["val"]:
+        splits["train"], splits["val"] = draw_val(splits["train"], class_of, val_fraction, seed)
+        rule = ", which takes two of a class and --val_fraction above 0"
+    validated = set(map(class_of, splits["val"]))
+    missing = [name for name in classes if name not in validated]
+    problems += [("val.csv", f"classes without a video in it{rule}", name, "") for name in missing]
+    lines = {f"{split}.csv": [Line(v, numbers[class_of(v)]) for v in part] for split, part in splits.items() if part}
+    return Found(lines, Counter({name: len(part) for name, part in lines.items()}), problems, classes)
 
 
-def from_shards(root: str, shards: list[str], label_field: str, workers: int) -> tuple[Found, list[str]]:
-    """Lists and classes of the tar files below a folder."""
-    found = Found({}, Counter(), [])
-    for shard, held in look_at_all(root, shards, label_field, workers):
-        name = f"{split_of(shard, SPLITS)}.csv"
-        found.lines.setdefault(name, []).extend(held.lines)
-        found.wanted[name] += held.samples
-        found.problems += [(name, *problem) for problem in held.problems]
-    return found, number_classes(list(found.lines.values()))
+# Output ---------------------------------------------------------------------------------------------------------
 
 
 def shared_videos(lines: dict[str, list[Line]]) -> list[Problem]:
-    """Videos that are trained on and tested on."""
+    """Problems of videos that are in the train list and in the val or test list."""
     trained = {line.name for line in lines.get("train.csv", [])}
+    tested = [(name, line) for name in ("val.csv", "test.csv") for line in lines.get(name, [])]
     return [
-        (name, "in train.csv too", line.name, f"label {line.label}")
-        for name in ("val.csv", "test.csv")
-        for line in lines.get(name, [])
-        if line.name in trained
+        (name, "in train.csv too", line.name, f"label {line.label}") for name, line in tested if line.name in trained
     ]
 
 
-def write(found: Found, classes: list[str], output: Path, prefix: str) -> None:
-    """Print what is written and what is wrong; write lists, classes and problems.
+def write(found: Found, output: Path, prefix: str) -> None:
+    """Write lists, classes and problems, and print a summary.
 
     Args:
         prefix: folder put before every path, or nothing.
     Raises:
-        RunError: not one video was found.
+        RunError: no video was found.
     """
     problems = found.problems + shared_videos(found.lines)
     if not any(found.lines.values()):
@@ -303,55 +262,36 @@ def write(found: Found, classes: list[str], output: Path, prefix: str) -> None:
         found.lines["test.csv"], found.wanted["test.csv"] = found.lines["val.csv"], found.wanted["val.csv"]
     written: list[str] = []
     for name in LISTS:
-        lines = found.lines.get(name, [])
-        if not lines:
-            (output / name).unlink(missing_ok=True)
-            if name in found.lines:
-                print(f"{name}: not written, none of its {found.wanted[name]} videos is there")
+        if lines := found.lines.get(name):
+            write_list(output / name, [Line(os.path.join(prefix, path), label) for path, label in lines])
+            written.append(f"{name}: {len(lines)} of {found.wanted[name]} videos")
             continue
-        write_list(output / name, [Line(os.path.join(prefix, path), label) for path, label in lines])
-        written.append(f"{name}: {len(lines)} of {found.wanted[name]} videos")
-    if classes:
-        write_text(output / "classes.txt", "".join(f"{name}\n" for name in classes))
-        written.append(f"classes.txt: {len(classes)} classes")
+        (output / name).unlink(missing_ok=True)  # of an earlier run
+        if name in found.lines:
+            print(f"{name}: not written, none of its {found.wanted[name]} videos is there")
+    if found.classes:
+        write_text(output / "classes.txt", "".join(f"{name}\n" for name in found.classes))
+        written.append(f"classes.txt: {len(found.classes)} classes")
     else:
-        (output / "classes.txt").unlink(missing_ok=True)  # of other lists
-    write_table(output / "problems.tsv", PROBLEM_HEADS, problems)
+        (output / "classes.txt").unlink(missing_ok=True)
+    write_table(output / "problems.tsv", ("list", "problem", "name", "detail"), problems)
     for (name, kind), count in sorted(Counter(problem[:2] for problem in problems).items()):
         first = [problem[2] for problem in problems if problem[:2] == (name, kind)][:SHOWN]
         print(f"{name}: {count} {kind}: {', '.join(first)}{', ...' * (count > SHOWN)} (see {output / 'problems.tsv'})")
     print(f"{output}: {', '.join(written)}")
 
 
-def read_annotations(args: argparse.Namespace) -> Annotations:
-    """The annotations of the chosen data set."""
-    if args.data_set == "kinetics" and args.lists:
-        return formats.given_lists(args.lists[0], args.lists[1], args.class_names)
-    if args.data_set == "ssv2":
-        return formats.ssv2(args.annotations, args.mini)
-    if args.data_set in ("ucf101", "ntu60"):
-        return formats.class_folders(args.annotations, getattr(args, "fold", 1))
-    if args.data_set == "hmdb51":
-        return formats.hmdb51(args.annotations, args.fold)
-    if args.data_set == "finegym":
-        return formats.finegym(args.annotations, args.part)
-    readers = {"kinetics": formats.kinetics, "diving48": formats.diving48, "charades": formats.charades}
-    return readers[args.data_set](args.annotations)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Make the lists of a data set."""
     args = get_args(argv)
     if args.data_set == "shards":
-        shards = find_videos(args.videos, args.workers, TAR)
-        found, classes = from_shards(args.videos, shards, args.label_field, args.workers)
+        found = from_shards(args.videos, find_videos(args.videos, args.workers, TAR), args.label_field, args.workers)
     elif args.data_set == "folder":
-        videos = find_videos(args.videos, args.workers)
-        found, classes = from_folder(videos, args.unlabelled, args.val_fraction, args.seed)
+        found = from_folder(find_videos(args.videos, args.workers), args.unlabelled, args.val_fraction, args.seed)
     else:
-        wanted = read_annotations(args)
-        found, classes = match(wanted, find_videos(args.videos, args.workers)), wanted.classes
-    write(found, classes, Path(args.output), "" if args.relative else os.path.abspath(args.videos))
+        wanted = READERS[args.data_set](args)
+        found = match(wanted, find_videos(args.videos, args.workers))
+    write(found, args.output, "" if args.relative else os.path.abspath(args.videos))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Videos of lists in a few large tar files in place of a file each, and lists of them there.
+"""Pack the videos of lists into a few large tar files, and write lists of them there.
 
     python scripts/data/pack_videos.py lists/train.csv lists/val.csv --output /data/k400 --shard_size 1GB
 
@@ -7,9 +7,9 @@ Written below --output:
     *.csv                     the lists, with paths that run through the shards; every program takes them as it is
     members.jsonl             source, label, shard and name of each video, a JSON list a line
     failed.tsv                the videos that could not be read, and why
-Shards are written beside each other by --workers processes, compared with their sources byte by byte, and only then
-given their names. The same command, started again after any end, does what is left; videos that are new in the lists or
-failed come into shards of their own. What changes after it was packed is not packed again: take another --output.
+--workers processes write a shard each, compare it with its sources byte by byte, and then give it its name. The same
+command, started again, writes what is missing; videos that are new in the lists or failed before go into new shards.
+Videos that changed after they were packed are not packed again: use another --output.
 """
 
 import argparse
@@ -21,40 +21,39 @@ import tarfile
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from data_tools import (
     Unusable,
     common_folder,
-    names_differ,
-    output_folder,
+    list_parser,
     put_in_place,
-    read_list,
+    read_lists,
     write_lists,
     write_table,
     write_text,
 )
 from index_shards import scan, write_index
-from processes import Team, in_processes
+from processes import in_processes, make_all
 
 from shards import BUFFER, ShardError, index_path, key_of, members_of, open_file, status
-from utils import run_main
+from utils import rank, run_main
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 PLAN = "members.jsonl"
 
 
 class Packed(NamedTuple):
-    """A video and its place."""
+    """A video and its place: the name of the shard, and its own in the shard."""
 
     source: str
     label: str
-    shard: str  # name of the tar file
-    name: str  # in it
+    shard: str
+    name: str
 
 
 def size_of(text: str) -> int:
-    """Bytes of a size such as 1GB."""
+    """Parse a size such as 1GB into bytes."""
     match = re.fullmatch(r"([\d.]+) ?([KMG]B|)", text)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 1GB")
@@ -63,29 +62,18 @@ def size_of(text: str) -> int:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lists", nargs="+", help="lists with lines `path label`")
-    parser.add_argument("--output", required=True, help="folder to write to")
-    parser.add_argument("--data_root", default="", help="folder that relative paths in the lists start from")
+    parser = list_parser(__doc__, "shard", 3600)
     parser.add_argument("--shard_size", type=size_of, default="1GB", help="of a tar file (default %(default)s)")
-    parser.add_argument("--relative", action="store_true", help="write paths relative to OUTPUT, for --data_root")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help="shards at a time (default: one for each core)")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one shard (default %(default)s)")
-    args = parser.parse_args(argv)
-    if args.workers < 1 or args.timeout <= 0:
-        parser.error("--workers and --timeout must be positive")
-    names_differ(parser, args.lists)
-    return args
+    return parser.parse_args(argv)
 
 
-# Which video goes where -----------------------------------------------------------------------------------------
+# The plan: which video goes where -------------------------------------------------------------------------------
 
 
 def member_name(source: str, root: str) -> str:
-    """The path below the root; without spaces, and without dots but in front of the suffix.
+    """Path of a member below `root`, without spaces, and without dots except before the suffix.
 
-    WebDataset takes what follows the first dot for the kind of a file, and DALI takes spaces for the end of a name.
+    WebDataset takes what follows the first dot as the type of a file; DALI's names end at a space.
     """
     stem, suffix = os.path.splitext(os.path.relpath(os.path.abspath(source), root))
     folder, slash, last = re.sub(r"\s", "_", stem).rpartition("/")
@@ -105,8 +93,14 @@ def bytes_of(source: str) -> int:
         raise Unusable(str(error) if isinstance(error, ShardError) else error.strerror or str(error)) from error
 
 
+def names_packed(output: Path, plan: list[Packed]) -> dict[str, set[str]]:
+    """Names of the members of each shard that is written, by the shard's name."""
+    shards = [shard for shard in dict.fromkeys(packed.shard for packed in plan) if (output / shard).exists()]
+    return {shard: {member.name for member in members_of(str(output / shard))} for shard in shards}
+
+
 def read_plan(output: Path) -> list[Packed]:
-    """What earlier runs planned to pack, without what they then could not read."""
+    """Read the plan of earlier runs, without the videos that they failed to read."""
     if not (output / PLAN).exists():
         return []
     plan = [Packed(*json.loads(line)) for line in (output / PLAN).read_text().splitlines()]
@@ -114,14 +108,8 @@ def read_plan(output: Path) -> list[Packed]:
     return [packed for packed in plan if packed.shard not in there or packed.name in there[packed.shard]]
 
 
-def names_packed(output: Path, plan: list[Packed]) -> dict[str, set[str]]:
-    """The members of the shards that are there, by the shards' names."""
-    shards = (shard for shard in dict.fromkeys(packed.shard for packed in plan) if (output / shard).exists())
-    return {shard: {member.name for member in members_of(str(output / shard))} for shard in shards}
-
-
 def unique(stem: str, taken: set[str]) -> str:
-    """A name that is not taken yet, which it is then."""
+    """A name that is not taken yet; it is added to those taken."""
     name, times = stem, 0
     while name in taken:
         times += 1
@@ -133,7 +121,7 @@ def unique(stem: str, taken: set[str]) -> str:
 def extend_plan(
     plan: list[Packed], lists: dict[str, dict[str, str]], sizes: dict[str, int], shard_size: int
 ) -> list[Packed]:
-    """Add the videos that are not in it, list by list, in their order, to new shards.
+    """Plan new shards for the videos that are not in the plan, list by list, in the order of the lists.
 
     Args:
         lists: by path, the label of each source.
@@ -141,29 +129,52 @@ def extend_plan(
     """
     planned, taken = {packed.source for packed in plan}, {key_of(packed.name) for packed in plan}
     root, plan = common_folder([source for sources in lists.values() for source in sources]), list(plan)
-    number = {
-        shard.rpartition("-")[0]: int(Path(shard).stem.rpartition("-")[2])
-        for shard in sorted(packed.shard for packed in plan)
-    }  # of the last shard of each list
+    last = dict[str, int]()  # number of the last shard of each list
+    for shard in sorted(packed.shard for packed in plan):
+        stem, _, number = Path(shard).stem.rpartition("-")
+        last[stem] = int(number)
     for path, sources in lists.items():
         stem, room = Path(path).stem, 0
-        for source in (source for source in sources if source in sizes and source not in planned):
+        for source in [source for source in sources if source in sizes and source not in planned]:
             needed = padded(sizes[source]) + padded(len(os.fsencode(sources[source])))
             if needed > room:
-                number[stem], room = number.get(stem, -1) + 1, max(shard_size, needed)
+                last[stem], room = last.get(stem, -1) + 1, max(shard_size, needed)
             name = member_name(source, root)
             name = unique(key_of(name), taken) + name.removeprefix(key_of(name))
-            plan.append(Packed(source, sources[source], f"{stem}-{number[stem]:06d}.tar", name))
+            plan.append(Packed(source, sources[source], f"{stem}-{last[stem]:06d}.tar", name))
             planned.add(source)
             room -= needed
     return plan
+
+
+def make_plan(
+    args: argparse.Namespace, lists: dict[str, dict[str, str]], failed: dict[str, str]
+) -> list[tuple[str, list[Packed]]]:
+    """Write the plan; returns the members of each shard that is missing, and adds reasons by source to `failed`."""
+    plan = read_plan(args.output)
+    planned = {packed.source for packed in plan}
+    new = [
+        source for source in dict.fromkeys(s for sources in lists.values() for s in sources) if source not in planned
+    ]
+    sizes = dict[str, int]()
+    for source, size, reason in in_processes(bytes_of, new, args.workers, args.timeout, "sizes"):
+        if reason:
+            failed[source] = reason
+        else:
+            sizes[source] = size
+    shards: dict[str, list[Packed]] = {}
+    plan = extend_plan(plan, lists, sizes, args.shard_size)
+    for packed in plan:
+        shards.setdefault(packed.shard, []).append(packed)
+    write_text(args.output / PLAN, "".join(json.dumps(packed) + "\n" for packed in plan))
+    return [(name, members) for name, members in shards.items() if not (args.output / name).exists()]
 
 
 # One shard ------------------------------------------------------------------------------------------------------
 
 
 class Checked:
-    """A file that is read from its start to its end, with the checksum of what was read."""
+    """Reads a file sequentially, keeping the checksum of what was read."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.sum = file, 0
@@ -174,18 +185,13 @@ class Checked:
         return data
 
 
-def add(tar: tarfile.TarFile, name: str, size: int, changed: int, file: Any) -> None:
-    """Copy a file into a tar file; `changed` is in nanoseconds. Raises OSError if it is shorter than `size`."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mtime = size, changed // 10**9
-    tar.addfile(info, file)
-
-
 def write_shard(file: Path, members: list[Packed]) -> tuple[dict[str, int], dict[str, str]]:
-    """Write a tar file; the checksums of the videos in it, by their names there, and why others are not, by source.
+    """Write a tar file.
 
+    Returns:
+        checksums of the videos by name, and reasons of those that could not be read, by source.
     Raises:
-        OSError: one cannot be read to its end.
+        OSError: a video is shorter than its size.
     """
     sums, failed = dict[str, int](), dict[str, str]()
     with tarfile.open(file, "w", format=tarfile.GNU_FORMAT, copybufsize=BUFFER) as tar:
@@ -195,22 +201,24 @@ def write_shard(file: Path, members: list[Packed]) -> tuple[dict[str, int], dict
             except OSError as error:
                 failed[packed.source] = error.strerror or str(error)
                 continue
+            info, label = tarfile.TarInfo(packed.name), os.fsencode(packed.label)
+            info.size, info.mtime = size, changed // 10**9
             with source:
                 checked = Checked(source)
-                add(tar, packed.name, size, changed, checked)
+                tar.addfile(info, checked)
             sums[packed.name] = checked.sum
-            label = os.fsencode(packed.label)
-            add(tar, key_of(packed.name) + ".cls", len(label), changed, io.BytesIO(label))
+            info.name, info.size = key_of(packed.name) + ".cls", len(label)
+            tar.addfile(info, io.BytesIO(label))
     return sums, failed
 
 
 def pack(shard: tuple[str, list[Packed]], output: Path, unfinished: Path) -> dict[str, str]:
-    """Write a shard and its index, read it again, and give both their places.
+    """Write a shard and its index, compare it with its sources, and rename both.
 
     Returns:
-        why videos could not be read, by their paths.
+        reasons of the videos that could not be read, by source.
     Raises:
-        Unusable: none can be, one ends early, or what was written is read as something else.
+        Unusable: none can be read, one ends early, or the shard is read as other bytes.
     """
     name, members = shard
     file = unfinished / name
@@ -229,72 +237,40 @@ def pack(shard: tuple[str, list[Packed]], output: Path, unfinished: Path) -> dic
     except OSError as error:
         raise Unusable(error.strerror or str(error)) from error
     put_in_place(Path(index_path(str(file))), Path(index_path(str(output / name))))
-    put_in_place(file, output / name)  # last: a shard that is there has its index
+    put_in_place(file, output / name)  # last, so that every shard has its index
     return failed
 
 
 # All shards -----------------------------------------------------------------------------------------------------
 
 
-def make_plan(args: argparse.Namespace, lists: dict[str, dict[str, str]], team: Team) -> dict[str, str]:
-    """Write the plan; why videos are not in it, by their paths."""
-    output = Path(args.output)
-    plan = read_plan(output)
-    new = dict.fromkeys(source for sources in lists.values() for source in sources)
-    for packed in plan:
-        new.pop(packed.source, None)
-    sizes, failed = dict[str, int](), dict[str, str]()
-    for source, size, reason in in_processes(bytes_of, list(new), args.workers, args.timeout, "sizes", team):
-        if reason:
-            failed[source] = reason
-        else:
-            sizes[source] = size
-    plan = extend_plan(plan, lists, sizes, args.shard_size)
-    write_text(output / PLAN, "".join(json.dumps(packed) + "\n" for packed in plan))
-    return failed
-
-
-def pack_all(args: argparse.Namespace, lists: dict[str, dict[str, str]]) -> dict[str, str] | None:
-    """Make the shards that are not there yet. Why videos are in none, by their paths; None but in the first process."""
-    output, team, failed = Path(args.output), Team(Path(args.output) / ".team"), dict[str, str]()
-    with output_folder(output, {"data_root": args.data_root}, team.rank) as unfinished:
-        if team.rank == 0:
-            failed = make_plan(args, lists, team)
-        team.begin()
-        shards: dict[str, list[Packed]] = {}
-        for packed in read_plan(output):
-            shards.setdefault(packed.shard, []).append(packed)
-        todo = [shard for shard in team.share(shards.items()) if not (output / shard[0]).exists()]
-        work = partial(pack, output=output, unfinished=unfinished)
-        for (_, members), lost, reason in in_processes(work, todo, args.workers, args.timeout, "shards", team):
-            failed |= lost or {packed.source: reason for packed in members if reason}
-        results = team.gather(failed)
-    return {source: reason for result in results for source, reason in result.items()} if results else None
-
-
 def main(argv: list[str] | None = None) -> None:
     """Pack the videos of the lists; print the totals."""
     args = get_args(argv)
-    lists = {path: read_list(path) for path in args.lists}
-    sources: dict[str, dict[str, str]] = {path: {} for path in lists}
+    lists, sources = read_lists(args.lists), dict[str, dict[str, str]]()
     for path, lines in lists.items():
+        labels = sources[path] = dict[str, str]()
         for name, label in lines:
-            sources[path].setdefault(os.path.join(args.data_root, name), label)
-    failed = pack_all(args, sources)
-    if failed is None:
+            labels.setdefault(os.path.join(args.data_root, name), label)
+    reasons = dict[str, str]()
+    jobs = lambda: make_plan(args, sources, reasons)
+    outcomes = make_all(args, {"data_root": args.data_root}, jobs, partial(pack, output=args.output), "shards")
+    if rank() > 0:
         return
-    output = Path(args.output)
-    plan = read_plan(output)
-    there = names_packed(output, plan)
-    base = "" if args.relative else os.path.abspath(output)
+    for (_, members), lost, reason in outcomes:
+        reasons |= lost or {packed.source: reason for packed in members if reason}
+    plan = read_plan(args.output)
+    there = names_packed(args.output, plan)
+    base = "" if args.relative else os.path.abspath(args.output)
     places = {p.source: os.path.join(base, p.shard, p.name) for p in plan if p.name in there.get(p.shard, ())}
-    rows = [(source, failed[source]) for labels in sources.values() for source in labels if source in failed]
-    write_table(output / "failed.tsv", ("path", "reason"), list(dict.fromkeys(rows)))
-    size = sum((output / shard).stat().st_size for shard in there)
+    listed = dict.fromkeys(source for labels in sources.values() for source in labels)
+    failed = [(source, reasons[source]) for source in listed if source in reasons]
+    write_table(args.output / "failed.tsv", ("path", "reason"), failed)
+    size = sum((args.output / shard).stat().st_size for shard in there)
     print(f"{len(places)} videos in {len(there)} shards, {size / 1e6:,.1f} MB; {len(failed)} failed")
-    if rows:
-        print(f"the first: {': '.join(rows[0])} (see {output / 'failed.tsv'})")
-    write_lists(output, lists, args.data_root, places)
+    if failed:
+        print(f"the first: {': '.join(failed[0])} (see {args.output / 'failed.tsv'})")
+    write_lists(args, lists, places)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Object images for the overlay of stage 1: cut-outs with transparency, cropped, of useful size, and a list of them.
+"""Prepare object images for the overlay of stage 1: crop and shrink cut-outs with transparency, and list them.
 
     python scripts/data/prepare_objects.py cutouts PIN/images --output objects
     python scripts/data/prepare_objects.py masks JPEGImages Annotations --mask_values ids --output objects
@@ -7,16 +7,16 @@ cutouts  RGBA images ``<category>/<name>``. A file LVIS_instance_pools.json besi
          says which of them to use.
 masks    images, and masks of the same name in another folder; flat or ``<category>/<name>``.
 
-Written below --output: images/<category>/<name>.png, cropped to what can be seen; object_instances.txt, a line for each
+Written below --output: images/<category>/<name>.png, cropped to the visible part; object_instances.txt, a line for each
 (--objects_path OUTPUT/images --objects_list OUTPUT/object_instances.txt); dropped.tsv with what was left out, and why.
-The same command, started again after any end, does what is left.
+The same command, started again, writes what is missing.
 """
 
 import argparse
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +24,10 @@ import numpy as np
 from data_tools import (
     RunError,
     Unusable,
+    add_work_options,
     is_made,
-    output_folder,
+    new_parser,
+    positive,
     put_in_place,
     read_text,
     without_suffixes,
@@ -33,15 +35,14 @@ from data_tools import (
     write_text,
 )
 from PIL import Image
-from processes import Team, in_processes
+from processes import make_all
 
 from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects
-from utils import run_main
+from utils import rank, run_main
 
 VISIBLE = 16  # alpha from which a pixel counts as part of the object
 POOLS = "LVIS_instance_pools.json"
 FLAT = "object"  # category of images that lie in no folder
-ID_MODES = ("1", "L", "P", "I", "I;16")
 VOID = 255  # of masks that number their objects: belongs to none
 
 
@@ -75,7 +76,7 @@ class Job:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     cutouts = commands.add_parser("cutouts", help="RGBA images <category>/<name>")
     cutouts.add_argument("images", help="folder with <category>/<name>.png, or the one above its images/")
@@ -83,36 +84,32 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     masks = commands.add_parser("masks", help="images and masks")
     masks.add_argument("images", help="folder with images")
     masks.add_argument("masks", help="folder with masks of the same names")
-    masks.add_argument(
-        "--mask_values", choices=("alpha", "ids"), default=Settings.mask_values, help="0 to 255, or numbers of objects"
-    )
+    values = "0 to 255, or numbers of objects (default %(default)s)"
+    masks.add_argument("--mask_values", choices=("alpha", "ids"), default=Settings.mask_values, help=values)
     for command in (cutouts, masks):
-        command.add_argument("--output", required=True, help="folder to write to")
-        command.add_argument("--min_side", type=int, default=Settings.min_side, help="pixels (default %(default)s)")
-        command.add_argument("--max_side", type=int, default=Settings.max_side, help="pixels (default %(default)s)")
-        command.add_argument(
-            "--min_fill", type=float, default=Settings.min_fill, help="part of its box (default %(default)s)"
-        )
-        command.add_argument("--keep_opaque", action="store_true", help="keep images without any transparent pixel")
-        command.add_argument("--exclude", nargs="*", default=[], metavar="CATEGORY", help="categories to leave out")
-        command.add_argument("--min_per_category", type=int, default=1, help="leave out categories with fewer objects")
-        cores = len(os.sched_getaffinity(0))
-        command.add_argument("--workers", type=int, default=cores, help="processes (default: one for each core)")
-        command.add_argument("--timeout", type=float, default=120, help="seconds for one image (default 120)")
+        add = command.add_argument
+        add("--output", required=True, type=Path, help="folder to write to")
+        add("--min_side", type=positive, default=Settings.min_side, help="pixels (default %(default)s)")
+        add("--max_side", type=positive, default=Settings.max_side, help="pixels (default %(default)s)")
+        add("--min_fill", type=float, default=Settings.min_fill, help="part of its box (default %(default)s)")
+        add("--keep_opaque", action="store_true", help="keep images without any transparent pixel")
+        add("--exclude", nargs="*", default=[], metavar="CATEGORY", help="categories to leave out")
+        add("--min_per_category", type=int, default=1, help="leave out categories with fewer objects")
+        add_work_options(command, "image", 120)
     args = parser.parse_args(argv)
-    if not 1 <= args.min_side <= args.max_side or not 0 <= args.min_fill <= 1 or args.workers < 1:
-        parser.error("needed: 1 <= --min_side <= --max_side, --min_fill in [0, 1], --workers at least 1")
+    if args.min_side > args.max_side or not 0 <= args.min_fill <= 1:
+        parser.error("needed: --min_side at most --max_side, --min_fill in [0, 1]")
     return args
 
 
-# What there is --------------------------------------------------------------------------------------------------
+# Input files ----------------------------------------------------------------------------------------------------
 
 
 def pool_names(path: Path) -> list[str]:
-    """``<category>/<name>`` of the paths in a file of instance pools: what follows their ``images/``.
+    """Read a file of instance pools: ``<category>/<name>``, the part of each path after ``images/``.
 
     Raises:
-        RunError: it is no such file.
+        RunError: another kind of file.
     """
     try:
         pools = json.loads(read_text(path))
@@ -126,11 +123,7 @@ def pool_names(path: Path) -> list[str]:
 
 
 def cutout_jobs(images: str, pools: str, output: Path) -> list[Job]:
-    """The RGBA images to use.
-
-    Raises:
-        RunError: none.
-    """
+    """List the RGBA images to use. Raises RunError if there are none."""
     root = Path(images) / "images" if (Path(images) / "images").is_dir() else Path(images)
     beside = root.parent / POOLS
     if pools or beside.exists():
@@ -144,11 +137,7 @@ def cutout_jobs(images: str, pools: str, output: Path) -> list[Job]:
 
 
 def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
-    """The images that have a mask.
-
-    Raises:
-        RunError: none.
-    """
+    """List the images that have a mask. Raises RunError if there are none."""
     files = {}
     for folder in (images, masks):
         found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -166,8 +155,8 @@ def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
 # One image ------------------------------------------------------------------------------------------------------
 
 
-def read_pixels(job: Job) -> np.ndarray:
-    """RGBA uint8 ``[h, w, 4]`` of an image that has an alpha channel, or whose job has a mask.
+def read_image(job: Job) -> Image.Image:
+    """Read an image with an alpha channel, or with a mask, as RGBA.
 
     Raises:
         Unusable or IMAGE_ERRORS: no alpha, or unreadable.
@@ -175,90 +164,76 @@ def read_pixels(job: Job) -> np.ndarray:
     with Image.open(job.image) as image:
         if not job.mask and "A" not in image.getbands() and "transparency" not in image.info:
             raise Unusable("no transparency: not a cut-out")
-        return np.array(image.convert("RGBA"))
+        return image.convert("RGBA")
 
 
-def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, np.ndarray]:
-    """Alpha uint8 ``[h, w]`` of each object of a mask, by what is added to the object's name.
+def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, Image.Image]:
+    """Read a mask: the alpha channel of each object, by the suffix of the object's name.
 
     Raises:
-        Unusable: it has another size, or is all dark.
+        Unusable: the mask has another size than the image, or no bright pixel.
     """
-    with Image.open(job.mask) as image:
-        if image.size != size:
-            raise Unusable(f"the mask has {image.size[0]} x {image.size[1]} pixels, the image {size[0]} x {size[1]}")
+    with Image.open(job.mask) as mask:
+        if mask.size != size:
+            raise Unusable(f"the mask has {mask.size[0]} x {mask.size[1]} pixels, the image {size[0]} x {size[1]}")
         if mask_values == "ids":
-            values = np.array(image if image.mode in ("P", "L") else image.convert("I"))
-            return {
-                f"_{value}": np.uint8(255) * (values == value) for value in np.unique(values) if value not in (0, VOID)
-            }
-        alpha = np.array(image.convert("L"))
-    if alpha.max() < 128:
+            values = np.array(mask if mask.mode in ("P", "L") else mask.convert("I"))
+            ids = [value for value in np.unique(values) if value not in (0, VOID)]
+            return {f"_{value}": Image.fromarray(np.uint8(255) * (values == value)) for value in ids}
+        alpha = mask.convert("L")
+    if alpha.getextrema()[1] < 128:
         raise Unusable("the mask is nowhere above 127: if its values number objects, --mask_values ids")
     return {"": alpha}
 
 
-def cut_out(pixels: np.ndarray, settings: Settings) -> Image.Image:
-    """An object cropped to what can be seen of it, and shrunk if it is too large.
+def cut_out(image: Image.Image, settings: Settings) -> Image.Image:
+    """Crop an object (RGBA) to its visible part, and shrink it if it is too large.
 
-    Args:
-        pixels: RGBA uint8 ``[h, w, 4]``.
     Raises:
-        Unusable: nothing can be seen, or too little; or all of it, so that it is no cut-out.
+        Unusable: nothing or too little is visible, or everything is opaque, so that it is no cut-out.
     """
-    seen = pixels[..., 3] >= VISIBLE
-    if not seen.any():
+    seen = image.getchannel("A").point(lambda alpha: 255 * (alpha >= VISIBLE))
+    box = seen.getbbox()
+    if box is None:
         raise Unusable("fully transparent")
-    if not settings.keep_opaque and (pixels[..., 3] == 255).all():
+    if not settings.keep_opaque and image.getchannel("A").getextrema()[0] == 255:
         raise Unusable("opaque everywhere: not a cut-out")
-    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = seen[box].shape
-    shrink = min(1.0, settings.max_side / max(height, width))
-    if min(height, width) * shrink < settings.min_side:
-        raise Unusable(f"too small: {width} x {height} pixels")
-    if seen[box].mean() < settings.min_fill:
-        raise Unusable(f"fills {seen[box].mean():.1%} of its box")
-    image = Image.fromarray(np.ascontiguousarray(pixels[box]))
+    image, fill = image.crop(box), np.asarray(seen.crop(box)).astype(bool).mean()
+    shrink = min(1.0, settings.max_side / max(image.size))
+    if min(image.size) * shrink < settings.min_side:
+        raise Unusable(f"too small: {image.width} x {image.height} pixels")
+    if fill < settings.min_fill:
+        raise Unusable(f"fills {fill:.1%} of its box")
     if shrink < 1:  # with premultiplied alpha, or colours hidden under transparent pixels would show at the edge
-        size = (round(width * shrink), round(height * shrink))
+        size = (round(image.width * shrink), round(image.height * shrink))
         image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     return image
 
 
-def target_of(job: Job, suffix: str) -> Path:
-    """File of an object of an image."""
-    return job.target.with_name(f"{job.target.name}{suffix}.png")
-
-
 def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path], list[str]]:
-    """Write the objects of an image: their files, and why others were dropped.
+    """Write the objects of an image; returns their files, and the reasons of those that were dropped.
 
     Raises:
-        Unusable: it has none.
+        Unusable: the image or its mask cannot be used.
     """
     made, reasons = [], []
     try:
-        pixels = read_pixels(job)
-        size = (pixels.shape[1], pixels.shape[0])
-        masks = read_masks(job, size, settings.mask_values) if job.mask else {"": pixels[..., 3]}
+        image = read_image(job)
+        masks = read_masks(job, image.size, settings.mask_values) if job.mask else {"": image.getchannel("A")}
     except IMAGE_ERRORS as error:
-        raise Unusable(
-            getattr(error, "strerror", None) or str(error).replace(job.image, "it") or type(error).__name__
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error).replace(job.image, "it") or type(error).__name__
+        raise Unusable(reason) from error
     for suffix, alpha in masks.items():
-        target = target_of(job, suffix)
-        if is_made(target, job.image) and (not job.mask or is_made(target, job.mask)):
-            made.append(target)
-            continue
-        try:
-            image = cut_out(np.dstack([pixels[..., :3], alpha]), settings)
-        except Unusable as error:
-            reasons.append(f"object{suffix}: {error}" if suffix else str(error))
-            continue
-        file = unfinished / f"{os.getpid()}.png"
-        image.save(file)
-        put_in_place(file, target)
+        target = job.target.with_name(f"{job.target.name}{suffix}.png")
+        if not is_made(target, job.image) or (job.mask and not is_made(target, job.mask)):
+            image.putalpha(alpha)
+            file = unfinished / f"{os.getpid()}.png"
+            try:
+                cut_out(image, settings).save(file)
+            except Unusable as error:
+                reasons.append(f"object{suffix}: {error}" if suffix else str(error))
+                continue
+            put_in_place(file, target)
         made.append(target)
     return made, reasons
 
@@ -267,52 +242,41 @@ def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path],
 
 
 def instances(made: list[Path], images: Path, min_per_category: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """Lines of object_instances.txt, and what is left out since its category has too few."""
+    """Lines of object_instances.txt, and (category, reason) of the categories that have too few objects."""
     names = sorted(path.relative_to(images).as_posix() for path in made)
     counts = Counter(name.partition("/")[0] for name in names)
-    few = {category for category, count in counts.items() if count < min_per_category}
-    kept = [name for name in names if name.partition("/")[0] not in few]
-    return kept, [
-        (category, f"{counts[category]} in the category, fewer than --min_per_category") for category in sorted(few)
-    ]
+    few = {
+        category: f"{count} in the category, fewer than --min_per_category"
+        for category, count in sorted(counts.items())
+        if count < min_per_category
+    }
+    return [name for name in names if name.partition("/")[0] not in few], list(few.items())
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare all objects; print the counts."""
     args = get_args(argv)
-    output = Path(args.output)
     if args.kind == "cutouts":
-        jobs = cutout_jobs(args.images, args.pools, output)
+        jobs = cutout_jobs(args.images, args.pools, args.output)
     else:
-        jobs = mask_jobs(args.images, args.masks, output)
+        jobs = mask_jobs(args.images, args.masks, args.output)
     jobs = [job for job in jobs if job.target.parent.name not in args.exclude]
-    names = {name: getattr(args, name, default) for name, default in asdict(Settings()).items()}
-    settings = Settings(**names)
-    made: list[str] = []
-    dropped: list[tuple[str, str]] = []
-    team = Team(output / ".team")
-    with output_folder(output, asdict(settings), team.rank) as unfinished:
-        team.begin()
-        work, mine = partial(prepare, settings=settings, unfinished=unfinished), list(team.share(jobs))
-        for job, outcome, reason in in_processes(work, mine, args.workers, args.timeout, "images", team):
-            files, reasons = outcome or ([], [reason])
-            made += map(str, files)
-            dropped += [(job.image, why) for why in reasons]
-        results = team.gather((made, dropped))
-    if not results:
+    settings = Settings(*(getattr(args, field.name, field.default) for field in fields(Settings)))
+    outcomes = make_all(args, asdict(settings), lambda: jobs, partial(prepare, settings=settings), "images")
+    if rank() > 0:
         return
-    made = [file for result in results for file in result[0]]
-    dropped = [(image, why) for result in results for image, why in result[1]]
-    dropped.sort()
-    lines, few = instances([Path(file) for file in made], output / "images", args.min_per_category)
-    write_table(output / "dropped.tsv", ("image", "reason"), dropped + few)
-    print(f"{len(jobs)} images: {len(made)} objects, {len(dropped)} dropped (see {output / 'dropped.tsv'})")
+    made = [file for _, outcome, _ in outcomes if outcome for file in outcome[0]]
+    reasons = [(job, outcome[1] if outcome else [reason]) for job, outcome, reason in outcomes]
+    dropped = sorted((job.image, reason) for job, several in reasons for reason in several)
+    lines, few = instances(made, args.output / "images", args.min_per_category)
+    write_table(args.output / "dropped.tsv", ("image", "reason"), dropped + few)
+    print(f"{len(jobs)} images: {len(made)} objects, {len(dropped)} dropped (see {args.output / 'dropped.tsv'})")
     if not lines:
         first = (dropped + few or [("no image", "all are excluded")])[0]
         raise RunError(f"{args.images}: no usable object; the first: {': '.join(first)}")
-    write_text(output / "object_instances.txt", "".join(f"{line}\n" for line in lines))
-    categories = {line.partition("/")[0] for line in lines}
-    print(f"{output / 'object_instances.txt'}: {len(lines)} objects of {len(categories)} categories")
+    path = args.output / "object_instances.txt"
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    print(f"{path}: {len(lines)} objects of {len({line.partition('/')[0] for line in lines})} categories")
 
 
 if __name__ == "__main__":

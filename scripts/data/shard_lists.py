@@ -1,18 +1,16 @@
-"""What tar files in WebDataset's layout hold: samples of files with one name, ``a/x.mp4``, ``a/x.json``, ``a/x.cls``.
+"""Lists of the videos in tar files in WebDataset's layout: samples of files with one name, ``a/x.mp4``, ``a/x.json``.
 
-The labels of videos are what their ``.cls`` says, or a field of their ``.json``. make_lists.py makes lists of them.
+The label of a video is the content of its ``.cls``, or a field of its ``.json``. make_lists.py writes the lists.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from data_tools import Line, RunError, fits_a_list
+from data_tools import Found, Line, RunError, fits_a_list
 from index_shards import scan, write_index
 from tqdm import tqdm
 
@@ -20,26 +18,17 @@ from lists import VIDEO_SUFFIXES
 from shards import Member, ShardError, index_path, key_of, members_of
 
 NONE = "-1"  # label of a video that has none
-Problem = tuple[str, str, str]  # kind, name, detail
-
-
-class Held(NamedTuple):
-    """The videos of a shard, and what is wrong; `samples` counts all that should have one."""
-
-    lines: list[Line]
-    samples: int
-    problems: list[Problem]
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder
 
 
 def members_on_disk(shard: str) -> list[Member]:
-    """The members of a shard by its index, which is written if there is none.
+    """Members of a shard by its index, which is written if there is none.
 
     Raises:
         ShardError: the shard is cut off or no tar file, or the index cannot be written.
     """
     if not os.path.exists(index_path(shard)):
-        members = scan(shard)
-        write_index(shard, members)
+        write_index(shard, scan(shard))
     members = members_of(shard)
     end, size = max((member.start + member.size for member in members), default=0), os.path.getsize(shard)
     if end > size:
@@ -48,13 +37,13 @@ def members_on_disk(shard: str) -> list[Member]:
 
 
 def label_of(files: dict[str, Member], descriptor: int, field: str) -> str:
-    """The label of a sample, as it is written; -1 if there is none.
+    """The text of a sample's label; -1 if it has none.
 
     Args:
         files: its members by their suffixes.
-        field: of its .json; '' takes its .cls.
+        field: of its .json; '' for its .cls.
     Raises:
-        ValueError: the .json is none, or the label no number and no name.
+        ValueError: the .json is none, or the label neither a number nor a name.
     """
     member = files.get(".json" if field else ".cls")
     if member is None:
@@ -68,49 +57,55 @@ def label_of(files: dict[str, Member], descriptor: int, field: str) -> str:
     return str(value).strip()
 
 
-def look(shard: str, root: str, field: str) -> Held:
-    """The videos of a shard, by paths relative to `root`."""
-    place, lines, problems = os.path.relpath(shard, root), list[Line](), list[Problem]()
+def look(shard: str, root: str, field: str) -> Found:
+    """List the videos of a shard, whose path is relative to `root`."""
+    name = f"{split_of(shard)}.csv"
+    lines, problems, samples = list[Line](), list[tuple[str, str, str]](), dict[str, dict[str, Member]]()
     try:
-        members = members_on_disk(shard)
+        members = members_on_disk(os.path.join(root, shard))
     except ShardError as error:
-        return Held([], 0, [("shards that cannot be read", place, str(error))])
+        return Found({name: []}, Counter(), [(name, "shards that cannot be read", shard, str(error))])
     counts = Counter(member.name for member in members)
-    samples: dict[str, dict[str, Member]] = {}
     for member in members:
         files = samples.setdefault(key_of(member.name), {})
         files.setdefault(os.path.splitext(member.name)[1].lower(), member)
-    with open(shard, "rb") as file:
+    with open(os.path.join(root, shard), "rb") as file:
         for key, files in samples.items():
             video = next((files[suffix] for suffix in files if suffix in VIDEO_SUFFIXES), None)
-            name = os.path.join(place, video.name if video else key)
+            path = os.path.join(shard, video.name if video else key)
             if not video:
-                problems.append(("samples without a video", name, " ".join(files)))
+                problems.append(("samples without a video", path, " ".join(files)))
             elif counts[video.name] > 1:
-                problems.append(("several members of one name", name, f"{counts[video.name]} members"))
-            elif not fits_a_list(name):
-                problems.append(("a name that no list can hold", repr(name), ""))
+                problems.append(("several members of one name", path, f"{counts[video.name]} members"))
+            elif not fits_a_list(path):
+                problems.append(("a name that no list can hold", repr(path), ""))
             else:
                 try:
-                    lines.append(Line(name, label_of(files, file.fileno(), field)))
+                    lines.append(Line(path, label_of(files, file.fileno(), field)))
                 except (ValueError, AttributeError) as error:
-                    problems.append(("labels that cannot be read", name, str(error)))
-    return Held(lines, len(samples), problems)
+                    problems.append(("labels that cannot be read", path, str(error)))
+    return Found({name: lines}, Counter({name: len(samples)}), [(name, *problem) for problem in problems])
 
 
-def look_at_all(root: str, shards: list[str], field: str, workers: int) -> Iterator[tuple[str, Held]]:
-    """Print a progress bar; give each shard and what it holds. `shards` are relative to `root`."""
+def from_shards(root: str, shards: list[str], label_field: str, workers: int) -> Found:
+    """List the videos of shards, whose paths are relative to `root`, showing a progress bar. Raises RunError."""
+    result = Found()
     with ThreadPoolExecutor(workers) as pool:
-        paths = [os.path.join(root, shard) for shard in shards]
-        held = pool.map(partial(look, root=root, field=field), paths)
-        yield from zip(shards, tqdm(held, total=len(shards), desc="shards", disable=None))
+        held = pool.map(partial(look, root=root, field=label_field), shards)
+        for found in tqdm(held, total=len(shards), desc="shards", disable=None):
+            for name, lines in found.lines.items():
+                result.lines.setdefault(name, []).extend(lines)
+            result.wanted.update(found.wanted)
+            result.problems += found.problems
+    result.classes = number_classes(list(result.lines.values()))
+    return result
 
 
 def number_classes(lines: list[list[Line]]) -> list[str]:
-    """Replace labels that are names by their numbers, in place; the names, sorted, or nothing where labels are numbers.
+    """Replace labels that are names by their numbers, in place; returns the names, sorted (none if labels are numbers).
 
     Raises:
-        RunError: some are numbers, and others names.
+        RunError: some labels are numbers, and others names.
     """
     labels = sorted({line.label for part in lines for line in part} - {NONE})
     names = [label for label in labels if not label.lstrip("-").isdigit()]
@@ -128,7 +123,7 @@ def number_classes(lines: list[list[Line]]) -> list[str]:
     return names
 
 
-def split_of(shard: str, splits: dict[str, str]) -> str:
-    """The split that a folder or the beginning of a shard's name tells, such as val-000001.tar; else train."""
+def split_of(shard: str) -> str:
+    """The split named by a folder or by a part of the shard's name, such as val-000001.tar; else train."""
     words = [*Path(shard).parent.parts, *Path(shard).stem.replace("_", "-").replace(".", "-").split("-")]
-    return next((splits[word.lower()] for word in words if word.lower() in splits), "train")
+    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), "train")

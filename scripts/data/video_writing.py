@@ -1,7 +1,6 @@
-"""One video made small and quick to read at random places: decode, shrink, encode as H.264, look at the result.
+"""Make one video small and quick to read at random places: decode, shrink, encode as H.264, verify the result.
 
-Only this file of scripts/data knows PyAV. Time stamps are the source's, moved to start at 0; where the source has none
-that can be right, its frame rate gives them.
+Time stamps are those of the source, moved to start at 0; if they cannot be right, the frame rate gives them.
 """
 
 from collections.abc import Iterator
@@ -26,20 +25,20 @@ MIN_SIDE = 16
 
 
 class WrongTimes(Unusable):
-    """Time stamps of a source that cannot be right."""
+    """The time stamps of a source cannot be right."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a resized video depends on.
+    """Settings of the encoder.
 
     Args:
         short_side: pixels; a smaller video keeps its size.
-        key_frames: a key frame at least every so many frames.
-        b_frames: frames between two others that no frame refers to, and that a reader of every n-th frame leaves
-            out; -1: as the preset has them, some of them referred to.
+        key_frames: largest distance of key frames, in frames.
         crf: x264's constant quality, 0 (lossless) to 51.
         preset: x264's effort.
+        b_frames: frames between two others that no frame refers to, so that they need not be decoded; -1: those of
+            the preset, some of them referred to.
     """
 
     short_side: int = 256
@@ -51,13 +50,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, for the totals.
+    """Duration of a written video, and PSNR of some of its frames to the source resized the same way, in dB.
 
-    psnr: dB, of the frames that were looked at, to the source resized the same way.
     guessed_rate: the source has neither time stamps nor a frame rate.
     """
 
-    frames: int
     seconds: float
     psnr: float
     guessed_rate: bool
@@ -65,11 +62,11 @@ class Written:
 
 @dataclass(frozen=True)
 class Timing:
-    """When the frames of a video are shown.
+    """Times of the frames of a video.
 
     rate: frames a second.
-    trusted: each packet has a time of its own, so that these count; else `rate` does.
-    guessed: `rate` does, and is USUAL_RATE, since the file names no credible one.
+    trusted: each packet has a time stamp of its own, and these are used instead of `rate`.
+    guessed: `rate` is used, and is USUAL_RATE, as the file names no credible one.
     """
 
     rate: Fraction
@@ -78,13 +75,13 @@ class Timing:
 
 
 def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """(width, height) with the aspect ratio kept and the short side shrunk to `short_side`; both even, for 4:2:0."""
+    """Shrink the short side to `short_side`: (width, height) with the same aspect ratio, even for YUV 4:2:0."""
     scale = min(1.0, short_side / min(width, height))
     return max(MIN_SIDE, 2 * round(width * scale / 2)), max(MIN_SIDE, 2 * round(height * scale / 2))
 
 
 def read_timing(path: str) -> Timing:
-    """The timing of a video, from its index and packets."""
+    """Read the timing of a video from its index and packets."""
     with opened(path) as source, av.open(source, "r", metadata_errors="replace") as container:
         stream = container.streams.best("video")
         rate = stream.average_rate
@@ -95,14 +92,10 @@ def read_timing(path: str) -> Timing:
     return Timing(rate if credible else USUAL_RATE, trusted, not trusted and not credible)
 
 
-def upright(frame: av.VideoFrame) -> int:
-    """Quarter turns counter-clockwise that make a frame of a turned telephone upright."""
-    return round(frame.rotation / 90) % 4
-
-
 def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
-    """Frames shrunk to YUV 4:2:0, upright; the second at which each comes, the first at 0; and the seconds it lasts."""
+    """Yield frames shrunk to YUV 4:2:0 and turned upright, the time of each from 0 on, and its duration, in seconds."""
     first, reformatter = 0, VideoReformatter()
+    how = {"interpolation": Interpolation.BICUBIC, "dst_color_range": ColorRange.MPEG, "threads": 1}
     for number, frame in enumerate(ffmpeg_frames(path)):
         second, lasts = number / timing.rate, 1 / timing.rate
         if timing.trusted:
@@ -111,17 +104,15 @@ def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple
             first = first if number else frame.pts
             second = (frame.pts - first) * frame.time_base
             lasts = frame.duration * frame.time_base or lasts
-        size, turns = even_size(frame.width, frame.height, short_side), upright(frame)
-        how = {"interpolation": Interpolation.BICUBIC, "dst_color_range": ColorRange.MPEG, "threads": 1}
-        small = reformatter.reformat(frame, *size, "yuv420p", **how)
-        if turns:
+        small = reformatter.reformat(frame, *even_size(frame.width, frame.height, short_side), "yuv420p", **how)
+        if turns := round(frame.rotation / 90) % 4:  # quarter turns counter-clockwise
             turned = np.ascontiguousarray(np.rot90(pixels(small), turns))
             small = av.VideoFrame.from_ndarray(turned, "rgb24").reformat(format="yuv420p")
         yield small, second, lasts
 
 
 def pixels(frame: av.VideoFrame) -> np.ndarray:
-    """RGB, uint8 ``[H, W, 3]``."""
+    """A frame as RGB, uint8 ``[H, W, 3]``."""
     return frame.to_ndarray(format="rgb24")
 
 
@@ -133,8 +124,6 @@ def psnr_of(errors: float) -> float:
 def write_resized(source: str, target: str, settings: Settings) -> Written:
     """Write `source` resized as the mp4 file `target`, and verify it.
 
-    Returns:
-        how much it is, and how near to the source.
     Raises:
         Unusable: the source cannot be decoded to its end, or the result is not as it should be.
     """
@@ -152,14 +141,16 @@ def write_resized(source: str, target: str, settings: Settings) -> Written:
     except (*AV_ERRORS, AttributeError) as error:  # AttributeError: no video stream
         raise Unusable(f"{getattr(error, 'strerror', None) or error}"[:200]) from error
     psnr = verify(target, kept, stamps, size, settings)
-    return Written(len(stamps), float(stamps[-1] + 1 / timing.rate), psnr, timing.guessed)
+    return Written(float(stamps[-1] + 1 / timing.rate), psnr, timing.guessed)
 
 
 def encode(
     source: str, target: str, settings: Settings, timing: Timing
 ) -> tuple[dict[int, np.ndarray], list[Fraction], tuple[int, int]]:
-    """Write the file; pixels of frames 0, 1, 2, 4, 8, ... and of the last, the second of each frame, (width, height).
+    """Write the file.
 
+    Returns:
+        pixels of frames 0, 1, 2, 4, 8, ... and of the last, by number; time of each frame, seconds; (width, height).
     Raises:
         Unusable: no frames, frames of several sizes, or times that go back.
     """
@@ -197,7 +188,7 @@ def encode(
 
 
 def configure(stream: av.VideoStream, frame: av.VideoFrame, settings: Settings) -> None:
-    """Set up the encoder for frames like this one."""
+    """Configure the encoder for frames like this one."""
     stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
     stream.gop_size = settings.key_frames
     context = stream.codec_context
@@ -213,15 +204,15 @@ def configure(stream: av.VideoStream, frame: av.VideoFrame, settings: Settings) 
 def verify(
     path: str, kept: dict[int, np.ndarray], stamps: list[Fraction], size: tuple[int, int], settings: Settings
 ) -> float:
-    """Look at a written file: frames, size, times, key frames, and its pictures as training reads them.
+    """Check frames, size, times and key frames of a file, and pictures as training reads them.
 
     Args:
-        kept: pixels ``[H, W, 3]`` that these frames should have.
-        stamps: the second of each frame.
+        kept: expected pixels ``[H, W, 3]`` of some frames, by number.
+        stamps: time of each frame, seconds.
     Returns:
         PSNR of the kept frames, dB.
     Raises:
-        Unusable: what is wrong.
+        Unusable: something is wrong; the message says what.
     """
     with av.open(path) as container:
         packets = [(p.pts * p.time_base, p.is_keyframe) for p in container.demux(video=0) if p.size]
@@ -242,9 +233,7 @@ def verify(
         raise Unusable(f"the result cannot be read: {error}") from error
     if frames.shape[2:0:-1] != size:
         raise Unusable(f"the result has {frames.shape[2]} x {frames.shape[1]} pixels, not {size[0]} x {size[1]}")
-    errors = [
-        float(np.square(kept[number] - frame.astype(float)).mean()) for number, frame in zip(sorted(kept), frames)
-    ]
+    errors = [float(np.square(kept[n] - frame.astype(float)).mean()) for n, frame in zip(sorted(kept), frames)]
     if psnr_of(max(errors)) < MIN_PSNR:
         raise Unusable(f"the result shows other pictures than the source ({psnr_of(max(errors)):.0f} dB)")
     return psnr_of(float(np.mean(errors)))

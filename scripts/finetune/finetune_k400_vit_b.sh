@@ -4,7 +4,6 @@
 # The recipe of the released model: 4 videos on each of 4 GPUs. It reached 83.1 top-1 from "600 epochs" of
 # pretraining, 83.4 from "1200".
 # Validates every epoch, then tests the best one (checkpoint-best.pth) on 7 x 3 views.
-# Run again to resume. Options of run_class_finetuning.py may follow, for example --dry_run.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/k400}"               # folder with train.csv, val.csv, test.csv (annotation_files/README.md)
@@ -15,15 +14,5 @@ set -euo pipefail
 : "${TOTAL_BATCH:=16}"                        # videos per optimizer step; gradients accumulate to it
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-require_paths DATA_PATH MODEL_PATH
-
-"${LAUNCH[@]}" "$ROOT/run_class_finetuning.py" \
-  --data_set Kinetics-400 --data_path "$DATA_PATH" \
-  --model vit_base_patch16_224 --finetune "$MODEL_PATH" \
-  --num_frames 16 --sampling_rate 4 --num_workers "$NUM_WORKERS" \
-  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" --num_sample 1 \
-  --opt adamw --opt_betas 0.9 0.999 --lr 1e-3 --min_lr 1e-6 --weight_decay 0.05 --layer_decay 0.75 \
-  --drop_path 0.1 --fc_drop_rate 0 \
-  --warmup_epochs 5 --epochs 100 --save_ckpt_freq 20 \
-  --aa rand-m7-n4-mstd0.5-inc1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --smoothing 0.1 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
+finetune --data_set Kinetics-400 --model vit_base_patch16_224 --sampling_rate 4 \
+  --lr 1e-3 --layer_decay 0.75 --drop_path 0.1 --fc_drop_rate 0 --epochs 100 "$@"

@@ -2,7 +2,6 @@
 # Linear probe of ViT-B on Kinetics-400: the encoder is frozen, only a linear classifier learns.
 #
 # The paper reports 56.2 top-1; its recipe is unknown. scripts/probe.sh explains RECIPE and ENCODER.
-# Run again to resume. Options of run_class_finetuning.py may follow, for example --dry_run.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/k400}"                   # folder with train, val and test.csv (annotation_files/README.md)
@@ -13,12 +12,4 @@ set -euo pipefail
 : "${GPUS:=8}"                                    # per node; for several nodes see scripts/common.sh
 
 source "$(dirname "${BASH_SOURCE[0]}")/../probe.sh"
-
-"${LAUNCH[@]}" "$ROOT/run_class_finetuning.py" \
-  --data_set Kinetics-400 --data_path "$DATA_PATH" \
-  --model vit_base_patch16_224 "${PROBE[@]}" \
-  --num_frames 16 --sampling_rate 4 --num_workers "$NUM_WORKERS" \
-  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
-  --opt adamw --opt_betas 0.9 0.999 --lr 1e-3 --min_lr 1e-6 \
-  --epochs 30 --save_ckpt_freq 10 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
+probe --data_set Kinetics-400 --sampling_rate 4 "$@"

@@ -9,11 +9,13 @@ run_benchmark.sh, writes ``DIR/results.csv``, and inserts the table between the 
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from run_logs import last_test, read_log
 
 ROWS = {  # folder → description; other rows come after these and are called by their folder
     "scratch": "from scratch",
@@ -39,16 +41,10 @@ CHANCE = {"motion": 12.5, "object": 5.0, "count": 25.0}
 BEGIN, END = "<!-- table: written by scripts/mini/results.py -->", "<!-- end of table -->"
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's log.txt; empty if there is no log."""
-    file = folder / "log.txt"
-    return [json.loads(line) for line in file.read_text().splitlines() if line] if file.is_file() else []
-
-
 def test_score(folder: Path) -> tuple[float, int] | None:
     """Test accuracy in percent and number of test clips; None if the run has not finished."""
-    tests = [line for line in read_log(folder) if "test_acc1" in line]
-    return (tests[-1]["test_acc1"], tests[-1]["test_videos"]) if tests else None
+    test = last_test(folder)
+    return (test["test_acc1"], int(test["test_videos"])) if test else None
 
 
 def standard_error(percent: float, clips: int) -> float:
@@ -73,7 +69,7 @@ def quickstart_table(folder: Path) -> str:
         if score is None:
             sys.exit(f"error: {folder / name / 'log.txt'} holds no test score: start scripts/quickstart.sh again")
         lines.append(f"| {label} | **{score[0]:.1f}** | {standard_error(*score):.1f} | {score[1]} | {chance:g} |")
-    losses = [read_log(folder / stage)[-1]["train_loss"] for stage in ("stage1", "stage2")]
+    losses = [read_log(folder / stage / "log.txt")[-1]["train_loss"] for stage in ("stage1", "stage2")]
     lines += ["", f"Loss {losses[0]:.2f} after stage 1, {losses[1]:.2f} after stage 2; 1: guessing the mean."]
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 #
 # Untried. The learning rate and warm-up are those VideoMAE gives for ViT-L, which are ViT-B's; stages and decoder are
 # SMILE's of ViT-B, the "600 epochs" model. Memory by batch, with --use_checkpoint and without: PRETRAIN.md.
-# Last checkpoint: checkpoint-149.pth (epochs count from 0). Run again to resume. Options may follow, such as --dry_run.
+# Last checkpoint: checkpoint-149.pth (epochs count from 0).
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/k400/train.csv}"      # a line `path label` for each video (annotation_files/README.md)
@@ -17,15 +17,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths DATA_PATH OBJECTS_PATH
 
-"${LAUNCH[@]}" "$ROOT/run_smile_pretraining.py" \
+train run_smile_pretraining.py \
   --data_path "$DATA_PATH" \
   --add_tubelets --use_objects --objects_path "$OBJECTS_PATH" --motion_type gaussian \
-  --mask_type tubelet --sub_mask_type tube+traj_mask --traj_unmask_ratio 0.1 --mask_ratio 0.8 \
-  --multiple_sampling \
+  --mask_type tubelet --sub_mask_type tube+traj_mask --traj_unmask_ratio 0.1 --mask_ratio 0.8 --multiple_sampling \
   --target_type clip --distillation_teacher clip_b --clip_model ViT-B-16 --clip_weights "$CLIP_WEIGHTS" \
-  --model pretrain_videomae_large_patch16_224 --decoder_depth 4 \
-  --num_frames 16 --sampling_rate 4 --num_workers "$NUM_WORKERS" \
-  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
+  --model pretrain_videomae_large_patch16_224 --decoder_depth 4 --num_frames 16 --sampling_rate 4 \
   --opt adamw --opt_betas 0.9 0.95 --lr 1.5e-4 --min_lr 1e-5 --weight_decay 0.05 \
-  --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
+  --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 "$@"

@@ -5,7 +5,7 @@
 # one of each video of the list DATA_PATH). The paper's table has ViT-S and pixels as target; it does not say epochs,
 # learning rate and the length of an epoch: these are k400_vit_s's, and Mini-Kinetics' number of clips.
 # Objects go on moving, as black and noise hold nothing else.
-# Last checkpoint: checkpoint-199.pth (epochs count from 0). Run again to resume. Options may follow, such as --dry_run.
+# Last checkpoint: checkpoint-199.pth (epochs count from 0).
 set -euo pipefail
 
 : "${BACKGROUND:=noise}"                       # black, noise, image or frame
@@ -28,16 +28,12 @@ case $BACKGROUND in
   *) SOURCE=(--epoch_size "$EPOCH_SIZE") ;;
 esac
 
-"${LAUNCH[@]}" "$ROOT/run_smile_pretraining.py" \
+train run_smile_pretraining.py \
   --background "$BACKGROUND" "${SOURCE[@]}" \
   --first_stage_path "$FIRST_STAGE_CKPT" \
   --add_tubelets --use_objects --objects_path "$OBJECTS_PATH" --motion_type gaussian \
-  --mask_type tube --mask_ratio 0.8 \
-  --multiple_sampling \
+  --mask_type tube --mask_ratio 0.8 --multiple_sampling \
   --target_type pixel \
-  --model pretrain_videomae_small_patch16_224 --decoder_depth 4 \
-  --num_frames 16 --num_workers "$NUM_WORKERS" \
-  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
+  --model pretrain_videomae_small_patch16_224 --decoder_depth 4 --num_frames 16 \
   --opt adamw --opt_betas 0.9 0.95 --lr 1.5e-4 --min_lr 1e-5 --weight_decay 0.05 \
-  --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
+  --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 "$@"

@@ -3,7 +3,7 @@
 #
 # The paper's model has "800 epochs" (both masks of a clip counted), so 400 here. We do not know how these divide
 # between the stages: 200 and 200 is our assumption, and so are the learning rate and warm-up of Kinetics.
-# Last checkpoint: checkpoint-199.pth (epochs count from 0). Run again to resume. Options may follow, such as --dry_run.
+# Last checkpoint: checkpoint-199.pth (epochs count from 0).
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ssv2/train.csv}"            # a line `path label` for each video (annotation_files/README.md)
@@ -17,15 +17,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths DATA_PATH FIRST_STAGE_CKPT
 
-"${LAUNCH[@]}" "$ROOT/run_smile_pretraining.py" \
+train run_smile_pretraining.py \
   --data_path "$DATA_PATH" \
   --first_stage_path "$FIRST_STAGE_CKPT" \
-  --mask_type tube --mask_ratio 0.8 \
-  --multiple_sampling \
+  --mask_type tube --mask_ratio 0.8 --multiple_sampling \
   --target_type clip --distillation_teacher clip_b --clip_model ViT-B-16 --clip_weights "$CLIP_WEIGHTS" \
-  --model pretrain_videomae_base_patch16_224 --decoder_depth 4 \
-  --num_frames 16 --sampling_rate 2 --num_workers "$NUM_WORKERS" \
-  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
+  --model pretrain_videomae_base_patch16_224 --decoder_depth 4 --num_frames 16 --sampling_rate 2 \
   --opt adamw --opt_betas 0.9 0.95 --lr 1.5e-4 --min_lr 1e-5 --weight_decay 0.05 \
-  --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
+  --warmup_epochs 40 --epochs 801 --stop_epoch "$STOP_EPOCH" --save_ckpt_freq 20 "$@"

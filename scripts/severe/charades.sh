@@ -4,7 +4,7 @@
 # 16 frames, 16 apart, span the 10 s of the benchmark's 32 frames, 8 apart. The rest of the recipe is ours: that of
 # Kinetics without mixup, CutMix and label smoothing, which need a single label.
 # Validates during training, then tests the best checkpoint on 10 x 3 views, and prints the cell's row.
-# SEVERE.md: what is the benchmark's, what is ours. Run again to resume. Options may follow, such as --dry_run.
+# SEVERE.md says what is the benchmark's and what is ours.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/charades}"       # folder with train.csv, val.csv, test.csv (make_lists.py charades)
@@ -15,16 +15,6 @@ set -euo pipefail
 : "${TOTAL_BATCH:=16}"                    # videos per optimizer step; gradients accumulate to it
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-require_paths DATA_PATH MODEL_PATH
-
-"${LAUNCH[@]}" "$ROOT/run_class_finetuning.py" \
-  --data_set Charades --data_path "$DATA_PATH" \
-  --model vit_base_patch16_224 --finetune "$MODEL_PATH" \
-  --num_frames 16 --sampling_rate 16 --num_workers "$NUM_WORKERS" \
-  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" --num_sample 1 \
-  --opt adamw --opt_betas 0.9 0.999 --lr 1e-3 --min_lr 1e-6 --weight_decay 0.05 --layer_decay 0.75 \
-  --drop_path 0.1 --fc_drop_rate 0.5 \
-  --warmup_epochs 5 --epochs 50 --save_ckpt_freq 20 \
-  --aa rand-m7-n4-mstd0.5-inc1 --reprob 0.25 --smoothing 0 --mixup 0 --cutmix 0 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
+finetune --data_set Charades --model vit_base_patch16_224 --sampling_rate 16 \
+  --lr 1e-3 --layer_decay 0.75 --drop_path 0.1 --fc_drop_rate 0.5 --epochs 50 --smoothing 0 --mixup 0 --cutmix 0 "$@"
 python "$ROOT/scripts/severe/severe_table.py" "charades=$OUTPUT_DIR"

@@ -8,13 +8,17 @@ The mean of our results is shown only if all eight cells have one.
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from run_logs import last_test
+
+from utils import run_main
 
 
 class Cell(NamedTuple):
@@ -55,23 +59,6 @@ NOTE = "*: the SMILE paper's figures (ViT-B, Kinetics-400), not measured with th
 # Results --------------------------------------------------------------------------------------------------------
 
 
-def last_test(folder: Path) -> dict[str, float]:
-    """Metrics of the last test in a log.txt; empty if there is none.
-
-    Raises:
-        SystemExit: a line is not JSON.
-    """
-    file = folder / "log.txt"
-    if not file.is_file():
-        return {}
-    try:
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line]
-    except json.JSONDecodeError as error:
-        sys.exit(f"error: {file}: not the log of a run ({error})")
-    tests = [line for line in lines if any(name.startswith("test_") for name in line)]
-    return tests[-1] if tests else {}
-
-
 def percent(cell: str, value: float) -> float:
     """Convert a result for the mean: in percent, higher is better."""
     return 100 * (1 - value) if cell == "ucf_rc" else value
@@ -79,32 +66,12 @@ def percent(cell: str, value: float) -> float:
 
 def mean(values: dict[str, float]) -> float | None:
     """Mean over the eight cells as in the paper: percentages and 100 · (1 - counting error); None if one is missing."""
-    if values.keys() < CELLS.keys():
-        return None
-    return float(np.mean([percent(cell, values[cell]) for cell in CELLS]))
+    return float(np.mean([percent(cell, values[cell]) for cell in CELLS])) if values.keys() >= CELLS.keys() else None
 
 
 def show(cell: str, value: float | None) -> str:
-    """Format the result of a cell; a dash if there is none."""
-    return "–" if value is None else f"{value:.{CELLS[cell].digits}f}"
-
-
-def rows(tests: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Rows of text: cell, metric, our result, the paper's results; with the mean if all cells were requested."""
-    table = []
-    for number, (cell, about) in enumerate(CELLS.items()):
-        if cell not in tests:
-            continue
-        paper = [show(cell, figures[number]) for figures in PAPER.values()]
-        table.append([about.name, about.metric, show(cell, tests[cell].get(about.key)), *paper])
-        if cell in CLASS_MEAN:
-            table.append(["", "class-mean top-1", show(cell, tests[cell].get("test_class_acc1")), *[""] * len(PAPER)])
-    if tests.keys() >= CELLS.keys():
-        means = [mean(dict(zip(CELLS, figures))) for figures in PAPER.values()]
-        table.append(
-            ["mean", "", *("–" if value is None else f"{value:.1f}" for value in (mean(results(tests)), *means))]
-        )
-    return table
+    """Format the result of a cell, or of the mean; a dash if there is none."""
+    return "–" if value is None else f"{value:.{CELLS[cell].digits if cell in CELLS else 1}f}"
 
 
 def results(tests: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -112,19 +79,32 @@ def results(tests: dict[str, dict[str, float]]) -> dict[str, float]:
     return {cell: tests[cell][about.key] for cell, about in CELLS.items() if about.key in tests.get(cell, {})}
 
 
+def rows(tests: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Headings and rows: cell, metric, our result, the paper's results; with the mean if all cells were requested."""
+    papers = [dict(zip(CELLS, figures)) for figures in PAPER.values()]
+    table = [["cell", "metric", "ours", *(f"{name}*" for name in PAPER)]]
+    for cell in [cell for cell in CELLS if cell in tests]:
+        about = CELLS[cell]
+        table.append([about.name, about.metric, *(show(cell, line.get(cell)) for line in (results(tests), *papers))])
+        if cell in CLASS_MEAN:
+            table.append(["", "class-mean top-1", show(cell, tests[cell].get("test_class_acc1")), *[""] * len(PAPER)])
+    if tests.keys() >= CELLS.keys():
+        table.append(["mean", "", *(show("mean", mean(line)) for line in (results(tests), *papers))])
+    return table
+
+
 def markdown(table: list[list[str]]) -> str:
-    """The table in Markdown, with headings and a note."""
-    heads = ["cell", "metric", "ours", *(f"{name}*" for name in PAPER)]
-    lines = [heads, ["---"] * len(heads), *table]
+    """The table in Markdown, with a note."""
+    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", NOTE])
 
 
 def write_csv(table: list[list[str]], path: Path) -> None:
-    """Write the table with headings; a dash becomes an empty field."""
+    """Write the table; a dash becomes an empty field."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["cell", "metric", "ours", *(f"{name} (the paper's)" for name in PAPER)])
-        writer.writerows([["" if text == "–" else text for text in line] for line in table])
+        writer.writerow([text.replace("*", " (the paper's)") for text in table[0]])
+        writer.writerows([["" if text == "–" else text for text in line] for line in table[1:]])
 
 
 # The picture ----------------------------------------------------------------------------------------------------
@@ -195,4 +175,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -3,7 +3,7 @@
 #
 # The recipe of the released model (scripts/finetune/finetune_ssv2_vit_b.sh), from Kinetics-400.
 # Validates during training, then tests the best checkpoint on 2 x 3 views, and prints the cell's row.
-# SEVERE.md: what is the benchmark's, what is ours. Run again to resume. Options may follow, such as --dry_run.
+# SEVERE.md says what is the benchmark's and what is ours.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ssv2}"       # folder with train.csv, val.csv, test.csv (make_lists.py ssv2)
@@ -14,16 +14,6 @@ set -euo pipefail
 : "${TOTAL_BATCH:=32}"                # videos per optimizer step; gradients accumulate to it
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-require_paths DATA_PATH MODEL_PATH
-
-"${LAUNCH[@]}" "$ROOT/run_class_finetuning.py" \
-  --data_set SSV2 --data_path "$DATA_PATH" \
-  --model vit_base_patch16_224 --finetune "$MODEL_PATH" \
-  --num_frames 16 --num_workers "$NUM_WORKERS" \
-  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" --num_sample 1 \
-  --opt adamw --opt_betas 0.9 0.999 --lr 1e-3 --min_lr 1e-6 --weight_decay 0.05 --layer_decay 0.7 \
-  --drop_path 0.1 --fc_drop_rate 0 \
-  --warmup_epochs 5 --epochs 40 --save_ckpt_freq 20 \
-  --aa rand-m7-n4-mstd0.5-inc1 --reprob 0.25 --smoothing 0.1 --mixup 0.8 --cutmix 1.0 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
+finetune --data_set SSV2 --model vit_base_patch16_224 \
+  --lr 1e-3 --layer_decay 0.7 --drop_path 0.1 --fc_drop_rate 0 --epochs 40 "$@"
 python "$ROOT/scripts/severe/severe_table.py" "ssv2=$OUTPUT_DIR"

@@ -3,7 +3,7 @@
 #
 # The schedule is the benchmark's.
 # Counts val after each epoch, at the end with the best checkpoint, and prints the cell's row.
-# SEVERE.md: what is the benchmark's, what is ours. Run again to resume. Options may follow, such as --dry_run.
+# SEVERE.md says what is the benchmark's and what is ours.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ucfrep}"       # annotations: folder with train/*.mat and val/*.mat (ucf526_annotations.zip)
@@ -18,12 +18,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 require_paths DATA_PATH DATA_ROOT MODEL_PATH
 
-"${LAUNCH[@]}" "$ROOT/run_repetition_counting.py" \
+train run_repetition_counting.py \
   --data_path "$DATA_PATH" --data_root "$DATA_ROOT" \
   --model vit_base_patch16_224 --finetune "$MODEL_PATH" \
-  --num_frames 16 --num_workers "$NUM_WORKERS" \
-  --batch_size "$BATCH_SIZE" --update_freq "$UPDATE_FREQ" \
   --opt adam --opt_betas 0.9 0.999 --lr 4e-4 --min_lr 4e-4 --weight_decay 1e-3 --layer_decay 1 \
-  --epochs 100 --save_ckpt_freq 20 \
-  --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR" "$@"
+  --num_frames 16 --epochs 100 --save_ckpt_freq 20 "$@"
 python "$ROOT/scripts/severe/severe_table.py" "ucf_rc=$OUTPUT_DIR"

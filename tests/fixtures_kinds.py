@@ -1,14 +1,5 @@
-"""How many frames each reader gets wrong, by container and codec: the table in DATASET.md.
+"""Videos of many containers and codecs in which every picture shows its number. No test here: PYTEST_DONT_REWRITE."""
 
-    python scripts/data/measure_reading.py
-
-Videos are made in which every picture shows its number, and clips all over them are read by number. The truth is the
-sequence that FFmpeg decodes from the start of the file.
-"""
-
-import argparse
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,27 +8,20 @@ from typing import Any
 
 import av
 import numpy as np
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from utils import run_main
-from video_check import ffmpeg_frames
-from video_reader import READERS, VideoError, read_frames
 
 WIDTH, HEIGHT, RATE = 128, 96, 25
-NUM_FRAMES, STRIDE, CLIPS = 16, 4, 11
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to write a video.
+    """A kind of video.
 
     Args:
         options: of the encoder.
         gap: frames between key frames.
-        stamps: of each frame, in milliseconds; none: RATE frames a second.
-        change: applied to each packet on its way into a second file; see the functions below.
+        stamps: time of each frame, milliseconds; none: RATE frames a second.
+        change: function of number and packet, applied to each packet while it is copied into a second file; packets
+            for which it returns False are dropped.
     """
 
     title: str
@@ -51,19 +35,19 @@ class Kind:
 
 
 def drop_start(number: int, packet: av.Packet) -> bool:
-    """A recording that begins between two key frames."""
+    """Start between two key frames, as a recording may."""
     return number > 7
 
 
 def cut_copied(number: int, packet: av.Packet) -> bool:
-    """A clip cut by ``ffmpeg -ss 3 -c copy``: what comes before the cut is in the file, and not to be shown."""
+    """Cut as ``ffmpeg -ss 3 -c copy`` does: frames before the cut are in the file, but not to be shown."""
     packet.pts -= int(3 / packet.time_base)
     packet.dts -= int(3 / packet.time_base)
     return True
 
 
 def lose_order(number: int, packet: av.Packet) -> bool:
-    """Stamps of a program that knows no B-frames."""
+    """Stamp frames in coding order, as a program without B-frames does."""
     packet.pts = packet.dts
     return True
 
@@ -107,24 +91,20 @@ KINDS = [
 
 
 def picture(number: int) -> np.ndarray:
-    """A picture that shows its number, below 256, as two rows of bright and dark fields; uint8 ``[H, W, 3]``."""
+    """Draw a number below 256 as two rows of bright and dark fields; uint8 ``[H, W, 3]``."""
     fields = np.unpackbits(np.array([number], np.uint8)).reshape(2, 4) * 200 + 25
     return np.repeat(np.kron(fields, np.ones((HEIGHT // 2, WIDTH // 4), np.uint8))[..., None], 3, axis=2)
 
 
 def number_of(frame: np.ndarray) -> int:
-    """The number that a frame ``[H, W, 3]`` shows."""
+    """Read the number that a frame ``[H, W, 3]`` shows."""
     height, width = frame.shape[:2]
     fields = frame.mean(axis=2).reshape(2, height // 2, 4, width // 4).mean(axis=(1, 3))
     return int(np.packbits(fields.ravel() > 125)[0])
 
 
-def write(path: str, kind: Kind, frames: int = 240) -> None:
-    """Write a video of a kind.
-
-    Raises:
-        av.FFmpegError: this FFmpeg cannot.
-    """
+def write_kind(path: str, kind: Kind, frames: int) -> None:
+    """Write a video. Raises av.FFmpegError if this FFmpeg cannot."""
     first = f"{path}.whole.{kind.suffix}" if kind.change else path
     with av.open(first, "w") as container:
         stream = container.add_stream(kind.codec, rate=RATE, options=dict(kind.options))
@@ -144,35 +124,3 @@ def write(path: str, kind: Kind, frames: int = 240) -> None:
                     packet.stream = stream
                     target.mux(packet)
         Path(first).unlink()
-
-
-def wrong(path: str, reader: str) -> tuple[int, int]:
-    """Frames of clips all over a video that a reader gets wrong, and how many there are."""
-    truth = [number_of(frame.to_ndarray(format="rgb24")) for frame in ffmpeg_frames(path)]
-    faults = 0
-    for start in np.linspace(0, len(truth) - (NUM_FRAMES - 1) * STRIDE - 1, CLIPS).astype(int):
-        wanted = start + STRIDE * np.arange(NUM_FRAMES)
-        try:
-            frames = read_frames(path, lambda total, wanted=wanted: wanted.clip(max=total - 1), reader)
-        except VideoError:
-            return CLIPS * NUM_FRAMES, CLIPS * NUM_FRAMES
-        faults += sum(number_of(frame) != truth[index] for frame, index in zip(frames, wanted))
-    return faults, CLIPS * NUM_FRAMES
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in tqdm(KINDS, desc="kinds", disable=None):
-            path = f"{folder}/video.{kind.suffix}"
-            write(path, kind)
-            counts = [wrong(path, reader) for reader in READERS]
-            rows.append(f"| {kind.title} | {kind.suffix} | {' | '.join(f'{bad} of {all_}' for bad, all_ in counts)} |")
-    print(f"| | file | {' | '.join(READERS)} |\n|{'---|' * (2 + len(READERS))}", *rows, sep="\n")
-
-
-if __name__ == "__main__":
-    run_main(main)
