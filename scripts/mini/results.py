@@ -92,13 +92,19 @@ def spread(values: list[float]) -> str:
     return f"{values[0]:.1f}" if len(values) == 1 else f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
+def measured(scores: dict[str, dict[str, list[float]]]) -> dict[str, str]:
+    """Those of COLUMNS that a row has."""
+    return {name: heading for name, heading in COLUMNS.items() if any(columns[name] for columns in scores.values())}
+
+
 def benchmark_table(scores: dict[str, dict[str, list[float]]]) -> str:
     """The scores as a Markdown table."""
-    lines = ["| test accuracy, % | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
-    chance = [f"{CHANCE[column.removesuffix('-probe')]:g}" for column in COLUMNS]
+    shown = measured(scores)
+    lines = ["| test accuracy, % | " + " | ".join(shown.values()) + " |", "|---" * (1 + len(shown)) + "|"]
+    chance = [f"{CHANCE[column.removesuffix('-probe')]:g}" for column in shown]
     lines.append("| chance | " + " | ".join(chance) + " |")
     for row, columns in scores.items():
-        cells = [spread(columns[column]) for column in COLUMNS]
+        cells = [spread(columns[column]) for column in shown]
         lines.append(f"| {ROWS.get(row, row)} | " + " | ".join(cells) + " |")
     seeds = max(len(values) for columns in scores.values() for values in columns.values())
     lines += ["", f"Seeds: {seeds}." + (" Mean ± standard deviation over seeds." if seeds > 1 else "")]
@@ -122,16 +128,17 @@ def paint(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(COLUMNS), figsize=(12, 3.6), sharey=True, layout="constrained")
+    shown = measured(scores)
+    figure, axes = plt.subplots(1, len(shown), figsize=(12, 3.6), sharey=True, layout="constrained", squeeze=False)
     colours = matplotlib.colormaps["viridis"](np.linspace(0.95, 0.1, len(scores)))
     places = np.arange(len(scores))[::-1]
-    for axis, (column, heading) in zip(axes, COLUMNS.items()):
+    for axis, (column, heading) in zip(axes[0], shown.items()):
         values = [columns[column] or [0.0] for columns in scores.values()]
         spreads = [np.std(value, ddof=1) if len(value) > 1 else 0.0 for value in values]
         axis.barh(places, [np.mean(value) for value in values], xerr=spreads, color=colours)
         axis.axvline(CHANCE[column.removesuffix("-probe")], color="0.4", linestyle=":")
         axis.set(title=heading, xlabel="test accuracy, %", xlim=(0, 100))
-    axes[0].set_yticks(places, [ROWS.get(row, row) for row in scores])
+    axes[0, 0].set_yticks(places, [ROWS.get(row, row) for row in scores])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
