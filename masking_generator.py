@@ -144,12 +144,13 @@ class MaskGenerator:
     def __call__(self, rng: np.random.Generator, boxes: np.ndarray | None = None) -> np.ndarray:
         """Draw a mask, bool ``[N]``; `boxes` ``[K, T, 4]`` are needed by mask_type `tubelet` only."""
         if self.mask_type == "random":
-            return random_mask(rng, self.grid, self.ratio)
-        if self.mask_type == "tube":
-            return tube_mask(rng, self.grid, self.ratio)
-        assert self.mask_type == "tubelet"
-        if boxes is None:
+            mask = random_mask(rng, self.grid, self.ratio)
+        elif self.mask_type == "tube":
+            mask = tube_mask(rng, self.grid, self.ratio)
+        elif boxes is None:
             raise ValueError("mask_type tubelet follows objects: it needs their boxes")
-        return trajectory_mask(
-            rng, boxes, self.grid, self.ratio, self.sub_type, self.unmask_ratio, self.patch_size, self.tubelet_size
-        )
+        else:
+            size = self.patch_size, self.tubelet_size
+            mask = trajectory_mask(rng, boxes, self.grid, self.ratio, self.sub_type, self.unmask_ratio, *size)
+        assert mask.sum() == num_masked(self.grid, self.ratio), "the student relies on this number"
+        return mask
