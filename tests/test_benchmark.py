@@ -131,6 +131,9 @@ def test_benchmark_of_the_data_writes_its_numbers(tables_of):
     originals, copies = (tables[f"videos {videos}: CPU milliseconds a clip"] for videos in ("as they are", "prepared"))
     ratio = (copies["whole"] + copies["collate"]) / (originals["whole"] + originals["collate"])
     assert tables["prepared / as they are"]["whole + collate"] == pytest.approx(ratio)
+    packed = tables["videos prepared, in a shard: CPU milliseconds a clip"]
+    ratio = (copies["whole"] + copies["collate"]) / (packed["whole"] + packed["collate"])
+    assert tables["prepared, files / in a shard"]["whole + collate"] == pytest.approx(ratio)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------
