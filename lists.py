@@ -231,7 +231,9 @@ def read_list(path: str, parse_label: LabelParser, data_root: str = "") -> Video
                 values.append(parsed(text))
         except ValueError as error:
             raise ValueError(f"{path}, line {numbers[len(values)]}: {error}") from error
-        labels.append(np.array(values, np.int32 if isinstance(values[0], int) else None))
+        found = np.array(values, np.int32 if isinstance(values[0], int) else None)
+        small = found.dtype == np.int32 and np.abs(found).max() < 2**15
+        labels.append(found.astype(np.int16) if small else found)
     return VideoList(path, paths, np.concatenate(labels), lines, data_root)
 
 
