@@ -204,19 +204,13 @@ class PretrainDataset(VideoDataset):
         found, index, bad = read_or_replace(rng, self.videos, key[1], lambda path: self.source.read(rng, path))
         clips = np.empty((self.num_views, *self.source.shape), np.uint8)
         boxes, masks = zip(*(self.view(rng, found.frames, clip) for clip in clips))
-        num_bad_videos = len(bad)
+        arrays = {"clips": clips, "masks": np.stack(masks)}
+        if self.overlay:
+            arrays["objects"] = np.stack([self.masks.under(view) for view in boxes])
+        path, num_bad_videos = self.videos.path(index), len(bad)
         if self.overlay and self.overlay.library:
             bad += self.overlay.library.take_skipped()
-        sample: Sample = {
-            "clips": clips,
-            "masks": np.stack(masks),
-            "path": self.videos.path(index),
-            "bad": bad,
-            "num_bad_videos": num_bad_videos,
-        }
-        if self.overlay:
-            sample["objects"] = np.stack([self.masks.under(view) for view in boxes])
-        return sample
+        return cast(Sample, {**arrays, "path": path, "bad": bad, "num_bad_videos": num_bad_videos})
 
     def view(
         self, rng: np.random.Generator, frames: np.ndarray, clip: np.ndarray
