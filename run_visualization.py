@@ -1,10 +1,9 @@
-"""See what a model does: a picture and a movie of each clip.
+"""Draw what a model does, as a picture and a movie of each clip.
 
-    python run_visualization.py --data_path train.csv --objects_path objects --resume stage1/checkpoint-149.pth
-
-Of a pretraining checkpoint: the clip, the objects on it, the mask, the teacher's features, the student's guess and its
-error. Of a fine-tuned one: the likeliest classes, and where the last block attends. Without --resume: what the student
-is about to be shown. Every option of run_smile_pretraining.py is understood; what is not given is as in the checkpoint.
+For a pretraining checkpoint: the clip, the objects on it, the mask, the teacher's features, the student's prediction
+and its error. For a fine-tuned one: the most likely classes, and the attention of the last block. Without --resume: the
+clips that training would show to the student. All options of run_smile_pretraining.py are accepted; those that are not
+given are the checkpoint's.
 """
 
 import argparse
@@ -27,6 +26,7 @@ from datasets_finetune import DATA_SETS, ViewReader, read_class_names
 from lists import VideoList, label_text, read_list
 from metrics import SeveralLabels, Task, label_classes
 from modeling_finetune import channel_stats, normalize_clips
+from options import make_parser
 from utils import RunError, logger, user_errors
 from video_reader import Clip, VideoError, read_clip
 from video_transforms_finetune import long_side_crop, short_side_resize
@@ -61,17 +61,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Returns:
         the options of this program; those of run_smile_pretraining.py as `defaults` (all) and `given` (those named).
     """
-    parser = argparse.ArgumentParser(
-        "SMILE pictures",
-        "%(prog)s [options] [options of run_smile_pretraining.py]",
-        __doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--resume", nargs="+", default=[], metavar="CHECKPOINT", help="whose work to draw")
-    parser.add_argument("--output_dir", default="pictures", help="folder for the pictures (default: pictures)")
-    parser.add_argument("--samples", type=int, nargs="+", default=[0], help="lines of the list, from 0 (default: 0)")
-    parser.add_argument("--fps", type=float, default=8, help="frames a second of the movie (default: 8)")
+    parser = make_parser("SMILE pictures", __doc__)
+    parser.usage = "%(prog)s [options] [options of run_smile_pretraining.py]"
+    parser.add_argument("--resume", nargs="+", default=[], metavar="CHECKPOINT", help="models to draw")
+    parser.add_argument("--output_dir", default="pictures", help="folder to write")
+    parser.add_argument("--samples", type=int, nargs="+", default=[0], help="indices in the list, from 0")
+    parser.add_argument("--fps", type=float, default=8, help="frames per second of the movie")
     args, words = parser.parse_known_args(argv)
     if args.fps <= 0:
         parser.error(f"--fps {args.fps}: must be more than 0")
