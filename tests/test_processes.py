@@ -1,13 +1,15 @@
 """Several processes of the tools of scripts/data, as on several nodes: what they write is what one process writes."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_data_tools import kill_at, start
+from fixtures_data_tools import FORK, kill_at, start
 from fixtures_video import decode_all, free_port, source_frames, write_list, write_mp4
 from PIL import Image
 
@@ -15,7 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data")
 import check_videos
 import pack_videos
 import prepare_objects
+import processes
 import resize_videos
+
+from utils import EXIT_REQUEUE, leave_on_signal
 
 pytest_plugins = "fixtures_data_tools"
 
@@ -114,3 +119,29 @@ def test_what_is_refused_ends_all_processes_with_a_line(tools, tmp_path):
     said = [process.communicate()[1] for process in started]
     assert [process.returncode for process in started] == [1, 1], said
     assert "was made with --short_side 3, not 256" in "".join(said) and "Traceback" not in "".join(said)
+
+
+def test_a_process_that_waits_for_others_ends_at_a_signal(monkeypatch):
+    """With the code on which the job is queued again, as it would while it works."""
+    reader, writer = FORK.Pipe(duplex=False)
+
+    def wait_for_the_first(argv):
+        leave_on_signal()
+        processes.connect()
+        processes.from_first(None)
+        if os.environ["RANK"] == "0":
+            signal.pause()
+        writer.send("waits")
+        processes.to_first("mine")
+
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = []
+    for variable in [*shared.items(), ("RANK", "0"), ("RANK", "1")]:
+        monkeypatch.setenv(*variable)
+        started += [start(wait_for_the_first, [])] if variable[0] == "RANK" else []
+    assert reader.recv() == "waits"
+    time.sleep(0.5)
+    os.kill(started[1].pid, signal.SIGUSR1)
+    started[1].join(300)
+    started[0].kill()
+    assert started[1].exitcode == EXIT_REQUEUE

@@ -8,7 +8,9 @@ import ctypes
 import functools
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from data_tools import Unusable, output_folder
 from tqdm import tqdm
 
-from utils import init_distributed, never_freed, rank, world_size
+from utils import EXIT_REQUEUE, STOP_SIGNALS, init_distributed, leave_on_signal, never_freed, rank, world_size
 
 T = TypeVar("T")
 FORK = multiprocessing.get_context("fork")
@@ -125,12 +127,32 @@ def patient_group() -> Any:
     return never_freed(dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
+def wait_for(operation: Callable[[], None]) -> None:
+    """Run a collective operation in a thread, so that signals to stop end the program while it waits."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            operation()
+        except RuntimeError as error:  # another process was lost
+            errors.append(error)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    leave_on_signal()
+    if errors:
+        raise errors[0]
+
+
 def from_first(value: T) -> T:
     """Wait for the first process and return its value."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, group=patient_group())
+    wait_for(lambda: dist.broadcast_object_list(box, group=patient_group()))
     return box[0]
 
 
@@ -138,9 +160,9 @@ def to_first(value: T) -> list[T]:
     """Values of all processes by rank, in the first one; an empty list in the others."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.gather_object(value, values if rank() == 0 else None, group=patient_group())
-    return values if rank() == 0 else []
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    wait_for(lambda: dist.gather_object(value, values or None, group=patient_group()))
+    return values
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
