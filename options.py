@@ -80,8 +80,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse
     add("--no_auto_resume", action="store_false", dest="auto_resume", help="do not")
     add("--seed", type=int, default=0, help="seed of weights, clips and masks")
     add("--device", default="cuda", help="cuda (where there is one) or cpu")
-    precisions = ("auto", *DTYPES)
-    add("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
+    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
     return add

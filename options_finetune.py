@@ -37,8 +37,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.make_parser("SMILE fine-tuning", TEXT)
 
     add = options.add_data_arguments(parser)
-    sets = "gives classes, flip, sampling and test views; `custom` needs --nb_classes"
-    add("--data_set", choices=DATA_SETS, default="Kinetics-400", help=sets)
+    add("--data_set", choices=DATA_SETS, default="Kinetics-400", help="gives classes, flip, sampling and test views")
     add("--data_path", default="", help="folder with train.csv, val.csv, test.csv (and classes.txt)")
     add("--nb_classes", type=int, default=0, help="number of classes; 0: that of the data set")
     add("--num_sample", type=int, default=1, help="augmentations per decoded clip")
@@ -47,8 +46,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--examples", type=int, default=0, help="train on SEVERE's subset of about this size; 0: all")
 
     add = parser.add_argument_group("model").add_argument
-    names = ", ".join(MODELS)
-    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
+    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
     add("--finetune", default="", help="checkpoint to start from, or to test with --eval")
     add("--model_key", default="", help="key of its weights, such as `model|module`; '': the usual ones")
     add("--model_prefix", default="", help="prefix of their names, besides the usual encoder.")
@@ -74,8 +72,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cutmix_minmax", type=float, nargs=2, help="share of the side pasted, in place of alpha")
     add("--mixup_prob", type=float, default=1.0, help="probability of Mixup or CutMix")
     add("--mixup_switch_prob", type=float, default=0.5, help="probability of CutMix, if both are on")
-    modes = ("batch", "pair", "elem")
-    add("--mixup_mode", choices=modes, default="batch", help="granularity of the draw")
+    add("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="granularity of the draw")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="how erased pixels are filled")
     add("--recount", type=int, default=1, help="rectangles of random erasing")

@@ -56,11 +56,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stride_seconds", type=float, default=0.0, help="seconds between windows")
 
     add = parser.add_argument_group("model").add_argument
-    names = ", ".join(MODELS)
-    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
+    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
     add("--checkpoint", default="", help="pretrained or fine-tuned: a file, or hf://owner/repo/file")
-    kinds = ("mean", "time", "token")
-    add("--features", choices=kinds, default="mean", help="mean of all tokens, of each time step, or all")
+    add(
+        "--features", choices=("mean", "time", "token"), default="mean", help="mean of all tokens, by time step, or all"
+    )
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="folder of the output")
@@ -69,8 +69,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "float16"), default="float32", help="type of the features")
     add("--batch_size", type=int, default=16, help="views of a video per forward pass")
     add("--device", default="cuda", help="cuda (where there is one) or cpu")
-    precisions = ("auto", *DTYPES)
-    add("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
+    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     return parse(parser, argv)
 
 

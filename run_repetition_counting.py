@@ -47,8 +47,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(sampling_rate=1, max_bad_fraction=0.0)  # every frame counts, and so does every video
 
     add = parser.add_argument_group("model").add_argument
-    names = ", ".join(MODELS)
-    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=names)
+    add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
     add("--finetune", default="", help="checkpoint to start from, or to test with --eval")
     add("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
     add("--use_checkpoint", action="store_true", help="recompute activations to save memory")

@@ -60,8 +60,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--multiple_sampling", action="store_true", help="train each clip with two masks")
 
     add = parser.add_argument_group("model").add_argument
-    base, names = "pretrain_videomae_base_patch16_224", ", ".join(MODELS)
-    add("--model", choices=MODELS, metavar="NAME", default=base, help=names)
+    add("--model", choices=MODELS, metavar="NAME", default="pretrain_videomae_base_patch16_224", help=", ".join(MODELS))
     add("--decoder_depth", type=int, default=4, help="decoder blocks")
     add("--drop_path", type=float, default=0.0, help="stochastic depth rate of the last block")
     add("--use_checkpoint", action="store_true", help="recompute activations to save memory")
@@ -69,8 +68,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("teacher").add_argument
     add("--target_type", choices=TARGET_TYPES, default="clip", help="what is reconstructed")
-    teachers = ("clip_b", *DINO_MODELS)
-    add("--distillation_teacher", choices=teachers, default="clip_b", help="dino_*: of dino_v1")
+    add("--distillation_teacher", choices=("clip_b", *DINO_MODELS), default="clip_b", help="dino_*: of dino_v1")
     add("--clip_model", default="ViT-B-16", help="open_clip model")
     add("--clip_weights", default="openai", help="open_clip tag, local file, or `random` for tests")
     add("--dino_weights", default="timm", help="`timm` to fetch them, local file, or `random`")

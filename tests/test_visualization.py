@@ -277,7 +277,7 @@ def test_classes_and_attention_of_a_fine_tuned_model(finetuned, clips):
     path, model, args = finetuned
     videos, draw = drawer(path=path)
     drawing = draw(0)
-    views = run_class_finetuning.view_reader(args, test=False)(videos.path(0))
+    views = run_class_finetuning.build_evaluator(args, torch.device("cpu")).val_views(videos.path(0))
     mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.inference_mode():
         expected = model((views / 255 - mean) / std)[0].softmax(dim=0)
