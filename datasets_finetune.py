@@ -27,9 +27,12 @@ SAMPLINGS = ("dense", "segments")  # frames `stride` apart, or one of each equal
 
 @dataclass(frozen=True)
 class DataSet:
-    """What depends on the data set.
+    """Settings that depend on the data set; they are not command-line options.
 
     Args:
+        num_classes: None if the user gives it.
+        flip: mirror half of the training clips; not where left and right are labels.
+        test_segments, test_crops: views of the test, in time and in space.
         multi_label: a video shows several classes, each for some seconds; the lists of custom data sets may, too.
         combine: mean | max: how the test combines the scores of the views.
         ending: suffix of list names in place of ``.csv``, in a folder that has such lists.
@@ -47,6 +50,10 @@ class DataSet:
     ending: str = ".csv"
     train_videos: int = 0
 
+    def __post_init__(self):
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"sampling {self.sampling!r}: choose from {SAMPLINGS}")
+
     def list_path(self, folder: str, name: str) -> str:
         """Path of the list `name`, such as ``val.csv``, in a folder."""
         if any(Path(folder).glob(f"*{self.ending}")):
@@ -54,7 +61,7 @@ class DataSet:
         return str(Path(folder, name))
 
 
-DATA_SETS = {
+DATA_SETS = {  # classes, sampling, flip, views in time, views in space
     "Kinetics-400": DataSet(400, "dense", True, 7, 3),
     "Mini-Kinetics": DataSet(200, "dense", True, 7, 3, ending="_mini_kinetics.csv"),
     "SSV2": DataSet(174, "segments", False, 2, 3),
@@ -184,10 +191,16 @@ def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int
 def clip_indices(
     rng: np.random.Generator | None, total: int, num_frames: int, stride: int, sampling: str
 ) -> np.ndarray:
-    """Frames ``[T]`` of a training clip, or without `rng` of a validation clip; `sampling` is one of SAMPLINGS."""
+    """Frames of a training clip, or without `rng` of a validation clip: int ``[T]`` in [0, total), in order; may repeat.
+
+    Raises:
+        ValueError: `sampling` is none of SAMPLINGS.
+    """
     if sampling == "segments":
         return segment_indices(rng, total, num_frames)
-    return dense_indices(rng, total, num_frames, stride)
+    if sampling == "dense":
+        return dense_indices(rng, total, num_frames, stride)
+    raise ValueError(f"sampling {sampling!r}: choose from {SAMPLINGS}")
 
 
 def test_view_indices(total: int, num_frames: int, stride: int, views: int, sampling: str) -> np.ndarray:

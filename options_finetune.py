@@ -174,7 +174,7 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
         stored["linear_probe"] = False
     data_set = DATA_SETS.get(stored.get("data_set", ""))
     if not (evaluates or args.knn > 0):
-        by_stride = DATA_SETS[args.data_set].sampling == "dense" and (not data_set or data_set.sampling == "dense")
+        by_stride = "segments" not in {DATA_SETS[args.data_set].sampling, data_set and data_set.sampling}
         clip = [name for name in options.CLIP if by_stride or name != "sampling_rate"]
         options.tell_differences(args, stored, path, clip)
         return
