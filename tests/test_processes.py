@@ -3,19 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import check_videos
 import numpy as np
+import pack_videos
+import prepare_objects
 import pytest
+import resize_videos
 from fixtures_data_tools import kill_at, start
 from fixtures_video import decode_all, free_port, source_frames, write_list, write_mp4
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
-import check_videos
-import pack_videos
-import prepare_objects
-import resize_videos
 
 pytest_plugins = "fixtures_data_tools"
 
