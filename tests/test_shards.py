@@ -3,7 +3,6 @@
 import os
 import subprocess
 import tarfile
-from pathlib import Path
 
 import index_shards
 import numpy as np
