@@ -1,14 +1,11 @@
-"""Shared by all tests: the repository root on the import path, one thread, and an end that waits for no worker.
+"""Shared by all tests: one thread, and an end that waits for no worker. The import path is in pyproject.toml.
 
 OMP_NUM_THREADS gives tests and the programs that they start more threads.
 """
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av  # noqa: F401 - before decord, whose libvpx would else take the place of PyAV's, which cannot encode with it
 
@@ -21,8 +18,8 @@ def pytest_addoption(parser):
 
 
 # With pytest-xdist and --no-loadscope-reorder, the files that take longest begin first, so that workers end together.
-SLOW = """learning run_smile_pretraining run_class_finetuning severe commands deepspeed_stepper run_repetition_counting
-    several_labels run_class_finetuning_input resize_videos visualization modeling_teacher""".split()
+SLOW = """learning run_smile_pretraining run_class_finetuning reliability severe commands deepspeed_stepper hub
+    run_repetition_counting run_feature_extraction visualization several_labels run_class_finetuning_input""".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -6,39 +6,17 @@ A pytest plugin (``pytest_plugins = "fixtures_data_tools"``). No test here: PYTE
 import multiprocessing
 import os
 import time
-from fractions import Fraction
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from fixtures_video import source_frames
+from fixtures_video import source_frames, write_mp4
 
 pytest_plugins = "fixtures_video"
 SIZE = (160, 96)
 FORK = multiprocessing.get_context("fork")
-
-
-def write_video(path, codec, frames, key_frames=12, stamps=None, b_frames=0, options=None, broken=False):
-    """Encode uint8 [T, H, W, 3] at times 0, 1, ... or `stamps`, in 1/25 s; `broken`: all packets are at 0."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.gop_size = "yuv420p", key_frames
-        stream.codec_context.max_b_frames = b_frames
-
-        def put(packets):
-            for packet in packets:
-                if broken:
-                    packet.pts = packet.dts = 0
-                container.mux(packet)
-
-        for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
-            frame.pts, frame.time_base = stamps[number] if stamps else number, Fraction(1, 25)
-            put(stream.encode(frame))
-        put(stream.encode())
 
 
 def turn_by_90(path):
@@ -68,12 +46,12 @@ def odd_videos(tmp_path_factory):
     }
     for name, (codec, options) in kinds.items():
         if codec in av.codecs_available:
-            write_video(folder / name, codec, frames, **options)
+            write_mp4(folder / name, frames, codec, **options)
     turn_by_90(folder / "turned.mp4")
     long = np.concatenate([frames, frames[::-1]] * 2)
-    write_video(folder / "one key.mp4", "libx264", long, 10000, options=one_key)
+    write_mp4(folder / "one key.mp4", long, key_frames=10000, options=one_key)
     large = np.repeat(np.repeat(frames[:8], 6, axis=1), 6, axis=2)
-    write_video(folder / "large.mp4", "libx264", large, options=fast)
+    write_mp4(folder / "large.mp4", large, options=fast)
     return {path.name: path for path in folder.iterdir()}, frames
 
 

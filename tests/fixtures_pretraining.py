@@ -1,25 +1,19 @@
 """The pretraining program for the tests: ways to run it, data, and one undisturbed run of stage 1 in a session.
 
-A pytest plugin (``pytest_plugins = "fixtures_pretraining"``). Most runs are processes of a fork server that has
-imported torch already, which saves seconds each. No test here: PYTEST_DONT_REWRITE.
+A pytest plugin (``pytest_plugins = "fixtures_pretraining"``). No test here: PYTEST_DONT_REWRITE.
 """
 
-import multiprocessing
-import os
-import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from fixtures_video import ROOT, fork_server, write_list
+from fixtures_video import ROOT, write_list
 
 from weights import read_checkpoint
 
-pytest_plugins = "fixtures_video"
+pytest_plugins = ("fixtures_video", "fixtures_programs")
 NAME = "run_smile_pretraining.py"
 DATA_TOOLS = ROOT / "scripts" / "data"
 STEPS, EPOCHS = 12, 2
@@ -30,66 +24,10 @@ TRAIN = f"""--multiple_sampling --batch_size 4 --epochs 3 --stop_epoch {EPOCHS} 
     --weight_decay_end 0.1""".split()
 
 
-# Running the program --------------------------------------------------------------------------------------------
-
-
-def program(argv, output):
-    """Be ``python run_smile_pretraining.py ARGV``, in a process group of its own."""
-    os.setpgrp()
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # loader workers start as they do from the command line
-    sys.argv = [NAME, *argv]
-    runpy.run_path(str(ROOT / NAME), run_name="__main__")
-
-
-class Run:
-    """A started run."""
-
-    def __init__(self, process, output):
-        self.process, self.output, self.pid = process, output, process.pid
-
-    def read(self, name):
-        path = Path(f"{self.output}.{name}")
-        return path.read_text() if path.exists() else ""
-
-    def wait_for(self, text, seconds=300):
-        """Until its standard output has a text."""
-        end, alive = time.monotonic() + seconds, True
-        while text not in self.read("out"):
-            assert alive and time.monotonic() < end, self.read("out") + self.read("err")
-            time.sleep(0.003)
-            alive = self.process.is_alive()
-
-    def end(self, seconds=300):
-        """Its exit code and what it said."""
-        self.process.join(seconds)
-        self.stop()
-        return SimpleNamespace(code=self.process.exitcode, out=self.read("out"), err=self.read("err"))
-
-    def stop(self):
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
-
-
 @pytest.fixture(scope="session")
-def start(tmp_path_factory):
+def start(start_program):
     """Start the program."""
-    server, started = fork_server(), []
-    folder = tmp_path_factory.mktemp("outputs")
-
-    def start_one(*argv):
-        output = folder / str(len(started))
-        process = server.Process(target=program, args=([str(word) for word in argv], output))
-        process.start()
-        started.append(Run(process, output))
-        return started[-1]
-
-    yield start_one
-    for run in started:
-        run.stop()
+    return lambda *argv, **how: start_program(NAME, *argv, **how)
 
 
 @pytest.fixture(scope="session")
@@ -119,9 +57,8 @@ def shard_args(data_args, tmp_path_factory):
 def reference(start, data_args, tmp_path_factory):
     """A run of stage 1 that nothing disturbed."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    result = start(
-        *TINY, *TRAIN, *data_args, "--update_freq", 2, "--output_dir", folder, "--log_dir", folder / "tb"
-    ).end()
+    folders = ["--output_dir", folder, "--log_dir", folder / "tb"]
+    result = start(*TINY, *TRAIN, *data_args, "--update_freq", 2, *folders).end()
     assert result.code == 0, result.err
     return SimpleNamespace(folder=folder, out=result.out)
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fixtures_finetuning import program as run_program
-from fixtures_video import ROOT, fork_server, free_port
+from fixtures_programs import Started, jobs_of
+from fixtures_video import ROOT
 
 import run_class_finetuning
 import run_smile_pretraining
@@ -21,6 +21,7 @@ import run_smile_pretraining
 SCRIPTS = ROOT / "scripts"
 PRETRAIN, FINETUNE, TEST = (sorted((SCRIPTS / folder).glob("*.sh")) for folder in ("pretrain", "finetune", "test"))
 SEVERE = sorted(path for path in (SCRIPTS / "severe").glob("*.sh") if path.stem != "run_all")
+RECIPES = (*PRETRAIN, *FINETUNE, *TEST, *SEVERE)
 PROGRAMS = {module.__name__ + ".py": module for module in (run_smile_pretraining, run_class_finetuning)}
 STUB = """#!/usr/bin/env bash
 printf '%s\\0' "$(basename "$0")" "$@" $'\\n' >> "$STUB_LOG"
@@ -78,19 +79,8 @@ def answer(request):
     words = (request / "arguments").read_text().split("\0")[:-1]
     program, options = program_of(words)
     processes = int(launcher_option(words, "--nproc_per_node")) if "--nproc_per_node" in words else 1
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    started = []
-    for rank in range(processes):
-        env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        job = (options, request / f"rank{rank}", env, program.name)
-        started.append(fork_server().Process(target=run_program, args=job))
-        started[-1].start()
-    for process in started:
-        process.join(900)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    (request / "draft").write_text(str(max(abs(process.exitcode) for process in started)))
+    code = Started(list(jobs_of(program.name, options, request, processes))).end(900).code
+    (request / "draft").write_text(str(abs(code)))
     (request / "draft").rename(request / "code")
 
 

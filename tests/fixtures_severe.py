@@ -6,10 +6,10 @@ PYTEST_DONT_REWRITE.
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import make_lists
 import numpy as np
 import pytest
 import torch
@@ -81,9 +81,8 @@ def write_ucf101(folder, videos):
     classes = ["ApplyEyeMakeup", "HandstandPushups", *(f"Sport{n}" for n in range(99))]
     write_lines(folder / "annotations" / "classInd.txt", (f"{n} {name}" for n, name in enumerate(classes, 1)))
     for part, groups in {"train": (8, 9, 10), "test": (1, 2)}.items():
-        names = [
-            f"{name}/v_{name.replace('stand', 'Stand')}_g{group:02}_c01.avi" for name in classes[:2] for group in groups
-        ]
+        stems = [(name, name.replace("stand", "Stand")) for name in classes[:2]]
+        names = [f"{name}/v_{stem}_g{group:02}_c01.avi" for name, stem in stems for group in groups]
         for name in names:
             videos.write(folder / "videos" / name)
         ends = {"train": lambda name: f" {classes.index(name.split('/')[0]) + 1}", "test": lambda name: ""}
@@ -99,9 +98,8 @@ def write_charades(folder, videos):
         lines = [columns]
         for number, found in enumerate(actions):
             videos.write(folder / "videos" / f"{letter}{number}GP8.mp4")
-            lines.append(
-                f'{letter}{number}GP8,S1,Kitchen,6,7,Yes,"A person stands, then sits.",chair,"x, y.",{found},0.80'
-            )
+            row = 'GP8,S1,Kitchen,6,7,Yes,"A person stands, then sits.",chair,"x, y."'
+            lines.append(f"{letter}{number}{row},{found},0.80")
         write_lines(folder / "annotations" / f"Charades_v1_{part}.csv", lines)
 
 
@@ -114,11 +112,6 @@ LISTS = {
     "UCF101": ("ucf101", "--fold", "1"),
     "CHARADES": ("charades",),
 }
-MAKE_LISTS = """
-import sys; sys.path[:0] = [{path!r}]
-import make_lists
-for argv in {commands!r}: make_lists.main(argv)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -127,13 +120,9 @@ def severe_data(repetitions, tmp_path_factory):
     root, videos = tmp_path_factory.mktemp("severe"), Videos()
     for name, write in WRITERS.items():
         write(root / name, videos)
-    commands = [
-        [*options, "--output", str(root / "lists" / name)]
-        + [f"--{kind}={root / options[0] / kind}" for kind in ("videos", "annotations")]
-        for name, options in LISTS.items()
-    ]
-    code = MAKE_LISTS.format(path=str(ROOT / "scripts" / "data"), commands=commands)
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    for name, options in LISTS.items():
+        folders = [f"--{kind}={root / options[0] / kind}" for kind in ("videos", "annotations")]
+        make_lists.main([*options, *folders, "--output", str(root / "lists" / name)])
     torch.manual_seed(0)
     model = root / "model.pth"
     torch.save({"model": MODELS["vit_tiny_patch16_224"](num_classes=0).state_dict()}, model)

@@ -50,28 +50,56 @@ def source_frames(name, first, count, size):
     return np.stack(frames)
 
 
-def write_mp4(path, frames, options=None, rate=25, codec="libx264"):
-    """Encode uint8 [T, H, W, 3] with key frames 12 apart, also as avi; `options` go to the muxer."""
+def silence():
+    """A second of sound."""
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+    frame.sample_rate = 16000
+    return frame
+
+
+def write_mp4(
+    path, frames, codec="libx264", pix_fmt="yuv420p", rate=25, stamps=None, key_frames=12, b_frames=None, sound=False,
+    broken=False, container=None, options=None, muxer=None,
+):  # fmt: skip
+    """Encode uint8 [T, H, W, 3], also as avi and others.
+
+    Args:
+        stamps: of the frames, in 1 / `rate` s; None: 0, 1, 2, …
+        key_frames: how far they lie apart.
+        sound: add a sound track.
+        broken: all packets are at time 0.
+        container: by its name in FFmpeg; None: by the suffix.
+        options, muxer: options of the encoder and of the container.
+    """
     rate = Fraction(rate)
-    with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec if codec in av.codecs_available else "mpeg4", rate=rate)
+    with av.open(str(path), "w", format=container, options=muxer or {}) as file:
+        stream = file.add_stream(codec if codec in av.codecs_available else "mpeg4", rate=rate, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.gop_size = "yuv420p", 12
+        stream.pix_fmt, stream.gop_size = pix_fmt, key_frames
+        if b_frames is not None:
+            stream.codec_context.max_b_frames = b_frames
+        audio = file.add_stream("aac", rate=16000) if sound else None
+
+        def put(packets):
+            for packet in packets:
+                if broken:
+                    packet.pts = packet.dts = 0
+                file.mux(packet)
+
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
-            frame.pts, frame.time_base = number, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            frame.pts, frame.time_base = stamps[number] if stamps else number, 1 / rate
+            put(stream.encode(frame))
+        if audio:
+            file.mux([*audio.encode(silence()), *audio.encode()])
+        put(stream.encode())
 
 
-def write_audio(path):
+def write_sound(path, container=None, codec="aac"):
     """A file with a second of sound and no picture."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=16000)
+        file.mux([*stream.encode(silence()), *stream.encode()])
 
 
 def decode_all(path):
@@ -108,10 +136,10 @@ def broken(clips, tmp_path_factory):
     (folder / "empty.mp4").write_bytes(b"")
     whole = clips["bikes.mp4"].read_bytes()
     (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])  # its index, at the end, is gone
-    write_mp4(folder / "cut.mp4", decode_all(clips["bikes.mp4"]), {"movflags": "faststart"})
+    write_mp4(folder / "cut.mp4", decode_all(clips["bikes.mp4"]), muxer={"movflags": "faststart"})
     whole = (folder / "cut.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])  # its index, at the start, promises all frames
-    write_audio(folder / "sound only.mp4")
+    write_sound(folder / "sound only.mp4")
     names = ("text", "empty", "truncated", "cut", "sound only", "missing")
     return {name: folder / f"{name}.mp4" for name in names}
 

@@ -47,12 +47,9 @@ def fill_disk(folder, saves, in_between=False):
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    """And stops the run with the third failed save in a row."""
     assert in_child(fill_disk, tmp_path, 2) == ([True, False, False], None)
-    assert torch.equal(read_checkpoint(tmp_path / LATEST)["value"], torch.full((10,), 1.0))
     assert [path.name for path in tmp_path.iterdir()] == [LATEST]  # no draft takes up what room there is
-
-
-def test_the_third_failed_save_in_a_row_stops_the_run(tmp_path):
     outcome, error = in_child(fill_disk, tmp_path, 3)
     assert outcome is None and error.startswith("utils.RunError: ")
     assert "checkpoint-latest.pth: 3 saves in a row failed" in error and "free space" in error
@@ -92,15 +89,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         assert found == path and len(state["value"].unique()) == 1
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+def test_when_a_save_is_due(tmp_path, monkeypatch):
+    """Without a folder never, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     writer = CheckpointWriter("", every_steps=1)
     assert writer.save("x.pth", lambda: {"value": 1}) and not writer.due(1)
     writer.tidy()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_when_a_save_is_due(tmp_path):
     by_steps = CheckpointWriter(str(tmp_path), every_steps=5)
     assert [step for step in range(1, 21) if by_steps.due(step)] == [5, 10, 15, 20]
     by_time, never = CheckpointWriter(str(tmp_path), every_minutes=1e-9), CheckpointWriter(str(tmp_path))
@@ -121,23 +116,21 @@ def test_tidy_removes_the_latest_checkpoint_only(tmp_path):
 
 
 def test_the_highest_number_wins_not_the_last_name(tmp_path):
+    """If there is any, and it is to be looked for."""
+    assert find_resume(str(tmp_path), "", True) is None and find_resume("", "", True) is None
     save_epochs(tmp_path, 2, 9, 10)
+    assert find_resume(str(tmp_path), "", False) is None and find_resume(str(tmp_path / "new"), "", True) is None
     (tmp_path / "checkpoint-99-old.pth").write_bytes(b"x")
     path, state = find_resume(str(tmp_path), "", True)
     assert path.name == "checkpoint-10.pth" and state["epoch"] == 10
 
 
-def test_the_file_in_mid_epoch_wins_when_it_is_further(tmp_path):
+@pytest.mark.parametrize("epoch, name", [(3, LATEST), (2, "checkpoint-2.pth")])
+def test_the_file_in_mid_epoch_wins_when_it_is_further(tmp_path, epoch, name):
+    """It is not after a kill right after a numbered save, before the older file was removed."""
     save_epochs(tmp_path, 2)
-    torch.save({"model": {}, "epoch": 3, "step": 5}, tmp_path / LATEST)
-    assert find_resume(str(tmp_path), "", True)[0].name == LATEST
-
-
-def test_the_file_in_mid_epoch_loses_when_it_is_not_further(tmp_path):
-    """A run killed right after a numbered save, before it removed the older file."""
-    save_epochs(tmp_path, 2)
-    torch.save({"model": {}, "epoch": 2, "step": 5}, tmp_path / LATEST)
-    assert find_resume(str(tmp_path), "", True)[0].name == "checkpoint-2.pth"
+    torch.save({"model": {}, "epoch": epoch, "step": 5}, tmp_path / LATEST)
+    assert find_resume(str(tmp_path), "", True)[0].name == name
 
 
 def test_damaged_files_are_named_and_skipped(tmp_path, caplog):
@@ -149,13 +142,8 @@ def test_damaged_files_are_named_and_skipped(tmp_path, caplog):
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     names = (LATEST, "checkpoint-3.pth", "checkpoint-2.pth")
     assert len(warnings) == 3 and all(name in text for name, text in zip(names, warnings))
-
-
-def test_nothing_to_go_on_from(tmp_path):
-    assert find_resume(str(tmp_path), "", True) is None and find_resume("", "", True) is None
-    save_epochs(tmp_path, 1)
-    assert find_resume(str(tmp_path), "", False) is None
-    assert find_resume(str(tmp_path / "new"), "", True) is None
+    with pytest.raises(RunError, match="checkpoint-3.pth"):  # one that is named must be readable
+        find_resume(str(tmp_path), str(tmp_path / "checkpoint-3.pth"), True)
 
 
 @pytest.mark.parametrize(
@@ -172,26 +160,14 @@ def test_the_furthest_of_a_named_checkpoint_and_the_folder_wins(tmp_path, caplog
     assert (f"checkpoint-6.pth has gone further than --resume {named}" in caplog.text) == (epoch == 6)
 
 
-def test_a_named_checkpoint_must_be_readable(tmp_path):
-    save_epochs(tmp_path, 2)
-    named = tmp_path / "checkpoint-1.pth"
-    named.write_bytes(b"junk")
-    with pytest.raises(RunError, match="checkpoint-1.pth"):
-        find_resume(str(tmp_path), str(named), True)
-
-
 # One run a folder -----------------------------------------------------------------------------------------------
 
 
 def hold(folder):
     """A process that holds a folder's lock, and a way to let go of it."""
-    code = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
-        "sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    code = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print(1, flush=True); input()"
+    command, pipes = [sys.executable, "-c", code, str(folder / ".lock")], dict.fromkeys(("stdin", "stdout"), -1)
+    process = subprocess.Popen(command, text=True, **pipes)
     assert process.stdout.readline() == "1\n"
     return process
 
@@ -219,9 +195,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_a_run_with_averaged_weights_resumes_both(tmp_path):
     """The weights that are trained are not replaced by their average."""
     saved, ema, args = tiny(), tiny(), argparse.Namespace(model_ema=True, max_bad_fraction=0.0)
-    build = lambda model: Stepper(
-        model, torch.optim.SGD(model.parameters()), torch.device("cpu"), "fp32", 1, lambda step: 0.1, lambda step: 0.1
-    )
+    rest = torch.device("cpu"), "fp32", 1, lambda step: 0.1, lambda step: 0.1
+    build = lambda model: Stepper(model, torch.optim.SGD(model.parameters()), *rest)
     place = {"epoch": 0, "step": 2, "samples_per_step": 4, "meter": {}, "args": args}
     state = {"model": saved.state_dict(), "model_ema": ema.state_dict(), **build(saved).state(), **place}
     model, average = tiny(), tiny()

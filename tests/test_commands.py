@@ -7,35 +7,23 @@ import importlib
 import re
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 
+import fixtures_scripts
 import pytest
 import torch
 from fixtures_finetuning import CUSTOM
 from fixtures_finetuning import TINY as FINETUNE_TINY
 from fixtures_pretraining import NAME, TINY
-from fixtures_scripts import (
-    FINETUNE,
-    PRETRAIN,
-    PROGRAMS,
-    SEVERE,
-    TEST,
-    caught,
-    launcher_option,
-    program_args,
-    program_of,
-    write_stubs,
-)
+from fixtures_scripts import PROGRAMS, caught, launcher_option, program_args, program_of, write_stubs
 from fixtures_video import ROOT, write_list
 
 from modeling_finetune import MODELS
 
-sys.path[:0] = [str(ROOT / "scripts" / folder) for folder in ("", "data", "mini", "severe")]
 pytest_plugins = ("fixtures_pretraining", "fixtures_finetuning", "fixtures_scripts")
 
 DOCS = {path.stem: path for path in ROOT.glob("*.md")} | {"lists": ROOT / "annotation_files" / "README.md"}
-RECIPES = {f"{path.parent.name}/{path.stem}": path for path in (*PRETRAIN, *FINETUNE, *TEST, *SEVERE)}
+RECIPES = {f"{path.parent.name}/{path.stem}": path for path in fixtures_scripts.RECIPES}
 
 # Command lines of SMILE and VideoMAE, whole but for the program's name and the paths: --data_path, --output_dir and
 # others stand in these as DATA, OUT, OBJECTS, WEIGHTS.
@@ -51,45 +39,39 @@ STAGE_1 = """ --mask_type tubelet --sub_mask_type tube+traj_mask --traj_unmask_r
 COMMON = """--data_path DATA --finetune WEIGHTS --log_dir OUT --output_dir OUT --model vit_base_patch16_224
     --input_size 224 --short_side_size 224 --save_ckpt_freq 10 --num_frames 16 --opt adamw --opt_betas 0.9 0.999
     --weight_decay 0.05 --dist_eval --test_num_crop 3 --enable_deepspeed"""
+TUNE = "run_class_finetuning.py"
 PUBLISHED = {  # name: (program, command line)
     "SMILE K400 stage 1": (NAME, SMILE + STAGE_1),
     "SMILE K400 stage 2": (NAME, SMILE + " --mask_type tube --first_stage_path WEIGHTS"),
     "VideoMAE K400": (NAME, VIDEOMAE),
-    "VideoMAE SSv2": (NAME, VIDEOMAE.replace("--sampling_rate 4", "--sampling_rate 2").replace("1601", "2401")),
+    "VideoMAE SSv2": (NAME, f"{VIDEOMAE} --sampling_rate 2 --epochs 2401"),
     "VideoMAE UCF101": (
         NAME,
-        VIDEOMAE.replace("--mask_ratio 0.9", "--mask_ratio 0.75 --lr 3e-4 --normlize_target True")
-        .replace("--batch_size 32", "--batch_size 24")
-        .replace("1601", "3201"),
+        f"{VIDEOMAE} --mask_ratio 0.75 --lr 3e-4 --normlize_target True --batch_size 24 --epochs 3201",
     ),
     "SMILE K400 fine-tuned": (
-        "run_class_finetuning.py",
-        COMMON
-        + """ --data_set Kinetics-400 --nb_classes 400 --batch_size 4 --sampling_rate 4 --num_sample 1 --lr 1e-3
+        TUNE,
+        f"""{COMMON} --data_set Kinetics-400 --nb_classes 400 --batch_size 4 --sampling_rate 4 --num_sample 1 --lr 1e-3
         --layer_decay 0.75 --drop_path 0.1 --epochs 100 --test_num_segment 7""",
     ),
     "SMILE SSv2 fine-tuned": (
-        "run_class_finetuning.py",
-        COMMON
-        + """ --data_set SSV2 --nb_classes 174 --batch_size 8 --num_sample 1 --lr 1e-3 --layer_decay 0.7 --epochs 40
-        --test_num_segment 2""",
+        TUNE,
+        f"""{COMMON} --data_set SSV2 --nb_classes 174 --batch_size 8 --num_sample 1 --lr 1e-3 --layer_decay 0.7
+        --epochs 40 --test_num_segment 2""",
     ),
     "VideoMAE K400 fine-tuned": (
-        "run_class_finetuning.py",
-        COMMON
-        + """ --data_set Kinetics-400 --nb_classes 400 --batch_size 8 --sampling_rate 4 --lr 5e-4 --epochs 75
+        TUNE,
+        f"""{COMMON} --data_set Kinetics-400 --nb_classes 400 --batch_size 8 --sampling_rate 4 --lr 5e-4 --epochs 75
         --test_num_segment 5""",
     ),
     "VideoMAE SSv2 fine-tuned": (
-        "run_class_finetuning.py",
-        COMMON
-        + """ --data_set SSV2 --nb_classes 174 --batch_size 8 --num_sample 2 --lr 5e-4 --epochs 50
+        TUNE,
+        f"""{COMMON} --data_set SSV2 --nb_classes 174 --batch_size 8 --num_sample 2 --lr 5e-4 --epochs 50
         --test_num_segment 2 --tubelet_size 2 --use_mean_pooling""",
     ),
     "VideoMAE UCF101 fine-tuned": (
-        "run_class_finetuning.py",
-        COMMON
-        + """ --data_set UCF101 --nb_classes 101 --batch_size 8 --sampling_rate 4 --num_sample 2 --lr 5e-4
+        TUNE,
+        f"""{COMMON} --data_set UCF101 --nb_classes 101 --batch_size 8 --sampling_rate 4 --num_sample 2 --lr 5e-4
         --warmup_lr 1e-8 --min_lr 1e-5 --layer_decay 0.7 --epochs 100 --test_num_segment 10 --fc_drop_rate 0.5
         --drop_path 0.2 --use_checkpoint""",
     ),
@@ -131,8 +113,7 @@ def called(tmp_path_factory):
         shutil.copytree(ROOT / "annotation_files", folder / "annotation_files")  # a document writes a list there
         (folder / "data").mkdir()
         if name in RECIPES:
-            paths = {word: "x" for word in ("DATA_PATH", "OBJECTS_PATH", "MODEL_PATH")}
-            text = f"bash scripts/{name}.sh"
+            text, paths = f"bash scripts/{name}.sh", dict.fromkeys(("DATA_PATH", "OBJECTS_PATH", "MODEL_PATH"), "x")
         else:
             found = re.findall(r"^( *)```bash\n(.*?)^ *```", DOCS[name].read_text(), re.DOTALL | re.MULTILINE)
             text = "\n".join(re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found)
@@ -177,11 +158,12 @@ def test_commands_are_understood(called, name):
 
 
 def means_the_same(args, text, but=()):
-    """Options of a command line that take a number or a word have been understood so."""
+    """Options of a command line that take a number or a word have been understood so; the last of several counts."""
+    given = {word: value for word, value in pairwise(text.split()) if word.startswith("--")}
     seen = 0
-    for word, value in pairwise(text.split()):
-        name = word.removeprefix("--")
-        if word.startswith("--") and not value.startswith("--") and not value.isupper() and name not in but:
+    for name, value in given.items():
+        name = name.removeprefix("--")
+        if not value.startswith("--") and not value.isupper() and name not in but:
             held = getattr(args, name, None)
             held = held[0] if isinstance(held, list) else held
             assert held is None or str(held) == value or float(held) == float(value), (name, held, value)
@@ -267,11 +249,8 @@ def test_pretraining_commands_run(trainings, start, clips, objects_folder, tmp_p
     listed = write_list(tmp_path / "list.csv", clips.values())
     small = [*TINY, *SMALL, "--batch_size", "4", "--target_type", "pixel", "--objects_path", objects_folder]
     for options in trainings[NAME].values():
-        if "--first_stage_path" in options:
-            place = options.index("--first_stage_path")
-            options = options[:place] + options[place + 2 :]
         source = objects_folder if "image" in options else listed
-        result = start(*options, *small, "--data_path", source).end()
+        result = start(*options, *small, "--first_stage_path=", "--data_path", source).end()
         assert result.code == 0 and "steps went well" in result.out, f"{options}\n{result.err}"
 
 
@@ -280,7 +259,7 @@ def test_fine_tuning_commands_run(trainings, run, clips, tmp_path):
         (tmp_path / name).write_text("".join(f"{path} {i % 3}\n" for i, path in enumerate(clips.values())))
     torch.save({"model": MODELS["vit_tiny_patch16_224"](num_classes=0).state_dict()}, tmp_path / "encoder.pth")
     small = [*FINETUNE_TINY, *SMALL, *CUSTOM, "--data_path", tmp_path, "--finetune", tmp_path / "encoder.pth"]
-    for options in trainings["run_class_finetuning.py"].values():
+    for options in trainings[TUNE].values():
         result = run(*options, *small, "--batch_size", "2", "--short_side_size", "32")
         assert result.code == 0 and "steps went well" in result.out, f"{options}\n{result.err}"
 

@@ -1,9 +1,8 @@
 """Conversions to Hugging Face's VideoMAE and back: bit by bit, by outputs of their own classes, by their pipeline."""
 
 import argparse
-import sys
-from pathlib import Path
 
+import convert_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -20,9 +19,6 @@ from transformers import (
     VideoMAEImageProcessor,
     pipeline,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import convert_checkpoint
 
 from modeling_finetune import SIZES, VisionTransformer, channel_stats, normalize_clips
 from modeling_pretrain import PretrainVisionTransformer
@@ -132,17 +128,15 @@ def test_their_classifier_says_the_same(models, folders, clip):
 
 
 @torch.no_grad()
-def test_their_pretraining_model_says_the_same(models, folders, clip, mask):
-    theirs = AutoModelForPreTraining.from_pretrained(folders / "pixels").eval()
-    close(models["pixels"](clip, mask), theirs(clip.transpose(1, 2), mask).logits)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("kind", ["pixels", "features"])
 def test_their_encoder_says_the_same(models, folders, clip, mask, kind):
+    """And, of pixels, their pretraining model."""
     theirs = AutoModel.from_pretrained(folders / kind).eval()
     visible = (~mask).nonzero()[:, 1].view(2, -1)
     close(models[kind].encoder(clip, visible), theirs(clip.transpose(1, 2), mask).last_hidden_state)
+    if kind == "pixels":
+        theirs = AutoModelForPreTraining.from_pretrained(folders / kind).eval()
+        close(models[kind](clip, mask), theirs(clip.transpose(1, 2), mask).logits)
 
 
 def test_the_file_has_the_names_that_all_versions_read(folders):
@@ -173,9 +167,8 @@ def test_their_pipeline_classifies_a_video(models, folders, clips):
     inputs = classify.image_processor(list(decode_all(clips["bikes.mp4"])[taken]), return_tensors="pt")
     with torch.no_grad():
         scores = models["classifier"](inputs["pixel_values"].transpose(1, 2)).softmax(dim=1)[0]
-    assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(
-        dict(zip(CLASSES, scores.tolist())), abs=1e-4
-    )
+    expected = pytest.approx(dict(zip(CLASSES, scores.tolist())), abs=1e-4)
+    assert {entry["label"]: entry["score"] for entry in found} == expected
 
 
 def test_the_plain_pipeline_classifies_a_video(folders, clips):
@@ -224,35 +217,24 @@ def test_a_folder_without_weights_is_told(tmp_path):
 def their_config(**kwargs):
     sizes = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
     decoder = {"decoder_hidden_size": 96, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 3}
-    return VideoMAEConfig(
-        image_size=SIDE,
-        num_frames=FRAMES,
-        decoder_intermediate_size=384,
-        layer_norm_eps=1e-6,
-        **sizes | decoder | kwargs,
-    )
+    rest = {"image_size": SIDE, "num_frames": FRAMES, "decoder_intermediate_size": 384, "layer_norm_eps": 1e-6}
+    return VideoMAEConfig(**sizes | decoder | rest | kwargs)
 
 
 @torch.no_grad()
-def test_a_model_that_they_saved(tmp_path, clip):
-    theirs = randomize(VideoMAEForVideoClassification(their_config(id2label=dict(enumerate(CLASSES)))), seed=3)
-    theirs.save_pretrained(tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "ours.pth")
-    ours = VisionTransformer(TINY, num_classes=3)
-    ours.load_state_dict(weights_of(tmp_path / "ours.pth"))
-    close(ours.eval()(clip), theirs(clip.transpose(1, 2)).logits)
-    assert (tmp_path / "ours.classes.txt").read_text().splitlines() == CLASSES
-
-
-@torch.no_grad()
-def test_a_pretraining_model_that_they_saved(tmp_path, clip, mask):
-    theirs = randomize(VideoMAEForPreTraining(their_config(use_mean_pooling=False)), seed=3)
-    theirs.save_pretrained(tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "ours.safetensors")
-    ours = PretrainVisionTransformer(TINY, decoder_depth=2, decoder_num_classes=1536)
-    ours.load_state_dict(weights_of(tmp_path / "ours.safetensors"))
-    close(ours.eval()(clip, mask), theirs(clip.transpose(1, 2), mask).logits)
-    assert not (tmp_path / "ours.classes.txt").exists()
+@pytest.mark.parametrize("kind, suffix", [("classifier", ".pth"), ("pixels", ".safetensors")])
+def test_a_model_that_they_saved(tmp_path, clip, mask, kind, suffix):
+    if kind == "classifier":
+        theirs, more = VideoMAEForVideoClassification(their_config(id2label=dict(enumerate(CLASSES)))), ()
+    else:
+        theirs, more = VideoMAEForPreTraining(their_config(use_mean_pooling=False)), (mask,)
+    randomize(theirs, seed=3).save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / f"ours{suffix}")
+    ours = KINDS[kind]()
+    ours.load_state_dict(weights_of(tmp_path / f"ours{suffix}"))
+    close(ours.eval()(clip, *more), theirs(clip.transpose(1, 2), *more).logits)
+    names = tmp_path / "ours.classes.txt"
+    assert names.read_text().splitlines() == CLASSES if kind == "classifier" else not names.exists()
 
 
 def test_an_encoder_whose_decoder_is_gone(models, folders, tmp_path):
@@ -266,9 +248,8 @@ def test_an_encoder_whose_decoder_is_gone(models, folders, tmp_path):
     encoder = weights_of(tmp_path / "encoder.pth")
     assert same(encoder, {f"encoder.{name}": value for name, value in models["features"].encoder.state_dict().items()})
     convert(tmp_path / "encoder.pth", tmp_path / "again", "--num_frames", FRAMES, "--input_size", SIDE)
-    assert same(
-        load_file(tmp_path / "again" / "model.safetensors"), load_file(folders / "features" / "model.safetensors")
-    )
+    again, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", folders / "features"))
+    assert same(again, first)
 
 
 # --------------------------------------------------------------------------------------------------------- file to file
@@ -296,13 +277,9 @@ def test_a_model_that_computes_something_else_is_not_written(tmp_path):
     """Six heads leave no trace in the shapes of the weights."""
     theirs = randomize(VideoMAEForVideoClassification(their_config(num_attention_heads=6)))
     theirs.save_pretrained(tmp_path / "theirs")
-    refuses(
-        tmp_path,
-        "ours.pth was not written: its output differs .* more than --tolerance",
-        tmp_path / "theirs",
-        tmp_path / "ours.pth",
-    )
-    convert(tmp_path / "theirs", tmp_path / "ours.pth", "--tolerance", "100")
+    paths = tmp_path / "theirs", tmp_path / "ours.pth"
+    refuses(tmp_path, "ours.pth was not written: its output differs .* more than --tolerance", *paths)
+    convert(*paths, "--tolerance", "100")
     assert (tmp_path / "ours.pth").is_file()
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import time
 from collections import Counter
 
@@ -72,11 +73,8 @@ def test_too_large_a_part_of_unreadable_videos_stops_the_run():
     assert len(list(bad.watch(few, shown))) == 10 and shown["bad_clips"] == 10
     with pytest.raises(RunError, match=r"--max_bad_fraction 0.05; the first: a: text; b: text; c: text$"):
         list(BadFiles("", 0.05).watch([batch_of(["x"] * 92, [(name, "text") for name in "abcdefgh"])], {}))
-
-
-def test_a_few_first_bad_videos_do_not_stop_the_run():
     early = [batch_of(["x"] * 2, [("a", "text"), ("b", "text")])] + [batch_of(["x"] * 8, [])] * 10
-    assert len(list(BadFiles("", 0.05).watch(early, {}))) == 11
+    assert len(list(BadFiles("", 0.05).watch(early, {}))) == 11  # the first few do not stop it
 
 
 def note_all(folder, reason):
@@ -131,9 +129,6 @@ def test_an_epoch_takes_each_video_at_most_once_and_epochs_differ():
     assert len({tuple(order) for order in orders.values()}) == 3
     left_out = set(range(103)) - set(orders[0, 0])
     assert left_out != set(range(103)) - set(orders[1, 0])  # what is dropped changes with the epoch
-
-
-def test_all_orders_are_equally_likely():
     firsts = Counter(keys_by_step(5, 1, 1, epoch=epoch)[0][0][0][1] for epoch in range(1000))
     assert len(firsts) == 5 and min(firsts.values()) > 150
 
@@ -151,17 +146,14 @@ def test_set_position_goes_on_exactly(rank, world):
 
 
 def test_chunk_ids_are_the_same_for_any_division():
+    with pytest.raises(ValueError, match="15 videos are fewer than the 16"):
+        ChunkSampler(15, 2, 4, 0, 2)
+    assert ChunkSampler(16, 2, 4, 0, 2).steps_per_epoch == 1
     alone = ChunkSampler(96, 2, 4, 0, 1)
     for rank in range(2):
         half = ChunkSampler(96, 2, 2, rank, 2)
         for step in range(alone.steps_per_epoch):
             assert [half.chunk_id(step, i) for i in range(2)] == [alone.chunk_id(step, 2 * i + rank) for i in range(2)]
-
-
-def test_fewer_videos_than_a_step_takes():
-    with pytest.raises(ValueError, match="15 videos are fewer than the 16"):
-        ChunkSampler(15, 2, 4, 0, 2)
-    assert ChunkSampler(16, 2, 4, 0, 2).steps_per_epoch == 1
 
 
 def test_a_loader_goes_on_in_mid_epoch_and_through_epochs(mixed_list):
@@ -213,27 +205,22 @@ def kill_self():
     os.kill(os.getpid(), 9)
 
 
-def test_a_worker_that_hangs_is_reported_with_its_video(traps):
-    order, batches = traps({3: lambda: time.sleep(100)}, num_workers=2, timeout=4)
-    _, error = in_child(lambda: [next(batches) for _ in order] and None)
-    assert error.startswith("utils.RunError: ") and "timed out after 4 seconds" in error
-    assert [path for path in order if path in error] == [order[3]]
-
-
-def test_a_worker_that_hangs_does_not_outlive_the_run(traps):
+def test_a_worker_that_hangs_is_reported_with_its_video_and_does_not_outlive_the_run(traps, tmp_path):
     """Python ends a program by asking its workers to end, and waits for them; this one would not heed it."""
-    _, batches = traps({2: lambda: time.sleep(300)}, num_workers=2, timeout=4)
+    order, batches = traps({3: lambda: time.sleep(300)}, num_workers=2, timeout=4)
 
     def run():
         torch.set_num_threads(1)
-        run_main(list, batches)
+        with open(tmp_path / "err", "w") as sys.stderr:
+            run_main(list, batches)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join(200)
-    ended = process.exitcode
+    ended, error = process.exitcode, (tmp_path / "err").read_text()
     process.kill()
-    assert ended == 1
+    assert ended == 1 and error.startswith("error: ") and "timed out after 4 seconds" in error
+    assert [path for path in order if path in error] == [order[3]]
 
 
 def raises(error):

@@ -55,12 +55,6 @@ def test_dense_training_frames(frames, stride):
         assert centre == dense_by_hand(total, frames, stride, (total - window) // 2)
 
 
-def test_dense_windows_start_uniformly():
-    rng = np.random.default_rng(0)
-    starts = Counter(int(dense_indices(rng, 74, 16, 4)[0]) for _ in range(2000))
-    assert set(starts) == set(range(10)) and min(starts.values()) > 140 and max(starts.values()) < 260
-
-
 @pytest.mark.parametrize("frames", [16, 8, 1])
 def test_segment_training_frames(frames):
     rng = np.random.default_rng(0)
@@ -78,8 +72,10 @@ def test_segment_training_frames(frames):
             assert middles == [k * length + length // 2 for k in range(frames)]
 
 
-def test_every_frame_of_a_segment_is_equally_likely():
+def test_every_start_and_every_frame_of_a_segment_is_equally_likely():
     rng = np.random.default_rng(0)
+    starts = Counter(int(dense_indices(rng, 74, 16, 4)[0]) for _ in range(2000))
+    assert set(starts) == set(range(10)) and min(starts.values()) > 140 and max(starts.values()) < 260
     drawn = np.stack([segment_indices(rng, 83, 16) for _ in range(2000)])  # 16 segments of 5
     for number, column in enumerate(drawn.T):
         frames, counts = np.unique(column, return_counts=True)
@@ -105,12 +101,8 @@ def test_dense_views(frames, stride):
             found = view_indices(total, frames, stride, views, "dense").tolist()
             assert found == dense_views_by_hand(total, frames, stride, views)
             assert found[0][0] == 0 or views == 1
-
-
-def test_dense_views_cover_the_video_from_its_start_to_its_end():
-    views = view_indices(300, 16, 4, 7, "dense")
+    views = view_indices(300, 16, 4, 7, "dense")  # from the start of the video to its end
     assert views[0, 0] == 0 and views[-1, -1] == 296 and (np.diff(views, axis=1) == 4).all()
-    assert views[:, 0].tolist() == [4 * int(59 / 6 * k) for k in range(7)]
 
 
 def segment_views_by_hand(total, frames):
@@ -166,26 +158,17 @@ NAMES = ["long", "bikes.mp4", "upright.mp4", "small.mp4", "short.mp4"]  # the la
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "sampling, segments, crops, stride",
-    [
-        ("dense", 7, 3, 4),
-        ("dense", 7, 3, 1),
-        ("segments", 2, 3, 2),
-        ("dense", 1, 1, 2),
-        ("segments", 1, 3, 2),
-        ("dense", 0, 1, 2),
-        ("segments", 0, 1, 2),
-    ],
+    "views",
+    "dense 7 3 4, dense 7 3 1, segments 2 3 2, dense 1 1 2, segments 1 3 2, dense 0 1 2, segments 0 1 2".split(", "),
 )
-def test_views_equal_a_separate_decoding_of_each(clips, long_clip, name, sampling, segments, crops, stride):
+def test_views_equal_a_separate_decoding_of_each(clips, long_clip, name, views):
+    """`views`: sampling, segments, crops, stride."""
+    sampling, (segments, crops, stride) = views.split()[0], map(int, views.split()[1:])
     path = long_clip if name == "long" else clips[name]
     total = len(decode_all(path))
     if segments == 0:  # validation
-        wanted = [
-            dense_by_hand(total, 16, stride, (total - 16 * stride) // 2)
-            if sampling == "dense"
-            else segment_indices(None, total, 16).tolist()
-        ]
+        middle = dense_by_hand(total, 16, stride, (total - 16 * stride) // 2)
+        wanted = [middle if sampling == "dense" else segment_indices(None, total, 16).tolist()]
     elif sampling == "dense":
         wanted = dense_views_by_hand(total, 16, stride, segments)
     else:
@@ -251,9 +234,8 @@ def test_an_unreadable_video_is_an_error_not_another_video(clips, broken, tmp_pa
 def make_dataset(path, flip=True, **options):
     """Clips of 4 frames, 32 px."""
     augment = TrainAugmentation(32, options.pop("policy", "rand-m7-n4-mstd0.5-inc1"), flip)
-    return FinetuneDataset(
-        video_list(path, 5), ONE_LABEL.clip_label, augment, options.pop("sampling", "dense"), 4, 2, **options
-    )
+    sampling = options.pop("sampling", "dense")
+    return FinetuneDataset(video_list(path, 5), ONE_LABEL.clip_label, augment, sampling, 4, 2, **options)
 
 
 @pytest.fixture
@@ -285,7 +267,7 @@ def test_repeated_augmentation_decodes_once_and_augments_each_time(labelled_list
 
 
 def test_repeated_augmentation_takes_the_same_frames(tmp_path):
-    """Every frame has a colour of its own, which crops and flips leave alone."""
+    """Each frame has a colour of its own, which crops and flips leave alone."""
     shades = np.arange(60) * 4
     write_mp4(tmp_path / "shades.mp4", np.broadcast_to(shades[:, None, None, None], (60, 64, 64, 3)).astype(np.uint8))
     dataset = make_dataset(write_list(tmp_path / "list.csv", [tmp_path / "shades.mp4"], 1), policy="", num_views=3)

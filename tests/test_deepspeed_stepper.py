@@ -3,12 +3,12 @@
 Fine-tuning runs on real mp4 clips, in processes of a fork server that has imported torch and DeepSpeed already.
 """
 
+import functools
 import importlib.util
 import json
 import os
-import runpy
+import pkgutil
 import signal
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -17,43 +17,32 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from fixtures_video import ROOT, fork_server, free_port, in_child
+from fixtures_finetuning import CUSTOM, PLAIN, TINY
+from fixtures_programs import log_of
+from fixtures_video import in_child
 
 import checkpoints
-from deepspeed_stepper import FOLDER, DeepSpeedStepper, remove_unused, with_deepspeed
+from deepspeed_stepper import FOLDER, remove_unused, with_deepspeed
 from modeling_finetune import MODELS
 from optim_factory import Stepper, build_optimizer, parameter_groups
-from utils import EXIT_REQUEUE
+from utils import EXIT_REQUEUE, RunError
 from weights import load_encoder, read_checkpoint
 
-pytest_plugins = "fixtures_video"
+pytest_plugins = "fixtures_finetuning"
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 
-NAME = "run_class_finetuning.py"
 STAGES = {stage: ["--enable_deepspeed", "--zero_stage", str(stage)] for stage in (0, 1, 2)}
-MODEL_STATES = "mp_rank_00_model_states.pt"
+OPTIONS = """--batch_size 1 --epochs 1 --lr 0.1 --layer_decay 0.75 --warmup_epochs 0 --init_scale 1 --clip_grad 1
+    --test_num_segment 1 --test_num_crop 1 --drop_path 0.1""".split()
 
 
 # Running the program --------------------------------------------------------------------------------------------
 
 
-def program(argv, output, env, event):
-    """Be ``python run_class_finetuning.py ARGV``, to which an event happens."""
-    for number in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    if event == "SIGTERM in step 2":
-        DeepSpeedStepper.step = signalled(2, signal.SIGTERM, DeepSpeedStepper.step)
-    elif event == "SIGKILL in save 2":  # DeepSpeed's files are written by then, the .pth is not
-        checkpoints.write_atomically = signalled(2, signal.SIGKILL, checkpoints.write_atomically)
-    sys.argv = [NAME, *argv]
-    runpy.run_path(str(ROOT / NAME), run_name="__main__")
-
-
-def signalled(count, number, function):
-    """`function`, but its call number `count` sends a signal to this process first."""
-    calls = []
+def signalled(owner, name, count, number):
+    """Have call number `count` of a function send a signal to its process first."""
+    owner, calls = pkgutil.resolve_name(owner), []
+    function = getattr(owner, name)
 
     def wrapped(*args):
         calls.append(args)
@@ -61,40 +50,30 @@ def signalled(count, number, function):
             os.kill(os.getpid(), number)
         return function(*args)
 
-    return wrapped
+    setattr(owner, name, wrapped)
+
+
+SIGTERM_IN_STEP_2 = functools.partial(signalled, "deepspeed_stepper:DeepSpeedStepper", "step", 2, signal.SIGTERM)
+# DeepSpeed's files are written by then, the .pth is not
+SIGKILL_IN_SAVE_2 = functools.partial(signalled, "checkpoints", "write_atomically", 2, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def run(clips, tmp_path_factory):
-    """Fine-tune on ten videos of three classes, five steps of two: returns the folder, and checks the exit code."""
+def tune(run, clips, tmp_path_factory):
+    """Fine-tune on ten videos of three classes, five steps of two: the folder, and what was said."""
     root = tmp_path_factory.mktemp("deepspeed")
     videos = [path for name, path in clips.items() if name != "short.mp4"] * 2
     for name, count in (("train", 10), ("val", 2), ("test", 3)):
         lines = [f"{video} {number % 3}\n" for number, video in enumerate(videos[:count])]
         (root / f"{name}.csv").write_text("".join(lines))
-    options = f"""--data_set custom --nb_classes 3 --data_path {root} --model vit_tiny_patch16_224 --input_size 32
-        --num_frames 4 --sampling_rate 2 --num_workers 0 --aa= --mixup 0 --cutmix 0 --reprob 0 --batch_size 1 --epochs 1
-        --lr 0.1 --warmup_epochs 0 --init_scale 1 --clip_grad 1 --log_interval 1 --test_num_segment 1
-        --test_num_crop 1""".split()
 
-    def run(name, *argv, processes=1, event="", code=0):
-        folder, output = root / name, root / f"{name}.out"
-        argv = [*options, "--output_dir", str(folder), "--update_freq", str(2 // processes), *argv]
-        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        started = [
-            fork_server().Process(target=program, args=(argv, output, env, event))
-            for env in ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
-        ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(300)
-            process.kill()
-        codes = [process.exitcode for process in started]
-        assert set(codes) == {code}, output.read_text()[-3000:]
-        return folder
+    def tune(name, *argv, processes=1, code=0, before=None):
+        options = ["--data_path", root, "--output_dir", root / name, "--update_freq", 2 // processes, *argv]
+        found = run(*CUSTOM, *TINY, *PLAIN, *OPTIONS, *options, processes=processes, before=before)
+        assert set(found.codes) == {code}, found.all[-3000:]
+        return root / name, found.all
 
-    return run
+    return tune
 
 
 def weights(folder, name="checkpoint-0.pth"):
@@ -108,89 +87,87 @@ def distance(one, other):
 
 
 @pytest.fixture(scope="module")
-def plain(run):
+def plain(tune):
     """The run without DeepSpeed that all others are compared with."""
-    return run("plain")
+    return tune("plain")[0]
 
 
 @pytest.fixture(scope="module")
-def stage1(run):
-    return run("stage1", *STAGES[1])
+def stage1(tune):
+    """Stage 0, which is DDP, runs as stage 1."""
+    return tune("stage1", *STAGES[0])[0]
 
 
 # The same steps -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_one_process_learns_what_it_learns_without_deepspeed(run, plain, stage1, stage):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_process_learns_what_it_learns_without_deepspeed(tune, plain, stage1, stage):
     """fp32, five steps of two micro-batches with clipped gradients, layer decay and schedule."""
-    folder = stage1 if stage == 1 else run(f"stage{stage}", *STAGES[stage])
+    folder = stage1 if stage == 1 else tune("stage2", *STAGES[2])[0]
     assert distance(weights(folder), weights(plain)) < 1e-6
-    one, other = (json.loads((f / "log.txt").read_text().splitlines()[0]) for f in (folder, plain))
+    one, other = log_of(folder)[0], log_of(plain)[0]
     for name in ("train_loss", "train_grad_norm", "train_acc1", "lr", "weight_decay", "val_acc1", "skipped_steps"):
         assert one[name] == pytest.approx(other[name], rel=1e-4), name
     config = json.loads((folder / "deepspeed_config.json").read_text())
-    assert config["zero_optimization"]["stage"] == max(1, stage) and config["gradient_accumulation_steps"] == 2
+    assert config["zero_optimization"]["stage"] == stage and config["gradient_accumulation_steps"] == 2
     assert config["train_micro_batch_size_per_gpu"] == 1 and config["gradient_clipping"] == 1
     assert not config["fp16"]["enabled"] and not config["bf16"]["enabled"]
     assert not (plain / "deepspeed_config.json").exists()
 
 
-def test_the_weights_moved(run, plain):
+def test_the_weights_moved(tune, plain):
     """So that the comparisons mean something."""
-    start = run("untouched", "--lr", "0", "--min_lr", "0", "--weight_decay", "0")
+    start, _ = tune("untouched", *"--lr 0 --min_lr 0 --weight_decay 0".split())
     assert distance(weights(start), weights(plain)) > 1e-3
 
 
-def test_two_processes_learn_what_they_learn_with_ddp(run, plain):
-    ddp, deepspeed = run("ddp", processes=2), run("two", *STAGES[2], processes=2)
-    assert distance(weights(deepspeed), weights(ddp)) < 1e-6
-    assert distance(weights(deepspeed), weights(plain)) < 1e-6
+def test_two_processes_learn_what_one_learns(tune, plain):
+    """As they do with DDP: test_run_class_finetuning.py."""
+    assert distance(weights(tune("two", *STAGES[2], processes=2)[0]), weights(plain)) < 1e-6
 
 
 # Saving ---------------------------------------------------------------------------------------------------------
 
 
-def test_resume_after_sigkill_between_shards_and_checkpoint(run, stage1):
+def test_resume_after_sigkill_between_shards_and_checkpoint(tune, stage1):
     """The optimizer state that belongs to the .pth there is must have survived."""
     argv = [*STAGES[1], "--save_ckpt_steps", "1"]
-    folder = run("killed", *argv, event="SIGKILL in save 2", code=-signal.SIGKILL)
+    folder, _ = tune("killed", *argv, before=SIGKILL_IN_SAVE_2, code=-signal.SIGKILL)
     assert {path.name for path in folder.glob(f"{FOLDER}/check*")} == {"checkpoint-latest", "checkpoint-latest-b"}
     assert read_checkpoint(folder / "checkpoint-latest.pth")["optimizer"]["deepspeed"] == "checkpoint-latest"
-    run("killed", *argv)
-    assert "checkpoint-latest.pth at epoch 0, step" in folder.with_suffix(".out").read_text()
+    assert "checkpoint-latest.pth at epoch 0, step" in tune("killed", *argv)[1]
     assert distance(weights(folder), weights(stage1)) < 1e-6
     assert {path.name for path in folder.glob(f"{FOLDER}/check*")} == {path.stem for path in folder.glob("*.pth")}
 
 
-def test_resume_of_two_processes_after_sigterm(run, plain):
-    folder = run("told", *STAGES[1], processes=2, event="SIGTERM in step 2", code=EXIT_REQUEUE)
-    run("told", *STAGES[1], code=1)  # one process cannot read the shards of two
-    assert "'processes': 2}, this run has" in folder.with_suffix(".out").read_text()
-    run("told", *STAGES[1], processes=2)
-    assert "checkpoint-latest.pth at epoch 0, step 3" in folder.with_suffix(".out").read_text()
+def test_resume_of_two_processes_after_sigterm(tune, plain):
+    """Which one process cannot go on with, as it cannot read the shards of two."""
+    folder, _ = tune("told", *STAGES[1], processes=2, before=SIGTERM_IN_STEP_2, code=EXIT_REQUEUE)
+    assert "'processes': 2}, this run has" in tune("told", *STAGES[1], code=1)[1]
+    assert "checkpoint-latest.pth at epoch 0, step 3" in tune("told", *STAGES[1], processes=2)[1]
     assert distance(weights(folder), weights(plain)) < 1e-6
 
 
-def test_low_precision_average_and_weights_that_can_be_read(run, plain):
+def test_low_precision_average_and_weights_that_can_be_read(tune, plain):
     """bf16: its checkpoints give the scores of its own test, through --eval; the average of the weights is fp32."""
     argv = ["--precision", "bf16", "--model_ema", "--model_ema_decay", "0.5"]
-    folder = run("bf16", *STAGES[2], *argv)
+    folder, _ = tune("bf16", *STAGES[2], *argv)
     config = json.loads((folder / "deepspeed_config.json").read_text())
     assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]
     saved = read_checkpoint(folder / "checkpoint-0.pth")
     assert {value.dtype for value in saved["model"].values()} == {torch.bfloat16}
     assert {value.dtype for value in saved["model_ema"].values()} == {torch.float32}
     assert distance(saved["model"], weights(plain)) < 0.02
-    again = run("bf16-eval", "--eval", "--finetune", str(folder / "checkpoint-best.pth"), *argv)
+    again, _ = tune("bf16-eval", "--eval", "--finetune", folder / "checkpoint-best.pth", *argv)
     assert np.array_equal(*(np.load(f / "test_predictions.npz")["scores"] for f in (folder, again)))
 
 
-def test_deepspeeds_own_file_is_a_checkpoint_too(run, stage1):
+def test_deepspeeds_own_file_is_a_checkpoint_too(tune, stage1):
     """mp_rank_00_model_states.pt, read without running what is in it: for --eval, and to start from."""
-    file = stage1 / FOLDER / "checkpoint-0" / MODEL_STATES
+    file = stage1 / FOLDER / "checkpoint-0" / "mp_rank_00_model_states.pt"
     assert distance(read_checkpoint(file)["module"], weights(stage1)) == 0
-    again = run("eval", "--eval", "--finetune", str(file))
+    again, _ = tune("eval", "--eval", "--finetune", file)
     assert np.array_equal(*(np.load(f / "test_predictions.npz")["scores"] for f in (stage1, again)))
     for path in (file, stage1 / "checkpoint-0.pth"):
         model = MODELS["vit_tiny_patch16_224"](num_classes=3)
@@ -244,6 +221,7 @@ def copy_of(stepper):
 
 
 def skipping():
+    """Of each precision and stage: what a step that is not finite and the next one do."""
     outcome = []
     for precision, stage in product(("fp32", "bf16"), (1, 2)):
         stepper = stepper_of(stage, precision)
@@ -256,12 +234,8 @@ def skipping():
     return outcome
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
-    outcome, error = in_child(skipping)
-    assert error is None and outcome == [(1, True, 0, True, True)] * 4
-
-
 def norms_and_weights():
+    """Gradient norms of four steps and the weights then: plain, and of each precision and stage."""
     outcome = []
     for precision, stage in [("fp32", 0), *product(("fp32", "bf16", "fp16"), (1, 2))]:
         stepper = stepper_of(stage, precision, fp16_on_cpu=True) if stage else plain_stepper()
@@ -270,17 +244,8 @@ def norms_and_weights():
     return outcome
 
 
-def test_precisions_and_stages_agree():
-    """Gradient norms are those before clipping and without loss scale; no step is made while starting."""
-    outcome, error = in_child(norms_and_weights)
-    assert error is None
-    right_norms, right_weights = outcome[0]
-    for norms, state in outcome:
-        assert norms == pytest.approx(right_norms, rel=0.01)
-        assert abs(state - right_weights).mean() < 1e-3
-
-
 def full_disk(folder):
+    """Whether each of three saves was written, the second one on a full disk; and whether the last one goes on."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine as Engine
 
     def fail(self, state_dict, path):
@@ -302,14 +267,37 @@ def full_disk(folder):
     return written, one_step(fresh) == one_step(stepper)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
-    assert in_child(full_disk, tmp_path) == (([True, False, True], True), None)
-
-
-def test_what_cannot_be_done_is_said():
-    _, error = in_child(load_ordinary)
-    assert error.startswith("utils.RunError: x.pth is of a run without DeepSpeed, this run has {'zero_stage': 1")
-
-
 def load_ordinary():
-    stepper_of(1).load({"optimizer": {"state": {}, "param_groups": []}, "scaler": {}}, Path("x.pth"))
+    """What it says of a checkpoint without DeepSpeed."""
+    with pytest.raises(RunError) as told:
+        stepper_of(1).load({"optimizer": {"state": {}, "param_groups": []}, "scaler": {}}, Path("x.pth"))
+    return str(told.value)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What these functions return, in one process of its own, since importing DeepSpeed takes seconds."""
+    folder = tmp_path_factory.mktemp("alone")
+    outcome, error = in_child(lambda: (skipping(), full_disk(folder), load_ordinary(), norms_and_weights()))
+    assert error is None, error
+    return dict(zip(("skipping", "full disk", "ordinary", "norms"), outcome))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(alone):
+    assert alone["skipping"] == [(1, True, 0, True, True)] * 4
+
+
+def test_precisions_and_stages_agree(alone):
+    """Gradient norms are those before clipping and without loss scale; no step is made while starting."""
+    right_norms, right_weights = alone["norms"][0]
+    for norms, state in alone["norms"]:
+        assert norms == pytest.approx(right_norms, rel=0.01)
+        assert abs(state - right_weights).mean() < 1e-3
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(alone):
+    assert alone["full disk"] == ([True, False, True], True)
+
+
+def test_what_cannot_be_done_is_said(alone):
+    assert alone["ordinary"].startswith("x.pth is of a run without DeepSpeed, this run has {'zero_stage': 1")

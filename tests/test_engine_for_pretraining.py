@@ -6,6 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from fixtures_teacher import IMAGENET_MEAN, IMAGENET_STD, SMALL_CLIP, make_small_clip
 from fixtures_video import video_list, write_list
 
 from checkpoints import Position
@@ -79,8 +80,7 @@ def test_loss_under_objects_and_of_the_background_by_hand():
 
 def test_normalize_clips_by_hand():
     clips = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    expected = (clips.permute(0, 2, 3, 4, 1).numpy() / 255 - mean) / std
+    expected = (clips.permute(0, 2, 3, 4, 1).numpy() / 255 - IMAGENET_MEAN) / IMAGENET_STD
     out = normalize_clips(clips, *NORM)
     assert out.dtype == torch.float32
     np.testing.assert_allclose(out.permute(0, 2, 3, 4, 1).numpy(), expected, atol=1e-5)
@@ -93,9 +93,8 @@ def test_second_masks_are_a_permutation_of_the_first():
         out = with_second_masks(np.random.default_rng(key), masks)
         assert out.dtype == torch.bool and out.shape == (16, 20) and torch.equal(out[:8], masks)
         order = [next(i for i in range(8) if torch.equal(row, masks[i])) for row in out[8:]]
-        assert sorted(order) == list(range(8)) and torch.equal(
-            out, with_second_masks(np.random.default_rng(key), masks)
-        )
+        assert sorted(order) == list(range(8))
+        assert torch.equal(out, with_second_masks(np.random.default_rng(key), masks))
         orders.add(tuple(order))
     assert len(orders) == 4
 
@@ -211,22 +210,16 @@ def test_a_batch_with_a_bad_loss_changes_nothing(dataset, opt, precision, caplog
 
 
 def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(dataset):
-    teacher = PixelTarget()
-    losses = []
+    """And schedules see the step of the run."""
+    teacher, losses = PixelTarget(), []
     for precision in ("fp32", "bf16"):
-        stepper = stepper_of(student_of(teacher), precision=precision)
-        meter = train(run_of(dataset, stepper, 4, steps=2), teacher, multiple_sampling=True)
+        stepper, seen = stepper_of(student_of(teacher), precision=precision), []
+        stepper.lr = lambda step: seen.append(step) or 1e-3
+        meter = train(run_of(dataset, stepper, 4, steps=2, epoch=3), teacher, multiple_sampling=True)
         losses.append(meter.averages()["train_loss"])
         assert {value.dtype for value in weights(stepper).values()} == {torch.float32}
+        assert seen == [6, 6, 7]  # of epochs of two steps; the first before any step, for the log
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
-
-
-def test_schedules_see_the_step_of_the_run(dataset):
-    teacher, seen = PixelTarget(), []
-    stepper = stepper_of(student_of(teacher), update_freq=2)
-    stepper.lr = lambda step: seen.append(step) or 1e-3
-    train(run_of(dataset, stepper, 2, steps=2, epoch=3), teacher, multiple_sampling=True)
-    assert seen == [6, 6, 7]  # of epochs of two steps; the first before any step, for the log
 
 
 def test_autocast_ends_with_the_forward_pass(dataset):
@@ -257,14 +250,10 @@ def test_a_dead_worker_is_told_of_wherever_torch_speaks_of_it(dataset):
     assert dataset.videos.path(0) in str(told.value)
 
 
-@pytest.fixture(scope="module")
-def clip_teacher():
-    """CLIP ViT-S/16 with random weights, fed with 32 px frames."""
-    return build_teacher("clip", "ViT-S-16", "random", "imagenet", (2, 2), 32)
-
-
-def test_one_batch_is_learnt_by_heart(dataset, clip_teacher):
-    """100 steps on one batch with the CLIP target take the loss below half its start; the teacher stays as it is."""
+def test_one_batch_is_learnt_by_heart(dataset, tmp_path):
+    """100 steps on one batch with a CLIP target take the loss below half its start; the teacher stays as it is."""
+    make_small_clip(tmp_path)
+    clip_teacher = build_teacher("clip", SMALL_CLIP, "random", "imagenet", (2, 2), 32)
     before = [value.clone() for value in clip_teacher.state_dict().values()]
     stepper, losses = stepper_of(student_of(clip_teacher, decoder_depth=2), lr=1e-3), []
     for _ in range(100):

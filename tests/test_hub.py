@@ -58,14 +58,9 @@ def cache(tmp_path):
 
 
 def test_what_is_in_the_cache_needs_no_network(cache):
-    same, by_commit, missing, other = look_up(
-        f"hf://{REPO}/{FILE}",
-        f"hf://{REPO}@{COMMIT}/{FILE}",
-        f"hf://{REPO}/finetune/other.pth",
-        "hf://no-one/nothing/x.pth",
-        HF_HUB_CACHE=cache,
-        HF_HUB_OFFLINE=1,
-    )
+    names = [f"{REPO}/{FILE}", f"{REPO}@{COMMIT}/{FILE}", f"{REPO}/finetune/other.pth", "no-one/nothing/x.pth"]
+    found = look_up(*(f"hf://{name}" for name in names), HF_HUB_CACHE=cache, HF_HUB_OFFLINE=1)
+    same, by_commit, missing, other = found
     assert same == by_commit == f"found {CONTENT.decode()}"
     assert missing.startswith(f"error hf://{REPO}/finetune/other.pth is not in {cache} and cannot be fetched")
     assert f"https://huggingface.co/{REPO}/resolve/main/finetune/other.pth" in missing  # what to download
@@ -110,9 +105,7 @@ def test_other_paths_stay_as_they_are(path):
     assert local_path(path) == path
 
 
-@pytest.mark.parametrize(
-    "path", ["hf://", "hf://model.pth", "hf://owner/repo", "hf://owner/repo/", "hf:owner/repo/x.pth"]
-)
+@pytest.mark.parametrize("path", "hf:// hf://model.pth hf://owner/repo hf://owner/repo/ hf:owner/repo/x.pth".split())
 def test_what_is_no_name_of_a_file_is_told(path):
     with pytest.raises(RunError, match="write hf://owner/repo/path"):
         local_path(path)
@@ -139,21 +132,15 @@ def files(tmp_path_factory):
     return {name: (str(folder / f"{name}.pth"), model) for name, model in models.items()}
 
 
-def test_every_model_has_an_entry_point():
+def test_every_model_has_an_entry_point_and_nothing_else():
+    models = modeling_finetune.MODELS | modeling_pretrain.MODELS
     with torch.device("meta"):
-        for names in (modeling_finetune.MODELS, modeling_pretrain.MODELS):
-            for name, build in names.items():
-                shapes = {key: value.shape for key, value in load(name).state_dict().items()}
-                assert shapes == {key: value.shape for key, value in build().state_dict().items()}
-
-
-def test_nothing_else_is_an_entry_point(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
-    hubconf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hubconf)
+        for name, build in models.items():
+            shapes = {key: value.shape for key, value in load(name).state_dict().items()}
+            assert shapes == {key: value.shape for key, value in build().state_dict().items()}
+    hubconf = importlib.import_module("hubconf")
     seen = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
-    assert seen == {*modeling_finetune.MODELS, *modeling_pretrain.MODELS}
+    assert seen == models.keys()
     assert all(hubconf.__dict__[name].__doc__ for name in seen)  # what torch.hub.help shows
     assert all(importlib.util.find_spec(name) for name in hubconf.dependencies)
 
@@ -186,13 +173,11 @@ def test_another_number_of_classes_means_a_new_head(files):
 def test_it_knows_how_it_was_trained(files, tmp_path):
     """The clips; and where weights were averaged, the average is what was tested."""
     path, model = files["finetuned"]
-    args = Namespace(
-        num_frames=8, sampling_rate=1, input_size=64, data_set="SSV2", model_ema=True, max_bad_fraction=0.0
-    )
+    clip = {"num_frames": 8, "sampling_rate": 1, "input_size": 64, "data_set": "SSV2"}
+    args = Namespace(**clip, model_ema=True, max_bad_fraction=0.0)
     other = {name: value + 1 for name, value in model.state_dict().items()}
     torch.save({"model": other, "model_ema": model.state_dict(), "args": args}, tmp_path / "x.pth")
     loaded = load(CLASSIFIER, checkpoint=str(tmp_path / "x.pth"))
-    clip = {"num_frames": 8, "sampling_rate": 1, "input_size": 64, "data_set": "SSV2"}
     assert loaded.trained_with == clip and load(CLASSIFIER, checkpoint=path).trained_with == {}
     assert torch.equal(loaded.head.weight, model.head.weight)
 

@@ -74,22 +74,17 @@ def test_memory_is_that_of_the_paths(tmp_path):
     assert now < 1.2 * videos.paths.nbytes and peak - 2**23 < 1.2 * videos.paths.nbytes  # 8 MiB: blocks in hand
 
 
-def test_a_list_with_spaces_blank_lines_and_negative_labels(tmp_path):
-    (tmp_path / "list.csv").write_text("/a/one two.mp4 3\n\n   \nb/c d/e  f.avi -1  \n\xe9t\xe9.mp4 0\n", "utf-8")
-    videos = video_list(str(tmp_path / "list.csv"))
-    assert [videos.path(i) for i in range(len(videos))] == ["/a/one two.mp4", "b/c d/e  f.avi", "\xe9t\xe9.mp4"]
-    assert videos.labels.tolist() == [3, -1, 0]
-
-
 def test_data_root_is_put_before_relative_paths_only(tmp_path):
-    path = write_list(tmp_path / "list.csv", ["/abs/x.mp4", "rel/y z.mp4"])
+    path = write_list(tmp_path / "list.csv", ["/abs/x.mp4", "rel/y  z.mp4"], label=-1)
     videos = video_list(path, data_root="/videos dir")
-    assert [videos.path(i) for i in range(2)] == ["/abs/x.mp4", "/videos dir/rel/y z.mp4"]
+    assert [videos.path(i) for i in range(2)] == ["/abs/x.mp4", "/videos dir/rel/y  z.mp4"]
+    assert videos.labels.tolist() == [-1, -1]
+    (tmp_path / "list.csv").write_text("12:30.mp4 0\n/a/12:30.mp4 0\n")  # a colon makes no protocol
+    videos = video_list(path)
+    assert [videos.path(i) for i in range(2)] == ["./12:30.mp4", "/a/12:30.mp4"]
 
 
-@pytest.mark.parametrize(
-    "line", ["c.mp4", "c.mp4,1", "c.mp4 one", "c.mp4 1.5", "7", "c.mp4 --1", "c.mp4 -", "c.mp4 \xb2"]
-)
+@pytest.mark.parametrize("line", ["c.mp4", "c.mp4,1", "c.mp4 one", "c.mp4 1.5", "7", "c.mp4 --1", "c.mp4 -", "c \xb2"])
 def test_a_line_without_a_label_is_named_by_its_number(tmp_path, line):
     (tmp_path / "list.csv").write_text(f"a.mp4 0\n\n{line}\nb.mp4 1\n")
     with pytest.raises(ValueError, match="list.csv, line 3: "):
@@ -105,13 +100,10 @@ def test_a_label_out_of_range_is_named_by_its_number(tmp_path, label):
 
 
 @pytest.mark.parametrize("text", ["", "\n \n\n"])
-def test_an_empty_list(tmp_path, text):
+def test_an_empty_or_missing_list(tmp_path, text):
     (tmp_path / "none.csv").write_text(text)
     with pytest.raises(ValueError, match="none.csv: the list is empty"):
         video_list(str(tmp_path / "none.csv"))
-
-
-def test_a_missing_list(tmp_path):
     for path in (tmp_path / "nowhere.csv", tmp_path):
         with pytest.raises(ValueError, match=f"{path}: no such list file"):
             video_list(str(path))
@@ -129,12 +121,9 @@ def list_with_missing(clips, folder, total, missing):
 
 def test_missing_files_are_told_by_list_line_path_and_remedy(clips, tmp_path):
     videos = list_with_missing(clips, tmp_path, 10, {3, 7})
-    with pytest.raises(ValueError) as error:
+    said = r"some.csv, line 5: no such file: /videos/gone 3.mp4 \(2 of 10 .* --max_bad_fraction 0.1.*; .* --data_root"
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{said}"):
         videos.check_files(0.1)
-    assert str(error.value) == (
-        f"{tmp_path}/some.csv, line 5: no such file: /videos/gone 3.mp4 (2 of 10 looked for are missing, more than "
-        "--max_bad_fraction 0.1); relative paths start from --data_root"
-    )
     videos.check_files(0.2)
     videos.subset(np.array([0, 1, 2])).check_files(0)
     with pytest.raises(ValueError, match="line 9: no such file: /videos/gone 7.mp4 .1 of 2"):
@@ -197,9 +186,3 @@ def test_the_forms_of_labels(tmp_path):
         (tmp_path / f"{number}.csv").write_text(text)
     paths = [str(tmp_path / name) for name in ("none.csv", "0.csv", "1.csv", "2.csv")]
     assert find_several(paths[:2]) == "" and find_several(paths) == f"{tmp_path}/1.csv, line 3: 1:0-1"
-
-
-def test_a_colon_in_a_relative_path_is_no_protocol(tmp_path):
-    (tmp_path / "list.csv").write_text("12:30.mp4 0\n/a/12:30.mp4 0\n")
-    videos = video_list(tmp_path / "list.csv")
-    assert [videos.path(i) for i in range(2)] == ["./12:30.mp4", "/a/12:30.mp4"]

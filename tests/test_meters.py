@@ -46,10 +46,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):
         feed(meter, step, float("nan"), 1.0)
     with pytest.raises(RunError, match="10 steps in a row.*--lr.*--clip_grad"):
         feed(meter, 19, float("nan"), 1.0)
-
-
-def test_good_steps_of_the_same_line_do_not_hide_ten_bad_ones(tmp_path):
-    meter = meter_of(tmp_path, interval=10)
+    meter = meter_of(tmp_path, interval=10)  # good steps of the same line do not hide them
     with pytest.raises(RunError, match="15 steps in a row"):
         for step in range(20):
             feed(meter, step, 1.0, float(3 <= step < 18))
@@ -73,13 +70,6 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, caplog):
     log.file = tmp_path / "log.txt"
     log.epoch({"epoch": 0})
     assert "could not write to" in caplog.text and "No space left" in caplog.text
-
-
-def test_an_epoch_with_no_good_step_has_averages_too(tmp_path):
-    meter = meter_of(tmp_path, steps=4, interval=2)
-    for step in range(4):
-        feed(meter, step, float("inf"), 1.0)
-    assert meter.averages() == {"skipped_steps": 4}
 
 
 def test_the_meter_goes_on_from_its_state(tmp_path):
@@ -118,12 +108,8 @@ def test_the_log_is_a_json_line_an_epoch_and_drops_what_was_cut_off(tmp_path):
         lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
         assert lines == [{"epoch": epoch, "train_loss": epoch / 3} for epoch in range(resume_at)]
     log.epoch({"epoch": 1})
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
-
-
-def test_a_torn_last_line_does_not_keep_a_run_from_going_on(tmp_path):
-    """A kill or a full disk in the middle of a write leaves half a line."""
-    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n{"epoch": 1, "train_l')
-    RunLog(str(tmp_path), "", start_epoch=1).epoch({"epoch": 1, "train_loss": 0.5})
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 2, "train_l')  # as a kill or a full disk leaves it
+    RunLog(str(tmp_path), "", start_epoch=2).epoch({"epoch": 2})
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]

@@ -1,11 +1,10 @@
-"""Counting: targets against hand-worked cycles, decoding as their inverse, the search with a perfect head, learning."""
+"""Counting: targets against hand-worked cycles, decoding as their inverse, the search with a perfect head, walks."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from scipy.interpolate import interp1d
 
@@ -111,15 +110,13 @@ def test_decoding_is_the_inverse_of_the_targets():
 
 
 def test_from_further_away_it_takes_two_steps():
+    """A correction is limited."""
     period, lengths = torch.full((2, 2), 100.0), torch.tensor([[26.0, 27.0], [380.0, 400.0]])
     rng = np.random.default_rng(0)
     once = decode(perfect(*anchor_targets(period, lengths), rng), lengths)
     assert ((once - 101).abs() < (lengths - 101).abs()).all() and ((once - 101).abs() > 1).all()
     twice = decode(perfect(*anchor_targets(period, once), rng), once)
     torch.testing.assert_close(twice - 1, period)
-
-
-def test_corrections_are_limited():
     logits = torch.zeros(1, 2, 7, 2)
     logits[0, 0, 6, 1], logits[0, 1, 0, 1] = 9, 9
     boxes = torch.tensor([3.0, -3.0])[None, :, None].expand(1, 2, 7)
@@ -184,9 +181,8 @@ def test_the_head_sees_both_windows_and_the_encoder_one_at_a_time():
     flat = F.linear(features, model.head.cls_1.weight, model.head.cls_1.bias)
     torch.testing.assert_close(said.logits[:, 0], flat.view(2, 7, 2))
     names = {name for name, _ in model.named_parameters() if not name.startswith("encoder.")}
-    assert names == {
-        f"head.{kind}_{side}.{what}" for kind in ("cls", "box") for side in (1, 2) for what in ("weight", "bias")
-    }
+    heads = "cls_1 cls_2 box_1 box_2".split()
+    assert names == {f"head.{head}.{what}" for head in heads for what in ("weight", "bias")}
 
 
 # Counting -------------------------------------------------------------------------------------------------------
@@ -196,7 +192,7 @@ def test_the_head_sees_both_windows_and_the_encoder_one_at_a_time():
 def test_constant_periods_are_counted(cycles):
     """A period of 4 to 60 frames, given a perfect head, whatever it says where there is no neighbour."""
     rng = np.random.default_rng(cycles)
-    for period in range(4, 61) if cycles == 8 else (4, 5, 7, 16, 31, 60):
+    for period in range(4, 61, 4) if cycles == 8 else (4, 5, 7, 16, 31, 60):
         count = count_cycles(perfect_head(np.arange(cycles + 1) * period, rng), cycles * period + 1)
         assert count == pytest.approx(cycles, abs=0.01), period
 
@@ -214,9 +210,7 @@ def test_a_count_is_always_a_number():
 
     def nonsense(moments, lengths):
         n = len(moments)
-        return Prediction(
-            torch.from_numpy(rng.normal(0, 9, (n, 2, 7, 2))), torch.from_numpy(rng.normal(0, 9, (n, 2, 7)))
-        )
+        return Prediction(*(torch.from_numpy(rng.normal(0, 9, shape)) for shape in ((n, 2, 7, 2), (n, 2, 7))))
 
     for total in (9, 20, 150):
         assert 2 - 1e-3 <= count_cycles(nonsense, total) <= (total - 1) / 3 + 1e-3
@@ -230,26 +224,11 @@ def test_scores_by_hand():
 # Training -------------------------------------------------------------------------------------------------------
 
 
-class Brightness(nn.Module):
-    """An encoder that sees nothing but the brightness of each frame, so that it learns in seconds."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 64))
-
-    def forward(self, clips):
-        return self.layers(clips.mean(dim=(1, 3, 4)))
-
-
 def blinking(rng, period, cycles):
     """A segment of one pixel that gets bright and dark, uint8 [F, 1, 1, 3], and its boundaries."""
     wave = np.sin(2 * np.pi * (np.arange(period * cycles + 1) / period + rng.random())) * rng.uniform(60, 110)
     noisy = wave + rng.normal(0, 5, len(wave)) + 120
     return np.tile(noisy.astype(np.uint8)[:, None, None, None], 3), np.arange(cycles + 1) * period
-
-
-def segments(rng, periods, number):
-    return [blinking(rng, rng.choice(periods), rng.integers(2, 13)) for _ in range(number)]
 
 
 def test_walks_go_on_and_start_again_where_they_are_lost():
@@ -278,32 +257,3 @@ def test_walks_depend_on_their_generators_alone():
     alone = Walks(batch[1:], [np.random.default_rng(4)], 5)
     for name in ("moments", "lengths", "strides", "restarts"):
         assert torch.equal(getattr(both, name)[1:], getattr(alone, name))
-
-
-def test_it_learns_to_count_periods_that_it_has_not_seen():
-    """The whole of it, learned in seconds: walks, targets, loss, decoding, count."""
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    model = RepetitionCounter(Brightness(), 64)
-    train, test = segments(rng, [8, 10, 13, 17, 22, 30, 40], 100), segments(rng, [9, 11, 15, 20, 26, 35], 20)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    rounds, steps = 40, 11
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, rounds * steps)
-    for _ in range(rounds):
-        walks = Walks([train[i] for i in rng.integers(len(train), size=64)], rng.spawn(64), steps)
-        for _ in range(steps):
-            said = model(walks.windows(16))
-            counting_loss(said, *walks.targets())[0].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            walks.move(decode(Prediction(said.logits.detach(), said.boxes.detach()), walks.lengths))
-    counts = [counted(model, torch.from_numpy(frames)) for frames, _ in test]
-    scores = counting_scores(counts, [len(bounds) - 1 for _, bounds in test])
-    assert scores["mae"] < 0.15 and scores["obo"] > 0.8
-
-
-@torch.inference_mode()
-def counted(model, frames):
-    windows = lambda moments, lengths: take_frames(frames, window_frames(moments, lengths, len(frames), 16))
-    return count_cycles(lambda moments, lengths: model(windows(moments, lengths)), len(frames))

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_modeling_pretrain import BLOCK, MINI, to_hugging_face
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from test_modeling_pretrain import MINI, blocks, randomize, their_config, to_hugging_face
+from transformers import VideoMAEForVideoClassification
 
 from modeling_finetune import MODELS, Attention, TubeletEmbed, VisionTransformer, token_grid
 from modeling_pretrain import PretrainVisionTransformer
@@ -18,14 +18,8 @@ from modeling_pretrain import PretrainVisionTransformer
 SHAPES = [(16, 32, 32), (8, 64, 64), (6, 32, 80), (4, 96, 48), (2, 16, 16), (32, 16, 32)]
 
 
-def random_classifier(seed=0, **kwargs):
-    """A small classifier none of whose parameters is at its initial, special value."""
-    torch.manual_seed(seed)
-    model = VisionTransformer(MINI, **{"num_classes": 7, **kwargs})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm" in name and "weight" in name else 0.0))
-    return model.eval()
+def random_classifier(**kwargs):
+    return randomize(VisionTransformer(MINI, **{"num_classes": 7, **kwargs}))
 
 
 def random_clips(num_frames, height, width, batch=2):
@@ -43,19 +37,7 @@ def with_their_names(state):
 
 
 def hugging_face_twin(model, num_frames, height, width):
-    config = VideoMAEConfig(
-        image_size=[height, width],
-        patch_size=16,
-        num_frames=num_frames,
-        tubelet_size=2,
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=192,
-        layer_norm_eps=1e-6,
-        use_mean_pooling=True,
-        num_labels=7,
-    )
+    config = their_config(num_frames, height, width, use_mean_pooling=True, num_labels=7)
     twin = VideoMAEForVideoClassification(config).eval()
     twin.fc_norm.eps = 1e-6  # theirs is PyTorch's default, VideoMAE's own code has 1e-6
     twin.load_state_dict(with_their_names(model.state_dict()), strict=True)
@@ -96,16 +78,10 @@ RELEASED = {
 
 def released_shapes(width, depth, num_classes):
     """Names and shapes of the tensors in the released files."""
-    widths = {"D": width, "3D": 3 * width, "4D": 4 * width}
-    blocks = {
-        f"blocks.{i}.{name}": tuple(widths[side] for side in shape.split())
-        for i in range(depth)
-        for name, shape in BLOCK.items()
-    }
     return {
         "patch_embed.proj.weight": (width, 3, 2, 16, 16),
         "patch_embed.proj.bias": (width,),
-        **blocks,
+        **blocks("", width, depth),
         "fc_norm.weight": (width,),
         "fc_norm.bias": (width,),
         "head.weight": (num_classes, width),
@@ -164,18 +140,11 @@ def test_tubelets_are_embedded_as_by_the_convolution(shape):
     assert by_convolution.shape[2:] == token_grid(*shape)
 
 
-@pytest.mark.parametrize(
-    "shape, named",
-    [
-        ((15, 224, 224), "num_frames 15"),
-        ((0, 224, 224), "num_frames 0"),
-        ((16, 224, 100), "input_size 100"),
-        ((16, 0, 224), "input_size 0"),
-    ],
-)
-def test_a_clip_that_tubelets_do_not_divide(shape, named):
+@pytest.mark.parametrize("frames, height, width", [(15, 224, 224), (0, 224, 224), (16, 224, 100), (16, 0, 224)])
+def test_a_clip_that_tubelets_do_not_divide(frames, height, width):
+    named = f"num_frames {frames}" if frames != 16 else f"input_size {height if width == 224 else width}"
     with pytest.raises(ValueError, match=named):
-        token_grid(*shape)
+        token_grid(frames, height, width)
 
 
 def test_features_are_the_normalised_mean_of_the_tokens():

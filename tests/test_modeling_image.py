@@ -1,13 +1,12 @@
 """Image models as encoders of videos, against what open_clip and timm compute of single pictures themselves."""
 
-import json
-
 import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
-from fixtures_finetuning import CUSTOM, TINY, log_of, test_metrics_of
+from fixtures_finetuning import CUSTOM, PLAIN, TINY, log_of, test_metrics_of
+from fixtures_teacher import SMALL_CLIP, make_small_clip
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,7 +17,6 @@ from options_finetune import find_problems, get_args
 from weights import read_checkpoint
 
 pytest_plugins = "fixtures_finetuning"
-SMALL = "small-clip"
 
 
 def frames_of(side, count=3):
@@ -41,31 +39,24 @@ def embedded(model, frames):
 
 @pytest.fixture(scope="module")
 def small_clip(tmp_path_factory):
-    """A CLIP of two layers that open_clip knows from now on, with weights made on the spot, as a file."""
+    """A small CLIP, and the folder with its file."""
     folder = tmp_path_factory.mktemp("clip")
-    vision = {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
-    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
-    config = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text}
-    (folder / f"{SMALL}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / f"{SMALL}.json")
-    torch.manual_seed(5)
-    model = open_clip.create_model(SMALL).eval()
+    model = make_small_clip(folder)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "whole.safetensors")
     return model, folder
 
 
 def test_frame_features_are_open_clips_own(small_clip):
     model, folder = small_clip
-    encoder, frames = build_encoder(SMALL, str(folder / "whole.safetensors")), frames_of(64)
+    encoder, frames = build_encoder(SMALL_CLIP, str(folder / "whole.safetensors")), frames_of(128)
     expected = embedded(model, frames)
     with torch.no_grad():
         found = encoder.forward_tokens(as_clips(frames))
     assert found.shape == (1, 3, 48) and encoder.embed_dim == 48 and encoder.num_heads == 1
     torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.01 and (expected[0] - expected[1]).abs().max() > 0.01
-    torch.testing.assert_close(
-        MeanTokens(encoder)(as_clips(frames)), expected.mean(dim=0, keepdim=True), atol=1e-4, rtol=0
-    )
+    mean = expected.mean(dim=0, keepdim=True)
+    torch.testing.assert_close(MeanTokens(encoder)(as_clips(frames)), mean, atol=1e-4, rtol=0)
 
 
 def test_frame_features_of_clip_vit_b_16():
@@ -82,11 +73,10 @@ def test_frame_features_of_clip_vit_b_16():
 def test_a_file_without_the_projection_is_refused(small_clip, tmp_path):
     """A teacher does without it; the embedding is made with it."""
     model, _ = small_clip
-    save_file(
-        {k: v.contiguous() for k, v in model.visual.state_dict().items() if k != "proj"}, tmp_path / "tower.safetensors"
-    )
+    tower = {name: value.contiguous() for name, value in model.visual.state_dict().items() if name != "proj"}
+    save_file(tower, tmp_path / "tower.safetensors")
     with pytest.raises(ValueError, match=r"weights .*tower.safetensors: of another model .*proj"):
-        build_encoder(SMALL, str(tmp_path / "tower.safetensors"))
+        build_encoder(SMALL_CLIP, str(tmp_path / "tower.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
@@ -135,9 +125,6 @@ def test_a_probe_sees_the_mean_of_the_frames():
 def test_names_that_mean_nothing_are_told(name, weights, message):
     with pytest.raises(ValueError, match=message):
         find_encoder(name, weights)
-
-
-def test_names_and_their_default_weights():
     assert find_encoder("ViT-B-16", "") == ("open_clip", "ViT-B-16", "openai")
     assert find_encoder("resnet18", "") == ("timm", "resnet18", "timm")
     assert find_encoder("timm/convnext_tiny", "random") == ("timm", "convnext_tiny", "random")
@@ -160,20 +147,19 @@ def test_an_image_model_goes_through_the_same_program(run, custom, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "options, message",
     [
-        (["--encoder", "test_vit"], "--encoder test_vit: add --linear_probe"),
-        (["--encoder", "ViT-X", "--knn", "1"], "--encoder_model ViT-X: not a model"),
-        (["--encoder", "test_vit", "--encoder_weights", "random", "--knn", "1", "--finetune", "{b}"], "leave one"),
-        (["--encoder", "test_vit", "--learn", "head"], "--encoder test_vit: add --linear_probe"),
-        (["--learn", "head", "--knn", "1", "--finetune", "{b}"], "--learn head fine-tunes the classifier: leave"),
-        (["--learn", "head"], "a frozen encoder needs weights"),
-        (["--enable_deepspeed", "--opt", "lamb"], "--opt lamb: DeepSpeed cuts weights into flat pieces"),
+        ("--encoder test_vit", "--encoder test_vit: add --linear_probe"),
+        ("--encoder ViT-X --knn 1", "--encoder_model ViT-X: not a model"),
+        ("--encoder test_vit --encoder_weights random --knn 1 --finetune {b}", "leave one"),
+        ("--encoder test_vit --learn head", "--encoder test_vit: add --linear_probe"),
+        ("--learn head --knn 1 --finetune {b}", "--learn head fine-tunes the classifier: leave"),
+        ("--learn head", "a frozen encoder needs weights"),
+        ("--enable_deepspeed --opt lamb", "--opt lamb: DeepSpeed cuts weights into flat pieces"),
     ],
 )
-def test_what_does_not_go_together_is_told(data, tmp_path, words, message):
+def test_what_does_not_go_together_is_told(data, tmp_path, options, message):
     torch.save({"model": {"blocks.0.attn.qkv.weight": torch.zeros(1)}}, tmp_path / "b.pth")
-    words = [word.format(b=tmp_path / "b.pth") for word in words]
-    args = get_args([*TINY, *CUSTOM, "--data_path", str(data), "--mixup", "0", "--cutmix", "0", *words])
-    found = find_problems(args).found
-    assert len(found) == 1 and message in found[0]
+    words = options.format(b=tmp_path / "b.pth").split()
+    [problem] = find_problems(get_args([*TINY, *PLAIN, *CUSTOM, "--data_path", str(data), *words])).found
+    assert message in problem

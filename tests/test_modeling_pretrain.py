@@ -22,14 +22,17 @@ MINI = Size(embed_dim=48, depth=3, num_heads=4, decoder_embed_dim=24, decoder_nu
 SHAPES = [(8, 64, 64, 51), (16, 32, 32, 24), (6, 32, 80, 22), (4, 96, 48, 5)]
 
 
-def random_student(seed=0, **kwargs):
-    """A small student none of whose parameters is at its initial, special value."""
-    torch.manual_seed(seed)
-    model = PretrainVisionTransformer(MINI, **{"decoder_depth": 2, "decoder_num_classes": 1536, **kwargs})
+def randomize(model):
+    """No parameter stays at its initial, special value."""
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm" in name and "weight" in name else 0.0))
     return model.eval()
+
+
+def random_student(**kwargs):
+    return randomize(PretrainVisionTransformer(MINI, **{"decoder_depth": 2, "decoder_num_classes": 1536, **kwargs}))
 
 
 def random_masks(rows, num_tokens, num_hidden, seed=0):
@@ -70,24 +73,17 @@ def to_hugging_face(state):
     return renamed
 
 
+def their_config(num_frames, height, width, **options):
+    """Of an encoder as MINI."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
+    patches = {"image_size": [height, width], "patch_size": 16, "num_frames": num_frames, "tubelet_size": 2}
+    return VideoMAEConfig(**patches, **sizes, layer_norm_eps=1e-6, **options)
+
+
 def hugging_face_twin(student, num_frames, height, width):
-    config = VideoMAEConfig(
-        image_size=[height, width],
-        patch_size=16,
-        num_frames=num_frames,
-        tubelet_size=2,
-        norm_pix_loss=True,
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=192,
-        decoder_hidden_size=24,
-        decoder_num_hidden_layers=2,
-        decoder_num_attention_heads=3,
-        decoder_intermediate_size=96,
-        layer_norm_eps=1e-6,
-        use_mean_pooling=False,
-    )
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    decoder = {f"decoder_{name}": size for name, size in sizes.items()}
+    config = their_config(num_frames, height, width, norm_pix_loss=True, use_mean_pooling=False, **decoder)
     twin = VideoMAEForPreTraining(config).eval()
     twin.decoder.norm.eps = 1e-6  # theirs is PyTorch's default, VideoMAE's own code has 1e-6
     twin.load_state_dict(to_hugging_face(student.state_dict()), strict=True)
@@ -118,65 +114,45 @@ def test_gradients_equal_hugging_face():
         torch.testing.assert_close(grad, theirs[name].grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("num_tokens, dim", [(1568, 192), (98, 384), (5, 30)])
+@pytest.mark.parametrize("num_tokens, dim", [(1568, 768), (1568, 192), (98, 384), (5, 30)])
 def test_positions_equal_hugging_face(num_tokens, dim):
     expected = get_sinusoid_encoding_table(num_tokens, dim)
     torch.testing.assert_close(sinusoid_positions(num_tokens, dim), expected, atol=1e-6, rtol=0)
 
 
-def test_positions_by_hand():
-    positions = sinusoid_positions(1568, 768)[0]
-    for n, i in [(0, 0), (0, 1), (1567, 0), (1567, 767), (700, 10), (700, 11)]:
-        angle = n / 10000 ** (2 * (i // 2) / 768)
-        assert positions[n, i].item() == pytest.approx(math.cos(angle) if i % 2 else math.sin(angle), abs=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------ released checkpoints
 
-BLOCK = {
-    "norm1.weight": "D",
-    "norm1.bias": "D",
-    "attn.q_bias": "D",
-    "attn.v_bias": "D",
-    "attn.qkv.weight": "3D D",
-    "attn.proj.weight": "D D",
-    "attn.proj.bias": "D",
-    "norm2.weight": "D",
-    "norm2.bias": "D",
-    "mlp.fc1.weight": "4D D",
-    "mlp.fc1.bias": "4D",
-    "mlp.fc2.weight": "D 4D",
-    "mlp.fc2.bias": "D",
-}
-# size: encoder width, depth, decoder width, target width, tensors
+BLOCK = {  # shapes in widths
+    "norm1.weight": (1,), "norm1.bias": (1,), "attn.q_bias": (1,), "attn.v_bias": (1,), "attn.qkv.weight": (3, 1),
+    "attn.proj.weight": (1, 1), "attn.proj.bias": (1,), "norm2.weight": (1,), "norm2.bias": (1,),
+    "mlp.fc1.weight": (4, 1), "mlp.fc1.bias": (4,), "mlp.fc2.weight": (1, 4), "mlp.fc2.bias": (1,),
+}  # fmt: skip
+# size: encoder width, depth, decoder width, target width, tensors, heads of encoder and decoder
 RELEASED = {
-    "small": (384, 12, 192, 384, 218),
-    "base": (768, 12, 384, 768, 218),
-    "large": (1024, 24, 512, 768, 374),
-    "huge": (1280, 32, 640, 1536, 478),
+    "small": (384, 12, 192, 384, 218, 6, 3),
+    "base": (768, 12, 384, 768, 218, 12, 6),
+    "large": (1024, 24, 512, 768, 374, 16, 8),
+    "huge": (1280, 32, 640, 1536, 478, 16, 8),
 }
+
+
+def blocks(prefix, width, number):
+    """Names and shapes of the tensors of so many blocks."""
+    of_block = {name: tuple(width * side for side in shape) for name, shape in BLOCK.items()}
+    return {f"{prefix}blocks.{i}.{name}": shape for i in range(number) for name, shape in of_block.items()}
 
 
 def released_shapes(width, depth, decoder_width, out_dim):
     """Names and shapes of the tensors in the released files."""
-
-    def blocks(prefix, dim, number):
-        widths = {"D": dim, "3D": 3 * dim, "4D": 4 * dim}
-        return {
-            f"{prefix}.blocks.{i}.{name}": tuple(widths[side] for side in shape.split())
-            for i in range(number)
-            for name, shape in BLOCK.items()
-        }
-
     return {
         "mask_token": (1, 1, decoder_width),
         "encoder_to_decoder.weight": (decoder_width, width),
         "encoder.patch_embed.proj.weight": (width, 3, 2, 16, 16),
         "encoder.patch_embed.proj.bias": (width,),
-        **blocks("encoder", width, depth),
+        **blocks("encoder.", width, depth),
         "encoder.norm.weight": (width,),
         "encoder.norm.bias": (width,),
-        **blocks("decoder", decoder_width, 4),
+        **blocks("decoder.", decoder_width, 4),
         "decoder.norm.weight": (decoder_width,),
         "decoder.norm.bias": (decoder_width,),
         "decoder.head.weight": (out_dim, decoder_width),
@@ -186,23 +162,16 @@ def released_shapes(width, depth, decoder_width, out_dim):
 
 @pytest.mark.parametrize("size", RELEASED)
 def test_names_and_shapes_equal_the_released_ones(size):
-    *widths, number = RELEASED[size]
+    """And heads, which leave no trace in the shapes."""
+    *widths, number, heads, decoder_heads = RELEASED[size]
     with torch.device("meta"):
         model = MODELS[f"pretrain_videomae_{size}_patch16_224"](decoder_depth=4, decoder_num_classes=widths[-1])
+        plain = MODELS[f"pretrain_videomae_{size}_patch16_224"]()
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     assert ours == released_shapes(*widths) and len(ours) == number
-
-
-@pytest.mark.parametrize(
-    "size, heads, decoder_heads", [("small", 6, 3), ("base", 12, 6), ("large", 16, 8), ("huge", 16, 8)]
-)
-def test_numbers_of_heads(size, heads, decoder_heads):
-    """They leave no trace in the shapes."""
-    with torch.device("meta"):
-        model = MODELS[f"pretrain_videomae_{size}_patch16_224"]()
     assert {block.attn.num_heads for block in model.encoder.blocks} == {heads}
     assert {block.attn.num_heads for block in model.decoder.blocks} == {decoder_heads}
-    assert len(model.decoder.blocks) == 4 and model.decoder.head.out_features == 768
+    assert len(plain.decoder.blocks) == 4 and plain.decoder.head.out_features == 768
 
 
 def test_released_file_loads_strictly_in_both_directions(tmp_path):
@@ -245,22 +214,17 @@ def test_rows_with_different_counts_are_refused():
 
 
 def test_several_masks_a_clip_equal_several_passes():
+    """Also in the gradient."""
     student, (clips, _) = random_student(), clip_and_mask(8, 48, 32, 0, batch=3)
-    masks = random_masks(9, 24, 17)
-    with torch.no_grad():
-        together, apart = student(clips, masks), [student(clips, masks[3 * r : 3 * r + 3]) for r in range(3)]
-    torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=0)
-    assert (together[:3] - together[3:6]).abs().max() > 0.1
-
-
-def test_several_masks_give_the_summed_gradient():
-    student, (clips, _) = random_student(), clip_and_mask(4, 32, 32, 0)
-    masks, target = random_masks(4, 8, 6), torch.randn(4, 6, 1536)
-    F.mse_loss(student(clips, masks), target).backward()
+    masks, target = random_masks(9, 24, 17), torch.randn(9, 17, 1536)
+    output = student(clips, masks)
+    F.mse_loss(output, target).backward()
     together = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    for r in range(2):
-        (F.mse_loss(student(clips, masks[2 * r : 2 * r + 2]), target[2 * r : 2 * r + 2]) / 2).backward()
+    apart = [student(clips, part) for part in masks.split(3)]
+    (sum(map(F.mse_loss, apart, target.split(3))) / 3).backward()
+    torch.testing.assert_close(output, torch.cat(apart), atol=1e-5, rtol=0)
+    assert (output[:3] - output[3:6]).abs().max() > 0.1
     for grad, parameter in zip(together, student.parameters()):
         torch.testing.assert_close(grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
@@ -298,12 +262,6 @@ def test_positions_are_constants_of_a_compiled_student():
     assert len(called) > 50 and not {"sin", "cos", "double"} & set(called)
 
 
-def test_known_count_changes_nothing():
-    student, (clips, mask) = random_student(), clip_and_mask(8, 32, 48, 15)
-    with torch.no_grad():
-        assert torch.equal(student(clips, mask), student(clips, mask, num_masked=15))
-
-
 def tubelet_pixels(mask, grid):
     """Token mask [B, N] → pixel mask [B, 1, T, H, W]."""
     pixels = mask.view(-1, 1, *grid)
@@ -315,6 +273,7 @@ def test_only_visible_pixels_matter():
     hidden = tubelet_pixels(mask, (4, 2, 3))
     with torch.no_grad():
         output = student(clips, mask)
+        assert torch.equal(output, student(clips, mask, num_masked=15))  # the count is known, and changes nothing
         blacked = student(clips.masked_fill(hidden, 100.0), mask)
         unmasked = student(clips + torch.randn_like(clips) * ~hidden, mask)
     assert torch.equal(output, blacked) and (output - unmasked).abs().max() > 1e-2

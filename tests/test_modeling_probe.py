@@ -34,15 +34,8 @@ def make_batches(count=4):
 def train_side_by_side(model, lr, weight_decay):
     """Through the optimizer and schedule of training, at a constant rate."""
     groups = model.parameter_groups(lr, weight_decay)
-    stepper = Stepper(
-        model,
-        build_optimizer(groups, "adamw", lr, (0.9, 0.999), 1e-8),
-        torch.device("cpu"),
-        "fp32",
-        1,
-        lambda step: lr,
-        lambda step: weight_decay,
-    )
+    optimizer, rates = build_optimizer(groups, "adamw", lr, (0.9, 0.999), 1e-8), (lambda _: lr, lambda _: weight_decay)
+    stepper = Stepper(model, optimizer, torch.device("cpu"), "fp32", 1, *rates)
     model.train()
     for step, (clips, labels) in enumerate(make_batches()):
         stepper.schedule(step)
@@ -124,20 +117,17 @@ def test_the_attentive_probe_by_hand():
     torch.testing.assert_close(probe(tokens), torch.stack(by_hand), atol=1e-4, rtol=1e-4)
 
 
-def test_the_loss_is_the_sum_of_the_probes_own():
-    logits, labels = torch.randn(6, 3, 5), torch.randint(5, (6,))
-    expected = sum(F.cross_entropy(logits[:, p], labels) for p in range(3))
-    torch.testing.assert_close(ProbeLoss(ONE_LABEL.losses)(logits, labels), expected)
-
-
 def test_logits_are_in_the_order_of_the_settings():
-    model, clips = ProbedEncoder(make_encoder(), 3, "linear", 4, SETTINGS).double().eval(), make_batches(1)[0][0]
+    """And the loss is the sum of the probes' own."""
+    model, (clips, labels) = ProbedEncoder(make_encoder(), 3, "linear", 4, SETTINGS).double().eval(), make_batches(1)[0]
     with torch.no_grad():
         tokens, logits = model.encoder.forward_tokens(clips), model(clips)
     assert logits.shape == (5, 4, 4)
     for p, probe in enumerate(model.probes):
         torch.testing.assert_close(logits[:, p], probe(tokens))
     assert torch.equal(MeanTokens(model.encoder)(clips), tokens.mean(dim=1))
+    expected = sum(F.cross_entropy(logits[:, p], labels) for p in range(4))
+    torch.testing.assert_close(ProbeLoss(ONE_LABEL.losses)(logits, labels), expected)
 
 
 def neighbours_by_hand(train, labels, test, k, num_classes):
@@ -159,9 +149,3 @@ def test_neighbours_equal_numpy(k):
     assert ours.shape == (150, 6)
     np.testing.assert_allclose(ours, neighbours_by_hand(train, labels, test, k, 6), atol=1e-9)
     np.testing.assert_allclose(ours.sum(axis=1), 1)
-
-
-def test_a_video_is_its_own_nearest_neighbour():
-    features = torch.randn(30, 8)
-    labels = torch.arange(30) % 4
-    assert (nearest_neighbours(features, labels, 7 * features, 1, 4).argmax(dim=1) == labels).all()

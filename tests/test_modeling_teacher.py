@@ -6,12 +6,11 @@ import copy
 import math
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from fixtures_teacher import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, random_clips
+from fixtures_teacher import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, SMALL_CLIP, make_small_clip, random_clips
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
@@ -22,11 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_finetune import NORMS
 from modeling_teacher import FrameTeacher, PixelTarget, build_teacher, normalize_features
 
-OPENAI_EXTRAS = {
-    "input_resolution": torch.tensor(224),
-    "context_length": torch.tensor(77),
-    "vocab_size": torch.tensor(49408),
-}
+OPENAI_EXTRAS = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
+OPENAI_EXTRAS = {name: torch.tensor(value) for name, value in OPENAI_EXTRAS.items()}
 
 
 def tokens_after_ln_post(visual, frames):
@@ -43,33 +39,28 @@ def tokens_after_ln_post(visual, frames):
 
 
 @pytest.fixture(scope="module")
-def clip_model():
-    """ViT-B-16 with random weights as fp16 stores them; open_clip gives it GELU."""
-    torch.manual_seed(0)
-    return open_clip.create_model("ViT-B-16").eval().half().float()
+def clip_model(tmp_path_factory):
+    """open_clip gives it GELU."""
+    return make_small_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def clip_tokens(clip_model):
     """Expected tokens of frames 0 and 2 of the clip, by activation, with the same weights."""
-    quick = VisionTransformer(224, 16, 768, layers=12, heads=12, mlp_ratio=4.0, output_dim=512, act_layer=QuickGELU)
+    quick = VisionTransformer(128, 16, 64, layers=2, heads=2, mlp_ratio=4.0, output_dim=48, act_layer=QuickGELU)
     quick.load_state_dict(clip_model.visual.state_dict())
-    frames = random_clips(4)[0, :, ::2].transpose(0, 1)
-    tokens = {
-        "gelu": tokens_after_ln_post(clip_model.visual, frames),
-        "quick_gelu": tokens_after_ln_post(quick, frames),
-    }
+    frames = random_clips(4, side=128)[0, :, ::2].transpose(0, 1)
+    towers = {"gelu": clip_model.visual, "quick_gelu": quick.eval()}
+    tokens = {name: tokens_after_ln_post(tower, frames) for name, tower in towers.items()}
     assert (tokens["gelu"] - tokens["quick_gelu"]).abs().max() > 0.01  # the test can tell them apart
     return tokens
 
 
 @pytest.fixture
 def weight_file(tmp_path):
-    """Names a file that is deleted after the test: 150 MB each."""
-    names = []
-    yield lambda name: names.append(tmp_path / name) or str(tmp_path / name)
-    for path in names:
-        path.unlink(missing_ok=True)
+    """Names a large file, which is deleted after the test."""
+    yield str(tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").unlink()
 
 
 class OpenAIArchive(nn.Module):
@@ -93,15 +84,12 @@ def tower_state(model):
 
 
 def whole_state(model):
-    """Whole model; the text tower is cut to single rows to keep files small."""
-    return {
-        key: value.half() if key.startswith("visual.") or value.ndim == 0 else value[:1].half().clone()
-        for key, value in model.state_dict().items()
-    }
+    """Whole model, in half precision."""
+    return {key: value.half().clone() for key, value in model.state_dict().items()}
 
 
 def write_jit(model, path):
-    archive = torch.jit.trace(OpenAIArchive(model).eval(), torch.zeros(1, 3, 224, 224), check_trace=False)
+    archive = torch.jit.trace(OpenAIArchive(model).eval(), torch.zeros(1, 3, 128, 128), check_trace=False)
     for parameter in archive.parameters():
         parameter.data = parameter.data.half()
     archive.save(path)
@@ -125,14 +113,13 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 @torch.no_grad()
-def test_clip_tokens_equal_open_clip(name, clip_model, clip_tokens, weight_file):
+def test_clip_tokens_equal_open_clip(name, clip_model, clip_tokens, tmp_path):
     write, activation = FORMS[name]
-    path = weight_file(name)
-    write(clip_model, path)
-    teacher = build_teacher("clip", "ViT-B-16", path, "imagenet", (14, 14))
-    tokens = teacher.tokens(random_clips(4))
-    assert tokens.shape == (1, 2 * 196, 768) and teacher.out_dim == 768
-    torch.testing.assert_close(tokens.view(2, 196, 768), clip_tokens[activation], atol=1e-4, rtol=1e-4)
+    write(clip_model, str(tmp_path / name))
+    teacher = build_teacher("clip", SMALL_CLIP, str(tmp_path / name), "imagenet", (8, 8))
+    tokens = teacher.tokens(random_clips(4, side=128))
+    assert tokens.shape == (1, 2 * 64, 64) and teacher.out_dim == 64
+    torch.testing.assert_close(tokens.view(2, 64, 64), clip_tokens[activation], atol=1e-4, rtol=1e-4)
 
 
 def test_clip_computes_every_product_in_the_open():
@@ -145,37 +132,32 @@ def test_clip_computes_every_product_in_the_open():
     assert counter.get_total_flops() == pytest.approx(2 * (patches + blocks), rel=0.01)  # attention: 0.002
 
 
-def test_released_tower_has_151_tensors(clip_model):
-    """The form that the tests above call SMILE's: bare names, no projection."""
-    state = tower_state(clip_model)
-    assert len(state) == 151 and state["positional_embedding"].shape == (197, 768) and "proj" not in state
-    assert {
-        "class_embedding",
-        "conv1.weight",
-        "ln_pre.bias",
-        "ln_post.weight",
-        "transformer.resblocks.11.mlp.c_proj.weight",
-    } < state.keys()
+def test_smiles_file_is_a_teacher(weight_file):
+    """ViT-B/16, 151 tensors by their bare names, without the projection."""
+    with torch.device("meta"):
+        tower = VisionTransformer(224, 16, 768, layers=12, heads=12, mlp_ratio=4.0, output_dim=512)
+    state = {name: torch.rand(value.shape).half() for name, value in tower.state_dict().items() if name != "proj"}
+    names = "class_embedding conv1.weight ln_pre.bias ln_post.weight transformer.resblocks.11.mlp.c_proj.weight".split()
+    assert len(state) == 151 and state["positional_embedding"].shape == (197, 768) and set(names) < state.keys()
+    torch.save(state, weight_file)
+    teacher = build_teacher("clip", "ViT-B-16", weight_file, "imagenet", (14, 14))
+    held = teacher.tower.state_dict()
+    assert teacher.out_dim == 768 and all(torch.equal(held[name], state[name].float()) for name in names)
 
 
 @torch.no_grad()
-def test_clip_at_another_image_size(clip_model, weight_file):
+def test_clip_at_another_image_size(clip_model, tmp_path):
     """Positions are interpolated as open_clip does: bicubic, antialiased. PIL's bicubic is the same filter."""
-    path = weight_file("vision.pth")
-    torch.save(tower_state(clip_model), path)
-    teacher = build_teacher("clip", "ViT-B-16", path, "imagenet", (7, 7), image_size=112)
-    old = clip_model.visual.positional_embedding.numpy()
-    maps = old[1:].reshape(14, 14, 768)[..., :20]
-    resized = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(maps[..., i])).resize((7, 7), Image.Resampling.BICUBIC))
-        for i in range(20)
-    ]
-    ours = teacher.tower.positional_embedding.numpy()
-    np.testing.assert_allclose(ours[1:].reshape(7, 7, 768)[..., :20], np.stack(resized, axis=-1), atol=1e-4)
+    torch.save(tower_state(clip_model), tmp_path / "vision.pth")
+    teacher = build_teacher("clip", SMALL_CLIP, str(tmp_path / "vision.pth"), "imagenet", (4, 4), image_size=64)
+    old, ours = clip_model.visual.positional_embedding.numpy(), teacher.tower.positional_embedding.numpy()
+    maps = [Image.fromarray(np.ascontiguousarray(part)) for part in old[1:].T.reshape(64, 8, 8)]
+    resized = np.stack([image.resize((4, 4), Image.Resampling.BICUBIC) for image in maps], axis=-1)
+    np.testing.assert_allclose(ours[1:].reshape(4, 4, 64), resized, atol=1e-4)
     np.testing.assert_array_equal(ours[0], old[0])
-    frames = random_clips(2, side=112)
-    assert teacher.tokens(frames).shape == (1, 49, 768)
+    frames = random_clips(2, side=64)
     expected = tokens_after_ln_post(teacher.tower, frames[:, :, 0])
+    assert expected.shape == (1, 16, 64)
     torch.testing.assert_close(teacher.tokens(frames), expected, atol=1e-5, rtol=0)
 
 
@@ -184,48 +166,46 @@ def test_clip_at_another_image_size(clip_model, weight_file):
 
 def bad_file(kind, path):
     """Files that are no weights of an image tower."""
-    if kind == "text":
-        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "no tower":
-        torch.save({"cls_token": torch.zeros(1, 1, 384), "blocks.0.norm1.weight": torch.zeros(384)}, path)
-    elif kind == "tensor":
-        torch.save(torch.zeros(3), path)
-    elif kind == "object":
-        torch.save({"state_dict": np.array([print], dtype=object)}, path)
-    elif kind == "cut":
-        torch.save({"conv1.weight": torch.zeros(768, 3, 16, 16)}, path)
+    contents = {
+        "no tower": {"cls_token": torch.zeros(1, 1, 384), "blocks.0.norm1.weight": torch.zeros(384)},
+        "tensor": torch.zeros(3),
+        "object": {"state_dict": np.array([print], dtype=object)},
+        "cut": {"conv1.weight": torch.zeros(768, 3, 16, 16)},
+    }
+    if kind in contents:
+        torch.save(contents[kind], path)
+    elif kind != "missing":
+        path.write_bytes({"text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "empty": b""}[kind])
+    if kind == "cut":
         path.write_bytes(path.read_bytes()[:100_000])
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "no tower", "tensor", "object", "cut", "missing"])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_bad_clip_weights_name_the_flag_and_the_file(tmp_path, kind, suffix):
+@pytest.mark.parametrize(
+    "suffix, target, model",
+    [(".pt", "clip", "ViT-S-16"), (".safetensors", "clip", "ViT-S-16"), (".pth", "dino_v1", "dino_s")],
+)
+def test_bad_weights_are_named(tmp_path, kind, suffix, target, model):
     path = tmp_path / f"weights{suffix}"
     bad_file(kind, path)
     with pytest.raises(ValueError, match=f"weights {path}"):
-        build_teacher("clip", "ViT-B-16", str(path), "imagenet", (14, 14))
+        build_teacher(target, model, str(path), "imagenet", (14, 14))
 
 
 @pytest.mark.parametrize("kind", ["patch 32", "deeper", "shallower"])
-def test_weights_of_another_clip_model_are_refused(clip_model, weight_file, kind):
-    state = tower_state(clip_model)
+def test_weights_of_another_clip_model_are_refused(clip_model, tmp_path, kind):
+    state, path = tower_state(clip_model), str(tmp_path / "other.pth")
     if kind == "patch 32":
-        state["conv1.weight"] = torch.zeros(768, 3, 32, 32)
+        state["conv1.weight"] = torch.zeros(64, 3, 32, 32)
     elif kind == "deeper":
-        state["transformer.resblocks.12.ln_1.weight"] = torch.zeros(768)
+        state["transformer.resblocks.2.ln_1.weight"] = torch.zeros(64)
     else:
-        state = {key: value for key, value in state.items() if ".11." not in key}
-    path = weight_file("other.pth")
+        state = {key: value for key, value in state.items() if ".1." not in key}
     torch.save(state, path)
     with pytest.raises(ValueError, match=f"weights {path}: of another model"):
-        build_teacher("clip", "ViT-B-16", path, "imagenet", (14, 14))
-
-
-def test_unknown_clip_model_is_refused():
+        build_teacher("clip", SMALL_CLIP, path, "imagenet", (8, 8))
     with pytest.raises(ValueError, match="model ViT-Q-99"):
-        build_teacher("clip", "ViT-Q-99", "random", "imagenet", (14, 14))
+        build_teacher("clip", "ViT-Q-99", path, "imagenet", (8, 8))
 
 
 # ------------------------------------------------------------------------------------------------------ frames, grids
@@ -280,11 +260,9 @@ def test_other_token_grid_is_resized_bilinearly(grid):
 def test_frames_of_another_size_are_resized(side):
     """PIL's bilinear filter is antialiased too."""
     teacher, clips = small_teacher(), random_clips(2, side=side) + 0.1 * torch.randn(1, 3, 2, side, side)
-    fed = frames_fed(teacher, clips)
-    expected = [
-        Image.fromarray(channel.numpy()).resize((64, 64), Image.Resampling.BILINEAR) for channel in clips[0, :, 0]
-    ]
-    np.testing.assert_allclose(fed[0], np.stack(expected), atol=1e-4)
+    images = [Image.fromarray(channel.numpy()) for channel in clips[0, :, 0]]
+    expected = np.stack([image.resize((64, 64), Image.Resampling.BILINEAR) for image in images])
+    np.testing.assert_allclose(frames_fed(teacher, clips)[0], expected, atol=1e-4)
 
 
 def test_frames_fed_under_each_norm():
@@ -326,18 +304,15 @@ def test_tokens_are_ordered_by_clip_and_time():
 
 
 def test_targets_are_the_normalised_tokens():
+    """Of a teacher that is frozen and stays in eval mode."""
     teacher, clips = small_teacher(), random_clips(6, side=64, batch=2)
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     tokens, targets = teacher.tokens(clips).double().numpy(), teacher(clips)
     expected = (tokens - tokens.mean(axis=1, keepdims=True)) / (tokens.std(axis=1, ddof=1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(targets, expected, atol=1e-4)
     assert targets.dtype == torch.float32 and not targets.requires_grad
-
-
-def test_teacher_is_frozen_and_stays_in_eval_mode():
-    teacher = small_teacher()
-    teacher.train()
-    assert not any(module.training for module in teacher.modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize("build", [small_teacher, lambda: PixelTarget()])
@@ -360,31 +335,18 @@ def test_targets_are_fp32_under_autocast():
 # -------------------------------------------------------------------------------------------------------------- DINO
 
 
-@pytest.fixture(scope="module")
-def dino():
-    torch.manual_seed(1)
-    return timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0).eval()
-
-
 @torch.no_grad()
-def test_dino_tokens_equal_timm(dino, weight_file):
-    path = weight_file("dino.pth")
-    torch.save(dino.state_dict(), path)
-    teacher, clips = build_teacher("dino_v1", "dino_s", path, "imagenet", (14, 14)), random_clips(4)
+def test_dino_tokens_equal_timm(weight_file):
+    torch.manual_seed(1)
+    dino = timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0).eval()
+    torch.save(dino.state_dict(), weight_file)
+    teacher, clips = build_teacher("dino_v1", "dino_s", weight_file, "imagenet", (14, 14)), random_clips(4)
     expected = dino.forward_features(clips[0, :, ::2].transpose(0, 1))[:, 1:]
     assert teacher.out_dim == 384
     torch.testing.assert_close(teacher.tokens(clips).view(2, 196, 384), expected, atol=1e-4, rtol=0)
     expected = expected.reshape(392, 384)
     expected = (expected - expected.mean(0)) / (expected.std(0) + 1e-6)
     torch.testing.assert_close(teacher(clips)[0], expected, atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["text", "empty", "no tower", "tensor", "cut", "missing"])
-def test_bad_dino_weights_name_the_flag_and_the_file(tmp_path, kind):
-    path = tmp_path / "weights.pth"
-    bad_file(kind, path)
-    with pytest.raises(ValueError, match=f"weights {path}"):
-        build_teacher("dino_v1", "dino_s", str(path), "imagenet", (14, 14))
 
 
 # ---------------------------------------------------------------------------------------------------- pixels, features
@@ -409,33 +371,21 @@ def test_pixel_target_equals_a_loop(num_frames, height, width):
 
 
 def test_pixel_target_layout():
-    """One bright red pixel: frame 1, row 2, column 3 of the second cube of the row."""
+    """One bright red pixel: frame 1, row 2, column 3 of the second cube of the row. A black clip's is finite."""
     clips = torch.zeros(1, 3, 2, 16, 32)
     clips[0, 0, 1, 2, 16 + 3] = 1
     target = PixelTarget()(clips)[0]
     assert target.abs().argmax() == 1536 + ((1 * 16 + 2) * 16 + 3) * 3 and target[0].abs().max() < 0.05
-
-
-def test_pixel_target_of_a_black_clip_is_finite():
     target = PixelTarget()(torch.full((1, 3, 4, 32, 32), -2.0))
     assert target.isfinite().all() and target.abs().max() < 1
 
 
-def test_features_have_mean_0_and_unbiased_std_1():
-    features = torch.randn(3, 50, 7) * torch.rand(3, 1, 7) * 10 + torch.randn(3, 1, 7) * 5
-    normalised = normalize_features(features).double().numpy()
-    np.testing.assert_allclose(normalised.mean(axis=1), 0, atol=1e-5)
-    np.testing.assert_allclose(normalised.std(axis=1, ddof=1), 1, atol=1e-4)
-
-
 def test_features_by_hand():
+    """Mean 0 and unbiased std 1 over the tokens; also of half-precision features, in fp32."""
     features = torch.tensor([[[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]]])  # mean 3, squares 4 + 1 + 9, over 2
     std = math.sqrt(7) + 1e-6
     expected = torch.tensor([[[-2 / std, 0], [-1 / std, 0], [3 / std, 0]]])
     torch.testing.assert_close(normalize_features(features), expected, atol=1e-6, rtol=0)
-
-
-def test_half_precision_features_are_normalised_in_fp32():
     features = (torch.randn(1, 200, 4) + 30).to(torch.bfloat16)
     expected = normalize_features(features.double().float())
     assert torch.equal(normalize_features(features), expected) and expected.dtype == torch.float32

@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+import demo_teacher
 import numpy as np
 import pytest
 import skimage.data
@@ -12,10 +12,6 @@ import torch
 import torch.nn.functional as F
 from fixtures_teacher import CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, random_clips
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "mini"))
-
-import demo_teacher
 
 from modeling_teacher import build_teacher
 from utils import RunError
@@ -61,8 +57,10 @@ def test_later_stages_are_not_computed():
 
 def test_own_statistics():
     """EfficientNet-Lite is fed with mean and std 0.5."""
-    clips = random_clips(2, side=96)
-    teacher = build_teacher("timm", "tf_efficientnet_lite0", "random", "own", (3, 3), 96)
+    teacher, clips = (
+        build_teacher("timm", "tf_efficientnet_lite0", "random", "own", (3, 3), 96),
+        random_clips(2, side=96),
+    )
     fed = []
     teacher.tower.conv_stem.register_forward_pre_hook(lambda module, args: fed.append(args[0].clone()))
     teacher(clips)
@@ -96,28 +94,22 @@ def test_a_file_of_another_timm_model_is_refused(tmp_path):
         build_teacher("timm", "resnet18", path, "own", (2, 2))
 
 
-def test_dino_base_width():
-    teacher = build_teacher("dino_v1", "dino_b", "random", "imagenet", (14, 14))
-    assert teacher.out_dim == 768 and len(teacher.tower.blocks) == 12
-
-
-def test_random_teacher_is_always_the_same_and_leaves_the_seed_alone():
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    first = build_teacher("dino_v1", "dino_s", "random", "imagenet", (14, 14))
-    assert torch.equal(before, torch.get_rng_state())
-    torch.manual_seed(4)
-    second = build_teacher("dino_v1", "dino_s", "random", "imagenet", (14, 14))
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
-
-
 @torch.no_grad()
 def test_dino_at_another_image_size():
+    """A random teacher is always the same, and leaves the seed alone."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
     teacher = build_teacher("dino_v1", "dino_s", "random", "imagenet", (7, 7), image_size=112)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(4)
+    second = build_teacher("dino_v1", "dino_s", "random", "imagenet", (7, 7), image_size=112)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), second.state_dict().values()))
     clips = random_clips(2, side=112)
     expected = teacher.tower.forward_features(clips[:, :, 0])[:, 1:]
     torch.testing.assert_close(teacher.tokens(clips), expected)
     assert expected.shape == (1, 49, 384)
+    large = build_teacher("dino_v1", "dino_b", "random", "imagenet", (14, 14))
+    assert large.out_dim == 768 and len(large.tower.blocks) == 12
 
 
 # ---------------------------------------------------------------------------------------------------- the demo teacher

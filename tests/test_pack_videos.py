@@ -3,20 +3,17 @@
 import io
 import json
 import os
-import sys
 import tarfile
 from pathlib import Path
 
-import pytest
-from fixtures_data_tools import kill_at
-from fixtures_video import source_frames, write_list, write_mp4
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
 import make_lists
 import pack_videos
+import pytest
 import resize_videos
 from data_tools import read_list
+from fixtures_data_tools import kill_at
+from fixtures_video import source_frames, write_list, write_mp4
 
 import shards
 from utils import RunError
@@ -28,22 +25,16 @@ pytest_plugins = "fixtures_data_tools"
 @pytest.fixture
 def data(clips, tmp_path):
     """Two lists, relative to tmp_path/data, with a video in both, one that is missing, and names of many kinds."""
-    places = {
-        "train/a b/x.1.mp4": "small.mp4",
-        "train/a b/x_1.mp4": "short.mp4",
-        "train/c/x.mp4": "bunny.mp4",
-        "train/c/x.avi": "bikes.mp4",
-        "val/c/x.mp4": "upright.mp4",
-    }
-    for place, clip in places.items():
+    places = ["train/a b/x.1.mp4", "train/a b/x_1.mp4", "train/c/x.mp4", "train/c/x.avi", "val/c/x.mp4"]
+    for place, clip in zip(places, ("small", "short", "bunny", "bikes", "upright")):
         (tmp_path / "data" / place).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / place).write_bytes(clips[clip].read_bytes())
+        (tmp_path / "data" / place).write_bytes(clips[f"{clip}.mp4"].read_bytes())
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "classes.txt").write_text("one\n")
-    train, val = list(places)[:4], ["val/c/x.mp4", "train/c/x.mp4"]
-    (tmp_path / "in" / "train.csv").write_text("".join(f"{place} {n}\n" for n, place in enumerate([*train, "no.mp4"])))
-    (tmp_path / "in" / "val.csv").write_text("".join(f"{place} 0:1.5-2\n" for place in val))
-    return [str(tmp_path / "in" / name) for name in ("train.csv", "val.csv")], places
+    train = [*places[:4], "no.mp4"]
+    (tmp_path / "in" / "train.csv").write_text("".join(f"{place} {n}\n" for n, place in enumerate(train)))
+    (tmp_path / "in" / "val.csv").write_text("".join(f"{place} 0:1.5-2\n" for place in (places[4], places[2])))
+    return [str(tmp_path / "in" / name) for name in ("train.csv", "val.csv")]
 
 
 def pack(lists, output, *options):
@@ -58,21 +49,16 @@ def bytes_of(path):
 
 
 def test_shards_hold_the_videos_and_lists_name_them(data, tmp_path, capsys):
-    lists, _ = data
     root, out = tmp_path / "data", tmp_path / "out"
-    made = pack(lists, out, "--data_root", root, "--shard_size", "40KB")
-    for path in lists:
+    made = pack(data, out, "--data_root", root, "--shard_size", "40KB")
+    for path in data:
         expected = [line for line in read_list(path) if line.name != "no.mp4"]
         packed = read_list(str(out / Path(path).name))
         assert [line.label for line in packed] == [line.label for line in expected]
         for (name, _), (source, _) in zip(packed, expected):
             assert bytes_of(name) == (root / source).read_bytes()
-    assert [line.name.partition(".tar/")[2] for line in read_list(str(out / "train.csv"))] == [
-        "train/a_b/x_1.mp4",
-        "train/a_b/x_1_1.mp4",  # the name x_1 is taken
-        "train/c/x.mp4",
-        "train/c/x_1.avi",  # a sample is one video
-    ]
+    names = [line.name.partition(".tar/")[2] for line in read_list(str(out / "train.csv"))]
+    assert names == ["train/a_b/x_1.mp4", "train/a_b/x_1_1.mp4", "train/c/x.mp4", "train/c/x_1.avi"]  # no stem twice
     assert made[0] == "train-000000.tar" and made[-1] == "val-000000.tar" and len(made) > 2
     for shard in made:  # as WebDataset and everybody reads it
         with tarfile.open(out / shard) as tar:
@@ -88,22 +74,20 @@ def test_shards_hold_the_videos_and_lists_name_them(data, tmp_path, capsys):
 
 
 def test_what_is_new_or_failed_comes_into_new_shards(data, clips, tmp_path):
-    lists, _ = data
     options = "--data_root", tmp_path / "data", "--relative"
-    before = pack(lists, tmp_path / "out", *options)
+    before = pack(data, tmp_path / "out", *options)
     times = {shard: (tmp_path / "out" / shard).stat().st_mtime_ns for shard in before}
     (tmp_path / "data" / "no.mp4").write_bytes(clips["short.mp4"].read_bytes())
     (tmp_path / "data" / "train/c/x.mp4").unlink()  # an original may be gone by then
-    after = pack(lists, tmp_path / "out", *options)
+    after = pack(data, tmp_path / "out", *options)
     assert after == sorted([*before, "train-000001.tar"]) and not (tmp_path / "out" / "failed.tsv").exists()
     assert {shard: (tmp_path / "out" / shard).stat().st_mtime_ns for shard in before} == times
     assert read_list(str(tmp_path / "out" / "train.csv"))[-1] == ("train-000001.tar/no.mp4", "4")
     with pytest.raises(RunError, match="was made with --data_root"):
-        pack(lists, tmp_path / "out")
+        pack(data, tmp_path / "out")
 
 
 def test_a_video_that_goes_while_others_are_packed_is_left_out(data, tmp_path, monkeypatch):
-    lists, _ = data
     work = pack_videos.write_shard
 
     def late(file, members):
@@ -111,7 +95,7 @@ def test_a_video_that_goes_while_others_are_packed_is_left_out(data, tmp_path, m
         return work(file, members)
 
     monkeypatch.setattr(pack_videos, "write_shard", late)
-    pack(lists[:1], tmp_path / "out", "--data_root", tmp_path / "data")
+    pack(data[:1], tmp_path / "out", "--data_root", tmp_path / "data")
     assert len(read_list(str(tmp_path / "out" / "train.csv"))) == 3
     assert "x.avi\tNo such file" in (tmp_path / "out" / "failed.tsv").read_text()
 
@@ -127,16 +111,15 @@ def test_a_shard_that_is_read_as_something_else_gets_no_name(data, tmp_path, mon
 
     monkeypatch.setattr(pack_videos, "scan", damaged)
     with pytest.raises(RunError, match="all of its videos failed"):
-        pack(data[0], tmp_path / "out", "--data_root", tmp_path / "data")
+        pack(data, tmp_path / "out", "--data_root", tmp_path / "data")
     assert "other bytes than were written" in (tmp_path / "out" / "failed.tsv").read_text()
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
 def test_every_tool_takes_lists_of_members(data, tmp_path, monkeypatch):
     """check, resize, and pack once more: what they make of members is what they make of files."""
-    lists, _ = data
     out = tmp_path / "out"
-    pack(lists, out, "--data_root", tmp_path / "data")
+    pack(data, out, "--data_root", tmp_path / "data")
     listed = str(out / "val.csv")
     check_videos.main([listed, "--output", str(tmp_path / "good.csv")])
     assert (tmp_path / "good.csv").read_text() == Path(listed).read_text()
@@ -225,9 +208,8 @@ def test_shards_of_video2dataset_get_lists(clips, tmp_path, field, labels):
 
 
 def test_our_own_shards_get_their_lists_again(data, tmp_path):
-    lists, _ = data
-    pack(lists, tmp_path / "in", "--data_root", tmp_path / "data", "--shard_size", "40KB")
-    written = (tmp_path / "in" / Path(path).name for path in lists)
+    pack(data, tmp_path / "in", "--data_root", tmp_path / "data", "--shard_size", "40KB")
+    written = (tmp_path / "in" / Path(path).name for path in data)
     packed = {path.stem: [tuple(line) for line in read_list(str(path))] for path in written}
     packed["val"] = packed["val"][:1]  # the other one lies in a shard of train.csv
     assert lists_of(tmp_path) == {**packed, "test": packed["val"]}
@@ -247,12 +229,8 @@ def test_shards_that_are_wrong_are_named_and_the_others_listed(clips, tmp_path):
     names = [("good.tar/a.mp4", "4"), ("good.tar/b.MP4", "-1"), ("odd.tar/b.mp4", "-1"), ("odd.tar/c.mp4", "-1")]
     assert lists == {"train": names}
     problems = [line.split("\t") for line in (tmp_path / "lists" / "problems.tsv").read_text().splitlines()[1:]]
-    assert [(row[1], row[2]) for row in problems] == [
-        ("shards that cannot be read", "cut-later.tar"),
-        ("shards that cannot be read", "cut.tar"),
-        ("several members of one name", "odd.tar/a.mp4"),
-        ("shards that cannot be read", "text.tar"),
-    ]
+    assert [row[2] for row in problems] == ["cut-later.tar", "cut.tar", "odd.tar/a.mp4", "text.tar"]
+    assert {row[1] for row in problems} == {"shards that cannot be read", "several members of one name"}
     assert "is cut off" in problems[0][3] and not (tmp_path / "in" / "cut.idx").exists()
     write_tar(tmp_path / "damaged" / "in" / "a.tar", damaged)
     with pytest.raises(RunError, match="not one video .* the first: a.tar/c.mp4: labels that cannot be read"):

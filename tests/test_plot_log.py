@@ -1,11 +1,10 @@
 """Curves, confusion matrices and accuracy by class: what is drawn is what the files hold."""
 
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
+import plot_log
 import pytest
 from fixtures_pictures import check_texts
 from fixtures_video import video_list
@@ -15,9 +14,6 @@ from evaluation import judge
 from meters import RunLog
 from metrics import Task, VideoScore
 from utils import RunError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import plot_log
 
 CLASSES = ["opening something", "closing something", "something else that has quite a long name"]
 
@@ -53,11 +49,8 @@ def tested(tmp_path):
 def test_the_confusion_matrix_counts_every_readable_video_once(tested):
     folder, labels, scores, metrics = tested
     matrix = plot_log.confusion_matrix(*plot_log.read_predictions(folder / "test_predictions.npz"))
-    pairs = Counter(
-        (label, max(range(3), key=lambda c: s[c]))
-        for i, (label, s) in enumerate(zip(labels, scores))
-        if i not in (4, 9)
-    )
+    answers = [max(range(3), key=lambda c: row[c]) for row in scores]
+    pairs = Counter(pair for i, pair in enumerate(zip(labels, answers)) if i not in (4, 9))
     assert matrix.sum() == 38 and {pair: matrix[pair] for pair in pairs} == pairs
     assert 100 * np.trace(matrix) / 40 == pytest.approx(metrics["acc1"])  # an unreadable video is wrong
     assert matrix[2, 0] == matrix[2].sum()
@@ -91,17 +84,11 @@ def test_pictures_of_any_number_of_classes_are_legible(classes):
 
 
 def test_curves_are_the_numbers_of_the_log(tmp_path):
-    logs = {
-        name: plot_log.read_log(write_run(tmp_path / name, epochs, accuracy) / "log.txt")
-        for name, epochs, accuracy in (("first", 5, False), ("second", 3, True))
-    }
-    figure = plot_log.draw_curves(logs)
+    folders = write_run(tmp_path / "first", 5), write_run(tmp_path / "second", 3, accuracy=True)
+    figure = plot_log.draw_curves({folder.name: plot_log.read_log(folder / "log.txt") for folder in folders})
     check_texts(figure)
-    panels = {
-        axes.get_title(): [line for line in axes.lines if len(line.get_xdata())]
-        for axes in figure.axes
-        if axes.get_title()
-    }
+    titled = [axes for axes in figure.axes if axes.get_title()]
+    panels = {axes.get_title(): [line for line in axes.lines if len(line.get_xdata())] for axes in titled}
     assert list(panels) == ["loss", "top-1 accuracy, %", "top-5 accuracy, %", "learning rate", "seconds an epoch"]
     first, second = panels["loss"]
     np.testing.assert_allclose(first.get_xydata(), [(e + 1, 1 / (1 + e)) for e in range(5)])

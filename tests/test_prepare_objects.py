@@ -1,16 +1,13 @@
 """prepare_objects.py: cut-outs laid out as the PIN objects, and out of images with masks; what is dropped, and why."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+import prepare_objects
 import pytest
 from fixtures_data_tools import kill_at
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
-import prepare_objects
 from prepare_objects import Settings, cut_out
 
 from object_overlay import ObjectLibrary, find_objects
@@ -69,6 +66,14 @@ def pin(tmp_path):
     return root
 
 
+def test_shrinking_shows_no_colour_of_transparent_pixels():
+    """Under transparent pixels all is green, the object is red: no green at its edge."""
+    whole = Image.fromarray(cutout(700, 700, (3, 5, 640, 650), (255, 0, 0)))
+    image = np.array(cut_out(whole, Settings(max_side=97)))
+    assert image.shape == (97, 96, 4)
+    assert image[image[..., 3] > 0][:, 1].max() == 0 and image[48, 48].tolist() == [255, 0, 0, 255]
+
+
 def test_pin_objects(prepare, pin, tmp_path):
     save(pin / "images" / "aerosol_can" / "99.png", cutout(60, 60, (5, 5, 50, 55)))  # not in the pools
     lines, dropped, text = prepare("cutouts", pin, "--exclude", "projectile")
@@ -117,14 +122,6 @@ def test_what_is_dropped_and_why(prepare, tmp_path):
         assert dropped[f"thing/{name}.png"].startswith(reason)
 
 
-def test_shrinking_shows_no_colour_of_transparent_pixels():
-    """Under transparent pixels all is green, the object is red: no green at its edge."""
-    whole = Image.fromarray(cutout(700, 700, (3, 5, 640, 650), (255, 0, 0)))
-    image = np.array(cut_out(whole, Settings(max_side=97)))
-    assert image.shape == (97, 96, 4)
-    assert image[image[..., 3] > 0][:, 1].max() == 0 and image[48, 48].tolist() == [255, 0, 0, 255]
-
-
 def test_images_with_soft_masks(prepare, tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (80, 100, 3), dtype=np.uint8)
@@ -132,13 +129,15 @@ def test_images_with_soft_masks(prepare, tmp_path):
     mask[20:60, 30:90], mask[30:50, 40:80] = 128, 255
     save(tmp_path / "images" / "dog" / "a.bmp.png", image)
     save(tmp_path / "masks" / "dog" / "a.bmp.png", mask)
+    save(tmp_path / "images" / "alone.png", image)  # in no folder: of one category
+    save(tmp_path / "masks" / "alone.png", mask)
     save(tmp_path / "images" / "no mask.png", image)
     save(tmp_path / "images" / "other size.png", image)
     save(tmp_path / "masks" / "other size.png", mask[:40])
     save(tmp_path / "images" / "numbers.png", image)
     save(tmp_path / "masks" / "numbers.png", mask // 128)
     lines, dropped, _ = prepare("masks", tmp_path / "images", tmp_path / "masks")
-    assert lines == ["dog/a.bmp.png"]
+    assert lines == ["dog/a.bmp.png", "object/alone.png"]
     expected = np.dstack([image, mask])[20:60, 30:90]
     assert np.array_equal(saved(tmp_path / "out" / "images" / lines[0]), expected)
     assert dropped["images/other size.png"] == "the mask has 100 x 40 pixels, the image 100 x 80"
@@ -162,14 +161,6 @@ def test_masks_that_number_their_objects(prepare, tmp_path):
     for line, box in zip(lines, (np.s_[10:50, 10:50], np.s_[30:70, 60:110])):
         made = saved(tmp_path / "out" / "images" / line)
         assert np.array_equal(made[..., :3], image[box]) and (made[..., 3] == 255).all()
-
-
-def test_images_in_no_folder_are_of_one_category(prepare, tmp_path):
-    save(tmp_path / "i" / "a.png", np.zeros((60, 60, 3), np.uint8))
-    mask = np.zeros((60, 60), np.uint8)
-    mask[:40, :40] = 255
-    save(tmp_path / "m" / "a.png", mask)
-    assert prepare("masks", tmp_path / "i", tmp_path / "m")[0] == ["object/a.png"]
 
 
 def test_a_second_run_makes_what_is_new_alone(prepare, pin, tmp_path):
@@ -199,23 +190,19 @@ def test_killed_it_goes_on(prepare, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
-        (["cutouts", "{}/none"], "no such folder"),
-        (["cutouts", "{}/PIN", "--pools", "{}/PIN/images/aerosol_can/0.png"], "cannot be read as a text file"),
-        (["cutouts", "{}/PIN", "--pools", "{}/list.json"], "not {category: "),
-        (["cutouts", "{}/PIN", "--min_side", "300"], "no usable object; the first: .*/0.png: too small"),
-        (["masks", "{}/PIN", "{}/none"], "have no image and mask of the same name in common"),
+        ("cutouts {}/none", "no such folder"),
+        ("cutouts {}/PIN --pools {}/PIN/images/aerosol_can/0.png", "cannot be read as a text file"),
+        ("cutouts {}/PIN --pools {}/list.json", "not {category: "),
+        ("cutouts {}/PIN --pools {}/away.json", "is not <category>/<name>"),
+        ("cutouts {}/PIN --min_side 300", "no usable object; the first: .*/0.png: too small"),
+        ("masks {}/PIN {}/none", "have no image and mask of the same name in common"),
     ],
 )
 def test_what_is_wrong_is_named(prepare, pin, tmp_path, options, message):
     (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "away.json").write_text(json.dumps({"x": ["*/a/images/../../secret.png"]}))
     (pin / "images" / "aerosol_can" / "3.png").unlink()
     with pytest.raises(RunError, match=message):
-        prepare(*[option.format(tmp_path) for option in options])
-
-
-def test_a_pool_that_leaves_the_folder_is_refused(prepare, pin):
-    (pin / "LVIS_instance_pools.json").write_text(json.dumps({"x": ["*/a/images/../../secret.png"]}))
-    with pytest.raises(RunError, match="is not <category>/<name>"):
-        prepare("cutouts", pin)
+        prepare(*[option.format(tmp_path) for option in options.split()])

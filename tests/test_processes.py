@@ -5,20 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
-import pytest
-from fixtures_data_tools import FORK, kill_at, start
-from fixtures_video import decode_all, free_port, source_frames, write_list, write_mp4
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 import check_videos
+import numpy as np
 import pack_videos
 import prepare_objects
 import processes
+import pytest
 import resize_videos
+from fixtures_data_tools import FORK, kill_at, start
+from fixtures_video import decode_all, free_port, source_frames, write_list, write_mp4
+from PIL import Image
 
 from utils import EXIT_REQUEUE, leave_on_signal
 

@@ -36,9 +36,8 @@ def list_file(tmp_path_factory):
 
 def start(list_file, folder, *options, **more):
     """A run of 8 steps an epoch that would go on for long."""
-    return Run(
-        list_file, folder, "--epochs", "500", "--save_ckpt_freq", "500", "--save_ckpt_steps", "0", *options, **more
-    )
+    long = "--epochs 500 --save_ckpt_freq 500 --save_ckpt_steps 0".split()
+    return Run(list_file, folder, *long, *options, **more)
 
 
 # Files ----------------------------------------------------------------------------------------------------------
@@ -55,7 +54,7 @@ def test_odd_and_broken_videos(tmp_path):
         "mpeg4.avi": corpus.encode(frames, "avi", "mpeg4"),
         "ffv1.mkv": corpus.encode(frames, "matroska", "ffv1"),
         "one-frame.mp4": corpus.encode(frames[:1]),
-        "variable-rate.mp4": corpus.encode(frames, every=[0, 1, 2, 10, 11, 40, 41, 42, 43, 44, 200, 201]),
+        "variable-rate.mp4": corpus.encode(frames, stamps=[0, 1, 2, 10, 11, 40, 41, 42, 43, 44, 200, 201]),
         "portrait.mp4": corpus.encode(corpus.resized(frames, 54, 96)),
         "odd.mp4": corpus.encode(corpus.resized(frames, 33, 51), pix_fmt="yuv444p"),
     }
@@ -105,11 +104,8 @@ def test_a_decoder_that_hangs_stops_the_run(list_file, tmp_path):
 
 def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
     """decord 0.6 asks for room for all the frames that a file claims; beyond a billion that ends its process."""
-    (tmp_path / "claims.avi").write_bytes(
-        corpus.claim_frames(
-            corpus.encode(source_frames("bikes", 0, 12, (64, 48)), "avi", "mjpeg", "yuvj420p"), 2_000_000_000
-        )
-    )
+    content = corpus.encode(source_frames("bikes", 0, 12, (64, 48)), "avi", "mjpeg", "yuvj420p")
+    (tmp_path / "claims.avi").write_bytes(corpus.claim_frames(content, 2_000_000_000))
     (tmp_path / "list.csv").write_text(f"{tmp_path / 'claims.avi'} 0\n" + Path(list_file).read_text())
     run = start(tmp_path / "list.csv", tmp_path / "run", "--reader", "decord")
     assert one_error(run, "the data loader failed", "claims.avi")

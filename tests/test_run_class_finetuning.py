@@ -4,23 +4,22 @@ Runs are processes of a fork server (fixtures_finetuning.py).
 """
 
 import csv
+import functools
 import os
 import re
 import shutil
 import signal
-import time
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from fixtures_finetuning import CUSTOM, EPOCHS, PLAIN, TINY, TRAIN, log_of, program, test_metrics_of
-from fixtures_video import free_port
+from fixtures_finetuning import CUSTOM, EPOCHS, NAME, PLAIN, TINY, TRAIN, log_of, test_metrics_of
 
-import run_smile_pretraining
+from datasets_finetune import few_shot
 from evaluation import Evaluator
+from meters import RunLog
 from modeling_finetune import MODELS
-from options_finetune import follow_checkpoint, get_args, predict_videos
+from options_finetune import get_args, read_data_list
 from utils import EXIT_REQUEUE
 
 pytest_plugins = "fixtures_finetuning"
@@ -56,12 +55,24 @@ def test_it_overfits_a_tiny_set(trained, broken):
     assert (trained.folder / "test_per_class.csv").read_text().splitlines()[2].startswith("1,a rabbit,3,")
 
 
+def kill_after(last):
+    """Have the program die when it has logged an epoch."""
+    log_epoch = RunLog.epoch
+
+    def log_and_die(log, values):
+        log_epoch(log, values)
+        if values.get("epoch") == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunLog.epoch = log_and_die
+
+
 def test_a_killed_run_goes_on_where_it_was(run, custom, trained, tmp_path):
     """The curve is that of the undisturbed run, and the best epoch so far is remembered."""
     best, folder = read(trained.best), tmp_path / "killed"
     options = ["--epochs", EPOCHS, "--output_dir", folder, "--save_ckpt_freq", "100", "--save_ckpt_steps", "1"]
     last = best["best"]["epoch"] + 1
-    assert run(*custom, *TRAIN, *options, killed_at=last).code == -signal.SIGKILL
+    assert run(*custom, *TRAIN, *options, before=functools.partial(kill_after, last)).code == -signal.SIGKILL
     assert [line["epoch"] for line in log_of(folder)] == list(range(last + 1))
     assert not list(folder.glob("checkpoint-1*.pth"))
     assert read(folder / "checkpoint-latest.pth")["epoch"] > best["best"]["epoch"]  # so the best is not found anew
@@ -139,39 +150,13 @@ def test_predictions_and_neighbours_see_videos_as_the_training_did(run, data, tr
         assert results[0] and results[0] == results[1]
 
 
-def test_fine_tuning_tells_how_clips_differ_from_those_of_pretraining(run, custom, trained):
-    start = [*custom, *TRAIN, "--finetune", trained.best, "--dry_run"]
+def test_fine_tuning_tells_how_clips_differ_from_those_of_pretraining(run, custom, trained, tmp_path):
+    """In a dry run, which writes nothing."""
+    start = [*custom, *TRAIN, "--finetune", trained.best, "--dry_run", "--output_dir", tmp_path / "dry"]
     same, other = run(*start), run(*start, "--num_frames", 6, "--input_size", 48)
     assert same.code == other.code == 0 and "was trained" not in same.out, same.all + other.all
+    assert "dry run" in same.out and not (tmp_path / "dry").exists()
     assert f"{trained.best} was trained with --num_frames 4 (here 6), --input_size 32 (here 48)" in other.out
-
-
-def test_options_of_a_checkpoint_complete_a_command_line(tmp_path):
-    """Of a pretraining checkpoint the encoder's model; a data set that is given decides on the classes."""
-
-    def completed(options, *argv):
-        torch.save({"model": {}, "args": Namespace(**options)}, tmp_path / "x.pth")
-        args = get_args([*argv, "--finetune", str(tmp_path / "x.pth")])
-        follow_checkpoint(args)
-        return args
-
-    of_ssv2 = vars(get_args(["--data_set", "SSV2", "--num_frames", "8"]))
-    args = completed(of_ssv2, "--eval")
-    assert (args.data_set, args.nb_classes, args.num_frames) == ("SSV2", 0, 8)
-    args = completed(of_ssv2, "--eval", "--data_set", "UCF101", "--num_frames", "16")
-    assert (args.data_set, args.nb_classes, args.num_frames) == ("UCF101", 0, 16)
-    args = completed(of_ssv2, "--eval", "--data_set", "custom")
-    assert (args.data_set, args.nb_classes) == ("custom", 174)
-    probe = ["--attentive_probe", "--probe_lrs", "0.5", "--model_ema", "--data_set", "custom", "--nb_classes", "9"]
-    args = completed(vars(get_args(probe)), "--predict", "x.mp4")
-    assert args.attentive_probe and args.model_ema and (args.probe_lrs, args.nb_classes) == ([0.5], 9)
-    sigma = of_ssv2 | {"linear_probe": True, "linear_probe_recipe": "sigma"}  # what --learn head was called
-    assert completed(sigma, "--eval").linear_probe is False
-    pretrained = vars(run_smile_pretraining.get_args(["--model", "pretrain_videomae_small_patch16_224"]))
-    args = completed(pretrained | {"input_size": 112}, "--knn", "5", "--data_set", "UCF101")
-    assert (args.model, args.input_size, args.data_set) == ("vit_small_patch16_224", 112, "UCF101")
-    foreign = {"num_frames": 8, "model": "vit_small_patch16_224", "data_set": "SSV2", "dist_url": "env://"}
-    assert vars(completed(foreign, "--eval")) == vars(get_args(["--eval", "--finetune", str(tmp_path / "x.pth")]))
 
 
 def test_a_resume_tells_what_is_new_about_the_optimizer(run, custom, trained, tmp_path):
@@ -184,80 +169,51 @@ def test_a_resume_tells_what_is_new_about_the_optimizer(run, custom, trained, tm
     assert f"{last} was trained with {told}\n" in found.out
 
 
-def test_probes_are_tested_as_they_were_trained(run, data, custom, trained, tmp_path):
-    """From output_dir's own best."""
-    probe = ["--attentive_probe", "--probe_lrs", "0.01", "0.02", "--epochs", "1", "--output_dir", tmp_path / "run"]
-    assert run(*custom, *TINY, *SEEN, *probe, "--batch_size", 3, "--finetune", trained.best).code == 0
-    found = run("--data_path", data, *SEEN, "--eval", "--output_dir", tmp_path / "run")
-    metrics = test_metrics_of(log_of(tmp_path / "run"))
-    assert found.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1], found.all
-
-
-def noting_buffers(argv, output, env):
-    """Be the program, which writes down the buffers that it validates with."""
+def note_buffers(folder):
+    """Have the program write down the buffers that it validates with."""
     validate = Evaluator.validate
 
     def noting(evaluator, model, videos):
-        torch.save(dict(model.named_buffers()), f"{output}.buffers")
+        torch.save(dict(model.named_buffers()), folder / os.environ["RANK"])
         return validate(evaluator, model, videos)
 
     Evaluator.validate = noting
-    program(argv, output, env)
 
 
-def test_processes_validate_an_average_with_the_same_buffers(server, custom, trained, tmp_path):
+def test_processes_validate_an_average_with_the_same_buffers(run, custom, trained, tmp_path):
     """A probe's batch norm has statistics of each process's own clips, and so has their average."""
-    probe = ["--linear_probe", "--model_ema", "--model_ema_decay", "0.5", "--epochs", "1", "--num_sample", "1"]
-    argv = [str(a) for a in [*custom, *TINY, *probe, "--batch_size", "2", "--finetune", trained.best]]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    started = [
-        server.Process(target=noting_buffers, args=(argv, tmp_path / str(rank), shared | {"RANK": str(rank)}))
-        for rank in range(2)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(300)
-    assert [process.exitcode for process in started] == [0, 0], (tmp_path / "0.err").read_text()
-    one, two = (read(tmp_path / f"{rank}.buffers") for rank in range(2))
+    probe = "--linear_probe --model_ema --model_ema_decay 0.5 --epochs 1 --num_sample 1 --batch_size 2".split()
+    noting = functools.partial(note_buffers, tmp_path)
+    found = run(*custom, *TINY, *probe, "--finetune", trained.best, processes=2, before=noting)
+    assert found.codes == [0, 0], found.all
+    one, two = read(tmp_path / "0"), read(tmp_path / "1")
     assert len(one) > 4 and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_it_stops_early_and_always_validates_the_last_epoch(run, custom, trained, tmp_path):
-    tuned = [*custom, *TRAIN, "--finetune", trained.best, "--lr", "1e-6", "--min_lr", "0"]
-    found = run(*tuned, "--epochs", "9", "--patience", "2", "--output_dir", tmp_path / "patience")
-    assert found.code == 0 and [line.get("epoch") for line in log_of(tmp_path / "patience")] == [0, 1, 2, None]
-    found = run(*tuned, "--epochs", "9", "--stop_epoch", "3", "--val_freq", "2", "--output_dir", tmp_path / "stopped")
-    log = log_of(tmp_path / "stopped")
-    assert found.code == 0 and ["val_acc1" in line for line in log] == [False, True, True, False], found.all
-
-
-def test_a_run_shorter_than_val_freq_still_ends_with_a_test(run, custom, tmp_path):
-    folder = tmp_path / "run"
-    found = run(*custom, *TRAIN, "--epochs", "9", "--stop_epoch", "1", "--val_freq", "2", "--output_dir", folder)
-    assert found.code == 0 and len(test_metrics_of(log_of(folder))) == 1, found.all
+@pytest.mark.parametrize("stop_epoch, validated", [(3, [False, True, True]), (1, [True])])
+def test_the_last_epoch_is_always_validated(run, custom, tmp_path, stop_epoch, validated):
+    """Also that of a run shorter than --val_freq."""
+    options = ["--epochs", "9", "--stop_epoch", stop_epoch, "--val_freq", "2", "--output_dir", tmp_path]
+    found = run(*custom, *TRAIN, *options)
+    log = log_of(tmp_path)
+    assert found.code == 0 and ["val_acc1" in line for line in log] == [*validated, False], found.all
+    assert len(test_metrics_of(log)) == 1
 
 
 def test_without_an_output_folder_it_trains_and_tests_all_the_same(run, custom, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = run(*custom, *TRAIN, "--epochs", "1")
-    assert found.code == 0 and "test: acc1" in found.out, found.all
-    assert {path.name for path in tmp_path.iterdir()} == {"rank0.out", "rank0.err"}
+    assert found.code == 0 and "test: acc1" in found.out and not list(tmp_path.iterdir()), found.all
 
 
-def test_few_shot_lists_are_drawn_by_the_seed_and_kept(run, custom, tmp_path):
-    few = ["--samples_per_class", "1", "--epochs", "1", "--stop_epoch", "1"]
-    lists = []
-    for seed, name in ((0, "a"), (0, "b")):
-        found = run(*custom, *TRAIN, *few, "--seed", seed, "--output_dir", tmp_path / name)
-        assert found.code == 0 and "total batch 3 videos (4 clips of each), 1 steps" in found.out, found.all
-        lists.append((tmp_path / name / "train_subset.csv").read_text())
-    assert lists[0] == lists[1] and sorted(line.split()[-1] for line in lists[0].splitlines()) == ["0", "1", "2"]
-
-
-def test_a_dry_run_writes_nothing(run, custom, tmp_path):
-    found = run(*custom, *TRAIN, "--epochs", "2", "--dry_run", "--output_dir", tmp_path / "dry")
-    assert found.code == 0 and "dry run" in found.out and not (tmp_path / "dry").exists(), found.all
+def test_few_shot_lists_are_drawn_by_the_seed_and_kept(run, custom, data, tmp_path):
+    found = run(*custom, *TRAIN, *"--samples_per_class 1 --epochs 1 --seed 4 --output_dir".split(), tmp_path)
+    assert found.code == 0 and "total batch 3 videos (4 clips of each), 1 steps" in found.out, found.all
+    videos = read_data_list(get_args([*CUSTOM, "--data_path", str(data)]), "train.csv")
+    few_shot(videos, 4, samples_per_class=1).write(str(tmp_path / "again.csv"))
+    lines = (tmp_path / "train_subset.csv").read_text()
+    assert lines == (tmp_path / "again.csv").read_text()
+    assert sorted(line.split()[-1] for line in lines.splitlines()) == ["0", "1", "2"]
 
 
 def test_an_early_stop_stays_one(run, custom, tmp_path):
@@ -273,19 +229,16 @@ def test_an_early_stop_stays_one(run, custom, tmp_path):
             (tmp_path / "run" / "checkpoint-best.pth").unlink()
 
 
-def test_a_signal_ends_a_validation_which_is_made_later(run, custom, data, tmp_path):
+def test_a_signal_ends_a_validation_which_is_made_later(start_program, run, custom, data, tmp_path):
     (tmp_path / "lists").mkdir()
     lines = (data / "val.csv").read_text()
     for name, times in (("train", 1), ("val", 300), ("test", 1)):
         (tmp_path / "lists" / f"{name}.csv").write_text(lines * times)
     argv = [*custom, *TRAIN, "--data_path", tmp_path / "lists", "--epochs", "1", "--output_dir", tmp_path / "run"]
-    process = run(*argv, start_only=True)
-    console = tmp_path / "rank0.out"
-    while process.exitcode is None and not (console.exists() and "validation begins" in console.read_text()):
-        time.sleep(0.05)
+    process = start_program(NAME, *argv)
+    process.wait_for("validation begins")
     os.kill(process.pid, signal.SIGTERM)
-    process.join(300)
-    assert process.exitcode == EXIT_REQUEUE and not (tmp_path / "run" / "log.txt").exists()
+    assert process.end().code == EXIT_REQUEUE and not (tmp_path / "run" / "log.txt").exists()
     for name in ("val", "test"):
         (tmp_path / "lists" / f"{name}.csv").write_text(lines)
     found = run(*argv)
@@ -313,13 +266,6 @@ def test_processes_that_do_not_divide_the_list_find_the_same(run, custom, traine
             np.testing.assert_array_equal(value, other[name])
 
 
-def test_eval_finds_the_best_of_a_folder(run, custom, trained, tmp_path):
-    """Without --finetune; test_a_test_sees_videos_as_the_training_did has it with."""
-    (tmp_path / "checkpoint-best.pth").write_bytes(trained.best.read_bytes())
-    found = run(*custom, *TRAIN, "--eval", "--output_dir", tmp_path)
-    assert found.code == 0 and test_metrics_of(log_of(tmp_path)) == test_metrics_of(log_of(trained.folder)), found.all
-
-
 def test_the_protocols_of_k400_and_ssv2(run, data, tmp_path):
     for data_set, classes, views in (("Kinetics-400", 400, 21), ("SSV2", 174, 6)):
         folder = tmp_path / data_set
@@ -334,11 +280,10 @@ def test_the_protocols_of_k400_and_ssv2(run, data, tmp_path):
         assert test_metrics_of(log_of(folder))[0]["views"] == 6 * views
 
 
-@pytest.mark.parametrize("size, frames", [(48, 4), (32, 8)])
-def test_another_input_than_the_checkpoints(run, custom, trained, tmp_path, size, frames):
-    other = ["--input_size", size, "--num_frames", frames]
-    found = run(*custom, *TRAIN, *other, "--eval", "--finetune", trained.best, "--output_dir", tmp_path / "run")
-    assert found.code == 0 and test_metrics_of(log_of(tmp_path / "run"))[0]["acc1"] > 40, found.all
+def test_another_input_than_the_checkpoints(run, custom, trained, tmp_path):
+    other = "--input_size 48 --num_frames 8 --eval".split()
+    found = run(*custom, *TRAIN, *other, "--finetune", trained.best, "--output_dir", tmp_path)
+    assert found.code == 0 and test_metrics_of(log_of(tmp_path))[0]["acc1"] > 40, found.all
 
 
 def test_predict_prints_the_likeliest_classes(run, custom, trained, data, tmp_path):
@@ -384,26 +329,6 @@ def test_predictions_of_files_folders_and_lists(run, custom, trained, data, brok
     assert found.code == 1 and "test.csv, line 2: label -1 (none)" in found.err and "--predict" in found.err, found.all
 
 
-@pytest.mark.parametrize("name", ["a:b.mp4", "-x.mp4", "-x", " a b.mp4"])
-def test_predict_takes_any_file_name(monkeypatch, tmp_path, data, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).touch()
-    args = get_args(["--predict", name, "--num_frames", "8"])
-    videos = predict_videos(args)
-    assert len(videos) == 1 and os.path.samefile(videos.path(0), tmp_path / name) and args.num_frames == 8
-    assert not videos.path(0).startswith("-") and ":" not in videos.path(0).partition("/")[0]
-
-
-def test_predict_of_what_is_not_there(monkeypatch, tmp_path):
-    (tmp_path / "frames").mkdir()
-    for name, says in ((tmp_path / "none.mp4", "no such file"), (tmp_path, "no videos in it .*.m2ts")):
-        with pytest.raises(ValueError, match=f"--predict {name}: {says}"):
-            predict_videos(get_args(["--predict", str(name)]))
-    (tmp_path / "frames" / "1.jpg").touch()
-    with pytest.raises(ValueError, match=f"--predict {tmp_path}: {tmp_path}/frames is a folder of frames"):
-        predict_videos(get_args(["--predict", str(tmp_path)]))
-
-
 def test_predict_prints_five_of_many_and_needs_no_lists(run, clips, tmp_path):
     torch.save({"module": MODELS["vit_tiny_patch16_224"](num_classes=174).state_dict()}, tmp_path / "model.pth")
     argv = ["--data_set", "SSV2", *TINY, "--finetune", tmp_path / "model.pth", "--output_dir", tmp_path]
@@ -416,14 +341,11 @@ def test_predict_prints_five_of_many_and_needs_no_lists(run, clips, tmp_path):
 
 
 def test_neighbours_of_a_trained_encoder_are_of_the_same_class(run, custom, trained, tmp_path):
-    for k in (1, 3):
-        folder = tmp_path / str(k)
-        found = run(*custom, *TRAIN, "--knn", k, "--finetune", trained.best, "--output_dir", folder)
-        assert found.code == 0, found.all
-        [metrics] = test_metrics_of(log_of(folder))
-        assert metrics["videos"] == 7 and metrics["unreadable"] == 1
-        if k == 1:  # test videos are training videos
-            assert metrics["acc1"] == pytest.approx(600 / 7)
+    """The test's videos are those of the training."""
+    found = run(*custom, *TRAIN, "--knn", 1, "--finetune", trained.best, "--output_dir", tmp_path)
+    assert found.code == 0, found.all
+    [metrics] = test_metrics_of(log_of(tmp_path))
+    assert (metrics["videos"], metrics["unreadable"]) == (7, 1) and metrics["acc1"] == pytest.approx(600 / 7)
 
 
 def test_neighbours_among_few_videos(run, custom, trained, data, tmp_path):
@@ -447,22 +369,21 @@ def test_no_training_video_can_be_read(run, trained, broken, data, tmp_path):
 
 
 @pytest.mark.parametrize("kind, rates", [("--linear_probe", ("3", "1e-7")), ("--attentive_probe", ("0.1", "1e-9"))])
-def test_probes_learn_and_leave_the_encoder_alone(run, custom, trained, tmp_path, kind, rates):
+def test_probes_learn_and_leave_the_encoder_alone(run, custom, data, trained, tmp_path, kind, rates):
+    """And are tested as they were trained, from the folder's own best."""
     grid = ["--probe_lrs", *rates[::-1], "--probe_wds", "0", "0.05"]
-    probe = [*custom, *TRAIN, kind, *grid, "--output_dir", tmp_path / "run"]
-    found = run(*probe, "--finetune", trained.best, "--epochs", "10")
+    found = run(*custom, *TRAIN, kind, *grid, "--output_dir", tmp_path, "--finetune", trained.best, "--epochs", "10")
     assert found.code == 0, found.all
-    log = log_of(tmp_path / "run")
-    scores = [line for line in log if "val_acc1" in line]
+    scores = [line for line in log_of(tmp_path) if "val_acc1" in line]
     best = max(scores, key=lambda line: line["val_acc1"])
     assert best["val_acc1"] > 80 and best["val_probe_lr"] == float(rates[0]) and best["val_probe_wd"] in (0, 0.05)
-    kept, source = read(tmp_path / "run" / "checkpoint-best.pth")["model"], read(trained.best)["model"]
+    kept, source = read(tmp_path / "checkpoint-best.pth")["model"], read(trained.best)["model"]
     for name, value in source.items():
         if not name.startswith(("head", "fc_norm")):
             assert torch.equal(kept[f"encoder.{name}"], value), name
     assert len({name.split(".")[1] for name in kept if name.startswith("probes.")}) == 4
-    again = run(*probe, "--eval", "--epochs", "10")  # from the folder's best
-    metrics = test_metrics_of(log_of(tmp_path / "run"))
+    again = run("--data_path", data, *SEEN, "--eval", "--output_dir", tmp_path)
+    metrics = test_metrics_of(log_of(tmp_path))
     assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1], again.all
 
 
@@ -470,13 +391,13 @@ def test_sigmas_linear_probe(run, custom, trained, tmp_path):
     """Head and fc_norm learn, everything else stays as it was; the rate goes by videos."""
     recipe = ["--learn", "head", "--num_sample", 2, "--output_dir", tmp_path / "run"]
     options = [*custom, *TINY, *PLAIN, *recipe, "--batch_size", 3, "--lr", 25.6, "--warmup_epochs", 0]
-    found = run(*options, "--finetune", trained.best, "--epochs", 3)
+    found = run(*options, "--finetune", trained.best, "--epochs", 1)
     assert found.code == 0, found.all
-    assert "total batch 3 videos (2 clips of each), 2 steps an epoch, 3 epochs, lr 0.3," in found.out
+    assert "total batch 3 videos (2 clips of each), 2 steps an epoch, 1 epochs, lr 0.3," in found.out
     kept, source = (read(path)["model"] for path in (tmp_path / "run" / "checkpoint-best.pth", trained.best))
     assert kept.keys() == source.keys()
     learned = {name for name in kept if not torch.equal(kept[name], source[name])}
     assert learned == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
-    again = run(*options, "--eval", "--epochs", 3)
+    again = run(*options, "--eval", "--epochs", 1)
     metrics = test_metrics_of(log_of(tmp_path / "run"))
     assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1], again.all

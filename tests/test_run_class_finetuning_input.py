@@ -1,31 +1,32 @@
 """What the fine-tuning program is given: checkpoints in every form, options, and what it says when it cannot go on."""
 
+import os
+from argparse import Namespace
+
 import pytest
 import torch
 from fixtures_finetuning import CUSTOM, TRAIN, log_of, test_metrics_of
 from fixtures_scripts import check_defaults
 from safetensors.torch import save_file
 
+import run_smile_pretraining
 from modeling_finetune import MODELS
-from run_class_finetuning import get_args
+from options_finetune import follow_checkpoint, get_args, predict_videos
 from utils import RunError
 from weights import load_encoder
 
 pytest_plugins = "fixtures_finetuning"
 
 
-def write_pretrained(path, size="tiny"):
-    """A pretraining checkpoint without the decoder's blocks, as large as the encoder is."""
+TINY = MODELS["vit_tiny_patch16_224"]
+
+
+def write_pretrained(path):
+    """A pretraining checkpoint without the decoder's blocks."""
     torch.manual_seed(3)
-    weights = MODELS[f"vit_{size}_patch16_224"](num_classes=0).state_dict()
-    weights = {f"encoder.{name}": value for name, value in weights.items() if not name.startswith("fc_norm")}
-    width = weights["encoder.patch_embed.proj.bias"].shape
-    weights |= {
-        "mask_token": torch.zeros(1, 1, 96),
-        "decoder.norm.weight": torch.ones(96),
-        "encoder.norm.weight": torch.ones(width),
-        "encoder.norm.bias": torch.zeros(width),
-    }
+    weights = {f"encoder.{name}": value for name, value in TINY(num_classes=0).state_dict().items()}
+    weights = {name.replace("fc_norm", "norm"): value for name, value in weights.items()}
+    weights |= {"mask_token": torch.zeros(1, 1, 96), "decoder.norm.weight": torch.ones(96)}
     torch.save({"model": weights, "epoch": 3, "step": 0}, path)
     return weights
 
@@ -49,9 +50,8 @@ def wrapped(form, weights, path):
 )
 def test_weights_are_read_in_every_form(form, tmp_path, caplog):
     torch.manual_seed(1)
-    source = MODELS["vit_tiny_patch16_224"](num_classes=5).state_dict()
+    source, model = TINY(num_classes=5).state_dict(), TINY(num_classes=5)
     path = wrapped(form, source, tmp_path / "model.pth")
-    model = MODELS["vit_tiny_patch16_224"](num_classes=5)
     with caplog.at_level("INFO", "smile"):
         load_encoder(model, path, need_head=True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in source.items())
@@ -61,7 +61,7 @@ def test_weights_are_read_in_every_form(form, tmp_path, caplog):
 
 def test_of_a_pretraining_checkpoint_the_encoder_is_taken(tmp_path, caplog):
     source = write_pretrained(tmp_path / "checkpoint-3.pth")
-    model = MODELS["vit_tiny_patch16_224"](num_classes=5)
+    model = TINY(num_classes=5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with caplog.at_level("INFO", "smile"):
         load_encoder(model, tmp_path / "checkpoint-3.pth")
@@ -69,34 +69,40 @@ def test_of_a_pretraining_checkpoint_the_encoder_is_taken(tmp_path, caplog):
         assert torch.equal(value, before[name] if name.startswith(("head", "fc_norm")) else source[f"encoder.{name}"])
     [message] = caplog.messages
     assert "new here: fc_norm.weight, fc_norm.bias, head.weight, head.bias;" in message
-    assert message.endswith("left out: mask_token, decoder.norm.weight, encoder.norm.weight, encoder.norm.bias")
+    left_out = message.partition("left out: ")[2].split(", ")
+    assert sorted(left_out) == ["decoder.norm.weight", "encoder.norm.bias", "encoder.norm.weight", "mask_token"]
 
 
 def test_a_head_of_another_size_is_dropped(tmp_path, caplog):
-    torch.save(MODELS["vit_tiny_patch16_224"](num_classes=7).state_dict(), tmp_path / "model.pth")
+    torch.save(TINY(num_classes=7).state_dict(), tmp_path / "model.pth")
     with caplog.at_level("INFO", "smile"):
-        load_encoder(MODELS["vit_tiny_patch16_224"](num_classes=5), tmp_path / "model.pth")
+        load_encoder(TINY(num_classes=5), tmp_path / "model.pth")
     assert "new here: head.weight, head.bias; left out: head.weight, head.bias" in caplog.messages[0]
     with pytest.raises(RunError, match="lacks head.weight, head.bias; it is not fine-tuned for this number of classes"):
-        load_encoder(MODELS["vit_tiny_patch16_224"](num_classes=5), tmp_path / "model.pth", need_head=True)
+        load_encoder(TINY(num_classes=5), tmp_path / "model.pth", need_head=True)
 
 
 def test_part_of_an_encoder_is_refused(tmp_path):
-    weights = MODELS["vit_tiny_patch16_224"](num_classes=5).state_dict()
-    part = {name: value for name, value in weights.items() if not name.startswith("blocks.3")}
-    torch.save(part, tmp_path / "model.pth")
+    weights = TINY(num_classes=5).state_dict()
+    torch.save({key: weights[key] for key in weights if not key.startswith("blocks.3")}, tmp_path / "model.pth")
     with pytest.raises(RunError, match="lacks blocks.3"):
-        load_encoder(MODELS["vit_tiny_patch16_224"](num_classes=5), tmp_path / "model.pth")
+        load_encoder(TINY(num_classes=5), tmp_path / "model.pth")
 
 
-def test_weights_under_a_key_of_their_own_start_a_training(run, custom, tmp_path):
-    weights = MODELS["vit_tiny_patch16_224"](num_classes=5).state_dict()
-    torch.save({"net": {f"student.{name}": value for name, value in weights.items()}, "epoch": 3}, tmp_path / "a.pth")
-    named = ["--finetune", tmp_path / "a.pth", "--model_prefix", "student."]
-    found = run(*custom, *TRAIN, *named, "--model_key", "ema|net", "--dry_run")
-    assert found.code == 0 and "loaded 56 tensors" in found.out, found.all
-    found = run(*custom, *TRAIN, *named, "--dry_run")
-    assert found.code == 1 and "--model_key names another place, there are net" in found.err
+def test_weights_under_a_key_and_a_prefix_of_ones_own(run, custom, tmp_path):
+    source, model, path = TINY(num_classes=3).state_dict(), TINY(num_classes=3), tmp_path / "model.pth"
+    held = {f"net.{name}": value for name, value in source.items()}
+    torch.save({"teacher": held, "model": {"x": torch.ones(1)}}, path)
+    load_encoder(model, path, need_head=True, key="student|teacher", prefix="net.")
+    assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RunError, match="looked under student"):
+        load_encoder(model, path, key="student")
+    torch.save({"teacher": held, "epoch": 3}, path)
+    named = ["--finetune", path, "--model_prefix", "net.", "--dry_run"]
+    found = run(*custom, *TRAIN, *named, "--model_key", "student|teacher")
+    assert found.code == 0 and "loaded 58 tensors" in found.out, found.all
+    found = run(*custom, *TRAIN, *named)
+    assert found.code == 1 and "--model_key names another place, there are teacher" in found.err
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------
@@ -115,121 +121,75 @@ def traps(data, clips, trained, tmp_path_factory):
             (folder / name / f"{list_name}.csv").write_text(text)
 
     copy("label", "\n".join([*lines[:2], "", lines[2][:-1] + "3", *lines[3:]]))  # in line 4
-    copy("no label", "\n".join([*lines[:4], lines[4][:-2]]))
+    copy("no_label", "\n".join([*lines[:4], lines[4][:-2]]))
     copy("missing", "\n".join([*lines[:3], "nowhere/gone.mp4 1", *lines[3:]]))
-    copy("wrong folder", val="\n".join(f"elsewhere/{i}.mp4 {i % 3}" for i in range(2000)))
-    copy("no names")
-    copy("few classes")
-    (folder / "few classes" / "classes.txt").write_text("one\ntwo\n")
-    copy("no val")
-    (folder / "no val" / "val.csv").unlink()
+    copy("wrong_folder", val="\n".join(f"elsewhere/{i}.mp4 {i % 3}" for i in range(2000)))
+    copy("no_names")
+    copy("few_classes")
+    (folder / "few_classes" / "classes.txt").write_text("one\ntwo\n")
+    copy("no_val")
+    (folder / "no_val" / "val.csv").unlink()
     write_pretrained(folder / "pretrained.pth")
     (folder / "text.pth").write_text("not a checkpoint\n" * 20)
-    torch.save(MODELS["vit_tiny_patch16_224"](num_classes=7).state_dict(), folder / "seven.pth")
+    torch.save(TINY(num_classes=7).state_dict(), folder / "seven.pth")
     torch.save({"model": {"layer.weight": torch.zeros(3, 3)}}, folder / "other.pth")
     torch.save({"model": MODELS["vit_small_patch16_224"](num_classes=3).state_dict()}, folder / "small.pth")
+    for link, path in (("data", data), ("best.pth", trained.best)):
+        (folder / link).symlink_to(path)
     return folder
 
 
 # options, what the line says; {t}: traps, {d}: a data folder in which nothing is wrong, {b}: a trained model
+# Options beside those of a run in which nothing is wrong, and what the line says, in parts; {t}: the folder of traps.
 FAULTS = {
-    "label out of range": ([*CUSTOM, "--data_path", "{t}/label"], "label/train.csv, line 4: label 3 is not in [0, 3)"),
-    "nb_classes against the list": (
-        ["--data_set", "custom", "--nb_classes", "2", "--data_path", "{t}/no names"],
-        "train.csv, line 5: label 2 is not in [0, 2)",
-    ),
-    "no label": ([*CUSTOM, "--data_path", "{t}/no label"], "no label/train.csv, line 5: "),
-    "missing video": (
-        [*CUSTOM, "--data_path", "{t}/missing"],
-        "missing/train.csv, line 4: no such file: nowhere/gone.mp4 (1 of 7",
-    ),
-    "wrong folder": (
-        [*CUSTOM, "--data_path", "{t}/wrong folder", "--data_root", "/no/folder"],
-        "wrong folder/val.csv, line 1: no such file: /no/folder/elsewhere/0.mp4 (200 of 200",
-        "--data_root",
-    ),
-    "missing list": ([*CUSTOM, "--data_path", "{t}/no val"], "no val/val.csv: no such list file"),
-    "nb_classes against the data set": (
-        ["--data_set", "SSV2", "--nb_classes", "3", "--data_path", "{d}"],
-        "--nb_classes 3: SSV2 has 174 classes",
-    ),
-    "nb_classes against classes.txt": ([*CUSTOM, "--data_path", "{t}/few classes"], "classes.txt has 2 lines"),
-    "no nb_classes": (["--data_set", "custom", "--data_path", "{d}"], "--data_set custom needs --nb_classes"),
-    "unknown data set": (["--data_set", "Kinetics", "--data_path", "{d}"], "--data_set: invalid choice: 'Kinetics'"),
-    "unknown model": ([*CUSTOM, "--data_path", "{d}", "--model", "resnet50"], "--model: invalid choice: 'resnet50'"),
-    "a text file": (
-        [*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/text.pth"],
-        "text.pth: not a readable checkpoint",
-    ),
-    "no file": ([*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/none.pth"], "--finetune {t}/none.pth: no such file"),
-    "another network": (
-        [*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/other.pth"],
-        "other.pth is not a SMILE or VideoMAE checkpoint",
-    ),
-    "another size": (
-        [*CUSTOM, "--data_path", "{d}", "--finetune", "{t}/small.pth"],
-        "small.pth does not fit this model",
-        "[384, 3, 2, 16, 16]",
-        "check --model",
-    ),
-    "eval without a head": (
-        [*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{t}/pretrained.pth"],
-        "pretrained.pth lacks fc_norm.weight",
-        "not fine-tuned",
-    ),
-    "eval with another head": (
-        [*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{t}/seven.pth"],
-        "seven.pth lacks head.weight, head.bias; it is not fine-tuned for this number of",
-    ),
-    "predict without a head": ([*CUSTOM, "--predict", "{d}/train.csv", "--finetune", "{t}/pretrained.pth"], "lacks"),
-    "predict of no video": (
-        [*CUSTOM, "--predict", "{t}/pretrained.pth", "--finetune", "{b}"],
-        "--predict: no video could be read, the first: {t}/pretrained.pth: ",
-    ),
-    "nothing to test": ([*CUSTOM, "--data_path", "{d}", "--eval"], "nothing to test: give --finetune"),
-    "probe without weights": ([*CUSTOM, "--data_path", "{d}", "--linear_probe"], "give --finetune"),
-    "two probes": (
-        [*CUSTOM, "--data_path", "{d}", "--linear_probe", "--attentive_probe", "--finetune", "{b}"],
-        "--linear_probe and --attentive_probe: choose one",
-    ),
-    "neighbours and eval": ([*CUSTOM, "--data_path", "{d}", "--knn", "3", "--eval", "--finetune", "{b}"], "--knn"),
-    "fewer than no neighbours": ([*CUSTOM, "--data_path", "{d}", "--knn", "-1", "--finetune", "{b}"], "--knn -1"),
-    "fewer than no views": (
-        [*CUSTOM, "--data_path", "{d}", "--eval", "--finetune", "{b}", "--test_num_crop", "-1"],
-        "--test_num_crop -1",
-    ),
-    "probes at rate 0": ([*CUSTOM, "--data_path", "{d}", "--linear_probe", "--finetune", "{b}", "--lr", "0"], "--lr"),
-    "too many shots": ([*CUSTOM, "--data_path", "{d}", "--samples_per_class", "3"], "--samples_per_class 3: class 0"),
-    "too large a batch": ([*CUSTOM, "--data_path", "{d}", "--batch_size", "8"], "lower --batch_size"),
-    "mixing an odd batch": ([*CUSTOM, "--data_path", "{d}", "--mixup", "0.8", "--num_sample", "1"], "--batch_size 3"),
-    "mixing elements of an odd batch": (
-        [*CUSTOM, "--data_path", "{d}", "--mixup", "0.8", "--num_sample", "1", "--mixup_mode", "elem"],
-        "--batch_size 3",
-    ),
-    "unknown augmentation": ([*CUSTOM, "--data_path", "{d}", "--aa", "augmix-m5"], "--aa"),
-    "unknown optimizer": ([*CUSTOM, "--data_path", "{d}", "--opt", "nadamax"], "nadamax"),
-    "a frame too few": ([*CUSTOM, "--data_path", "{d}", "--num_frames", "5"], "--num_frames 5"),
-    "resume from weights": (
-        [*CUSTOM, "--data_path", "{d}", "--resume", "{t}/seven.pth"],
-        "seven.pth holds weights only",
-    ),
-    "resume with a new average": ([*CUSTOM, "--data_path", "{d}", "--resume", "{b}", "--model_ema"], "--model_ema"),
+    "--data_path {t}/label": "label/train.csv, line 4: label 3 is not in [0, 3)",
+    "--data_path {t}/no_names --nb_classes 2": "train.csv, line 5: label 2 is not in [0, 2)",
+    "--data_path {t}/no_label": "no_label/train.csv, line 5: ",
+    "--data_path {t}/missing": "missing/train.csv, line 4: no such file: nowhere/gone.mp4 (1 of 7",
+    "--data_path {t}/wrong_folder --data_root /no/folder": "wrong_folder/val.csv, line 1: no such file: "
+    "/no/folder/elsewhere/0.mp4 (200 of 200|--data_root",
+    "--data_path {t}/no_val": "no_val/val.csv: no such list file",
+    "--data_path {t}/few_classes": "classes.txt has 2 lines",
+    "--data_set SSV2": "--nb_classes 3: SSV2 has 174 classes",
+    "--nb_classes 0": "--data_set custom needs --nb_classes",
+    "--data_set Kinetics": "--data_set: invalid choice: 'Kinetics'",
+    "--model resnet50": "--model: invalid choice: 'resnet50'",
+    "--finetune {t}/text.pth": "text.pth: not a readable checkpoint",
+    "--finetune {t}/none.pth": "--finetune {t}/none.pth: no such file",
+    "--finetune {t}/other.pth": "other.pth is not a SMILE or VideoMAE checkpoint",
+    "--finetune {t}/small.pth": "small.pth does not fit this model|[384, 3, 2, 16, 16]|check --model",
+    "--finetune {t}/pretrained.pth --eval": "pretrained.pth lacks fc_norm.weight|not fine-tuned",
+    "--finetune {t}/seven.pth --eval": "seven.pth lacks head.weight, head.bias; it is not fine-tuned for this number",
+    "--finetune {t}/pretrained.pth --predict {t}/data/train.csv": "lacks",
+    "--finetune {t}/best.pth --predict {t}/text.pth": "--predict: no video could be read, the first: {t}/text.pth: ",
+    "--eval": "nothing to test: give --finetune",
+    "--linear_probe": "give --finetune",
+    "--finetune {t}/best.pth --linear_probe --attentive_probe": "--linear_probe and --attentive_probe: choose one",
+    "--finetune {t}/best.pth --knn 3 --eval": "--knn",
+    "--finetune {t}/best.pth --knn -1": "--knn -1",
+    "--finetune {t}/best.pth --eval --test_num_crop -1": "--test_num_crop -1",
+    "--finetune {t}/best.pth --linear_probe --lr 0": "--lr",
+    "--samples_per_class 3": "--samples_per_class 3: class 0",
+    "--batch_size 8": "lower --batch_size",
+    "--mixup 0.8 --num_sample 1": "--batch_size 3",
+    "--mixup 0.8 --num_sample 1 --mixup_mode elem": "--batch_size 3",
+    "--aa augmix-m5": "--aa",
+    "--opt nadamax": "nadamax",
+    "--num_frames 5": "--num_frames 5",
+    "--resume {t}/seven.pth": "seven.pth holds weights only",
+    "--resume {t}/best.pth --model_ema": "--model_ema",
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_one_clear_line(run, traps, data, trained, fault, tmp_path):
-    options, *said = FAULTS[fault]
-
-    def fill(text):
-        return text.replace("{t}", str(traps)).replace("{d}", str(data)).replace("{b}", str(trained.best))
-
-    found = run(*TRAIN, "--epochs", "2", "--output_dir", tmp_path / "run", *map(fill, options))
+@pytest.mark.parametrize("options", FAULTS)
+def test_one_clear_line(run, traps, options, tmp_path):
+    words = [word.format(t=traps) for word in options.split()]
+    found = run(*CUSTOM, "--data_path", traps / "data", *TRAIN, "--epochs", "2", "--output_dir", tmp_path, *words)
     assert found.code in (1, 2) and "Traceback" not in found.all, found.all
-    errors = [line for line in found.err.splitlines() if "error: " in line]
-    after = found.err.splitlines()[found.err.splitlines().index(errors[0]) + 1 :] if errors else []
-    assert len(errors) == 1 and all(line.startswith("       ") for line in after), found.err
-    assert all(fill(part) in errors[0] for part in said), errors[0]
+    lines = found.err.splitlines()
+    [place] = [number for number, line in enumerate(lines) if "error: " in line]
+    assert all(line.startswith("       ") for line in lines[place + 1 :]), found.err
+    assert all(part in lines[place] for part in FAULTS[options].format(t=traps).split("|")), lines[place]
 
 
 def test_several_faults_are_told_at_once(run, data, tmp_path):
@@ -288,14 +248,8 @@ def test_abbreviations_are_refused():
 def test_options_that_are_always_so_are_dropped_and_named():
     argv = "--dist_eval --world_size 4 --local-rank=3 --tubelet_size 2 --num_segments=1 --lr 5e-4 --short_side_size 256"
     args = get_args(argv.split())
-    assert args.not_needed == [
-        "--dist_eval",
-        "--world_size 4",
-        "--local-rank 3",
-        "--tubelet_size 2",
-        "--num_segments 1",
-    ]
-    assert (args.lr, args.short_side_size) == (5e-4, 256)
+    named = ["--dist_eval", "--world_size 4", "--local-rank 3", "--tubelet_size 2", "--num_segments 1"]
+    assert args.not_needed == named and (args.lr, args.short_side_size) == (5e-4, 256)
     assert get_args(["--train_interpolation", "bilinear"]).not_needed == []  # an option of this program
 
 
@@ -309,14 +263,49 @@ def test_options_that_would_change_results_are_refused_in_one_line(argv, says, c
     assert left.value.code != 0 and f"{argv} is not supported" in last and says in last
 
 
-def test_weights_under_a_key_and_a_prefix_of_ones_own(tmp_path):
-    source = MODELS["vit_tiny_patch16_224"](num_classes=5).state_dict()
-    path = tmp_path / "model.pth"
-    torch.save(
-        {"teacher": {f"net.{name}": value for name, value in source.items()}, "model": {"x": torch.ones(1)}}, path
-    )
-    model = MODELS["vit_tiny_patch16_224"](num_classes=5)
-    load_encoder(model, path, need_head=True, key="student|teacher", prefix="net.")
-    assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
-    with pytest.raises(RunError, match="looked under student"):
-        load_encoder(model, path, key="student")
+def test_options_of_a_checkpoint_complete_a_command_line(tmp_path):
+    """Of a pretraining checkpoint the encoder's model; a data set that is given decides on the classes."""
+
+    def completed(options, *argv):
+        torch.save({"model": {}, "args": Namespace(**options)}, tmp_path / "x.pth")
+        args = get_args([*argv, "--finetune", str(tmp_path / "x.pth")])
+        follow_checkpoint(args)
+        return args
+
+    of_ssv2 = vars(get_args(["--data_set", "SSV2", "--num_frames", "8"]))
+    args = completed(of_ssv2, "--eval")
+    assert (args.data_set, args.nb_classes, args.num_frames) == ("SSV2", 0, 8)
+    args = completed(of_ssv2, "--eval", "--data_set", "UCF101", "--num_frames", "16")
+    assert (args.data_set, args.nb_classes, args.num_frames) == ("UCF101", 0, 16)
+    args = completed(of_ssv2, "--eval", "--data_set", "custom")
+    assert (args.data_set, args.nb_classes) == ("custom", 174)
+    probe = ["--attentive_probe", "--probe_lrs", "0.5", "--model_ema", "--data_set", "custom", "--nb_classes", "9"]
+    args = completed(vars(get_args(probe)), "--predict", "x.mp4")
+    assert args.attentive_probe and args.model_ema and (args.probe_lrs, args.nb_classes) == ([0.5], 9)
+    sigma = of_ssv2 | {"linear_probe": True, "linear_probe_recipe": "sigma"}  # what --learn head was called
+    assert completed(sigma, "--eval").linear_probe is False
+    pretrained = vars(run_smile_pretraining.get_args(["--model", "pretrain_videomae_small_patch16_224"]))
+    args = completed(pretrained | {"input_size": 112}, "--knn", "5", "--data_set", "UCF101")
+    assert (args.model, args.input_size, args.data_set) == ("vit_small_patch16_224", 112, "UCF101")
+    foreign = {"num_frames": 8, "model": "vit_small_patch16_224", "data_set": "SSV2", "dist_url": "env://"}
+    assert vars(completed(foreign, "--eval")) == vars(get_args(["--eval", "--finetune", str(tmp_path / "x.pth")]))
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "-x.mp4", "-x", " a b.mp4"])
+def test_predict_takes_any_file_name(monkeypatch, tmp_path, data, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    args = get_args(["--predict", name, "--num_frames", "8"])
+    videos = predict_videos(args)
+    assert len(videos) == 1 and os.path.samefile(videos.path(0), tmp_path / name) and args.num_frames == 8
+    assert not videos.path(0).startswith("-") and ":" not in videos.path(0).partition("/")[0]
+
+
+def test_predict_of_what_is_not_there(monkeypatch, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for name, says in ((tmp_path / "none.mp4", "no such file"), (tmp_path, "no videos in it .*.m2ts")):
+        with pytest.raises(ValueError, match=f"--predict {name}: {says}"):
+            predict_videos(get_args(["--predict", str(name)]))
+    (tmp_path / "frames" / "1.jpg").touch()
+    with pytest.raises(ValueError, match=f"--predict {tmp_path}: {tmp_path}/frames is a folder of frames"):
+        predict_videos(get_args(["--predict", str(tmp_path)]))

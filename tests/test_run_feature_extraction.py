@@ -15,7 +15,8 @@ from modeling_finetune import MODELS, channel_stats, normalize_clips
 
 pytest_plugins = "fixtures_finetuning"
 MODEL = "vit_tiny_patch16_224"
-TINY = ["--model", MODEL, "--input_size", "32", "--num_frames", "4", "--num_workers", "0", "--sampling_rate", "2"]
+NAME = "run_feature_extraction.py"
+TINY = ["--model", MODEL, *"--input_size 32 --num_frames 4 --num_workers 0 --sampling_rate 2".split()]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +39,15 @@ def videos(clips, broken, tmp_path_factory):
 
 
 @pytest.fixture
-def extract(run, encoder, videos):
+def options(encoder, videos):
+    """One of the seven videos cannot be read."""
+    return ["--data_path", videos[0], "--checkpoint", encoder[0], "--max_bad_fraction", 0.2, *TINY]
+
+
+@pytest.fixture
+def extract(run, options):
     """Run the program over the list; more options may follow."""
-
-    def extract(folder, *argv, fraction=0.2, **how):
-        options = ["--data_path", videos[0], "--checkpoint", encoder[0], "--max_bad_fraction", fraction, *TINY]
-        return run(*options, "--output_dir", folder, *argv, file="run_feature_extraction.py", **how)
-
-    return extract
+    return lambda folder, *argv, **how: run(*options, "--output_dir", folder, *argv, file=NAME, **how)
 
 
 def index_of(folder):
@@ -92,17 +94,17 @@ def test_clips_are_those_of_the_training(run, encoder, videos, tmp_path):
     torch.save(held, tmp_path / "trained.pth")
     options = ["--data_path", videos[0], "--checkpoint", tmp_path / "trained.pth", "--max_bad_fraction", 0.2]
     options += ["--num_workers", 0, "--output_dir", tmp_path / "features"]
-    done = run(*options, file="run_feature_extraction.py")
+    done = run(*options, file=NAME)
     assert done.code == 0, done.all
     expected = by_hand(encoder[1], videos[1][0], ViewReader("segments", 1, 1, 32, 4, 2)).mean(axis=(1, 2))
     np.testing.assert_allclose(features_of(tmp_path / "features")[0], expected, atol=1e-4)
-    other = run(*options, "--sampling", "dense", file="run_feature_extraction.py")
+    other = run(*options, "--sampling", "dense", file=NAME)
     assert "was trained with --sampling segments (here dense)" in other.out and other.code == 1  # another folder
 
 
 def test_several_views(extract, encoder, videos, tmp_path):
-    views = ["--num_segment", 2, "--num_crop", 3, "--sampling", "segments", "--dtype", "float16"]
-    done = extract(tmp_path / "views", *views, "--batch_size", 4)
+    views = "--num_segment 2 --num_crop 3 --sampling segments --dtype float16 --batch_size 4".split()
+    done = extract(tmp_path / "views", *views)
     assert done.code == 0, done.all
     found, reader = features_of(tmp_path / "views"), ViewReader("segments", 2, 3, 32, 4, 2)
     assert found.shape == (7, 6, 192) and found.dtype == np.float16
@@ -111,46 +113,47 @@ def test_several_views(extract, encoder, videos, tmp_path):
     assert np.abs(found[0, 0] - found[0, 1]).max() > 0.01  # views differ
 
 
-def test_one_and_two_processes_write_the_same_in_list_order(extract, videos, tmp_path):
-    for processes in (1, 2):
-        done = extract(tmp_path / str(processes), "--shard_size", 2, processes=processes)
-        assert done.code == 0, done.all
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    index = index_of(tmp_path / "2")
+@pytest.fixture
+def whole(extract, tmp_path):
+    """Features in files of two videos."""
+    done = extract(tmp_path / "whole", "--shard_size", 2)
+    assert done.code == 0, done.all
+    return tmp_path / "whole"
+
+
+def test_one_and_two_processes_write_the_same_in_list_order(extract, videos, whole, tmp_path):
+    """Also with more processes than files."""
+    done = extract(tmp_path / "two", "--shard_size", 2, processes=2)
+    assert done.code == 0 and contents(whole) == contents(tmp_path / "two"), done.all
+    index = index_of(whole)
     assert [entry["path"] for entry in index] == [str(path) for path in videos[1]]
     assert [entry["video"] for entry in index] == list("0123456") and {entry["label"] for entry in index} == {"5"}
     assert [(entry["file"][9:14], entry["row"]) for entry in index] == [(f"{i // 2:05d}", str(i % 2)) for i in range(7)]
     assert [bool(entry["error"]) for entry in index] == [False, False, True, *4 * [False]]
+    done = extract(tmp_path / "one file", "--shard_size", 100, processes=2)
+    assert done.code == 0 and features_of(tmp_path / "one file").shape == (7, 1, 192), done.all
 
 
-def test_more_processes_than_files(extract, tmp_path):
-    done = extract(tmp_path / "two", "--shard_size", 100, processes=2)
-    assert done.code == 0 and features_of(tmp_path / "two").shape == (7, 1, 192), done.all
-
-
-def test_a_killed_run_goes_on(extract, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert extract(whole, "--shard_size", 1).code == 0
-    process, alive = extract(killed, "--shard_size", 1, start_only=True), True
+def test_a_killed_run_goes_on(start_program, extract, whole, options, tmp_path):
+    killed = tmp_path / "killed"
+    process, alive = start_program(NAME, *options, "--output_dir", killed, "--shard_size", 2), True
     while not list(killed.glob("features-*.npy")):
         assert alive
         time.sleep(0.002)
-        alive = process.is_alive()
-    process.kill()
-    process.join()
+        alive = process.processes[0].is_alive()
+    process.stop()
     before = {path: path.stat().st_mtime_ns for path in killed.glob("features-*.npy")}
-    (killed / "features-00004.tmp").write_bytes(b"half a file")
-    done = extract(killed, "--shard_size", 1)
-    assert done.code == 0 and f"{7 - len(before)} of 7 files to compute" in done.out
+    (killed / "features-00003.tmp").write_bytes(b"half a file")
+    done = extract(killed, "--shard_size", 2)
+    assert done.code == 0 and f"{4 - len(before)} of 4 files to compute" in done.out
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert contents(killed) == contents(whole)
 
 
-def test_npz_files_stand_alone(extract, videos, tmp_path):
+def test_npz_files_stand_alone(extract, videos, whole, tmp_path):
     assert extract(tmp_path / "npz", "--format", "npz", "--shard_size", 4).code == 0
-    assert extract(tmp_path / "npy").code == 0
     files = [np.load(path) for path in sorted((tmp_path / "npz").glob("*.npz"))]
-    np.testing.assert_array_equal(np.concatenate([file["features"] for file in files]), features_of(tmp_path / "npy"))
+    np.testing.assert_array_equal(np.concatenate([file["features"] for file in files]), features_of(whole))
     assert [str(path) for file in files for path in file["paths"]] == [str(path) for path in videos[1]]
     assert [label for file in files for label in file["labels"]] == [5] * 7
     others = [f"{path} {label}" for path, label in zip(videos[1], ["guitar", "92:0.1-0.6,147:0-1", *"-012-"])]
@@ -161,16 +164,15 @@ def test_npz_files_stand_alone(extract, videos, tmp_path):
     assert [f"{entry['path']} {entry['label']}" for entry in index_of(tmp_path / "any")] == others
 
 
-def test_a_folder_takes_features_of_one_kind_only(extract, tmp_path):
-    assert extract(tmp_path / "out").code == 0
-    before = contents(tmp_path / "out")
-    done = extract(tmp_path / "out", "--features", "time", processes=2)
+def test_a_folder_takes_features_of_one_kind_only(extract, whole):
+    before = contents(whole)
+    done = extract(whole, "--features", "time", "--shard_size", 2, processes=2)
     assert done.code == 1 and done.all.count("settings.json: --features was mean, now time; choose another") == 1
-    assert contents(tmp_path / "out") == before and json.loads(before["settings.json"])["precision"] == "fp32"
+    assert contents(whole) == before and json.loads(before["settings.json"])["precision"] == "fp32"
 
 
 def test_too_many_unreadable_videos(extract, tmp_path):
-    done = extract(tmp_path / "out", fraction=0.1)
+    done = extract(tmp_path / "out", "--max_bad_fraction", 0.1)
     assert done.code == 1 and "error: 1 of 7 videos could not be read, more than --max_bad_fraction 0.1" in done.err
     assert len(index_of(tmp_path / "out")) == 7  # and yet nothing is lost
 
@@ -215,34 +217,35 @@ def test_videos_of_the_same_name_keep_their_folders(extract, clips, tmp_path):
     assert lengths == [9, 1]
 
 
-def test_a_folder_of_an_earlier_version_is_gone_on_with(extract, tmp_path):
+def test_a_folder_of_an_earlier_version_is_gone_on_with(extract, whole):
     """It has no seconds in its parts, and no strides in its settings."""
-    assert extract(tmp_path / "out", "--shard_size", 4).code == 0
-    part, settings = tmp_path / "out" / "features-00000.csv", tmp_path / "out" / "settings.json"
+    part, settings = whole / "features-00000.csv", whole / "settings.json"
     rows = [row[:5] + row[-1:] for row in csv.reader(part.read_text().splitlines())]
     part.write_text("".join(",".join(row) + "\n" for row in rows))
     known = {name: value for name, value in json.loads(settings.read_text()).items() if "stride" not in name}
     settings.write_text(json.dumps(known))
-    done = extract(tmp_path / "out", "--shard_size", 4)
-    assert done.code == 0 and "0 of 2 files to compute" in done.out, done.all
-    index = index_of(tmp_path / "out")
-    assert [entry["start"] for entry in index[:4]] == [""] * 4 and float(index[4]["end"]) > float(
-        index[4]["start"]
-    ) >= 0
+    done = extract(whole, "--shard_size", 2)
+    assert done.code == 0 and "0 of 4 files to compute" in done.out, done.all
+    index = index_of(whole)
+    assert [entry["start"] for entry in index[:2]] == [""] * 2
+    assert float(index[4]["end"]) > float(index[4]["start"]) >= 0
 
 
-def test_wrong_arguments_are_one_line(extract, tmp_path):
-    for argv, message in (
-        (["--checkpoint", tmp_path / "none.pth"], "none.pth: no such checkpoint file"),
-        (["--checkpoint", ""], "--checkpoint is missing"),
-        (["--data_path", tmp_path / "none.csv"], "none.csv: no such list file"),
-        (["--shard_size", 0], "--shard_size 0: must be at least 1"),
-        (["--stride", 4, "--stride_seconds", 1], "--stride and --stride_seconds: give one of them"),
-        (["--stride", 4, "--num_crop", 3], "--stride: windows are dense and central"),
-        (["--input_size", 40], "--input_size 40 is not divisible"),
-        (["--model", "vit_small_patch16_224"], "check --model"),
-        (["--checkpoint", "hf://nobody"], "hf://nobody: write hf://owner/repo"),
-    ):
-        done = extract(tmp_path / "out", *argv)
-        assert done.code == 1 and message in done.err and len(done.err.splitlines()) == 1, done.all
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--checkpoint {t}/none.pth", "none.pth: no such checkpoint file"),
+        ("--checkpoint=", "--checkpoint is missing"),
+        ("--data_path {t}/none.csv", "none.csv: no such list file"),
+        ("--shard_size 0", "--shard_size 0: must be at least 1"),
+        ("--stride 4 --stride_seconds 1", "--stride and --stride_seconds: give one of them"),
+        ("--stride 4 --num_crop 3", "--stride: windows are dense and central"),
+        ("--input_size 40", "--input_size 40 is not divisible"),
+        ("--model vit_small_patch16_224", "check --model"),
+        ("--checkpoint hf://nobody", "hf://nobody: write hf://owner/repo"),
+    ],
+)
+def test_wrong_arguments_are_one_line(extract, tmp_path, words, message):
+    done = extract(tmp_path / "out", *words.format(t=tmp_path).split())
+    assert done.code == 1 and message in done.err and len(done.err.splitlines()) == 1, done.all
     assert not list(tmp_path.glob("out/features*"))

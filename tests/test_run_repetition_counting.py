@@ -2,23 +2,22 @@
 
 import csv
 import os
+import shutil
 import signal
 import struct
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fixtures_counting import swing, write_annotation
-from fixtures_finetuning import log_of, program
-from fixtures_video import decode_all, source_frames
+from fixtures_counting import write_annotation
+from fixtures_programs import log_of
+from fixtures_video import decode_all
 from scipy.io import loadmat, savemat
 
 import modeling_counting
 from checkpoints import LATEST
 from datasets_counting import TrainSegments, draw_cycles, pad_to_square, read_annotation, read_annotations, read_segment
-from modeling_counting import cycle_offsets
 from modeling_finetune import SIZES, vit_tiny_patch16_224
 from utils import EXIT_REQUEUE
 from weights import read_checkpoint
@@ -31,25 +30,26 @@ STEPS = "--batch_size 4 --segments_per_video 2 --refine_steps 2 --opt adamw --ep
 TRAIN = [*TINY.split(), *STEPS.split()]
 
 
-@pytest.fixture
-def count(run, repetitions):
-    """Run the program on the data."""
+@pytest.fixture(scope="session")
+def start(start_program, repetitions):
+    """Start the program on the data."""
     data = ["--data_path", repetitions.annotations, "--data_root", repetitions.videos]
-    return lambda *argv, **options: run(*data, *TRAIN, *argv, file=NAME, **options)
+    return lambda *argv, **how: start_program(NAME, *data, *TRAIN, *argv, **how)
 
 
 @pytest.fixture(scope="session")
-def trained(server, repetitions, tmp_path_factory):
-    """A run to its end: folder, and what it printed."""
+def count(start):
+    """Run the program on the data to its end."""
+    return lambda *argv, **how: start(*argv, **how).end()
+
+
+@pytest.fixture(scope="session")
+def trained(count, tmp_path_factory):
+    """The folder of a run to its end."""
     folder = tmp_path_factory.mktemp("counted")
-    data = ["--data_path", repetitions.annotations, "--data_root", repetitions.videos]
-    argv = [*data, *TRAIN, "--save_ckpt_freq", "1", "--output_dir", folder / "run"]
-    process = server.Process(target=program, args=([str(a) for a in argv], folder / "text", {}, NAME))
-    process.start()
-    process.join(300)
-    text = (folder / "text.out").read_text() + (folder / "text.err").read_text()
-    assert process.exitcode == 0, text
-    return SimpleNamespace(folder=folder / "run", text=text)
+    found = count("--save_ckpt_freq", "1", "--output_dir", folder)
+    assert found.code == 0, found.all
+    return SimpleNamespace(folder=folder)
 
 
 def errors_of(found):
@@ -98,16 +98,13 @@ def test_eval_gives_the_same_counts_in_one_process_and_in_two(run, repetitions, 
             assert float(row["counted"]) == pytest.approx(float(known["counted"]), abs=0.002)
 
 
-def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(count, trained, tmp_path):
+def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(start, count, trained, tmp_path):
     """The signal comes after a step, or in the validation that follows."""
     folder = tmp_path / "run"
-    (tmp_path / "rank0.out").touch()
-    process = count("--save_ckpt_freq", "1", "--output_dir", folder, start_only=True)
-    while process.is_alive() and "epoch 0 [2/3]" not in (tmp_path / "rank0.out").read_text():
-        time.sleep(0.02)
+    process = start("--save_ckpt_freq", "1", "--output_dir", folder)
+    process.wait_for("epoch 0 [2/3]")
     os.kill(process.pid, signal.SIGTERM)
-    process.join(300)
-    assert process.exitcode == EXIT_REQUEUE
+    assert process.end().code == EXIT_REQUEUE
     assert (folder / LATEST).exists() or (folder / "checkpoint-0.pth").exists()
     found = count("--save_ckpt_freq", "1", "--output_dir", folder)
     assert found.code == 0 and "resuming from" in found.out, found.all
@@ -116,8 +113,8 @@ def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(count, trained, tm
     assert ours["best"] == theirs["best"] and log_of(folder)[-1] == log_of(trained.folder)[-1]
 
 
-def one_bad_loss(*args):
-    """Be the program, whose second loss is infinite, though its gradient is not."""
+def one_bad_loss():
+    """Have the second loss be infinite, though its gradient is not."""
     function, calls = modeling_counting.counting_loss, []
 
     def counting_loss(*values):
@@ -126,25 +123,21 @@ def one_bad_loss(*args):
         return loss + (float("inf") if len(calls) == 2 else 0.0), parts
 
     modeling_counting.counting_loss = counting_loss
-    program(*args)
 
 
-def test_a_bad_loss_costs_one_update(server, repetitions, tmp_path):
+def test_a_bad_loss_costs_one_update(count, tmp_path):
     """Of the five updates that are made with the same segments the second one is left out."""
-    data = ["--data_path", repetitions.annotations, "--data_root", repetitions.videos]
-    argv = [*data, *TRAIN, "--epochs", 1, "--refine_steps", 5, "--output_dir", tmp_path / "run"]
-    process = server.Process(target=one_bad_loss, args=([str(a) for a in argv], tmp_path / "text", {}, NAME))
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0, (tmp_path / "text.err").read_text()
-    state = read_checkpoint(tmp_path / "run" / "checkpoint-0.pth")["optimizer"]["state"]
+    found = count("--epochs", 1, "--refine_steps", 5, "--output_dir", tmp_path, before=one_bad_loss)
+    assert found.code == 0, found.all
+    state = read_checkpoint(tmp_path / "checkpoint-0.pth")["optimizer"]["state"]
     assert {float(values["step"]) for values in state.values()} == {3 * 5 - 1}
-    assert log_of(tmp_path / "run")[0]["skipped_steps"] == 1
+    assert log_of(tmp_path)[0]["skipped_steps"] == 1
 
 
 def test_two_processes_train_as_one_that_accumulates(count, tmp_path):
-    one = count("--epochs", "1", "--batch_size", "2", "--update_freq", "2", "--output_dir", tmp_path / "one")
-    two = count("--epochs", "1", "--batch_size", "2", "--output_dir", tmp_path / "two", processes=2)
+    options = ["--epochs", "1", "--batch_size", "2", "--output_dir"]
+    one = count(*options, tmp_path / "one", "--update_freq", "2")
+    two = count(*options, tmp_path / "two", processes=2)
     assert one.code == 0 and two.code == 0, one.all + two.all
     ours, theirs = (read_checkpoint(tmp_path / name / "checkpoint-0.pth")["model"] for name in ("one", "two"))
     for key in ours:
@@ -179,42 +172,41 @@ def test_an_annotation_is_read(tmp_path):
     assert found.bounds.tolist() == [36, 90, 142, 188]
 
 
+WRONG_FRAMES = "must be increasing whole numbers from 1"
+HEAD = b"MATLAB 5.0 MAT-file".ljust(124)
 GARBAGE = {
     "text": b"not an annotation\n" * 40,
     "empty": b"",
-    "HDF5, as newer MATLAB writes": b"MATLAB 7.3 MAT-file".ljust(124)
-    + struct.pack("<H", 0x0200)
-    + b"IM"
-    + b"\x89HDF\r\n",
-    "damaged": b"MATLAB 5.0 MAT-file".ljust(124)
-    + struct.pack("<H", 0x0100)
-    + b"IM"
-    + struct.pack("<II", 15, 99)
-    + b"xyz",
+    "HDF5, as newer MATLAB writes": HEAD + struct.pack("<H", 0x0200) + b"IM\x89HDF\r\n",
+    "damaged": HEAD + struct.pack("<H", 0x0100) + b"IM" + struct.pack("<II", 15, 99) + b"xyz",
 }
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_a_file_that_is_no_annotation_is_one_clear_line(count, repetitions, tmp_path, name):
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        for file in (repetitions.annotations / split).glob("*.mat"):
-            (tmp_path / split / file.name).write_bytes(file.read_bytes())
-    victim = sorted((tmp_path / "train").glob("*.mat"))[2]
-    victim.write_bytes(GARBAGE[name])
-    found = count("--data_path", tmp_path)
+def test_a_file_that_is_no_annotation_is_refused(tmp_path, name):
+    (tmp_path / "a.mat").write_bytes(GARBAGE[name])
+    with pytest.raises(ValueError, match=r"a\.mat: not an annotation of UCFRep, a struct `label` in a .mat \(") as told:
+        read_annotation(tmp_path / "a.mat", "a.avi")
+    assert "\n" not in str(told.value)
+
+
+def test_the_program_names_a_file_that_is_no_annotation(count, repetitions, tmp_path):
+    shutil.copytree(repetitions.annotations, tmp_path / "data")
+    victim = sorted((tmp_path / "data" / "train").glob("*.mat"))[2]
+    victim.write_bytes(GARBAGE["damaged"])
+    found = count("--data_path", tmp_path / "data")
     assert found.code == 1 and found.err.count("\n") == 1, found.all
-    assert found.err.startswith(f"error: {victim}: not an annotation of UCFRep, a struct `label` in a .mat (")
+    assert found.err.startswith(f"error: {victim}: not an annotation of UCFRep")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"temporal_bound": [[1.0], [20.0]]}, "1 cycles; there must be at least 2"),
-        ({"temporal_bound": [[1.0], [20.0], [15.0]]}, "must be increasing whole numbers from 1"),
-        ({"temporal_bound": [[0.0], [20.0], [45.0]]}, "must be increasing whole numbers from 1"),
-        ({"temporal_bound": [[1.0], [np.nan], [45.0]]}, "must be increasing whole numbers from 1"),
-        ({"start_frame": 50.0}, "must be increasing whole numbers from 1"),
+        ({"temporal_bound": [[1.0], [20.0], [15.0]]}, WRONG_FRAMES),
+        ({"temporal_bound": [[0.0], [20.0], [45.0]]}, WRONG_FRAMES),
+        ({"temporal_bound": [[1.0], [np.nan], [45.0]]}, WRONG_FRAMES),
+        ({"start_frame": 50.0}, WRONG_FRAMES),
         ({"end_frame": None}, "not an annotation of UCFRep"),
         ({"temporal_bound": "many"}, "not an annotation of UCFRep"),
     ],
@@ -227,13 +219,11 @@ def test_an_annotation_with_wrong_frames_is_told(tmp_path, change, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_other_mat_files_are_told(tmp_path):
-    savemat(tmp_path / "a.mat", {"weights": np.eye(3)})
-    with pytest.raises(ValueError, match=r"not an annotation of UCFRep.*KeyError.*label"):
+@pytest.mark.parametrize("content, why", [({"weights": np.eye(3)}, ".*KeyError.*label"), ({"label": np.eye(3)}, "")])
+def test_other_mat_files_are_told(tmp_path, content, why):
+    savemat(tmp_path / "a.mat", content)
+    with pytest.raises(ValueError, match=f"not an annotation of UCFRep{why}"):
         read_annotation(tmp_path / "a.mat", "a.avi")
-    savemat(tmp_path / "b.mat", {"label": np.eye(3)})
-    with pytest.raises(ValueError, match="not an annotation of UCFRep"):
-        read_annotation(tmp_path / "b.mat", "b.avi")
 
 
 def test_every_byte_matters_or_is_told(repetitions, tmp_path):
@@ -254,25 +244,13 @@ def test_missing_videos_and_folders_are_told(count, repetitions, tmp_path):
 
 
 def test_a_video_that_cannot_be_read_is_named(count, repetitions, tmp_path):
-    folder = tmp_path / "videos" / "HandstandPushups"
-    folder.mkdir(parents=True)
-    for video in (repetitions.videos / "HandstandPushups").iterdir():
-        (folder / video.name).symlink_to(video)
-    victim = sorted(folder.glob("*_c02.mp4"))[1]  # to be counted
-    victim.unlink()
-    victim.write_text("no video\n" * 100)
-    found = count("--data_root", tmp_path / "videos", "--epochs", "1")
-    assert found.code == 1 and errors_of(found) == [f"error: {victim}: Invalid data found when processing input"], (
-        found.all
-    )
-    victim = sorted(folder.glob("*_c01.mp4"))[1]  # to train on
-    victim.unlink()
-    victim.write_text("no video\n" * 100)
-    for workers in (0, 1):
-        found = count("--data_root", tmp_path / "videos", "--num_workers", workers)
-        assert found.code == 1 and errors_of(found) == [f"error: {victim}: Invalid data found when processing input"], (
-            found.all
-        )
+    """One to be counted; and one to train on, in the program itself or in a worker."""
+    for broken, options in (("*_c02.mp4", ["--epochs", "1"]), ("*_c01.mp4", []), ("*_c01.mp4", ["--num_workers", 1])):
+        shutil.copytree(repetitions.videos, tmp_path / "videos", dirs_exist_ok=True)
+        victim = sorted((tmp_path / "videos" / "HandstandPushups").glob(broken))[1]
+        victim.write_text("no video\n" * 100)
+        found = count("--data_root", tmp_path / "videos", *options)
+        assert found.code == 1 and errors_of(found) == [f"error: {victim}: {NO_VIDEO}"], found.all
 
 
 def test_nothing_to_test_is_told(count, tmp_path):
@@ -341,17 +319,3 @@ def test_a_video_much_shorter_than_its_annotation_is_told(clips, tmp_path):
     write_annotation(tmp_path / "b.mat", [1, 20, 46], 1, 46)
     with pytest.raises(Exception, match="annotated up to frame 46, but it has 40"):
         read_segment(read_annotation(tmp_path / "b.mat", str(clips["bikes.mp4"])), 0, 45, 32, "pyav")
-
-
-def test_the_synthetic_object_swings_once_a_cycle():
-    """The fixture itself: frames a cycle apart are alike, frames half a cycle apart are not; the offsets say so too."""
-    rng = np.random.default_rng(0)
-    frames = np.repeat(source_frames("bikes", 0, 1, (64, 48)), 61, axis=0)
-    sprite = np.full((20, 20, 4), 255, np.uint8)
-    bounds = np.arange(4) * 20
-    swing(rng, frames, sprite, bounds)
-    offsets = cycle_offsets(torch.from_numpy(bounds))[:, 1]
-    for start in range(0, 40, 7):
-        again = start + int(offsets[start])
-        assert again == start + 20 and np.abs(frames[start].astype(int) - frames[again]).mean() < 2
-    assert max(np.abs(frames[start].astype(int) - frames[start + 10]).mean() for start in range(10)) > 10

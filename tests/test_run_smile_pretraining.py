@@ -1,7 +1,4 @@
-"""The pretraining program as it is used: both stages, two processes, kills and signals, dry runs.
-
-Most runs are processes of a fork server (fixtures_pretraining.py); some are started from the command line, by torchrun.
-"""
+"""The pretraining program as it is used: both stages, two processes, kills and signals, dry runs."""
 
 import io
 import os
@@ -9,8 +6,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fixtures_finetuning import log_of
-from fixtures_pretraining import EPOCHS, NAME, ROOT, STEPS, TINY, TRAIN, last_weights, weights_of
-from fixtures_video import free_port
+from fixtures_pretraining import EPOCHS, STEPS, TINY, TRAIN, last_weights, weights_of
+from fixtures_programs import log_of
 from tensorboardX.proto.event_pb2 import Event
 
 from checkpoints import LATEST
@@ -87,19 +81,13 @@ def test_the_same_command_again_has_nothing_to_do(start, data_args, reference):
 
 
 @pytest.fixture(scope="module")
-def two_processes(shard_args, reference, tmp_path_factory):
-    """The reference run over again from the command line, over Gloo, with half the accumulation and from tar files.
-
-    By the launcher that SMILE and VideoMAE start with, which is torchrun under an older name.
-    """
+def two_processes(start, shard_args, reference, tmp_path_factory):
+    """The reference run over again by two processes over Gloo, with half the accumulation and from tar files."""
     folder = tmp_path_factory.mktemp("two")
-    launcher = f"-m torch.distributed.launch --use_env --nproc_per_node 2 --master_port {free_port()}".split()
     folders = ["--output_dir", folder, "--log_dir", folder / "tb"]
-    command = [sys.executable, *launcher, ROOT / NAME, *TINY, *TRAIN, *shard_args, "--update_freq", 1, *folders]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=env)
-    assert result.returncode == 0, result.stderr
-    return SimpleNamespace(folder=folder, out=result.stdout)
+    result = start(*TINY, *TRAIN, *shard_args, "--update_freq", 1, *folders, processes=2).end()
+    assert result.code == 0, result.all
+    return SimpleNamespace(folder=folder, out=result.out)
 
 
 def test_two_processes_reach_the_weights_of_one(reference, two_processes):
@@ -197,7 +185,8 @@ def test_a_run_goes_on_with_options_that_were_changed(start, data_args, referenc
 
 def test_a_run_in_fp16_goes_on_with_its_loss_scale(start, data_args, tmp_path):
     """What `--precision auto` is on a V100."""
-    options = [*TINY, *TRAIN, *data_args, "--update_freq", 2, "--precision", "fp16", "--stop_epoch", 1]
+    small = ["--input_size", 32, "--precision", "fp16", "--stop_epoch", 1]
+    options = [*TINY, *TRAIN, *data_args, "--update_freq", 2, *small]
     whole, told = ([*options, "--output_dir", tmp_path / name] for name in "ab")
     undisturbed = start(*whole).end()
     assert undisturbed.code == 0 and "fp16 on cpu" in undisturbed.out, undisturbed.err
@@ -240,46 +229,38 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(start, data_args, tm
 
 
 def test_stage_2_starts_with_the_weights_of_stage_1(start, data_args, reference, tmp_path):
-    """With a learning rate of 0 they are still there at the end, next to an optimizer that has made 12 steps."""
-    still = "--batch_size 4 --epochs 1 --warmup_epochs 0 --lr 0 --min_lr 0".split()
-    first = ["--first_stage_path", reference.folder / "checkpoint-1.pth"]
-    command = [*TINY, *data_args[:2], *still, "--output_dir", tmp_path, *first]
-    result = start(*command).end()
+    """With a learning rate of 0 they are still there after an epoch, next to an optimizer that has made 12 steps."""
+    first = ["--first_stage_path", reference.folder / "checkpoint-1.pth", "--mask_type", "tube"]
+    command = [*TINY, *data_args[:2], *"--batch_size 4 --warmup_epochs 0 --output_dir".split(), tmp_path, *first]
+    result = start(*command, *"--epochs 1 --lr 0 --min_lr 0".split()).end()
     assert result.code == 0 and f"tensors from {reference.folder / 'checkpoint-1.pth'}" in result.out
     state = read_checkpoint(tmp_path / "checkpoint-0.pth")
     assert largest_difference(state["model"], last_weights(reference.folder)) == 0 and state["epoch"] == 0
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {STEPS}
     assert log_of(tmp_path)[0]["train_loss"] > 0
-    assert "resuming wins" in start(*command).end().out  # its own checkpoint goes before stage 1's
-
-
-def test_stage_2_trains(start, data_args, reference, tmp_path):
-    first = ["--first_stage_path", reference.folder / "checkpoint-1.pth"]
-    more = ["--output_dir", tmp_path, "--mask_type", "tube", *first, "--stop_epoch", 1]
-    result = start(*TINY, *TRAIN, *data_args[:2], *more).end()
-    assert result.code == 0, result.err
-    assert largest_difference(weights_of(tmp_path / "checkpoint-0.pth"), last_weights(reference.folder)) > 1e-4
+    result = start(*command, *"--epochs 2 --lr 0.05".split()).end()  # and then it trains
+    assert result.code == 0 and "resuming wins" in result.out  # its own checkpoint goes before stage 1's
+    assert largest_difference(last_weights(tmp_path), last_weights(reference.folder)) > 1e-4
 
 
 # Without natural video ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["black", "noise"])
-def test_both_stages_without_a_video_go_on_exactly(start, objects_folder, tmp_path, kind):
+def test_both_stages_without_a_video_go_on_exactly(start, objects_folder, tmp_path):
     """Of the data there are the object images alone. Stage 2 has no natural clips: its objects go on moving."""
     objects = ["--add_tubelets", "--use_objects", "--objects_path", objects_folder]
-    command = [*TINY, *TRAIN, "--background", kind, "--epoch_size", 2 * STEPS, *objects]
-    stages = ["--mask_type", "tubelet"], ["--first_stage_path", tmp_path / "whole 1" / f"checkpoint-{EPOCHS - 1}.pth"]
-    for number, options in enumerate(stages, 1):
-        whole, parts = tmp_path / f"whole {number}", tmp_path / f"parts {number}"
+    command = [*TINY, *TRAIN, "--epoch_size", 2 * STEPS, *objects]
+    first = ["--first_stage_path", tmp_path / "whole noise" / f"checkpoint-{EPOCHS - 1}.pth"]
+    for kind, options in (("noise", ["--mask_type", "tubelet"]), ("black", first)):
+        whole, parts = tmp_path / f"whole {kind}", tmp_path / f"parts {kind}"
+        options = [*options, "--background", kind]
         result = start(*command, *options, "--output_dir", whole).end()
         assert result.code == 0 and f"{2 * STEPS} x {kind}, 2 clips of each: {STEPS} steps" in result.out, result.err
         assert not (whole / "bad_clips.txt").exists() or ".mp4" not in (whole / "bad_clips.txt").read_text()
-        result = stopped(
-            start, signal.SIGTERM, f"epoch 1 [2/{STEPS}]", parts, *command, *options, "--output_dir", parts
-        )
+        options += ["--output_dir", parts]
+        result = stopped(start, signal.SIGTERM, f"epoch 1 [2/{STEPS}]", parts, *command, *options)
         assert result.code == 85, result.err
-        again = start(*command, *options, "--output_dir", parts).end()
+        again = start(*command, *options).end()
         assert again.code == 0 and f"{LATEST} at epoch 1, step" in again.out
         assert same_as(SimpleNamespace(folder=whole), parts)
 

@@ -1,13 +1,11 @@
 """What the pretraining program is given: wrong input, told in one line each, and the options of the recipe."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from fixtures_pretraining import NAME, ROOT, TINY, TRAIN, last_weights
+from fixtures_pretraining import TINY, TRAIN, last_weights
 from fixtures_scripts import check_defaults
 from fixtures_video import write_list
 
@@ -27,38 +25,29 @@ def argv_of(data_args, *more):
     return [str(word) for word in (*TINY, *TRAIN, *data_args, *more)]
 
 
-WRONG = {
-    "no list": (["--data_path", "{t}/none.csv"], "{t}/none.csv: no such list file"),
-    "empty list": (["--data_path", "{t}/empty.csv"], "{t}/empty.csv: the list is empty"),
-    "no label": (["--data_path", "{t}/label.csv"], "{t}/label.csv, line 2: 'b.mp4' is not `path label`"),
-    "no objects folder": (["--objects_path", "{t}/none"], "--objects_path {t}/none: no such folder"),
-    "objects folder not given": (["--objects_path", ""], "--objects_path"),
-    "no objects": (["--objects_path", "{t}/empty"], "{t}/empty: no object images"),
-    "no objects list": (["--objects_list", "{t}/none.txt"], "{t}/none.txt"),
-    "mask ratio 0": (["--mask_ratio", "0"], "--mask_ratio 0.0"),
-    "mask ratio 1": (["--mask_ratio", "1"], "--mask_ratio 1.0"),
-    "mask ratio 1.5": (["--mask_ratio", "1.5"], "--mask_ratio 1.5"),
-    "mask ratio -0.5": (["--mask_ratio", "-0.5"], "--mask_ratio -0.5"),
-    "mask ratio nan": (["--mask_ratio", "nan"], "--mask_ratio nan"),
-    "mask ratio that hides nothing": (["--mask_ratio", "0.1"], "--mask_ratio 0.1"),
-    "input size": (["--input_size", "50"], "--input_size 50 is not divisible by the patch size 16"),
-    "frames": (["--num_frames", "5"], "--num_frames 5 is not divisible by the tubelet size 2"),
-    "stage 1 path": (["--first_stage_path", "{t}/none.pth"], "--first_stage_path {t}/none.pth"),
-    "stage 1 path is no checkpoint": (["--first_stage_path", "{t}/label.csv"], "{t}/label.csv"),
-    "resume": (["--resume", "{t}/none.pth"], "--resume {t}/none.pth"),
-    "odd batch": (["--batch_size", "5"], "--batch_size 5 is not a multiple of the 2 clips"),
-    "batch 0": (["--batch_size", "0"], "--batch_size 0"),
-    "update_freq 0": (["--update_freq", "0"], "--update_freq 0: must be at least 1"),
-    "sampling rate 0": (["--sampling_rate", "0"], "--sampling_rate 0: must be at least 1"),
-    "no epochs": (["--epochs", "0"], "--epochs 0: must be at least 1"),
-    "seed": (["--seed", "-1"], "--seed -1"),
-    "workers": (["--num_workers", "-1"], "--num_workers -1"),
-    "decoder depth": (["--decoder_depth", "-1"], "--decoder_depth -1"),
-    "unmask ratio": (["--traj_unmask_ratio", "1.5"], "--traj_unmask_ratio 1.5"),
-    "scales": (["--scales", "0"], "--scales 0"),
-    "output is a file": (["--output_dir", "{t}/label.csv"], "--output_dir {t}/label.csv"),
-    "teacher": (["--target_type", "dino_v1"], "--target_type dino_v1 needs --distillation_teacher dino_s or dino_b"),
+WRONG = {  # options: what is said; {t}: the folder of wrong files
+    "--data_path {t}/none.csv": "{t}/none.csv: no such list file",
+    "--data_path {t}/empty.csv": "{t}/empty.csv: the list is empty",
+    "--data_path {t}/label.csv": "{t}/label.csv, line 2: 'b.mp4' is not `path label`",
+    "--objects_path {t}/none": "--objects_path {t}/none: no such folder",
+    "--objects_path ": "--objects_path",
+    "--objects_path {t}/empty": "{t}/empty: no object images",
+    "--objects_list {t}/none.txt": "{t}/none.txt",
+    "--mask_ratio 0": "--mask_ratio 0.0",
+    "--mask_ratio 1": "--mask_ratio 1.0",
+    "--input_size 50": "--input_size 50 is not divisible by the patch size 16",
+    "--num_frames 5": "--num_frames 5 is not divisible by the tubelet size 2",
+    "--first_stage_path {t}/label.csv": "{t}/label.csv",
+    "--batch_size 5": "--batch_size 5 is not a multiple of the 2 clips",
+    "--update_freq 0": "--update_freq 0: must be at least 1",
+    "--sampling_rate 0": "--sampling_rate 0: must be at least 1",
+    "--epochs 0": "--epochs 0: must be at least 1",
+    "--target_type dino_v1": "--target_type dino_v1 needs --distillation_teacher dino_s or dino_b",
 }
+BY_NAME = """--mask_ratio 1.5, --mask_ratio -0.5, --mask_ratio nan, --mask_ratio 0.1, --first_stage_path {t}/none.pth,
+    --resume {t}/none.pth, --batch_size 0, --seed -1, --num_workers -1, --decoder_depth -1,
+    --traj_unmask_ratio 1.5, --scales 0, --output_dir {t}/label.csv"""
+WRONG |= {option: option for option in " ".join(BY_NAME.split()).split(", ")}
 
 
 @pytest.fixture
@@ -69,14 +58,11 @@ def wrong_files(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_each_wrong_input_is_told_by_its_name(case, data_args, wrong_files):
-    options, message = (
-        [word.format(t=wrong_files) for word in part] if isinstance(part, list) else part.format(t=wrong_files)
-        for part in WRONG[case]
-    )
-    problems = find_problems(get_args(argv_of(data_args, *options))).found
-    assert len(problems) == 1 and message in problems[0] and "\n" not in problems[0]
+@pytest.mark.parametrize("options", WRONG)
+def test_each_wrong_input_is_told_by_its_name(options, data_args, wrong_files):
+    words = [word.format(t=wrong_files) for word in options.split(" ")]
+    [problem] = find_problems(get_args(argv_of(data_args, *words))).found
+    assert WRONG[options].format(t=wrong_files) in problem and "\n" not in problem
 
 
 def test_right_input_has_no_problems(data_args, objects_folder, tmp_path):
@@ -84,19 +70,16 @@ def test_right_input_has_no_problems(data_args, objects_folder, tmp_path):
     assert find_problems(get_args(argv_of(data_args))).found == []
     assert find_problems(get_args(argv_of(data_args, "--objects_list", tmp_path / "objects.txt"))).found == []
     assert find_problems(get_args(argv_of(data_args[:2], "--output_dir", tmp_path / "a" / "b"))).found == []
-    assert find_problems(get_args(argv_of(data_args[:2], "--mask_type", "tubelet"))).found == [
-        "--mask_type tubelet follows pasted objects: add --add_tubelets"
-    ]
+    [problem] = find_problems(get_args(argv_of(data_args[:2], "--mask_type", "tubelet"))).found
+    assert problem == "--mask_type tubelet follows pasted objects: add --add_tubelets"
 
 
-def test_all_problems_are_told_at_once_on_the_command_line(wrong_files):
+def test_all_problems_are_told_at_once(start, wrong_files):
     wrong = "--mask_ratio 1.2 --add_tubelets --use_objects --first_stage_path x.pth".split()
     paths = {"--data_path": "label.csv", "--objects_path": "none", "--output_dir": "run"}
-    paths = [word for flag, name in paths.items() for word in (flag, str(wrong_files / name))]
-    command = [sys.executable, NAME, *TINY, *wrong, *paths]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    lines = result.stderr.splitlines()
-    assert result.returncode == 1 and lines[0].startswith("error: ") and len(lines) == 4
+    result = start(*TINY, *wrong, *(word for flag, name in paths.items() for word in (flag, wrong_files / name))).end()
+    lines = result.err.splitlines()
+    assert result.code == 1 and lines[0].startswith("error: ") and len(lines) == 4
     for word in ("label.csv, line 2", "--mask_ratio 1.2", "--objects_path", "--first_stage_path x.pth"):
         assert sum(word in line for line in lines) == 1
     assert not (wrong_files / "run").exists()
@@ -108,34 +91,24 @@ def test_slow_videos_are_told_once_at_the_start(start, odd_videos, tmp_path):
     assert result.code == 0 and result.out.count("4 of 4 videos looked at are slow to load, such as") == 1, result.err
 
 
-LATER = {
-    "another size": (
-        ["--model", "pretrain_videomae_small_patch16_224", "--first_stage_path", "{ref}"],
-        "checkpoint-1.pth does not fit this model: .*check --model",
-    ),
-    "another depth": (
-        ["--decoder_depth", "2", "--first_stage_path", "{ref}"],
-        "does not fit this model.*check --model",
-    ),
-    "resume of another size": (
-        ["--model", "pretrain_videomae_small_patch16_224", "--resume", "{ref}"],
-        "checkpoint-1.pth is of another run",
-    ),
-    "resume from weights": (["--resume", "{t}/weights.pth"], "weights.pth holds weights only"),
-    "too few videos": (["--batch_size", "80", "--update_freq", "2"], "50 videos are fewer than the 80.*--batch_size"),
-    "optimizer": (["--opt", "adamx"], "--opt.*adamx|adamx.*--opt"),
-    "teacher model": (["--target_type", "clip", "--clip_model", "ViT-X"], "--clip_model ViT-X: not among"),
-    "teacher weights": (["--target_type", "clip", "--clip_weights", "none.pt"], "--clip_weights none.pt: no such file"),
+LATER = {  # options: a pattern; {ref}: a checkpoint
+    "--model pretrain_videomae_small_patch16_224 --first_stage_path {ref}": "-1.pth does not fit this.*check --model",
+    "--decoder_depth 2 --first_stage_path {ref}": "does not fit this model.*check --model",
+    "--model pretrain_videomae_small_patch16_224 --resume {ref}": "checkpoint-1.pth is of another run",
+    "--resume {t}/weights.pth": "weights.pth holds weights only",
+    "--batch_size 80 --update_freq 2": "50 videos are fewer than the 80.*--batch_size",
+    "--opt adamx": "--opt.*adamx|adamx.*--opt",
+    "--target_type clip --clip_model ViT-X": "--clip_model ViT-X: not among",
+    "--target_type clip --clip_weights none.pt": "--clip_weights none.pt: no such file",
 }
 
 
-@pytest.mark.parametrize("case", LATER)
-def test_what_is_found_while_building_is_one_line_too(case, start, data_args, reference, tmp_path):
+@pytest.mark.parametrize("options", LATER)
+def test_what_is_found_while_building_is_one_line_too(options, start, data_args, reference, tmp_path):
     torch.save({"model": last_weights(reference.folder)}, tmp_path / "weights.pth")
-    options, message = LATER[case]
-    options = [word.format(ref=reference.folder / "checkpoint-1.pth", t=tmp_path) for word in options]
-    result = start(*argv_of(data_args, *options)).end()
-    assert result.code == 1 and re.fullmatch(rf"error: .*({message}).*\n", result.err), result.err[-1000:]
+    words = options.format(ref=reference.folder / "checkpoint-1.pth", t=tmp_path).split()
+    result = start(*argv_of(data_args, *words)).end()
+    assert result.code == 1 and re.fullmatch(rf"error: .*({LATER[options]}).*\n", result.err), result.err[-1000:]
 
 
 # Options --------------------------------------------------------------------------------------------------------

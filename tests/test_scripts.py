@@ -148,9 +148,8 @@ def submit(run_script, *arguments, script=SBATCH, **variables):
 
 @pytest.mark.parametrize("recipe", [*PRETRAIN, FINETUNE[-6], TEST[1]], **by_name)
 def test_slurm_runs_a_recipe_under_srun(run_script, recipe):
-    result, (command,) = submit(
-        run_script, f"{recipe.parent.name}/{recipe.stem}", "--seed", "5", BATCH_SIZE="4", TOTAL_BATCH="256"
-    )
+    batch = {"BATCH_SIZE": "4", "TOTAL_BATCH": "256"}
+    result, (command,) = submit(run_script, f"{recipe.parent.name}/{recipe.stem}", "--seed", "5", **batch)
     args = program_args(command)
     assert result.returncode == 0 and command[0] == "srun", result.stderr
     assert launcher_option(command, "--nodes") == "2" and launcher_option(command, "--ntasks-per-node") == "4"

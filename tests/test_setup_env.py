@@ -31,17 +31,10 @@ def set_up(run_script, tmp_path):
     return call
 
 
-@pytest.mark.parametrize(
-    "cards, old",
-    [
-        ("7.0\\n" * 8, True),
-        ("6.0\\n", True),
-        ("9.0\\n7.0\\n", True),
-        ("7.5\\n8.0\\n", False),
-        ("12.0\\n", False),
-        ("NVIDIA-SMI has failed\\n", False),
-    ],
-)
+OLD, NEW = ["7.0\\n" * 8, "6.0\\n", "9.0\\n7.0\\n"], ["7.5\\n8.0\\n", "12.0\\n", "NVIDIA-SMI has failed\\n"]
+
+
+@pytest.mark.parametrize("cards, old", [*((cards, True) for cards in OLD), *((cards, False) for cards in NEW)])
 def test_the_gpu_picks_the_versions(set_up, cards, old):
     said, install = set_up(cards)
     assert (install[-2:] == ["-c", str(SCRIPTS.parent / V100)]) == old and ("-c" in install) == old

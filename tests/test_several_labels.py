@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures_finetuning import PLAIN, TINY, log_of, program
+from fixtures_finetuning import PLAIN, TINY, log_of
 from fixtures_video import source_frames, video_list, write_mp4
 from sklearn.metrics import average_precision_score
 
@@ -25,11 +25,7 @@ from run_class_finetuning import build_loss, build_train_set
 from video_transforms_finetune import TrainAugmentation
 
 pytest_plugins = "fixtures_finetuning"
-LINES = [
-    "rel/46GP8.mp4 92:11.90-21.20,147:0.00-12.60",
-    "/a/with two spaces.mp4 -",
-    "N11GT.mp4 3:4-9.5,3:2.0-6,0:0.00-1",
-]
+LINES = ["rel/46GP8.mp4 92:11.90-21.20,147:0.00-12.60", "/a/two spaces.mp4 -", "N11GT.mp4 3:4-9.5,3:2.0-6,0:0.00-1"]
 
 
 # Lists ----------------------------------------------------------------------------------------------------------
@@ -52,7 +48,7 @@ def action_list(path, num_classes, data_root=""):
 
 def test_a_list_with_actions(tmp_path):
     videos, task = action_list(write_lines(tmp_path, LINES), 157, "/data")
-    assert [videos.path(i) for i in range(3)] == ["/data/rel/46GP8.mp4", "/a/with two spaces.mp4", "/data/N11GT.mp4"]
+    assert [videos.path(i) for i in range(3)] == ["/data/rel/46GP8.mp4", "/a/two spaces.mp4", "/data/N11GT.mp4"]
     assert task.targets(videos.labels).tolist() == [multi_hot(92, 147), multi_hot(), multi_hot(0, 3)]
     assert task.targets(videos.labels).dtype == np.float32
     part = videos.subset(np.array([2, 0]))
@@ -67,12 +63,10 @@ def label_between(videos, task, index, start, end):
     return task.seen(read_actions(videos.labels[index].decode()), start, end)
 
 
-@pytest.mark.parametrize(
-    "line", ["46GP8.mp4", "46GP8.mp4 92", "46GP8.mp4 92:1.0", "46GP8.mp4 92:1-2,", "a.mp4 c092 11.90 21.20", "a.mp4 --"]
-)
-def test_a_line_without_actions_is_named(tmp_path, line):
+@pytest.mark.parametrize("label", ["", " 92", " 92:1.0", " 92:1-2,", " c092 11.90 21.20", " --"])
+def test_a_line_without_actions_is_named(tmp_path, label):
     with pytest.raises(ValueError, match=r"list.csv, line 2: .*(not `path label`|`92:11.90-21.20,147:0.00-12.60`)"):
-        action_list(write_lines(tmp_path, [LINES[0], line]), 157)
+        action_list(write_lines(tmp_path, [LINES[0], f"46GP8.mp4{label}"]), 157)
 
 
 def test_a_wrong_class_and_a_wrong_order_are_named(tmp_path):
@@ -127,9 +121,8 @@ def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
     assert task(args).targets(read_data_list(args, "val.csv").labels).tolist() == [[0, 1, 0], [1, 0, 0]]
     sample = build_train_set(args)[0, 1]
     assert sample["labels"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
-    assert isinstance(
-        build_loss(args, (torch.zeros(3), torch.ones(3)), np.zeros(0, int))[0], torch.nn.BCEWithLogitsLoss
-    )
+    norm = torch.zeros(3), torch.ones(3)
+    assert isinstance(build_loss(args, norm, np.zeros(0, int))[0], torch.nn.BCEWithLogitsLoss)
     write_lines(tmp_path, [f"{names[0]} 0,3"], "val.csv")
     assert "val.csv, line 1: label 3 is not in [0, 3)" in find_problems(args).found[0]
 
@@ -137,7 +130,7 @@ def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
 # Average precision ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_average_precision_equals_that_of_scikit_learn(seed):
     """With ties, and with videos that could not be read, which come last."""
     rng = np.random.default_rng(seed)
@@ -151,12 +144,6 @@ def test_average_precision_equals_that_of_scikit_learn(seed):
     assert ours == pytest.approx(average_precision_score(positive, np.where(lost, -1, scores)), abs=1e-12)
     unread = average_precision(np.full(total, np.nan), positive)
     assert unread == pytest.approx(positive.mean())  # as of a constant answer
-
-
-def test_average_precision_by_hand():
-    scores, positive = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([1, 0, 1, 0, 1], bool)
-    assert average_precision(scores, positive) == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 3)
-    assert average_precision(np.array([0.5, 0.5]), np.array([True, False])) == pytest.approx(0.5)
 
 
 def per_class(folder):
@@ -202,13 +189,10 @@ def test_the_mean_over_classes_equals_that_of_scikit_learn(judged, tmp_path, com
 # Loss and neighbours --------------------------------------------------------------------------------------------
 
 
-def test_the_loss_of_probes_is_the_sum_of_their_own():
+def test_the_loss_of_probes_is_the_sum_of_their_own_and_neighbours_vote_for_all_their_classes():
     logits, labels = torch.randn(6, 3, 5), (torch.rand(6, 5) < 0.4).float()
     expected = sum(F.binary_cross_entropy_with_logits(logits[:, p], labels) for p in range(3))
     torch.testing.assert_close(ProbeLoss(SeveralLabels().losses)(logits, labels), expected)
-
-
-def test_neighbours_vote_for_all_their_classes():
     rng = np.random.default_rng(0)
     train, test, labels = rng.normal(size=(40, 6)), rng.normal(size=(5, 6)), (rng.random((40, 7)) < 0.3).astype(float)
     ours = nearest_neighbours(*map(torch.from_numpy, (train, labels, test)), 9, 7).numpy()
@@ -246,14 +230,11 @@ def charades(broken, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(server, charades, tmp_path_factory):
+def trained(run, charades, tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
-    argv = [*charades, *TRAIN, "--epochs", "12", "--save_ckpt_freq", "100", "--output_dir", folder / "run"]
-    process = server.Process(target=program, args=([str(a) for a in argv], folder / "text", {}))
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0, (folder / "text.out").read_text() + (folder / "text.err").read_text()
-    return folder / "run"
+    found = run(*charades, *TRAIN, "--epochs", "12", "--save_ckpt_freq", "100", "--output_dir", folder)
+    assert found.code == 0, found.all
+    return folder
 
 
 def test_it_trains_and_tests(trained):
@@ -283,17 +264,16 @@ def test_two_processes_find_the_same(run, charades, trained, tmp_path):
     assert found.code == 0, found.all
 
 
-@pytest.mark.parametrize("how", [["--linear_probe", "--probe_lrs", "0.1", "0.01", "--epochs", "2"], ["--knn", "2"]])
+@pytest.mark.parametrize("how", ["--linear_probe --probe_lrs 0.1 0.01 --epochs 2", "--knn 2"])
 def test_frozen_encoders(run, charades, tmp_path, how):
     torch.manual_seed(0)
     torch.save(MODELS["vit_tiny_patch16_224"](num_classes=0).state_dict(), tmp_path / "model.pth")
     options = ["--batch_size", "2", "--finetune", tmp_path / "model.pth", "--output_dir", tmp_path / "run"]
-    found = run(*charades, *TINY, *FEW, *options, *how)
+    found = run(*charades, *TINY, *FEW, *options, *how.split())
     assert found.code == 0, found.all
     test = log_of(tmp_path / "run")[-1]
-    assert (
-        0 < test["test_map"] <= 100 and test["test_classes"] == 3 and sorted(per_class(tmp_path / "run")) == [5, 9, 80]
-    )
+    assert 0 < test["test_map"] <= 100 and test["test_classes"] == 3
+    assert sorted(per_class(tmp_path / "run")) == [5, 9, 80]
 
 
 def test_predict_prints_the_likeliest_classes(run, charades, trained):
@@ -307,20 +287,19 @@ def test_predict_prints_the_likeliest_classes(run, charades, trained):
 
 
 @pytest.mark.parametrize(
-    "line, options, says",
+    "label, options, says",
     [
-        ("{video}", [], "train.csv, line 1: "),
-        ("{video} 5", [], "train.csv, line 1: "),
-        ("{video} 200:0-1", [], "train.csv, line 1: label 200 is not in [0, 157)"),
-        ("{video} -", [], "train.csv: none of its 1 videos shows any class"),
-        ("{video} 5:0-1", ["--examples", "1000"], "--samples_per_class and --examples draw class by class"),
+        ("", "", "train.csv, line 1: "),
+        (" 5", "", "train.csv, line 1: "),
+        (" 200:0-1", "", "train.csv, line 1: label 200 is not in [0, 157)"),
+        (" -", "", "train.csv: none of its 1 videos shows any class"),
+        (" 5:0-1", "--examples 1000", "--samples_per_class and --examples draw class by class"),
     ],
 )
-def test_one_clear_line(run, charades, tmp_path, line, options, says):
-    video = charades[-1] / "1.mp4"
+def test_one_clear_line(run, charades, tmp_path, label, options, says):
     for name in ("train", "val", "test"):
-        write_lines(tmp_path, [line.format(video=video) if name == "train" else f"{video} 5:0-1"], f"{name}.csv")
-    found = run(*charades, "--data_path", tmp_path, *TRAIN, *options)
-    errors = [text for text in found.err.splitlines() if "error: " in text]
-    assert found.code == 1 and len(errors) == 1 and says in errors[0], found.all
-    assert "Traceback" not in found.all
+        video = charades[-1] / "1.mp4"
+        write_lines(tmp_path, [f"{video}{label if name == 'train' else ' 5:0-1'}"], f"{name}.csv")
+    found = run(*charades, "--data_path", tmp_path, *TRAIN, *options.split())
+    [error] = [text for text in found.err.splitlines() if "error: " in text]
+    assert found.code == 1 and says in error and "Traceback" not in found.all, found.all

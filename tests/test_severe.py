@@ -1,15 +1,15 @@
-"""The scripts of the SEVERE benchmark on small data in the real formats: to the table in two processes; what is missing
-or broken; and the table and the picture by themselves.
+"""The scripts of the SEVERE benchmark on small data in the real formats: to the table; what is missing or broken; the
+table and the picture by themselves.
 """
 
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import severe_table
 from fixtures_finetuning import log_of
 from fixtures_pictures import check_texts
 from fixtures_severe import CELLS, SCRIPTS, VARIABLES, write_lines
@@ -17,9 +17,6 @@ from fixtures_severe import CELLS, SCRIPTS, VARIABLES, write_lines
 from options_finetune import get_args
 from run_class_finetuning import train_videos
 from utils import RunError
-
-sys.path.insert(0, str(SCRIPTS))
-import severe_table
 
 pytest_plugins = "fixtures_severe"
 MODEL = ["--model", "vit_tiny_patch16_224", "--input_size", "32", "--num_frames", "4"]
@@ -42,8 +39,7 @@ def figures(folder):
 
 
 def test_all_cells_run_to_the_table(severe, tmp_path):
-    batch = {"GPUS": "2", "BATCH_SIZE": "2"}
-    found = severe("run_all.sh", *TINY, **OPTIONS, **batch)
+    found = severe("run_all.sh", *TINY, **OPTIONS)
     assert found.code == 0 and "without a result" not in found.out, found.out + found.err
     tests, table = figures(tmp_path / "out"), found.table[-15:]
     assert tuple(tests) == CELLS and table[0][:3] == ["cell", "metric", "ours"]
@@ -66,12 +62,13 @@ def test_all_cells_run_to_the_table(severe, tmp_path):
     assert tests["gym99"]["test_videos"] == 5 and tests["fx_s1"]["test_videos"] == tests["ub_s1"]["test_videos"] == 2
     assert tests["charades"]["test_classes"] == 2 and tests["charades"]["test_views"] == 8
 
-    again = severe("run_all.sh", *TINY, **OPTIONS, **batch)  # nothing is left to do
+    again = severe("run_all.sh", *TINY, **OPTIONS)  # nothing is left to do
     assert again.code == 0 and again.out.count(": done, in ") == 8 and again.table == found.table[-15:]
 
 
 def test_cells_are_tried_without_writing(severe, tmp_path):
-    cells = {"CELLS": "ssv2 ucf101_1k ucf_rc charades"}
+    """In two processes each."""
+    cells = {"CELLS": "ssv2 ucf101_1k ucf_rc charades", "GPUS": "2", "BATCH_SIZE": "2"}
     found = severe("run_all.sh", *TINY, "--dry_run", **OPTIONS, **cells)
     assert found.code == 0 and found.out.count("steps went well") == 4, found.out + found.err
     assert {path.name for path in (tmp_path / "out").glob("*/*")} == {"output.txt"}
@@ -165,20 +162,18 @@ def write_log(folder, lines):
     return folder
 
 
-def test_the_means_of_the_published_rows_are_those_printed_with_them():
+def test_ours_beside_the_papers(tmp_path, capsys):
+    """The last test of a log counts; ours has a mean only if all eight are there, the papers' are those they print."""
     means = [severe_table.mean(dict(zip(CELLS, row))) for row in severe_table.PAPER.values()]
     assert tuple(severe_table.CELLS) == CELLS
     np.testing.assert_allclose(means, PRINTED, atol=0.051)
-
-
-def test_ours_beside_the_papers(tmp_path, capsys):
-    """The last test of a log counts; ours has a mean only if all eight are there."""
-    logs = [{"epoch": 0, "val_acc1": 1.0}, {"test_acc1": 2.0, "test_class_acc1": 3.0}]
-    runs = [
-        f"gym99={write_log(tmp_path / 'a', [*logs, {'test_acc1': 88.25, 'test_class_acc1': 80.0}])}",
-        f"ucf_rc={write_log(tmp_path / 'b', [{'test_mae': 0.1666, 'test_obo': 0.5}])}",
-        f"ssv2={write_log(tmp_path / 'c', logs[:1])}",
-    ]
+    lines = [{"epoch": 0, "val_acc1": 1.0}, {"test_acc1": 2.0, "test_class_acc1": 3.0}]
+    logs = {
+        "gym99": [*lines, {"test_acc1": 88.25, "test_class_acc1": 80.0}],
+        "ucf_rc": [{"test_mae": 0.1666, "test_obo": 0.5}],
+        "ssv2": lines[:1],
+    }
+    runs = [f"{cell}={write_log(tmp_path / f'of {cell}', lines)}" for cell, lines in logs.items()]
     severe_table.main([*runs, "--csv", str(tmp_path / "severe.csv")])
     out = capsys.readouterr().out
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line][2:]
@@ -208,19 +203,14 @@ def test_no_text_of_the_picture_covers_another(ours):
     texts = check_texts(severe_table.radar(ours))
     assert ("ours" in texts) == bool(ours) and sum(text.endswith("(the paper's)") for text in texts) == 4
     heads = {text.split("\n")[0]: text.split("\n")[1] for text in texts if "\n" in text}
-    assert len(heads) == 8 and heads["SSv2"] == (
-        "40.0 – 72.1" if "ssv2" in ours and ours["ssv2"] == 40 else "68.6 – 72.1"
-    )
+    assert len(heads) == 8 and heads["SSv2"] == ("40.0 – 72.1" if ours.get("ssv2") == 40 else "68.6 – 72.1")
     assert heads["UCF-RC"].endswith(" – 0.155" if len(ours) == 8 else " – 0.169")  # the best is the lowest
 
 
 def test_a_point_is_where_its_figure_belongs():
+    assert sorted(path.stem for path in Path(SCRIPTS).glob("*.sh")) == sorted([*CELLS, "run_all"])
     axes = severe_table.radar({"ssv2": 70.35}).axes[0]
     line = next(line for line in axes.lines if line.get_label() == "ours")
     assert line.get_ydata() == pytest.approx([0.25 + 0.75 / 2])  # half way from 68.6 to 72.1
     smile = next(line for line in axes.lines if line.get_label().startswith("SMILE ("))
     assert smile.get_ydata()[:6] == pytest.approx([1] * 6) and len(smile.get_ydata()) == 9  # closed
-
-
-def test_there_is_a_script_for_each_cell():
-    assert sorted(path.stem for path in Path(SCRIPTS).glob("*.sh")) == sorted([*CELLS, "run_all"])

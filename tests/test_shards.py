@@ -2,17 +2,13 @@
 
 import os
 import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
+import index_shards
 import numpy as np
 import pytest
-from fixtures_data_tools import SIZE, write_video
-from fixtures_video import source_frames, video_list
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
-import index_shards
+from fixtures_data_tools import SIZE
+from fixtures_video import source_frames, video_list, write_mp4
 
 import shards
 from object_overlay import IMAGE_ERRORS, ObjectLibrary, find_objects, read_object
@@ -21,16 +17,9 @@ from video_check import slow_reasons, wrong_frames
 from video_reader import VideoError, read_clip
 
 pytest_plugins = "fixtures_data_tools"
-KINDS = {  # by suffix: codec; those of some formats are told by the file's name alone
-    "mp4": "libx264",
-    "mkv": "libx264",
-    "ts": "mpeg2video",
-    "avi": "mpeg4",
-    "mpg": "mpeg1video",
-    "m2v": "mpeg2video",
-    "flv": "libx264",
-    "webm": "libvpx-vp9",
-}
+# By suffix: codec; those of some formats are told by the file's name alone.
+KINDS = dict.fromkeys(("mp4", "mkv", "flv"), "libx264") | dict.fromkeys(("ts", "m2v"), "mpeg2video")
+KINDS |= {"avi": "mpeg4", "mpg": "mpeg1video", "webm": "libvpx-vp9"}
 
 
 def make_shard(path, files, index=True):
@@ -48,7 +37,7 @@ def kinds(tmp_path_factory):
     """A video of each kind, a folder with all of them, and a shard of them."""
     folder, frames = tmp_path_factory.mktemp("kinds"), source_frames("bikes", 40, 30, SIZE)
     for suffix, codec in KINDS.items():
-        write_video(folder / f"x.{suffix}", codec, frames)
+        write_mp4(folder / f"x.{suffix}", frames, codec)
     names = {f"./some folder/{suffix}.{suffix}": folder / f"x.{suffix}" for suffix in KINDS}
     return folder, make_shard(folder / "videos.tar", names)
 
@@ -83,9 +72,8 @@ def test_an_index_has_the_form_of_wds2idx(tmp_path):
     told = subprocess.run(["tar", "-tRf", "s.tar"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     blocks = [int(line.split()[1].rstrip(":")) for line in told.splitlines() if "block" in line and "NUL" not in line]
     a, cls, b = (512 * (block + 1) for block in blocks)
-    assert (
-        tmp_path / "s.idx"
-    ).read_text() == f"v1.2 2\nmp4 {a} 1500 a.mp4 cls {cls} 1500 a.cls\nc.mp4 {b} 2100 b.c.mp4\n"
+    expected = f"v1.2 2\nmp4 {a} 1500 a.mp4 cls {cls} 1500 a.cls\nc.mp4 {b} 2100 b.c.mp4\n"
+    assert (tmp_path / "s.idx").read_text() == expected
     with shards.open_file(str(tmp_path / "s.tar" / "b.c.mp4")) as file:
         assert file.read() == b"b.c.mp4" * 300 and file.seek(7) == 7 and file.read(7) == b"b.c.mp4"
 
@@ -141,10 +129,7 @@ def wrong_shard(folder, what, clips, broken):
 @pytest.mark.parametrize(
     "what, reason",
     [
-        (
-            "no index",
-            "s.tar has no index beside it (No such file or directory); write it with: python scripts/data/index_",
-        ),
+        ("no index", "s.tar has no index beside it (No such file or directory); write it with: python scripts/data/"),
         ("old index", "s.idx: not an index of version v1.2; write it with"),
         ("another index", "s.idx is not the index of"),
         ("cut off", "s.tar is cut off: "),
@@ -197,9 +182,8 @@ def test_memory_and_open_files_are_bounded(tmp_path, clips):
 @pytest.mark.parametrize("inside", ["", "images/"])
 def test_objects_in_a_tar_file(tmp_path, objects_folder, inside):
     names = find_objects(str(objects_folder))
-    subprocess.run(
-        ["tar", "-cf", tmp_path / "o.tar", "-C", objects_folder, f"--transform=s,^./,./{inside},", "."], check=True
-    )
+    renamed = f"--transform=s,^./,./{inside},"
+    subprocess.run(["tar", "-cf", tmp_path / "o.tar", "-C", objects_folder, renamed, "."], check=True)
     root = str(tmp_path / "o.tar" / inside).rstrip("/")
     with pytest.raises(ValueError, match="objects_path .*o.tar has no index"):
         find_objects(root)

@@ -81,11 +81,8 @@ def test_nothing_imports_a_program():
     assert not any(imported.values())
 
 
-def test_drawing_knows_no_torch():
+def test_drawing_and_masks_know_no_torch():
     assert not imports("visualization").keys() & {"torch", "argparse", *SOURCES}
-
-
-def test_masks_know_no_torch_and_no_files():
     assert not imports("masking_generator").keys() & {"torch", "torchvision", "cv2", "os", "pathlib", "argparse"}
 
 
@@ -161,12 +158,6 @@ def test_modules_log_and_do_not_print(name):
 
 def test_args_are_unpacked_in_programs_and_options_alone():
     """Everything below takes plain typed values, and can be built in a test."""
-    takes = {
-        name
-        for name, tree in TREES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.arg)
-        and isinstance(node.annotation, ast.Attribute)
-        and node.annotation.attr == "Namespace"
-    }
+    typed = lambda node: getattr(getattr(node, "annotation", None), "attr", "") == "Namespace"
+    takes = {name for name, tree in TREES.items() if any(typed(node) for node in ast.walk(tree))}
     assert takes <= {*PROGRAMS, "options", "options_finetune"}

@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import threading
@@ -17,9 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fixtures_video import in_child
+from fixtures_video import fork_server, free_port, in_child
 
 import utils
+from meters import RunLog, StepMeter
+from optim_factory import Stepper, build_optimizer, distribute, parameter_groups
 from utils import EXIT_REQUEUE, Control, RunError, seed_everything
 
 CPU = torch.device("cpu")
@@ -69,66 +70,58 @@ def test_exit_codes(capfd):
 
 # Two processes --------------------------------------------------------------------------------------------------
 
-PAIR = """
-import os, sys
-import torch
-sys.path.insert(0, {root!r})
-import meters
-import utils
-from optim_factory import Stepper, build_optimizer, distribute, parameter_groups
-device = utils.init_distributed("cpu", 1)
-log = meters.RunLog("", "")
-meter = meters.StepMeter(log, device, 0, 1, 2, 2)
-for step in range(2):
-    values = {{"loss": torch.tensor(1.0 + utils.rank() + step), "bad": torch.tensor(float(utils.rank() * step))}}
-    meter.update(step, values, ["x"])
-control = utils.Control()
-control.listen()
-heard = []
-for step in range(4):
-    if step == 1 and utils.rank() == 1:
-        os.kill(os.getpid(), 15)
-    heard.append(control.agree(save=step == 2 and utils.rank() == 0))
-control.close()
-kept = []
-for precision in ("fp32", "fp16"):
-    torch.manual_seed(0)
-    model = torch.nn.Linear(2, 1)
-    optimizer = build_optimizer(parameter_groups(model, 0.05), "adamw", 0.1)
-    stepper = Stepper(distribute(model, device), optimizer, device, precision, 1, lambda step: 0.1, lambda step: 0.05)
-    stepper.schedule(0)
-    loss = stepper.model(torch.ones(4, 2)).sum() + (float("inf") if utils.rank() == 1 else 0)  # finite gradients
-    stepper.backward(loss)
-    stepper.step(loss.detach())
-    kept.append(model.weight.tolist())
-seen = utils.reduce_sum([1, utils.rank()], device), utils.broadcast(utils.rank() + 5), meter.averages(), heard, kept
-open(os.path.join({folder!r}, str(utils.rank())), "w").write(repr(seen))
 
-def fail():
-    utils.barrier()
-    if utils.rank() == 1:
-        with utils.user_errors():
-            raise ValueError("only process 1 saw it")
-    utils.barrier()
+def pair_of(folder, port, rank):
+    """Be one of two processes: note what it sees; then the second one fails."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.dup2(os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
+    device = utils.init_distributed("cpu", 1)
+    meter = StepMeter(RunLog("", ""), device, 0, 1, 2, 2)
+    for step in range(2):
+        meter.update(step, {"loss": torch.tensor(1.0 + rank + step), "bad": torch.tensor(float(rank * step))}, ["x"])
+    control, heard, kept = Control(), [], []
+    control.listen()
+    for step in range(4):
+        if step == 1 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        heard.append(control.agree(save=step == 2 and rank == 0))
+    control.close()
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        optimizer = build_optimizer(parameter_groups(model, 0.05), "adamw", 0.1)
+        constant = lambda step: 0.1
+        stepper = Stepper(distribute(model, device), optimizer, device, precision, 1, constant, constant)
+        stepper.schedule(0)
+        loss = stepper.model(torch.ones(4, 2)).sum() + (float("inf") if rank == 1 else 0)  # finite gradients
+        stepper.backward(loss)
+        stepper.step(loss.detach())
+        kept.append(model.weight.tolist())
+    seen = utils.reduce_sum([1, rank], device), utils.broadcast(rank + 5), meter.averages(), heard, kept
+    (folder / str(rank)).write_text(repr(seen))
 
-utils.run_main(fail)
-"""
+    def fail():
+        utils.barrier()
+        if utils.rank() == 1:
+            with utils.user_errors():
+                raise ValueError("only process 1 saw it")
+        utils.barrier()
+
+    utils.run_main(fail)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Two processes over Gloo: what each saw, and how the program ended, in which the second one failed."""
-    folder, env = tmp_path_factory.mktemp("pair"), {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = folder / "pair.py"
-    script.write_text(PAIR.format(root=os.path.dirname(utils.__file__), folder=str(folder)))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=300,
-    )
-    return [eval((folder / str(rank)).read_text()) for rank in range(2)], result
+    """Two processes over Gloo: what each saw, and how they ended."""
+    folder, port = tmp_path_factory.mktemp("pair"), free_port()
+    processes = [fork_server().Process(target=pair_of, args=(folder, port, rank)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    codes, said = [process.exitcode for process in processes], [(folder / f"{rank}.err").read_text() for rank in (0, 1)]
+    return [eval((folder / str(rank)).read_text()) for rank in range(2)], codes, "".join(said)
 
 
 def test_two_processes_decide_alike(pair):
@@ -141,7 +134,7 @@ def test_two_processes_decide_alike(pair):
 
 
 def test_an_error_of_any_process_is_told(pair):
-    assert pair[1].returncode != 0 and pair[1].stderr.count("error: only process 1 saw it") == 1
+    assert 0 not in pair[1] and pair[2].count("error: only process 1 saw it") == 1
 
 
 # Signals and locks ----------------------------------------------------------------------------------------------
@@ -149,36 +142,25 @@ def test_an_error_of_any_process_is_told(pair):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_noted(number):
-    def told():
+    """It ends at once what has nothing to save; and so does a second interrupt."""
+
+    def told(close=False, again=False):
         control = Control()
         control.listen()
         before = control.agree(False)
+        if close:
+            control.close()
         os.kill(os.getpid(), number)
+        if close or again:
+            time.sleep(0.1)
+            os.kill(os.getpid(), number)
+            time.sleep(1)
         return before, control.agree(False), control.agree(True)
 
     assert in_child(told) == (((False, False), (True, False), (True, True)), None)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_ends_at_once_what_has_nothing_to_save(number):
-    def told():
-        control = Control()
-        control.listen()
-        control.close()
-        os.kill(os.getpid(), number)
-        time.sleep(1)
-
-    assert in_child(told) == (None, f"SystemExit: {EXIT_REQUEUE}")
-
-
-def test_a_second_interrupt_ends_the_program():
-    def twice():
-        Control().listen()
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-
-    assert in_child(twice) == (None, f"died: {-signal.SIGINT}")
+    assert in_child(told, True) == (None, f"SystemExit: {EXIT_REQUEUE}")
+    if number == signal.SIGINT:
+        assert in_child(told, False, True) == (None, f"died: {-signal.SIGINT}")
 
 
 # The console ----------------------------------------------------------------------------------------------------
@@ -233,14 +215,18 @@ def without_time(lines):
 def test_progress_bars_make_way_for_messages_on_a_terminal():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    read = []
-    reader = threading.Thread(target=lambda: read.extend(iter(lambda: os.read(ours, 1000), b"\0")), daemon=True)
+    read = [b""]
+
+    def listen():
+        while not read[-1].endswith(b"\0"):
+            read.append(os.read(ours, 1000))
+
+    reader = threading.Thread(target=listen, daemon=True)
     reader.start()
     assert in_child(talk, theirs)[1] == "SystemExit: 1"
-    os.write(theirs, b"\0")  # all before it has been read
-    deadline = time.monotonic() + 30
-    while not (text := b"".join(read).decode()).endswith("\0") and time.monotonic() < deadline:
-        time.sleep(0.01)
+    os.write(theirs, b"\0")  # nothing comes after it
+    reader.join()
+    text = b"".join(read).decode()
     assert "validation: 0 items" in text and "test: 0 items" in text  # the bars were there
     assert without_time(screen_of(text.rstrip("\0"))) == TALK
 

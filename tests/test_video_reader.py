@@ -130,20 +130,16 @@ def test_decord_is_imported_only_for_its_reader(clips):
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "False\n"
 
 
-def test_errors_of_our_own_are_no_unreadable_videos(clips):
-    for error in (IndexError("ours"), RuntimeError("ours"), ValueError("ours")):
+@pytest.mark.parametrize("kind", [IndexError, RuntimeError, ValueError])
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_errors_of_our_own_are_no_unreadable_videos(clips, tmp_path, kind, reader):
+    def choose(total):
+        raise kind("ours")
 
-        def choose(total, error=error):
-            raise error
-
-        for reader in ("pyav", "decord"):
-            with pytest.raises(type(error), match="ours"):
-                read_clip(str(clips["bikes.mp4"]), choose, reader)
-
-
-def test_a_folder_of_frames_is_told_from_a_missing_file(tmp_path):
+    with pytest.raises(kind, match="ours"):
+        read_clip(str(clips["bikes.mp4"]), choose, reader)
     with pytest.raises(VideoError, match="is a folder; of a folder of frames, make a video first: ffmpeg"):
-        read_frames(str(tmp_path), np.arange)
+        read_clip(str(tmp_path), np.arange, reader)
 
 
 # Seconds --------------------------------------------------------------------------------------------------------
@@ -192,9 +188,10 @@ def test_a_video_shorter_than_a_window_has_one(tmp_path):
     assert (clips[0, 3:] == clips[0, 3]).all() and span.end == pytest.approx(5 / 25)
 
 
-@pytest.mark.parametrize(
-    "reader", [ViewReader("dense", 40, 1, 32, 4, 1), WindowReader("dense", 0, 1, 32, 4, 1, every=2)]
-)
+MANY = [ViewReader("dense", 40, 1, 32, 4, 1), WindowReader("dense", 0, 1, 32, 4, 1, every=2)]
+
+
+@pytest.mark.parametrize("reader", MANY)
 def test_few_frames_are_in_memory_however_many_windows_there_are(reader, tmp_path, monkeypatch):
     """Frames are counted that have been cropped and not yet been given up."""
     path = write(tmp_path / "v.mp4", Kind("", "mp4", "libx264"))

@@ -6,7 +6,6 @@ package, and images of objects.
 """
 
 import importlib.util
-import io
 import json
 import queue
 import random
@@ -15,13 +14,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from fixtures_video import ROOT, write_mp4, write_sound
 
-ROOT = Path(__file__).resolve().parents[2]
 VIDEOS = ("bikes", "bigbuckbunny", "carphone_distorted", "carphone_pristine")
 
 
@@ -80,114 +78,50 @@ def damaged(cuts, flips, seed=0):
 # Good but odd ---------------------------------------------------------------------------------------------------
 
 
-def encode(
-    frames,
-    container="mp4",
-    codec="libx264",
-    pix_fmt="yuv420p",
-    every=None,
-    gop=12,
-    sound=False,
-    options=None,
-    muxer=None,
-):
-    """Encode uint8 [T, H, W, 3] with PyAV and return the file's bytes.
-
-    Args:
-        every: time stamps in 25ths of a second, for a variable frame rate; None is 0, 1, 2, …
-        sound: add a sound track.
-        options, muxer: options of the encoder and of the container.
-    """
-    with tempfile.NamedTemporaryFile() as file, av.open(file.name, "w", format=container, options=muxer or {}) as out:
-        stream = out.add_stream(codec, rate=25, options=options or {})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.gop_size = pix_fmt, gop
-        audio = out.add_stream("aac", rate=16000) if sound else None
-        for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
-            frame.pts, frame.time_base = every[number] if every else number, Fraction(1, 25)
-            out.mux(stream.encode(frame))
-        if audio:
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-            silence.sample_rate = 16000
-            out.mux(audio.encode(silence))
-            out.mux(audio.encode())
-        out.mux(stream.encode())
-        out.close()
+def encode(frames, container="mp4", *form, **how):
+    """Encode uint8 [T, H, W, 3] and return the file's bytes; codec, pixel format and others as of write_mp4."""
+    with tempfile.NamedTemporaryFile() as file:
+        write_mp4(file.name, frames, *form, container=container, **how)
         return Path(file.name).read_bytes()
 
 
-def encode_sound(container, codec="aac"):
-    """A file of sound alone."""
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return file.getvalue()
+def encode_sound(*form):
+    """A file of sound alone, by container and codec."""
+    with tempfile.NamedTemporaryFile() as file:
+        write_sound(file.name, *form)
+        return Path(file.name).read_bytes()
 
 
 def resized(frames, width, height):
     """The frames at another size."""
-    return np.stack(
-        [av.VideoFrame.from_ndarray(frame, "rgb24").reformat(width, height).to_ndarray() for frame in frames]
-    )
+    pictures = (av.VideoFrame.from_ndarray(frame, "rgb24") for frame in frames)
+    return np.stack([picture.reformat(width, height).to_ndarray() for picture in pictures])
 
 
 SIZES = {"tiny": (16, 16), "two": (2, 2), "portrait": (54, 96), "wide": (320, 16), "tall": (16, 320)}
 ODD_SIZES = {"odd": (33, 51), "one-high": (64, 1), "one": (1, 1)}  # need a format without shared colour samples
-FORMATS = {  # name: (container, codec, pixel format)
-    "plain.mp4": ("mp4", "libx264", "yuv420p"),
-    "422.mp4": ("mp4", "libx264", "yuv422p"),
-    "444.mp4": ("mp4", "libx264", "yuv444p"),
-    "full-range.mp4": ("mp4", "libx264", "yuvj420p"),
-    "10bit.mp4": ("mp4", "libx264", "yuv420p10le"),
-    "422-10bit.mp4": ("mp4", "libx264", "yuv422p10le"),
-    "444-10bit.mp4": ("mp4", "libx264", "yuv444p10le"),
-    "grey.mp4": ("mp4", "libx264", "gray"),
-    "rgb.mp4": ("mp4", "libx264rgb", "rgb24"),
-    "hevc.mp4": ("mp4", "libx265", "yuv420p"),
-    "hevc-10bit.mp4": ("mp4", "libx265", "yuv420p10le"),
-    "hevc-444-12bit.mp4": ("mp4", "libx265", "yuv444p12le"),
-    "av1.mp4": ("mp4", "libsvtav1", "yuv420p"),
-    "mpeg4.mp4": ("mp4", "mpeg4", "yuv420p"),
-    "vp9.mp4": ("mp4", "libvpx-vp9", "yuv420p"),
-    "mjpeg.mp4": ("mp4", "mjpeg", "yuvj420p"),
-    "plain.mkv": ("matroska", "libx264", "yuv420p"),
-    "ffv1.mkv": ("matroska", "ffv1", "yuv444p"),
-    "ffv1-alpha.mkv": ("matroska", "ffv1", "yuva420p"),
-    "ffv1-16bit.mkv": ("matroska", "ffv1", "yuv444p16le"),
-    "png.avi": ("avi", "png", "rgb24"),
-    "vp8.webm": ("webm", "libvpx", "yuv420p"),
-    "vp9-422.webm": ("webm", "libvpx-vp9", "yuv422p"),
-    "vp9.webm": ("webm", "libvpx-vp9", "yuv420p"),
-    "vp9-444.webm": ("webm", "libvpx-vp9", "yuv444p"),
-    "av1.webm": ("webm", "libsvtav1", "yuv420p"),
-    "mpeg4.avi": ("avi", "mpeg4", "yuv420p"),
-    "plain.avi": ("avi", "libx264", "yuv420p"),
-    "mjpeg.avi": ("avi", "mjpeg", "yuvj422p"),
-    "huffyuv.avi": ("avi", "huffyuv", "rgb24"),
-    "raw.avi": ("avi", "rawvideo", "bgr24"),
-    "msmpeg4.avi": ("avi", "msmpeg4", "yuv420p"),
-    "plain.mov": ("mov", "libx264", "yuv420p"),
-    "prores.mov": ("mov", "prores", "yuv422p10le"),
-    "mpeg2.mpg": ("mpeg", "mpeg2video", "yuv420p"),
-    "plain.ts": ("mpegts", "libx264", "yuv420p"),
-    "mpeg2.ts": ("mpegts", "mpeg2video", "yuv420p"),
-    "plain.flv": ("flv", "libx264", "yuv420p"),
-    "sorenson.flv": ("flv", "flv", "yuv420p"),
-    "wmv2.asf": ("asf", "wmv2", "yuv420p"),
-    "plain.h264": ("h264", "libx264", "yuv420p"),
-    "pal.gif": ("gif", "gif", "rgb8"),
-}
+FORMATS = """
+    plain.mp4 mp4 libx264 yuv420p, 422.mp4 mp4 libx264 yuv422p, 444.mp4 mp4 libx264 yuv444p,
+    full-range.mp4 mp4 libx264 yuvj420p, 10bit.mp4 mp4 libx264 yuv420p10le, 422-10bit.mp4 mp4 libx264 yuv422p10le,
+    444-10bit.mp4 mp4 libx264 yuv444p10le, grey.mp4 mp4 libx264 gray, rgb.mp4 mp4 libx264rgb rgb24,
+    hevc.mp4 mp4 libx265 yuv420p, hevc-10bit.mp4 mp4 libx265 yuv420p10le, hevc-444-12bit.mp4 mp4 libx265 yuv444p12le,
+    av1.mp4 mp4 libsvtav1 yuv420p, mpeg4.mp4 mp4 mpeg4 yuv420p, vp9.mp4 mp4 libvpx-vp9 yuv420p,
+    mjpeg.mp4 mp4 mjpeg yuvj420p, plain.mkv matroska libx264 yuv420p, ffv1.mkv matroska ffv1 yuv444p,
+    ffv1-alpha.mkv matroska ffv1 yuva420p, ffv1-16bit.mkv matroska ffv1 yuv444p16le, png.avi avi png rgb24,
+    vp8.webm webm libvpx yuv420p, vp9-422.webm webm libvpx-vp9 yuv422p, vp9.webm webm libvpx-vp9 yuv420p,
+    vp9-444.webm webm libvpx-vp9 yuv444p, av1.webm webm libsvtav1 yuv420p, mpeg4.avi avi mpeg4 yuv420p,
+    plain.avi avi libx264 yuv420p, mjpeg.avi avi mjpeg yuvj422p, huffyuv.avi avi huffyuv rgb24,
+    raw.avi avi rawvideo bgr24, msmpeg4.avi avi msmpeg4 yuv420p, plain.mov mov libx264 yuv420p,
+    prores.mov mov prores yuv422p10le, mpeg2.mpg mpeg mpeg2video yuv420p, plain.ts mpegts libx264 yuv420p,
+    mpeg2.ts mpegts mpeg2video yuv420p, plain.flv flv libx264 yuv420p, sorenson.flv flv flv yuv420p,
+    wmv2.asf asf wmv2 yuv420p, plain.h264 h264 libx264 yuv420p, pal.gif gif gif rgb8"""  # name container codec format
+FORMATS = {words[0]: words[1:] for words in map(str.split, FORMATS.split(","))}
 
 
 def odd(frames):
     """(name, bytes) of encodings of `frames`, uint8 [T, H, W, 3] at an even size: each a good video in some way odd."""
-    for name, (container, codec, pix_fmt) in FORMATS.items():
-        yield name, encode(frames, container, codec, pix_fmt)
+    for name, form in FORMATS.items():
+        yield name, encode(frames, *form)
     for name, size in SIZES.items():
         yield f"{name}.mp4", encode(resized(frames, *size))
     for name, size in ODD_SIZES.items():
@@ -196,14 +130,14 @@ def odd(frames):
     yield "odd-rgb.mp4", encode(resized(frames, 35, 17), codec="libx264rgb", pix_fmt="rgb24")
     steps = [0, 1, 2, 10, 11, 40, 41, 42, 43, 44, 200, 201]
     for container in ("mp4", "matroska"):
-        yield f"variable-rate.{container[:3]}", encode(frames[:12], container, every=steps)
-    yield "starts-late.mp4", encode(frames[:12], every=[1000 + step for step in range(12)])
+        yield f"variable-rate.{container[:3]}", encode(frames[:12], container, stamps=steps)
+    yield "starts-late.mp4", encode(frames[:12], stamps=[1000 + step for step in range(12)])
     yield "one-frame.mp4", encode(frames[:1])
     yield "two-frames.mp4", encode(frames[:2])
     yield "one-frame.webm", encode(frames[:1], "webm", "libvpx-vp9")
-    yield "long-gop.mp4", encode(frames, gop=1000, options={"bf": "8", "b_strategy": "0"})
-    yield "intra-only.mp4", encode(frames, gop=1)
-    yield "open-gop.mp4", encode(frames, gop=4, options={"x264-params": "open-gop=1:bframes=3"})
+    yield "long-gop.mp4", encode(frames, key_frames=1000, options={"bf": "8", "b_strategy": "0"})
+    yield "intra-only.mp4", encode(frames, key_frames=1)
+    yield "open-gop.mp4", encode(frames, key_frames=4, options={"x264-params": "open-key_frames=1:bframes=3"})
     yield "interlaced.mp4", encode(frames, options={"x264-params": "interlaced=1"})
     yield "lossless.mp4", encode(frames, options={"qp": "0"})
     yield "fragments.mp4", encode(frames, muxer={"movflags": "frag_keyframe+empty_moov"})
@@ -252,13 +186,9 @@ def no_videos():
     yield "list.mp4", b"#EXTM3U\n#EXT-X-VERSION:3\n#EXTINF:10,\nnowhere.ts\n#EXT-X-ENDLIST\n"
     yield "subtitles.mp4", b"1\n00:00:00,000 --> 00:00:02,000\nHello\n\n" * 20
     yield "zip.mp4", b"PK\x05\x06" + bytes(18)
-    for name, container, codec in (
-        ("sound.mp4", "mp4", "aac"),
-        ("sound.mkv", "matroska", "aac"),
-        ("sound.wav", "wav", "pcm_s16le"),
-        ("sound.mp2", "mp2", "mp2"),
-    ):
-        yield name, encode_sound(container, codec)
+    for name, form in {"sound.mp4": "mp4 aac", "sound.mkv": "matroska aac", "sound.wav": "wav pcm_s16le"}.items():
+        yield name, encode_sound(*form.split())
+    yield "sound.mp2", encode_sound("mp2", "mp2")
     frame = np.full((1, 32, 32, 3), 90, np.uint8)
     yield "picture.mp4", encode(frame, "image2pipe", "png", "rgb24")
     yield "photo.mp4", encode(frame, "image2pipe", "mjpeg", "yuvj420p")
@@ -323,13 +253,8 @@ class Reader:
         """(outcome, shape or reason, seconds); the outcome is read, refused, hang, crash, or something worse."""
         if self.process is None:
             code = WORKER.format(root=str(ROOT), kind=self.kind)
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            self.process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
             self.answers = queue.Queue()
             threading.Thread(target=self._listen, args=(self.process, self.answers), daemon=True).start()
         self.process.stdin.write(json.dumps(str(path)) + "\n")

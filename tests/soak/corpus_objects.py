@@ -49,44 +49,28 @@ def saved(pixels, mode, kind, **options):
 
 def good_objects():
     """(name, bytes) of images that are to be read."""
-    palette = bytes(range(48))
+    palette, palette_lines = bytes(range(48)), (bytes([0]) + bytes(x % 16 for x in range(24))) * 20
     for colour, depths in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}.items():
         for bits in depths:
             extra = {"palette": palette[: 3 * 2 ** min(bits, 4)]} if colour == 3 else {}
-            lines = b"".join(bytes([0]) + bytes([17]) * 24 for _ in range(20)) if (colour, bits) == (3, 8) else None
-            lines = (
-                None if lines is None else b"".join(bytes([0]) + bytes(x % 16 for x in range(24)) for _ in range(20))
-            )
-            yield f"type{colour}-{bits}bit.png", png(bits=bits, colour=colour, lines=lines, **extra)
+            extra |= {"lines": palette_lines} if (colour, bits) == (3, 8) else {}
+            yield f"type{colour}-{bits}bit.png", png(bits=bits, colour=colour, **extra)
             if colour in (0, 2):
                 hole = struct.pack(">H", 1) if colour == 0 else struct.pack(">HHH", 1, 8, 15)
                 yield f"type{colour}-{bits}bit-hole.png", png(bits=bits, colour=colour, transparent=hole)
-    lines = b"".join(bytes([0]) + bytes(x % 16 for x in range(24)) for _ in range(20))
-    yield "palette-alpha.png", png(colour=3, palette=palette, transparent=bytes(range(0, 160, 10)), lines=lines)
+    alpha = bytes(range(0, 160, 10))
+    yield "palette-alpha.png", png(colour=3, palette=palette, transparent=alpha, lines=palette_lines)
     for filter_type in range(5):
         yield f"filter{filter_type}.png", png(lines=(bytes([filter_type]) + bytes(range(1, 97))) * 20)
     for size in ((1, 1), (1, 300), (300, 1), (2, 2), (2000, 3), (1500, 1500)):
         yield f"{size[0]}x{size[1]}.png", png(*size)
     yield "one-pixel-left.png", png(lines=(bytes(97) * 19 + bytes([0] * 96 + [255])))
     pixels = np.random.default_rng(0).integers(1, 255, (40, 30, 4), np.uint8)
-    for mode, kind in (
-        ("RGBA", "WEBP"),
-        ("RGB", "WEBP"),
-        ("RGB", "JPEG"),
-        ("CMYK", "JPEG"),
-        ("L", "JPEG"),
-        ("P", "GIF"),
-        ("RGB", "BMP"),
-        ("RGBA", "TIFF"),
-        ("RGBA", "ICO"),
-        ("1", "PNG"),
-        ("LA", "PNG"),
-    ):
-        yield f"{mode}-{kind}.png", saved(pixels, mode, kind)
-    yield (
-        "animated.png",
-        saved(pixels, "RGBA", "PNG", save_all=True, append_images=[Image.fromarray(pixels[::-1].copy(), "RGBA")]),
-    )
+    forms = "RGBA-WEBP RGB-WEBP RGB-JPEG CMYK-JPEG L-JPEG P-GIF RGB-BMP RGBA-TIFF RGBA-ICO 1-PNG LA-PNG"
+    for form in forms.split():
+        yield f"{form}.png", saved(pixels, *form.split("-"))
+    second = Image.fromarray(pixels[::-1].copy(), "RGBA")
+    yield "animated.png", saved(pixels, "RGBA", "PNG", save_all=True, append_images=[second])
     yield "long-text.png", png(before=chunk(b"tEXt", b"Comment\0" + b"x" * 100_000))
 
 
@@ -98,11 +82,9 @@ def bad_objects(cuts, flips, seed=0):
         yield f"cut{number}.png", cut(whole, rng.random() if number > 10 else number * 7)
     for number in range(flips):
         yield f"flip{number}.png", flip(whole, rng, rng.choice((1, 3, 20)), (0, 0.02) if number % 4 == 0 else (0, 1))
-    for name, content in (
-        ("half.jpg", saved(np.full((64, 48, 4), 90, np.uint8), "RGB", "JPEG")),
-        ("half.webp", saved(np.full((64, 48, 4), 90, np.uint8), "RGBA", "WEBP")),
-    ):
-        yield name, cut(content, 0.5)
+    grey = np.full((64, 48, 4), 90, np.uint8)
+    yield "half.jpg", cut(saved(grey, "RGB", "JPEG"), 0.5)
+    yield "half.webp", cut(saved(grey, "RGBA", "WEBP"), 0.5)
     yield "clear.png", png(lines=bytes(97 * 20))
     yield "clear-palette.png", png(colour=3, palette=bytes(6), transparent=bytes(2), lines=bytes(25 * 20))
     yield "clear-1x1.png", png(1, 1, lines=bytes(5))

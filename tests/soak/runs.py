@@ -1,4 +1,6 @@
-"""Real runs of run_smile_pretraining.py on a small model, alone or under torchrun, to be killed and resumed."""
+"""Real runs of run_smile_pretraining.py on a small model, to be killed and resumed; several processes are started by
+the launcher that SMILE and VideoMAE start with, which is torchrun under an older name.
+"""
 
 import os
 import re
@@ -11,9 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from fixtures_video import free_port, source_frames, write_list, write_mp4
+from fixtures_video import ROOT, free_port, source_frames, write_list, write_mp4
 
-ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"epoch (\d+) \[(\d+)/\d+\]  loss (\S+)")
 RESUME = re.compile(r"resuming from \S+ at epoch (\d+), step (\d+)")
 OPTIONS = """--model pretrain_videomae_tiny_patch16_224 --target_type pixel --decoder_depth 1 --input_size 32
@@ -45,19 +46,13 @@ class Run:
         program = str(ROOT / "run_smile_pretraining.py")
         launch = [sys.executable, "-u", program]
         if processes > 1:
-            launch[2:2] = f"""-m torch.distributed.run --nnodes 1 --node_rank 0 --master_addr 127.0.0.1
+            launch[2:2] = f"""-m torch.distributed.launch --use_env --nnodes 1 --node_rank 0 --master_addr 127.0.0.1
                 --master_port {free_port()} --nproc_per_node {processes} --max-restarts {restarts}""".split()
         if before:
             launch[2:] = ["-c", f"{before}\nimport runpy\nrunpy.run_path({program!r}, run_name='__main__')"]
         command = [*launch, "--data_path", str(list_file), "--output_dir", str(output_dir), *OPTIONS, *options]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        pipes, env = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, text=True, cwd=ROOT, env=env, **pipes)
         self.started, self.first_step, self.lines = time.monotonic(), 0.0, []
         self.news = threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -108,7 +103,7 @@ class Run:
 
     def ranks(self):
         """Process ids of the training processes, without their loader workers."""
-        if "torch.distributed.run" not in self.process.args:
+        if "torch.distributed.launch" not in self.process.args:
             return [self.process.pid]
         return children(self.process.pid)
 
