@@ -191,7 +191,7 @@ def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int
 def clip_indices(
     rng: np.random.Generator | None, total: int, num_frames: int, stride: int, sampling: str
 ) -> np.ndarray:
-    """Frames of a training clip, or without `rng` of a validation clip: int ``[T]`` in [0, total), in order or repeated.
+    """Frames of a training clip, or without `rng` of a validation clip: sorted int ``[T]`` in [0, total).
 
     Raises:
         ValueError: `sampling` is none of SAMPLINGS.
