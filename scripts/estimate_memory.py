@@ -45,11 +45,9 @@ def saved_bytes(tokens: int, width: int, half: bool, use_checkpoint: bool = Fals
     """Bytes that a block saves for the backward pass; with activation checkpointing only its input.
 
     For each channel: input and output of two norms, query, key and value, the output of attention, and the hidden layer
-    (four times as wide) before and after GELU. Under autocast the inputs of norms are fp32 and all others 16 bits.
+    (four times as wide) before and after GELU.
     """
-    if use_checkpoint:
-        return tokens * width * (2 if half else 4)
-    return tokens * width * (2 * (4 + 2) + 2 * (3 + 1 + 4 + 4) if half else 4 * (2 + 2 + 3 + 1 + 4 + 4))
+    return tokens * width * (2 if half else 4) * (1 if use_checkpoint else 2 + 2 + 3 + 1 + 4 + 4)
 
 
 def backward_bytes(tokens: int, width: int, half: bool, use_checkpoint: bool) -> int:
@@ -64,10 +62,8 @@ def pretraining_bytes(size: Size, half: bool, use_checkpoint: bool, clip: Clip, 
     width, visible = size.decoder_embed_dim, tokens - hidden
     kept = size.depth * saved_bytes(visible, size.embed_dim, half, use_checkpoint)
     kept += DECODER_DEPTH * saved_bytes(tokens, width, half, use_checkpoint)
-    if use_checkpoint:  # the decoder's residual stream is fp32 like its mask token
-        kept += (4 - value) * DECODER_DEPTH * tokens * width
     kept += value * visible * 3 * TUBELET_SIZE * PATCH_SIZE**2  # pixels of the embedding
-    kept += (4 + value) * (visible * size.embed_dim + hidden * width)  # final norms
+    kept += 2 * value * (visible * size.embed_dim + hidden * width)  # final norms
     kept += (clip_bytes(clip) + 4 * tokens * TARGET) // 2
     kept += value * hidden * TARGET  # predictions
     # The peak is in the loss (fp32 copy, gradients and targets of hidden tokens) or in a block's backward pass.
