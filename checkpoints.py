@@ -33,7 +33,7 @@ def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Saves a run from the first process; a full disk does not end the run at once.
+    """Writes checkpoints in the first process only; MAX_FAILED_SAVES failures in a row end the run.
 
     Args:
         folder: OUTPUT_DIR; empty: nothing is saved.

@@ -116,7 +116,7 @@ def read_segment(annotation: Annotation, first: int, last: int, side: int, reade
 
 
 def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -> np.ndarray:
-    """Draw a run of at least MIN_CYCLES cycles, of at most `max_frames` or the shortest, and return its boundaries.
+    """Draw a run of at least MIN_CYCLES cycles and at most `max_frames` frames (or the shortest run) as its boundaries.
 
     Draws the number of cycles first, then the start. Were all runs equally likely, most would be short, and training
     would rarely see segments of many cycles.

@@ -33,7 +33,7 @@ class DataSet:
         num_classes: None if the user gives it.
         flip: mirror half of the training clips; not where left and right are labels.
         test_segments, test_crops: views of the test, in time and in space.
-        multi_label: a video shows several classes, each for some seconds; the lists of custom data sets may, too.
+        multi_label: a video shows several classes, each for some seconds. Lists of `custom` may, without it.
         combine: mean | max: how the test combines the scores of the views.
         ending: suffix of list names in place of ``.csv``, in a folder that has such lists.
         train_videos: length of the list that SEVERE draws a subset from; 0: SEVERE draws none.

@@ -80,7 +80,7 @@ def balanced_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:
 
 
 class WeightedCrossEntropy(nn.CrossEntropyLoss):
-    """Mean over clips of the weighted loss, which torch would divide by the sum of the weights of the batch instead.
+    """Weighted loss of each clip, averaged over the number of clips; torch would divide by the sum of their weights.
 
     Args:
         weight: of the classes, ``[C]``.

@@ -36,7 +36,7 @@ def stream_samples(stream: VideoStream, num_workers: int, timeout: float) -> Ite
     """The samples of a stream; `timeout` is the time in seconds to wait for one.
 
     Raises:
-        RunError: a worker hung, died, or raised; it names the videos that the worker may have had.
+        RunError: a worker hung, died, or raised; it names the videos that the worker may have been reading.
     """
     timeout = timeout if num_workers else 0
     loader = DataLoader(stream, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker, timeout=timeout)

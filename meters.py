@@ -245,11 +245,11 @@ def last_line(error: Exception) -> str:
 
 
 def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoList, hung: int = 1) -> RunError:
-    """The error to raise if a loader worker hung or died; it names the videos that the worker may have had.
+    """The error to raise if a loader worker hung or died; it names the videos that the worker may have been reading.
 
     Args:
         issued: videos of each batch that is being loaded, the one that is waited for first.
-        hung: how many of these batches a worker that hangs may have.
+        hung: how many of the first batches may hold the video on which a worker hangs.
     """
     hangs = "timed out" in str(error)
     loading = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for

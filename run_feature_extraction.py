@@ -6,7 +6,7 @@ of the list, one row each; ``index.csv`` has file, row and seconds of every vide
 
 --stride N or --stride_seconds S is for temporal localisation: a window every N frames or S seconds of the whole video,
 ``[n_windows, D]`` in a file for each video, ``<name>.npy``. ``index.csv`` then has a line for each window, and
-``windows.json`` frames a window, stride, rate and length of each video.
+``windows.json`` has the frames and stride of a window, and the rate and length of each video.
 
 The same command, started again, computes the missing files.
 """

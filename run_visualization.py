@@ -202,7 +202,7 @@ def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> t
     checkpoint = read_checkpoint(path) if path else {}
     run = run_arguments(args, checkpoint)
     weights = model_weights(checkpoint, path) if path else {}
-    if not run.data_path and run.background not in ("black", "noise"):
+    if not run.data_path and run.background not in pretraining.GENERATED:
         raise RunError("give --data_path, a list of videos")
     if run.data_path and not os.path.exists(run.data_path):
         source = "" if "data_path" in args.given else f" (from {path})"

@@ -102,7 +102,7 @@ class Step:
         self.values: dict[str, torch.Tensor] = {}
 
     def micro_batches(self) -> Iterator[Batch]:
-        """Its batches, to be processed with seeded generators and in autocast; only the last one averages gradients."""
+        """Its batches, with seeded generators and in autocast. Processes average gradients in the last one only."""
         for micro_batch in range(self.stepper.update_freq):
             batch = next(self.batches)
             run, epoch = self.epoch.run, self.epoch.index

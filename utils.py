@@ -52,7 +52,7 @@ def user_errors(prefix: str = "") -> Iterator[None]:
 def run_main(function: Any, *args: Any) -> None:
     """Call a program's main function and exit with its code.
 
-    The code is 1, after one line, on RunError or if another process was lost; EXIT_REQUEUE if told to stop.
+    The code is 1, after a one-line message, on RunError or if another process was lost; EXIT_REQUEUE if told to stop.
     """
     leave_on_signal()
     try:

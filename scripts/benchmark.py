@@ -199,7 +199,7 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
         times["mask"], _ = cpu(lambda: data.masks(rng, boxes))
         times["whole"], sample = cpu(lambda: data[(round_number, index)])
         times["collate"], _ = cpu(lambda: collate([sample]))
-        times["crop + overlay + mask + tensor"] = times["crop"] + times["overlay"] + times["mask"] + times["collate"]
+        times["crop + overlay + mask + collate"] = times["crop"] + times["overlay"] + times["mask"] + times["collate"]
         if round_number:  # round 0 is a warm-up
             for name, value in times.items():
                 rows.setdefault((name, index), []).append(value)

@@ -2,14 +2,15 @@
 # SMILE on two CPU cores: both stages of pretraining in a small world, and an evaluation.
 #
 # Makes a Python environment (or uses the active one), cuts clips from real videos, draws objects, pretrains with a small
-# image network as the teacher, and compares fine-tuning from stage 2 with training from scratch, on many labelled clips
-# (motion) and on few (objects). All output goes to QUICKSTART_DIR (default ./quickstart). Run again to resume; remove
-# the folder to start over. SEED=1 gives another run; CLIP_WEIGHTS=openai (or a file) uses CLIP as the teacher, which is slower.
+# image network as the teacher, and compares fine-tuning from stage 2 with training from scratch: how does an object move, and
+# how often does it pass? All output goes to QUICKSTART_DIR (default ./quickstart). Run again to resume; remove the folder
+# to start over. SEED=1 gives another run; CLIP_WEIGHTS=openai (or a file) uses CLIP as the teacher, which is slower.
 set -euo pipefail
 : "${CLIP_WEIGHTS:=}"
 : "${SEED:=0}"
 : "${STAGE1_STEPS:=600}"
 : "${STAGE2_STEPS:=200}"
+: "${COUNT_EPOCHS:=5}"
 : "${WORLD_OPTIONS:=--val_clips 40}" # of scripts/mini/make_world.py
 : "${QUICKSTART_DIR:=quickstart}"
 : "${OMP_NUM_THREADS:=1}" # threads per run; the matrices are too small for more
@@ -35,7 +36,7 @@ fi
 
 echo "the world: cutting clips and drawing objects"
 # shellcheck disable=SC2086 # several options
-python scripts/mini/make_world.py "$WORLD" --side "$SIDE" --tasks motion object --seed "$SEED" $WORLD_OPTIONS
+python scripts/mini/make_world.py "$WORLD" --side "$SIDE" --tasks motion count --seed "$SEED" $WORLD_OPTIONS
 
 echo "stage 1: moving objects, and a mask that follows them"
 pretrain "$DIR/stage1" "$SEED" "$STAGE1_STEPS" "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}"
@@ -55,8 +56,8 @@ compare() {
 echo "fine-tuning on motion: stage 2's encoder, and beside it the same model from scratch (its output: $DIR/scratch.txt)"
 compare finetuned scratch motion
 
-echo "fine-tuning on objects with 10 labels a class, in the same way ($DIR/few-scratch.txt)"
-compare few few-scratch object
+echo "fine-tuning on counting, in the same way ($DIR/count-scratch.txt)"
+FINETUNE_EPOCHS=$COUNT_EPOCHS compare count count-scratch count
 
 echo "picture"
 python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
@@ -68,7 +69,7 @@ Done in $SECONDS s, $installed of them for the environment. Written:
   $DIR/results.md   the table above
   $stage1, $stage2   weights
   $DIR/stage1/log.txt, $DIR/stage2/log.txt   one JSON line an epoch
-  $DIR/finetuned, $DIR/scratch, $DIR/few, $DIR/few-scratch   test scores and accuracy by class
+  $DIR/finetuned, $DIR/scratch, $DIR/count, $DIR/count-scratch   test scores and accuracy by class
   $DIR/pictures   clips, moving objects, masks, features and errors, also as movies
   $WORLD   clips, objects and lists
 DONE

@@ -161,7 +161,7 @@ def test_the_quickstart_names_a_run_that_is_not_done(tmp_path):
 
 
 def test_the_quickstart_gives_standard_errors(tmp_path, capsys):
-    for name in ("finetuned", "scratch", "few", "few-scratch"):
+    for name in ("finetuned", "scratch", "count", "count-scratch"):
         write_log(tmp_path / name, {"test_acc1": 20.0, "test_videos": 400})
     for stage in ("stage1", "stage2"):
         write_log(tmp_path / stage, {"train_loss": 0.876})

@@ -62,8 +62,8 @@ def quickstart_table(folder: Path) -> str:
     for name, label, chance in (
         ("finetuned", "motion: fine-tuned from stage 2", CHANCE["motion"]),
         ("scratch", "motion: the same from scratch", CHANCE["motion"]),
-        ("few", "object, 10 labels a class: fine-tuned from stage 2", CHANCE["object"]),
-        ("few-scratch", "object, 10 labels a class: the same from scratch", CHANCE["object"]),
+        ("count", "count: fine-tuned from stage 2", CHANCE["count"]),
+        ("count-scratch", "count: the same from scratch", CHANCE["count"]),
     ):
         score = test_score(folder / name)
         if score is None:

@@ -2,7 +2,7 @@
 # SEVERE, another task: fine-tune ViT-B to name all actions of a video of Charades, and test it.
 #
 # 16 frames, 16 apart, span the 10 s of the benchmark's 32 frames, 8 apart. The rest of the recipe is ours: that of
-# Kinetics without mixup, CutMix and label smoothing, which need a single label.
+# Kinetics with dropout 0.5 before the head, and without mixup, CutMix and label smoothing, which need a single label.
 # Validates during training, then tests the best checkpoint on 10 x 3 views, and prints the cell's row.
 # SEVERE.md says what is the benchmark's and what is ours.
 set -euo pipefail
