@@ -31,10 +31,7 @@ LOG, PREDICTIONS, PER_CLASS = "log.txt", "test_predictions.npz", "test_per_class
 # Panels in this order: title → (key of log.txt, line style, name in the legend or "" if there is only one line)
 PANELS = {
     "loss": (("train_loss", "-", ""),),
-    "loss of hidden tokens": (
-        ("train_loss_objects", "-", "under objects"),
-        ("train_loss_background", "--", "others"),
-    ),
+    "loss of hidden tokens": (("train_loss_objects", "-", "under objects"), ("train_loss_background", "--", "others")),
     "top-1 accuracy, %": (("val_acc1", "-", "validation"), ("test_acc1", "o", "test")),
     "top-5 accuracy, %": (("val_acc5", "-", "validation"), ("test_acc5", "o", "test")),
     "mean average precision, %": (("val_map", "-", "validation"), ("test_map", "o", "test")),
