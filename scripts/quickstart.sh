@@ -10,7 +10,8 @@ set -euo pipefail
 : "${SEED:=0}"
 : "${STAGE1_STEPS:=600}"
 : "${STAGE2_STEPS:=200}"
-: "${COUNT_EPOCHS:=5}"
+: "${FINETUNE_EPOCHS:=5}" # on motion
+: "${COUNT_EPOCHS:=4}"
 : "${WORLD_OPTIONS:=--val_clips 40}" # of scripts/mini/make_world.py
 : "${QUICKSTART_DIR:=quickstart}"
 : "${OMP_NUM_THREADS:=1}" # threads per run; the matrices are too small for more
