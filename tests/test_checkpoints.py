@@ -1,7 +1,6 @@
 """Saving and loading: whole files at every moment, nothing in a file is run, the furthest readable one is found."""
 
 import argparse
-import multiprocessing
 import resource
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fixtures_video import in_child
+from fixtures_video import fork_server, in_child
 from test_weights import flip_a_bit, tiny
 
 import checkpoints
@@ -68,7 +67,6 @@ def test_a_failed_save_is_reported(tmp_path, caplog):
 
 
 def save_for_ever(path):
-    torch.set_num_threads(1)  # a forked process has lost the other threads
     for number in range(10**6):
         write_atomically({"value": torch.full((500_000,), float(number))}, path)
 
@@ -77,7 +75,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "checkpoint-3.pth"
     for pause in np.linspace(0, 0.05, 8):
         before = path.stat().st_ino if path.exists() else None
-        process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path,))
+        process = fork_server().Process(target=save_for_ever, args=(path,))
         process.start()
         end = time.monotonic() + 200
         while not path.exists() or path.stat().st_ino == before:
