@@ -29,6 +29,7 @@ FORK = multiprocessing.get_context("fork")
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 PATIENCE = timedelta(days=7)  # for processes whose part takes longer
 tqdm.monitor_interval = 0  # its thread would be running while processes are forked
+tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and stays locked if one of them is killed
 
 
 # Processes of a node --------------------------------------------------------------------------------------------
