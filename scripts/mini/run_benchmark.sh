@@ -12,14 +12,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 ALL_ROWS=(scratch pixel-tube pixel-two-stages teacher-tube two-stages two-stages-tube stage1 pixel-overlay-tube
   teacher-overlay-tube black teacher)
 rows=("${@:-${ALL_ROWS[@]}}")
-read -r gpu cores < <(python -c 'import os, torch; print(int(torch.cuda.is_available()), len(os.sched_getaffinity(0)))')
+[[ ${2:-} == -* ]] && rows=("$1") # a row of your own
+if [[ ${1:-} != --row ]]; then    # a row inherits what follows from these
+  read -r gpu cores < <(python -c 'import os, torch; print(int(torch.cuda.is_available()), len(os.sched_getaffinity(0)))')
+fi
 : "${OUT:=output/mini}"
 : "${SEEDS:=0 1 2}"
 : "${SIDE:=112}" # of the clips, pixels
 : "${WORLD_OPTIONS:=--pretrain_clips 600 --test_clips 800}" # of scripts/mini/make_world.py
 : "${TESTS:=motion motion-probe object object-probe count}" # columns
 : "${OMP_NUM_THREADS:=1}"
-if [[ $gpu == 1 ]]; then
+if [[ ${gpu:-} == 1 ]]; then
   : "${SIZE:=small}" "${STEPS:=2220}" "${JOBS:=${#rows[@]}}" # of the student; of pretraining; rows side by side
   : "${WORKERS:=$(((2 * cores + JOBS - 1) / JOBS))}"         # loader processes of each row
 else
@@ -85,16 +88,15 @@ foretell() {
   sleep 60 >/dev/null 2>&1
   until [[ $time ]]; do
     sleep 5 >/dev/null 2>&1
-    time=$(grep -ho 'step_time [0-9.]*' "$OUT"/seed-*/*/output.txt 2>/dev/null | tail -n 1 | cut -d' ' -f2)
+    time=$(grep -ho 'step_time [0-9.]*' "$OUT"/seed-*/*/output.txt 2>/dev/null | tail -n 1 | cut -d' ' -f2) || true
   done
-  awk -v time="$time" -v rounds=$(((${#seeds[@]} * $1 + JOBS - 1) / JOBS)) -v steps="$STEPS" \
+  awk -v time="$time" -v rounds=$(((${#seeds[@]} * ${#rows[@]} + JOBS - 1) / JOBS)) -v steps="$STEPS" \
     'BEGIN { printf "about %.0f minutes if no row is done yet\n", 2 * time * steps * rounds / 60 }'
 }
 
 # shellcheck disable=SC2086 # several options
 python scripts/mini/make_world.py "$WORLD" --side "$SIDE" $WORLD_OPTIONS
-[[ ${2:-} == -* ]] && count=1 || count=${#rows[@]}
-foretell "$count" &
+foretell &
 trap 'kill $! 2>/dev/null || true' EXIT
 if [[ ${2:-} == -* ]]; then # a row of your own
   for seed in $SEEDS; do
