@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests, two files at a time, those that take longest first. Arguments go to pytest: bash scripts/test.sh -k mask -n 4
+# Run the tests, three files at a time as they often wait, the slowest first. Arguments go to pytest: scripts/test.sh -k mask -n 4
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
-: "${OMP_NUM_THREADS:=1}" # two processes on two cores: threads would wait for each other
+: "${OMP_NUM_THREADS:=1}" # several processes on two cores: threads would wait for each other
 export OMP_NUM_THREADS
-exec python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest tests -q -n 3 --dist loadfile --no-loadscope-reorder "$@"

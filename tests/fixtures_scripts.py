@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,11 +93,12 @@ def programs_served(folder):
     write_stubs(folder / "served", "python", "torchrun", text=SERVED)
 
     def serve():
-        while not stop.is_set():
-            for ready in requests.glob("*/ready"):
-                ready.unlink()
-                answer(ready.parent)
-            time.sleep(0.01)
+        with ThreadPoolExecutor() as pool:  # a script may start programs side by side
+            while not stop.is_set():
+                for ready in requests.glob("*/ready"):
+                    ready.unlink()
+                    pool.submit(answer, ready.parent)
+                time.sleep(0.01)
 
     thread = threading.Thread(target=serve)
     thread.start()

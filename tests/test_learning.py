@@ -7,6 +7,8 @@ asserted, only differences far outside the spread over seeds.
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
@@ -59,9 +61,9 @@ def runs(world, tmp_path_factory):
     """The folder with a stage 1, and with fine-tuned models from it and from scratch."""
     with programs_served(tmp_path_factory.mktemp("served")) as env:
         train(world, env, PRETRAIN)
-        for seed in SEEDS:
-            fine_tune(world, env, "scratch", seed)
-            fine_tune(world, env, "pretrained", seed, '--finetune "$WORLD/stage1/checkpoint-3.pth"')
+        start = {"scratch": "", "pretrained": '--finetune "$WORLD/stage1/checkpoint-3.pth"'}
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda run: fine_tune(world, env, *run, start[run[0]]), product(start, SEEDS)))
     return world
 
 
