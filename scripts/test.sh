@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests, two files at a time, those that take longest first. Arguments go to pytest: bash scripts/test.sh -k mask -n 4
+# Run the tests, two files at a time, the slowest first. Arguments go to pytest: bash scripts/test.sh -k mask -n 4
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
