@@ -2,15 +2,15 @@
 # Sourced by the recipes in scripts/pretrain, finetune, test and severe after they set their own variables. Options after
 # a recipe are passed to its program (for example --dry_run); running a recipe again resumes it.
 #
-# Variables that are the same for all recipes; set them in the environment:
+# Variables of all recipes; set them in the environment:
 : "${NODES:=1}"
-: "${NODE_RANK:=0}"           # of this node, from 0
+: "${NODE_RANK:=0}"           # index of this node
 : "${MASTER_ADDR:=127.0.0.1}" # of node 0
 : "${MASTER_PORT:=29500}"     # a free port on node 0
 : "${NUM_WORKERS:=10}"        # loader processes per GPU
 : "${LAUNCHER:=torchrun}"     # or srun, inside a Slurm job (scripts/slurm)
-# TOTAL_BATCH: clips per optimizer step, masks counted. Default 256, unless the recipe has another.
-# MAX_RESTARTS: how often torchrun restarts failed processes; a run then resumes. Default 3, of a test 0.
+# TOTAL_BATCH: clips per optimizer step, masks counted. Default 256, unless the recipe sets another.
+# MAX_RESTARTS: how often torchrun restarts failed processes, which then resume. Default 3, for tests 0.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

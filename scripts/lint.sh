@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check the style, the types and the shell scripts, and change nothing. `ruff check --fix . && ruff format .` mends most.
+# Check style, types and shell scripts without changing them. `ruff check --fix . && ruff format .` fixes most problems.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh

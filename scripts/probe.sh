@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Sourced by scripts/finetune/linear_probe_*.sh: defines `probe`, which takes RECIPE and ENCODER into account.
 #
-# RECIPE=ours   Trains ten linear classifiers side by side, one for each learning rate and weight decay, on BatchNorm of
-#               the frozen features of crops and flips. Tests the classifier with the best validation accuracy.
+# RECIPE=ours   Trains ten linear classifiers, one for each learning rate and weight decay, on BatchNorm of the frozen
+#               features, augmented with crops and flips. Tests the classifier with the best validation accuracy.
 # RECIPE=sigma  SIGMA's recipe, the only published one of this family: trains the final LayerNorm and one classifier with
 #               the augmentation of fine-tuning: 8 GPUs x 24 videos x 2 passes, 2 augmentations of each video.
 # ENCODER       An image model of open_clip or timm to probe instead of MODEL_PATH, for example ViT-B-16 for CLIP; video

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# SMILE on two CPU cores: both stages of pretraining in a small world, and an evaluation.
+# SMILE on two CPU cores: both stages of pretraining on small synthetic data, and an evaluation.
 #
 # Makes a Python environment (or uses the active one), cuts clips from real videos, draws objects, pretrains with a small
-# image network as the teacher, and compares fine-tuning from stage 2 with training from scratch: how does an object move, and
-# how often does it pass? All output goes to QUICKSTART_DIR (default ./quickstart). Run again to resume; remove the folder
-# to start over. SEED=1 gives another run; CLIP_WEIGHTS=openai (or a file) uses CLIP as the teacher, which is slower.
+# image network as the teacher, and compares fine-tuning from stage 2 with training from scratch on two tasks: how
+# an object moves, and how often it passes. All output goes to QUICKSTART_DIR (default ./quickstart). Run again to
+# resume; remove the folder to start over. SEED=1 selects another seed; CLIP_WEIGHTS=openai (or a file) uses CLIP as the
+# teacher, which is slower.
 set -euo pipefail
 : "${CLIP_WEIGHTS:=}"
 : "${SEED:=0}"

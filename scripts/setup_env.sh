@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: activates a Python environment with all requirements.
 #
-# Uses the active virtual or conda environment, or makes .venv in the repository with the interpreter PYTHON_BIN. Installs
-# only if the requirements have changed since the last installation. CONSTRAINTS is a file of versions for pip (-c). If
-# unset, it is constraints-v100.txt on machines whose GPU the newest torch does not support; set it empty for none.
+# Uses the active virtual or conda environment, or creates .venv in the repository with the interpreter PYTHON_BIN. Only
+# installs if the requirements have changed since the last installation. CONSTRAINTS is a constraints file for pip (-c).
+# If unset, it is constraints-v100.txt on machines whose GPU the newest torch does not support; set it to "" for none.
 
 has_old_gpu() { # a GPU of compute capability below 7.5
   command -v nvidia-smi >/dev/null &&

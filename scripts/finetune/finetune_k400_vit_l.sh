@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Fine-tune ViT-L on Kinetics-400.
 #
-# Untried. The recipe of ViT-B, which we assume for ViT-L too: 4 videos on each of 4 GPUs.
+# Never run. We assume that ViT-B's recipe suits ViT-L too: 4 videos on each of 4 GPUs.
 # Validates every epoch, then tests the best one (checkpoint-best.pth) on 7 x 3 views.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/k400}"               # folder with train.csv, val.csv, test.csv (annotation_files/README.md)
-: "${MODEL_PATH:=output/k400_vit_l_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/k400_vit_l_2nd_stage/checkpoint-149.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/finetune_k400_vit_l}" # checkpoints, log.txt, TensorBoard, scores of the test
 : "${GPUS:=4}"                                # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=4}"                          # videos per GPU and pass; 2 on 8 GPUs

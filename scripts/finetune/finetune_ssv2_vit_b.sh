@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Fine-tune ViT-B on Something-Something V2.
 #
-# The recipe of the released model, 8 videos a GPU; that there were 4 GPUs, as for Kinetics, is our assumption.
-# It reached 72.5 top-1 when pretrained on this data set. MODEL_PATH=output/k400_vit_b_2nd_stage/checkpoint-149.pth,
-# pretrained on Kinetics, reached 72.1 after "600 epochs" and 72.4 after "1200".
+# The recipe of the released model, 8 videos per GPU; we assume 4 GPUs, as for Kinetics. The paper reports 72.5 top-1
+# after pretraining on this data set and, after pretraining on Kinetics-400
+# (MODEL_PATH=output/k400_vit_b_2nd_stage/checkpoint-149.pth), 72.1 with "600 epochs" and 72.4 with "1200".
 # Validates every epoch, then tests the best one (checkpoint-best.pth) on 2 x 3 views.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ssv2}"               # folder with train.csv, val.csv, test.csv (annotation_files/README.md)
-: "${MODEL_PATH:=output/ssv2_vit_b_2nd_stage/checkpoint-199.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/ssv2_vit_b_2nd_stage/checkpoint-199.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/finetune_ssv2_vit_b}" # checkpoints, log.txt, TensorBoard, scores of the test
 : "${GPUS:=4}"                                # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=8}"                          # videos per GPU and pass; 4 on 8 GPUs

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Fine-tune ViT-B on UCF101.
 #
-# We do not know the recipe of the paper. This one is ours: Kinetics' with what is usual for small sets in
-# VideoMAE's family (layer decay 0.7, drop path 0.2, dropout 0.5 before the head), a total batch of 64,
-# lr 5e-4 and 100 epochs. None of these numbers was tuned for SMILE.
+# We do not know the paper's recipe. Ours is Kinetics' with the usual settings of VideoMAE and its successors for small
+# data sets (layer decay 0.7, drop path 0.2, dropout 0.5 before the head), a total batch of 64, lr 5e-4 and 100 epochs.
+# None of these numbers was tuned for SMILE.
 # Validates every epoch, then tests the best one (checkpoint-best.pth) on 5 x 3 views.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ucf101}"               # folder with train.csv, val.csv, test.csv (annotation_files/README.md)
-: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/finetune_ucf101_vit_b}" # checkpoints, log.txt, TensorBoard, scores of the test
 : "${GPUS:=4}"                                  # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=8}"                            # videos per GPU and pass

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The claims of the method, measured in the mini world: rows are ways of pretraining, columns are tests of the encoder.
+# Test the claims of the method in the mini world: rows are ways of pretraining, columns are evaluations of the encoder.
 #
 #   bash scripts/mini/run_benchmark.sh                        all rows
 #   bash scripts/mini/run_benchmark.sh ROW...                 these rows
 #   bash scripts/mini/run_benchmark.sh NAME --flag VALUE...   a row of your own: stage 1 with these flags added
 #
-# Finished scores are kept and interrupted runs resume. On a GPU all rows of a seed run side by side, else two. Needs the
+# Finished scores are kept and interrupted runs resume. On a GPU all rows of a seed run in parallel, else two. Needs the
 # environment of scripts/quickstart.sh, or requirements*.txt. scripts/mini/results.py makes the table.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -13,7 +13,7 @@ ALL_ROWS=(scratch pixel-tube pixel-two-stages teacher-tube two-stages two-stages
   teacher-overlay-tube black teacher)
 rows=("${@:-${ALL_ROWS[@]}}")
 [[ ${2:-} == -* ]] && rows=("$1") # a row of your own
-if [[ ${1:-} != --row ]]; then    # a row inherits what follows from these
+if [[ ${1:-} != --row ]]; then    # a row inherits these variables
   read -r gpu cores < <(python -c 'import os, torch; print(int(torch.cuda.is_available()), len(os.sched_getaffinity(0)))')
 fi
 : "${OUT:=output/mini}"
@@ -66,7 +66,7 @@ run_row() {
     if [[ $row == scratch && $column == *-probe ]]; then
       random_weights "$folder/random.pth" "$seed"
       from=(--finetune "$folder/random.pth")
-    elif [[ $row == teacher ]]; then # what its own features of single frames tell
+    elif [[ $row == teacher ]]; then # its own features of single frames
       [[ $column == *-probe ]] || continue
       from=(--encoder tf_efficientnet_lite0 --encoder_weights "$OUT/teacher.pth")
     fi

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SMILE stage 1, ViT-B on Kinetics-400: moving objects, a mask that follows them, CLIP target.
 #
-# 150 of 801 scheduled epochs. Every clip is trained with two masks, so the paper counts them as 300; with
-# stage 2 they make its "600 epochs" model. For "1200 epochs": STOP_EPOCH=400 here and 200 in stage 2.
+# 150 of 801 scheduled epochs. Every clip is trained with two masks and the paper counts both, so these are 300 of its
+# epochs; with stage 2 they make its "600 epochs" model. For "1200 epochs": STOP_EPOCH=400 here and 200 in stage 2.
 # Last checkpoint: checkpoint-149.pth (epochs count from 0).
 set -euo pipefail
 
-: "${DATA_PATH:=/path/to/k400/train.csv}"      # a line `path label` for each video (annotation_files/README.md)
+: "${DATA_PATH:=/path/to/k400/train.csv}"      # one line `path label` per video (annotation_files/README.md)
 : "${OBJECTS_PATH:=/path/to/objects}"          # cut-outs: <category>/<name>.png (INSTALL.md)
 : "${OUTPUT_DIR:=output/k400_vit_b_1st_stage}" # checkpoints, log.txt, TensorBoard
 : "${CLIP_WEIGHTS:=openai}"                    # fetched by open_clip; or a local file

@@ -6,9 +6,9 @@
 # Last checkpoint: checkpoint-149.pth (epochs count from 0).
 set -euo pipefail
 
-: "${DATA_PATH:=/path/to/k400/train.csv}"            # a line `path label` for each video (annotation_files/README.md)
+: "${DATA_PATH:=/path/to/k400/train.csv}"            # one line `path label` per video (annotation_files/README.md)
 : "${OUTPUT_DIR:=output/k400_vit_b_2nd_stage}"       # checkpoints, log.txt, TensorBoard
-: "${FIRST_STAGE_CKPT:=output/k400_vit_b_1st_stage/checkpoint-149.pth}" # where stage 1 ended
+: "${FIRST_STAGE_CKPT:=output/k400_vit_b_1st_stage/checkpoint-149.pth}" # last checkpoint of stage 1
 : "${CLIP_WEIGHTS:=openai}"                          # fetched by open_clip; or a local file
 : "${STOP_EPOCH:=150}"                               # passes over the list
 : "${GPUS:=8}"                                       # per node; for several nodes see scripts/common.sh

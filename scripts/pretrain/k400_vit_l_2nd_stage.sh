@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SMILE stage 2, ViT-L on Kinetics-400: natural clips, tube mask, starting from stage 1's weights, CLIP target.
 #
-# Untried. The learning rate and warm-up are those VideoMAE gives for ViT-L, which are ViT-B's; stages and decoder are
-# SMILE's of ViT-B, the "600 epochs" model. Memory by batch, with --use_checkpoint and without: PRETRAIN.md.
+# Never run. Learning rate and warm-up are those of VideoMAE, which are the same for ViT-L and ViT-B; stages and decoder
+# are those of SMILE's ViT-B ("600 epochs"). PRETRAIN.md lists the batch that fits, with and without --use_checkpoint.
 # Last checkpoint: checkpoint-149.pth (epochs count from 0).
 set -euo pipefail
 
-: "${DATA_PATH:=/path/to/k400/train.csv}"            # a line `path label` for each video (annotation_files/README.md)
+: "${DATA_PATH:=/path/to/k400/train.csv}"            # one line `path label` per video (annotation_files/README.md)
 : "${OUTPUT_DIR:=output/k400_vit_l_2nd_stage}"       # checkpoints, log.txt, TensorBoard
-: "${FIRST_STAGE_CKPT:=output/k400_vit_l_1st_stage/checkpoint-149.pth}" # where stage 1 ended
+: "${FIRST_STAGE_CKPT:=output/k400_vit_l_1st_stage/checkpoint-149.pth}" # last checkpoint of stage 1
 : "${CLIP_WEIGHTS:=openai}"                          # fetched by open_clip; or a local file
 : "${STOP_EPOCH:=150}"                               # passes over the list
 : "${GPUS:=8}"                                       # per node; for several nodes see scripts/common.sh

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SMILE stage 1, ViT-S on Kinetics-400: moving objects, a mask that follows them, CLIP target.
 #
-# The paper's ViT-S has "800 epochs" (both masks of a clip counted), so 400 here. We do not know how these divide
-# between the stages: 200 and 200 is our assumption, and so are the learning rate and warm-up of ViT-B.
+# The paper's ViT-S has "800 epochs" (both masks of a clip counted), so 400 passes over the list. We do not know how
+# these divide between the stages: 200 and 200 is our assumption, and so are the learning rate and warm-up of ViT-B.
 # Last checkpoint: checkpoint-199.pth (epochs count from 0).
 set -euo pipefail
 
-: "${DATA_PATH:=/path/to/k400/train.csv}"      # a line `path label` for each video (annotation_files/README.md)
+: "${DATA_PATH:=/path/to/k400/train.csv}"      # one line `path label` per video (annotation_files/README.md)
 : "${OBJECTS_PATH:=/path/to/objects}"          # cut-outs: <category>/<name>.png (INSTALL.md)
 : "${OUTPUT_DIR:=output/k400_vit_s_1st_stage}" # checkpoints, log.txt, TensorBoard
 : "${CLIP_WEIGHTS:=openai}"                    # fetched by open_clip; or a local file

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SMILE stage 2, ViT-S on Kinetics-400: natural clips, tube mask, starting from stage 1's weights, CLIP target.
 #
-# The paper's ViT-S has "800 epochs" (both masks of a clip counted), so 400 here. We do not know how these divide
-# between the stages: 200 and 200 is our assumption, and so are the learning rate and warm-up of ViT-B.
+# The paper's ViT-S has "800 epochs" (both masks of a clip counted), so 400 passes over the list. We do not know how
+# these divide between the stages: 200 and 200 is our assumption, and so are the learning rate and warm-up of ViT-B.
 # Last checkpoint: checkpoint-199.pth (epochs count from 0).
 set -euo pipefail
 
-: "${DATA_PATH:=/path/to/k400/train.csv}"            # a line `path label` for each video (annotation_files/README.md)
+: "${DATA_PATH:=/path/to/k400/train.csv}"            # one line `path label` per video (annotation_files/README.md)
 : "${OUTPUT_DIR:=output/k400_vit_s_2nd_stage}"       # checkpoints, log.txt, TensorBoard
-: "${FIRST_STAGE_CKPT:=output/k400_vit_s_1st_stage/checkpoint-199.pth}" # where stage 1 ended
+: "${FIRST_STAGE_CKPT:=output/k400_vit_s_1st_stage/checkpoint-199.pth}" # last checkpoint of stage 1
 : "${CLIP_WEIGHTS:=openai}"                          # fetched by open_clip; or a local file
 : "${STOP_EPOCH:=200}"                               # passes over the list
 : "${GPUS:=8}"                                       # per node; for several nodes see scripts/common.sh

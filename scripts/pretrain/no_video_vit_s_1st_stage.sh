@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# ViT-S without natural video, stage 1: objects that move over something else, a mask that follows them.
+# ViT-S without natural video, stage 1: moving objects over another background, a mask that follows them.
 #
-# BACKGROUND is black, noise (uniform, one picture a clip), image (DATA_PATH is a folder of them) or frame (the middle
-# one of each video of the list DATA_PATH). The paper's table has ViT-S and pixels as target; it does not say epochs,
-# learning rate and the length of an epoch: these are k400_vit_s's, and Mini-Kinetics' number of clips.
-# The table has no second stage that we know of: this script alone may be what it compares.
+# BACKGROUND is black, noise (one uniform noise image per clip), image (from the folder DATA_PATH) or frame (the middle
+# frame of each video of the list DATA_PATH). The paper's table is for ViT-S with the pixel target. It gives neither
+# schedule nor epoch size: these are k400_vit_s's schedule and Mini-Kinetics' number of clips. We do not know whether
+# the paper's table includes a second stage.
 # Last checkpoint: checkpoint-199.pth (epochs count from 0).
 set -euo pipefail
 
 : "${BACKGROUND:=noise}"                       # black, noise, image or frame
-: "${DATA_PATH:=}"                             # of image a folder, of frame a list; of black and noise nothing
-: "${EPOCH_SIZE:=77270}"                       # clips an epoch, of black and noise
+: "${DATA_PATH:=}"                             # folder for image, list for frame; unused for black and noise
+: "${EPOCH_SIZE:=77270}"                       # clips per epoch, for black and noise
 : "${OBJECTS_PATH:=/path/to/objects}"          # cut-outs: <category>/<name>.png (INSTALL.md)
 : "${OUTPUT_DIR:=output/no_video_vit_s_1st_stage}" # checkpoints, log.txt, TensorBoard
 : "${STOP_EPOCH:=200}"                         # passes over the list

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # ViT-S without natural video, stage 2: the same clips with a tube mask, starting from stage 1's weights.
 #
-# BACKGROUND is black, noise (uniform, one picture a clip), image (DATA_PATH is a folder of them) or frame (the middle
-# one of each video of the list DATA_PATH). The paper's table has ViT-S and pixels as target; it does not say epochs,
-# learning rate and the length of an epoch: these are k400_vit_s's, and Mini-Kinetics' number of clips.
-# Objects go on moving, as black and noise hold nothing else.
+# BACKGROUND is black, noise (one uniform noise image per clip), image (from the folder DATA_PATH) or frame (the middle
+# frame of each video of the list DATA_PATH). The paper's table is for ViT-S with the pixel target. It gives neither
+# schedule nor epoch size: these are k400_vit_s's schedule and Mini-Kinetics' number of clips. Objects keep moving,
+# since black and noise have no other content.
 # Last checkpoint: checkpoint-199.pth (epochs count from 0).
 set -euo pipefail
 
 : "${BACKGROUND:=noise}"                       # black, noise, image or frame
-: "${DATA_PATH:=}"                             # of image a folder, of frame a list; of black and noise nothing
-: "${EPOCH_SIZE:=77270}"                       # clips an epoch, of black and noise
+: "${DATA_PATH:=}"                             # folder for image, list for frame; unused for black and noise
+: "${EPOCH_SIZE:=77270}"                       # clips per epoch, for black and noise
 : "${OBJECTS_PATH:=/path/to/objects}"          # cut-outs: <category>/<name>.png (INSTALL.md)
 : "${OUTPUT_DIR:=output/no_video_vit_s_2nd_stage}" # checkpoints, log.txt, TensorBoard
-: "${FIRST_STAGE_CKPT:=output/no_video_vit_s_1st_stage/checkpoint-199.pth}" # where stage 1 ended
+: "${FIRST_STAGE_CKPT:=output/no_video_vit_s_1st_stage/checkpoint-199.pth}" # last checkpoint of stage 1
 : "${STOP_EPOCH:=200}"                         # passes over the list
 : "${GPUS:=8}"                                 # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=32}"                          # clips per GPU and pass; gradients accumulate to 256

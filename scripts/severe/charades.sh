@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# SEVERE, another task: fine-tune ViT-B to name all actions of a video of Charades, and test it.
+# SEVERE, another task: fine-tune ViT-B to recognise all actions in a video of Charades, and test it.
 #
-# 16 frames, 16 apart, span the 10 s of the benchmark's 32 frames, 8 apart. The rest of the recipe is ours: that of
-# Kinetics with dropout 0.5 before the head, and without mixup, CutMix and label smoothing, which need a single label.
-# Validates during training, then tests the best checkpoint on 10 x 3 views, and prints the cell's row.
-# SEVERE.md says what is the benchmark's and what is ours.
+# 16 frames with a stride of 16 span 10 s, like the benchmark's 32 frames with a stride of 8. The rest is our recipe:
+# Kinetics' with dropout 0.5 before the head, and without Mixup, CutMix and label smoothing, which need a single label.
+# Validates during training, then tests the best checkpoint on 10 x 3 views, and prints its row of the table.
+# SEVERE.md compares the benchmark's settings with ours.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/charades}"       # folder with train.csv, val.csv, test.csv (make_lists.py charades)
-: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/severe/charades}" # checkpoints, log.txt, TensorBoard, scores of the test
 : "${GPUS:=4}"                            # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=4}"                      # videos per GPU and pass

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SEVERE, another domain: fine-tune ViT-B on Gym-99, and test it.
 #
-# The recipe is ours, that of Something-Something V2: a set of the same kind, where motion is what matters.
-# Validates during training, then tests the best checkpoint on 5 x 3 views, and prints the cell's row.
-# SEVERE.md says what is the benchmark's and what is ours.
+# The recipe is ours: that of Something-Something V2, which depends on motion in the same way.
+# Validates during training, then tests the best checkpoint on 5 x 3 views, and prints its row of the table.
+# SEVERE.md compares the benchmark's settings with ours.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/gym99}"       # folder with train.csv, val.csv, test.csv (make_lists.py finegym --part gym99)
-: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/severe/gym99}" # checkpoints, log.txt, TensorBoard, scores of the test
 : "${GPUS:=4}"                         # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=8}"                   # videos per GPU and pass

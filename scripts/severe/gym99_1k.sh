@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# SEVERE, few samples: fine-tune ViT-B on 1,089 videos of Gym-99, and test it on all of its val set.
+# SEVERE, few samples: fine-tune ViT-B on 1,089 videos of Gym-99, and test it on the whole val set.
 #
-# Which 1,089 is the benchmark's choice; they are written to train_subset.csv. The recipe is ours, that of Gym-99
-# with more epochs.
-# Validates during training, then tests the best checkpoint on 5 x 3 views, and prints the cell's row.
-# SEVERE.md says what is the benchmark's and what is ours.
+# The videos are the benchmark's subset, written to train_subset.csv. The recipe is ours: Gym-99's with more epochs.
+# Validates during training, then tests the best checkpoint on 5 x 3 views, and prints its row of the table.
+# SEVERE.md compares the benchmark's settings with ours.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/gym99}"          # folder with train.csv, val.csv, test.csv (make_lists.py finegym --part gym99)
-: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/severe/gym99_1k}" # checkpoints, log.txt, TensorBoard, scores of the test
 : "${GPUS:=4}"                            # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=8}"                      # videos per GPU and pass

@@ -9,7 +9,7 @@
 # from the environment; options after the script are passed to all programs: bash scripts/severe/run_all.sh --seed 1
 set -euo pipefail
 
-# Folders with train.csv, val.csv, test.csv: SEVERE.md has the command for each.
+# Folders with train.csv, val.csv, test.csv: SEVERE.md has the commands that write them.
 : "${SSV2:=/path/to/ssv2}"
 : "${GYM99:=/path/to/gym99}"         # for two cells
 : "${FX_S1:=/path/to/fx_s1}"
@@ -18,7 +18,7 @@ set -euo pipefail
 : "${CHARADES:=/path/to/charades}"
 : "${UCF_RC:=/path/to/ucfrep}"       # annotations: train/*.mat, val/*.mat
 : "${UCF_RC_VIDEOS:=/path/to/UCF-101}" # the videos of UCF101, <class>/<name>.avi
-: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/severe}"     # a folder for each cell, and the table
 : "${CELLS:=ssv2 gym99 ucf101_1k gym99_1k fx_s1 ub_s1 ucf_rc charades}"
 : "${CLASS_OPTIONS:=}"               # more options of run_class_finetuning.py alone

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SEVERE, similar actions: fine-tune ViT-B on UB-S1, fifteen circles of Gym-99's uneven bars, and test it.
 #
-# The recipe is ours, that of Gym-99 with more epochs.
-# Validates during training, then tests the best checkpoint on 5 x 3 views, and prints the cell's row.
-# SEVERE.md says what is the benchmark's and what is ours.
+# The recipe is ours: Gym-99's with more epochs.
+# Validates during training, then tests the best checkpoint on 5 x 3 views, and prints its row of the table.
+# SEVERE.md compares the benchmark's settings with ours.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ub_s1}"       # folder with train.csv, val.csv, test.csv (make_lists.py finegym --part ub-s1)
-: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/severe/ub_s1}" # checkpoints, log.txt, TensorBoard, scores of the test
 : "${GPUS:=4}"                         # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=8}"                   # videos per GPU and pass

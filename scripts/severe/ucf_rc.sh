@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# SEVERE, another task: train ViT-B to count repetitions (UCFRep), and count those of the val set.
+# SEVERE, another task: train ViT-B to count repetitions (UCFRep), and test it on the val set.
 #
-# The schedule is the benchmark's.
-# Counts val after each epoch, at the end with the best checkpoint, and prints the cell's row.
-# SEVERE.md says what is the benchmark's and what is ours.
+# The schedule is the benchmark's. Validates on val after each epoch, then tests the best checkpoint on val, and prints
+# its row of the table.
+# SEVERE.md compares the benchmark's settings with ours.
 set -euo pipefail
 
 : "${DATA_PATH:=/path/to/ucfrep}"       # annotations: folder with train/*.mat and val/*.mat (ucf526_annotations.zip)
 : "${DATA_ROOT:=/path/to/UCF-101}"      # the videos of UCF101, <class>/<name>.avi
-: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # where pretraining ended
+: "${MODEL_PATH:=output/k400_vit_b_2nd_stage/checkpoint-149.pth}" # checkpoint of pretraining
 : "${OUTPUT_DIR:=output/severe/ucf_rc}" # checkpoints, log.txt, TensorBoard, counts of the test
 : "${GPUS:=4}"                          # per node; for several nodes see scripts/common.sh
 : "${BATCH_SIZE:=8}"                    # training segments per GPU and pass
-: "${TOTAL_BATCH:=32}"                  # of an optimizer step; gradients accumulate to it
+: "${TOTAL_BATCH:=32}"                  # segments per optimizer step; gradients accumulate to it
 : "${NUM_WORKERS:=4}"                   # loader processes per GPU
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
