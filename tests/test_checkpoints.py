@@ -1,16 +1,16 @@
 """Saving and loading: whole files at every moment, nothing in a file is run, the furthest readable one is found."""
 
 import argparse
+import multiprocessing
 import resource
-import subprocess
-import sys
+import signal
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fixtures_video import fork_server, in_child
+from fixtures_video import in_child
 from test_weights import flip_a_bit, tiny
 
 import checkpoints
@@ -19,6 +19,8 @@ from optim_factory import Stepper
 from training import Best
 from utils import RunError
 from weights import read_checkpoint
+
+FORK = multiprocessing.get_context("fork")
 
 
 def save_epochs(folder, *epochs):
@@ -67,6 +69,7 @@ def test_a_failed_save_is_reported(tmp_path, caplog):
 
 
 def save_for_ever(path):
+    torch.set_num_threads(1)
     for number in range(10**6):
         write_atomically({"value": torch.full((500_000,), float(number))}, path)
 
@@ -75,7 +78,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "checkpoint-3.pth"
     for pause in np.linspace(0, 0.05, 8):
         before = path.stat().st_ino if path.exists() else None
-        process = fork_server().Process(target=save_for_ever, args=(path,))
+        process = FORK.Process(target=save_for_ever, args=(path,))
         process.start()
         end = time.monotonic() + 200
         while not path.exists() or path.stat().st_ino == before:
@@ -161,26 +164,23 @@ def test_the_furthest_of_a_named_checkpoint_and_the_folder_wins(tmp_path, caplog
 # One run a folder -----------------------------------------------------------------------------------------------
 
 
-def hold(folder):
-    """A process that holds a folder's lock, and a way to let go of it."""
-    code = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print(1, flush=True); input()"
-    command, pipes = [sys.executable, "-c", code, str(folder / ".lock")], dict.fromkeys(("stdin", "stdout"), -1)
-    process = subprocess.Popen(command, text=True, **pipes)
-    assert process.stdout.readline() == "1\n"
-    return process
+def hold(folder, pipe):
+    """Be another run in a folder."""
+    lock = lock_folder(str(folder))
+    pipe.send(bool(lock))
+    signal.pause()
 
 
 def test_a_folder_takes_one_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0.5)
-    holder = hold(tmp_path)
-    try:
-        with pytest.raises(RunError, match=f"--output_dir {tmp_path}: another run"):
-            lock_folder(str(tmp_path))
-        holder.kill()  # however it ends
-        assert lock_folder(str(tmp_path))
-    finally:
-        holder.kill()
-        holder.communicate()
+    ours, theirs = FORK.Pipe()
+    holder = FORK.Process(target=hold, args=(tmp_path, theirs), daemon=True)
+    holder.start()
+    assert ours.recv()
+    with pytest.raises(RunError, match=f"--output_dir {tmp_path}: another run"):
+        lock_folder(str(tmp_path))
+    holder.kill()  # however it ends
+    assert lock_folder(str(tmp_path))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -1,7 +1,7 @@
 """Weights by name (hf://owner/repo/file), with huggingface_hub's own cache and a server; entry points of torch.hub."""
 
 import hashlib
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -12,36 +12,38 @@ from threading import Thread
 
 import pytest
 import torch
+from fixtures_video import ROOT, in_child
 
 import modeling_finetune
 import modeling_pretrain
 from utils import RunError
 from weights import local_path
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO, FILE, CONTENT = "some-one/weights", "finetune/ssv2/model.pth", b"weights, more or less"
 
 # -------------------------------------------------------------------------------------------------------- hf:// names
 
-LOOK_UP = """
-import sys
-from weights import local_path
-from utils import RunError
-for path in sys.argv[1:]:
-    try:
-        print("found", open(local_path(path)).read())
-    except RunError as error:
-        print("error", error)
-"""
+
+def contents(paths, env):
+    """What is at each path, or why it is not found. huggingface_hub reads its variables when it is imported."""
+    os.environ.update(env)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("huggingface_hub", "weights")]:
+        del sys.modules[name]
+    find, found = importlib.import_module("weights").local_path, []
+    for path in paths:
+        try:
+            found.append(Path(find(path)).read_text())
+        except RunError as error:
+            found.append(f"error {error}")
+    return found
 
 
 def look_up(*paths, **env):
-    """What a process of its own finds at each path, as huggingface_hub reads its variables when it is imported."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"} | {key: str(env[key]) for key in env}
-    process = subprocess.run([sys.executable, "-c", LOOK_UP, *paths], env=env, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout.splitlines()
+    """The same in a process of its own."""
+    found, error = in_child(contents, paths, {"NO_PROXY": "127.0.0.1"} | {key: str(env[key]) for key in env})
+    assert error is None, error
+    return found
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_what_is_in_the_cache_needs_no_network(cache):
     names = [f"{REPO}/{FILE}", f"{REPO}@{COMMIT}/{FILE}", f"{REPO}/finetune/other.pth", "no-one/nothing/x.pth"]
     found = look_up(*(f"hf://{name}" for name in names), HF_HUB_CACHE=cache, HF_HUB_OFFLINE=1)
     same, by_commit, missing, other = found
-    assert same == by_commit == f"found {CONTENT.decode()}"
+    assert same == by_commit == CONTENT.decode()
     assert missing.startswith(f"error hf://{REPO}/finetune/other.pth is not in {cache} and cannot be fetched")
     assert f"https://huggingface.co/{REPO}/resolve/main/finetune/other.pth" in missing  # what to download
     assert "models--no-one--nothing" in other  # and where to put it
@@ -95,7 +97,7 @@ def test_what_is_new_is_fetched_into_the_cache(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
-    assert found == f"found {CONTENT.decode()}"
+    assert found == CONTENT.decode()
     assert (tmp_path / "models--some-one--weights" / "snapshots" / COMMIT / FILE).read_bytes() == CONTENT
     assert missing.startswith(f"error hf://{REPO}/finetune/other.pth: cannot be fetched (404")
 
