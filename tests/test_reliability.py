@@ -64,11 +64,9 @@ def test_odd_and_broken_videos(tmp_path):
         "sound.mp4": corpus.encode_sound("mp4"),
         "cut index first.mp4": corpus.encode(frames, muxer={"movflags": "faststart"})[:-500],
     }
-    with corpus.Reader("video") as reader:
-        for name, content in (variants | broken).items():
-            (tmp_path / name).write_bytes(content)
-            outcome, reason, _ = reader(tmp_path / name)
-            assert outcome == ("read" if name in variants else "refused"), (name, reason)
+    found = corpus.read_all((variants | broken).items(), tmp_path, corpus.read_video)
+    outcomes = {name: outcome for name, (outcome, _) in found.items()}
+    assert outcomes == dict.fromkeys(variants, "read") | dict.fromkeys(broken, "refused")
 
 
 def test_checkpoints_that_are_damaged_or_do_not_fit(tmp_path):

@@ -5,20 +5,22 @@ package, and images of objects.
 `no_videos` yields what else is found under such a name. Also a reader in a process of its own, with a watchdog.
 """
 
+import functools
 import importlib.util
-import json
-import queue
 import random
 import struct
-import subprocess
-import sys
 import tempfile
-import threading
+import time
 from pathlib import Path
 
 import av
 import numpy as np
-from fixtures_video import ROOT, write_mp4, write_sound
+from fixtures_video import write_mp4, write_sound
+from processes import in_processes
+
+from object_overlay import IMAGE_ERRORS, read_object
+from video_reader import VideoError, read_frames
+from video_transforms import pretrain_indices
 
 VIDEOS = ("bikes", "bigbuckbunny", "carphone_distorted", "carphone_pristine")
 
@@ -196,94 +198,48 @@ def no_videos():
 
 # Reading under a watchdog ---------------------------------------------------------------------------------------
 
-WORKER = """
-import json, sys, time
-sys.path.insert(0, {root!r})
-import numpy as np
 
 def read_video(path):
-    from video_reader import VideoError, read_frames
-    from video_transforms import pretrain_indices
+    """Eight frames, or None and the reason."""
     try:
         frames = read_frames(path, lambda total: pretrain_indices(np.random.default_rng(0), total, 8, 2))
     except VideoError as error:
+        assert path not in str(error)
         return None, str(error)
     assert len(frames) == 8 and frames.ndim == 4 and frames.shape[3] == 3, frames.shape
-    return frames, None
+    return frames, ""
 
-def read_object(path):
-    import object_overlay
+
+def read_sprite(path):
+    """An object image, or None and the reason."""
     try:
-        sprite = object_overlay.read_object(path, 320)
-    except object_overlay.IMAGE_ERRORS as error:
+        sprite = read_object(path, 320)
+    except IMAGE_ERRORS as error:
         return None, str(error) or type(error).__name__
     assert sprite.ndim == 3 and sprite.shape[2] == 4 and sprite[..., 3].any(), sprite.shape
     assert (sprite[..., :3] <= sprite[..., 3:]).all(), "not premultiplied"
-    return sprite, None
-
-for line in sys.stdin:
-    path, start = json.loads(line), time.monotonic()
-    try:
-        pixels, reason = read_{kind}(path)
-        if reason is None:
-            assert pixels.dtype == np.uint8 and min(pixels.shape) > 0
-            outcome = "read", list(pixels.shape)
-        else:
-            assert reason and "\\n" not in reason and len(reason) <= 300
-            assert {kind!r} == "object" or path not in reason
-            outcome = "refused", reason
-    except BaseException as error:
-        outcome = f"{{type(error).__name__}}: {{error}}", reason
-    print(json.dumps([*outcome, time.monotonic() - start]), flush=True)
-"""
+    return sprite, ""
 
 
-class Reader:
-    """Reads videos by video_reader.read_frames, or objects by object_overlay.read_object, in a process of its own.
+def outcome_of(path, read):
+    """("read", seconds) or ("refused", seconds) of a file."""
+    start = time.monotonic()
+    pixels, reason = read(path)
+    if pixels is None:
+        assert reason and "\n" not in reason and len(reason) <= 300
+        return "refused", time.monotonic() - start
+    assert pixels.dtype == np.uint8 and min(pixels.shape) > 0
+    return "read", time.monotonic() - start
 
-    Args:
-        kind: video or object.
-        limit: seconds after which a file counts as one that hangs.
+
+def read_all(variants, folder, read, limit=60):
+    """Write files, and read them by read_video or read_sprite in a process of its own.
+
+    Returns:
+        {name: (outcome, seconds)}; the outcome is read, refused, or what became of the process: it died or hung.
     """
-
-    def __init__(self, kind="video", limit=60):
-        self.kind, self.limit, self.process = kind, limit, None
-
-    def __call__(self, path):
-        """(outcome, shape or reason, seconds); the outcome is read, refused, hang, crash, or something worse."""
-        if self.process is None:
-            code = WORKER.format(root=str(ROOT), kind=self.kind)
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self.process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
-            self.answers = queue.Queue()
-            threading.Thread(target=self._listen, args=(self.process, self.answers), daemon=True).start()
-        self.process.stdin.write(json.dumps(str(path)) + "\n")
-        self.process.stdin.flush()
-        try:
-            answer = self.answers.get(timeout=self.limit)
-        except queue.Empty:
-            self.close()
-            return "hang", "", float(self.limit)
-        if answer is None:
-            code = self.process.wait()
-            self.close()
-            return "crash", str(code), 0.0
-        return tuple(json.loads(answer))
-
-    def _listen(self, process, answers):
-        for line in process.stdout:
-            answers.put(line)
-        answers.put(None)
-
-    def close(self):
-        """End the process."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+    for name, content in variants:
+        (folder / name).write_bytes(content)
+    paths = [str(path) for path in folder.iterdir()]
+    outcomes = in_processes(functools.partial(outcome_of, read=read), paths, 1, limit, "")
+    return {Path(path).name: outcome or (why, limit) for path, outcome, why in outcomes}

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -32,14 +32,12 @@ def make_videos(folder, count, name="bikes"):
 
 
 class Run:
-    """A program under way; its console lines are collected as they come.
+    """A program under way.
 
     Args:
         processes: 1, or the ranks to start under torchrun.
         restarts: torchrun's --max-restarts.
         before: Python code to run in the program's process before the program.
-
-    `first_step` is the time until the first step was logged, in seconds.
     """
 
     def __init__(self, list_file, output_dir, *options, processes=1, restarts=0, before=""):
@@ -51,50 +49,37 @@ class Run:
         if before:
             launch[2:] = ["-c", f"{before}\nimport runpy\nrunpy.run_path({program!r}, run_name='__main__')"]
         command = [*launch, "--data_path", str(list_file), "--output_dir", str(output_dir), *OPTIONS, *options]
-        pipes, env = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, text=True, cwd=ROOT, env=env, **pipes)
-        self.started, self.first_step, self.lines = time.monotonic(), 0.0, []
-        self.news = threading.Condition()
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
+        console, self.console = tempfile.mkstemp(dir=Path(output_dir).parent)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=console, stderr=console)
+        os.close(console)
 
-    def _read(self):
-        for line in self.process.stdout:
-            with self.news:
-                self.lines.append(line.rstrip("\n"))
-                self.first_step = self.first_step or bool(STEP.search(line)) * (time.monotonic() - self.started)
-                self.news.notify_all()
+    def text(self):
+        """All whole lines that were printed."""
+        return Path(self.console).read_text().rpartition("\n")[0]
 
     def find(self, pattern):
         """All console lines in which the pattern is found."""
-        return [line for line in list(self.lines) if re.search(pattern, line)]
+        return [line for line in self.text().splitlines() if re.search(pattern, line)]
 
     def wait_for(self, pattern, count=1, timeout=300):
         """Wait until so many lines match; False if the program ends before."""
         deadline = time.monotonic() + timeout
         while len(self.find(pattern)) < count:
             if self.process.poll() is not None:
-                self.reader.join(5)
                 return len(self.find(pattern)) >= count
             assert time.monotonic() < deadline, f"no {pattern!r} in {timeout} s: {self.text()[-2000:]}"
-            with self.news:
-                self.news.wait(0.05)
+            time.sleep(0.02)
         return True
 
     def wait(self, timeout=400):
         """Wait for the end; returns the exit code."""
-        code = self.process.wait(timeout)
-        self.reader.join(1)
-        return code
-
-    def text(self):
-        """All that was printed."""
-        return "\n".join(self.lines)
+        return self.process.wait(timeout)
 
     def steps(self):
         """{(epoch, step from 0): loss as printed} of the console lines, in their order."""
-        found = [STEP.search(line) for line in list(self.lines)]
-        return {(int(match[1]), int(match[2]) - 1): match[3] for match in found if match}
+        found = STEP.finditer(self.text())
+        return {(int(match[1]), int(match[2]) - 1): match[3] for match in found}
 
     def resumed_at(self):
         """(epoch, step) at which the run went on; (0, 0) if it started anew."""
@@ -114,7 +99,6 @@ class Run:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        self.reader.join(1)  # its loader workers may keep the console open a little longer
 
 
 def children(pid):

@@ -33,7 +33,7 @@ def test_a_disk_that_stays_full(undisturbed, tmp_path, figure):
     run.wait_for(rf"epoch 0 \[6/{STEPS}\]")
     set_limit(run, FULL)
     code = run.wait()
-    warnings, end = run.find("could not write"), run.lines[-1]
+    warnings, end = run.find("could not write"), run.text().splitlines()[-1]
     assert code == 1 and len(warnings) == 2 and end.startswith("error: ") and "3 saves in a row failed" in end
     assert ("Traceback" not in run.text() and "File too large" in end) or "failed" in end
     last_step = max(run.steps())

@@ -30,9 +30,11 @@ def undisturbed(list_file, tmp_path_factory):
 
     def run(processes):
         if processes not in done:
-            whole = start(list_file, folder / str(processes), processes)
+            begin, whole = time.monotonic(), start(list_file, folder / str(processes), processes)
+            whole.wait_for(r"epoch 0 \[1/")
+            first_step = time.monotonic() - begin
             assert whole.wait() == 0, whole.text()[-3000:]
-            done[processes] = folder / str(processes), whole.steps(), whole.first_step
+            done[processes] = folder / str(processes), whole.steps(), first_step
             assert list(whole.steps()) == all_steps()
         return done[processes]
 
