@@ -116,12 +116,6 @@ def test_one_process_learns_what_it_learns_without_deepspeed(tune, plain, stage1
     assert not (plain / "deepspeed_config.json").exists()
 
 
-def test_the_weights_moved(tune, plain):
-    """So that the comparisons mean something."""
-    start, _ = tune("untouched", *"--lr 0 --min_lr 0 --weight_decay 0".split())
-    assert distance(weights(start), weights(plain)) > 1e-3
-
-
 def test_two_processes_learn_what_one_learns(tune, plain):
     """As they do with DDP: test_run_class_finetuning.py."""
     assert distance(weights(tune("two", *STAGES[2], processes=2)[0]), weights(plain)) < 1e-6
@@ -135,7 +129,9 @@ def test_resume_after_sigkill_between_shards_and_checkpoint(tune, stage1):
     argv = [*STAGES[1], "--save_ckpt_steps", "1"]
     folder, _ = tune("killed", *argv, before=SIGKILL_IN_SAVE_2, code=-signal.SIGKILL)
     assert {path.name for path in folder.glob(f"{FOLDER}/check*")} == {"checkpoint-latest", "checkpoint-latest-b"}
-    assert read_checkpoint(folder / "checkpoint-latest.pth")["optimizer"]["deepspeed"] == "checkpoint-latest"
+    saved = read_checkpoint(folder / "checkpoint-latest.pth")
+    assert saved["optimizer"]["deepspeed"] == "checkpoint-latest"
+    assert distance(saved["model"], weights(stage1)) > 1e-4  # they moved: all these comparisons mean something
     assert "checkpoint-latest.pth at epoch 0, step" in tune("killed", *argv)[1]
     assert distance(weights(folder), weights(stage1)) < 1e-6
     assert {path.name for path in folder.glob(f"{FOLDER}/check*")} == {path.stem for path in folder.glob("*.pth")}
