@@ -5,26 +5,21 @@ import runpy
 import shutil
 import sys
 import weakref
-from pathlib import Path
 
+import estimate_memory
+import naive
 import numpy as np
 import pytest
 import timm
 import torch
-from fixtures_video import in_child
+from fixtures_video import ROOT, in_child
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import estimate_memory  # noqa: E402
-import naive  # noqa: E402
-
-from engine_for_pretraining import masked_loss, with_second_masks  # noqa: E402
-from masking_generator import tube_mask  # noqa: E402
-from modeling_finetune import NORMS, SIZES, Size  # noqa: E402
-from modeling_pretrain import PretrainVisionTransformer, pretrain_videomae_tiny_patch16_224  # noqa: E402
-from modeling_teacher import FrameTeacher  # noqa: E402
+from engine_for_pretraining import masked_loss, with_second_masks
+from masking_generator import tube_mask
+from modeling_finetune import NORMS, SIZES, Size
+from modeling_pretrain import PretrainVisionTransformer, pretrain_videomae_tiny_patch16_224
+from modeling_teacher import FrameTeacher
 
 GRID = (4, 4, 6)  # 8 frames of 64 x 96 pixels
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from fixtures_teacher import IMAGENET_MEAN, IMAGENET_STD, SMALL_CLIP, make_small_clip
+from fixtures_teacher import SMALL_CLIP, make_small_clip
 from fixtures_video import video_list, write_list
 
 from checkpoints import Position
@@ -34,56 +34,32 @@ def random_masks(rng, rows, tokens, hidden):
     return torch.from_numpy(masks)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other cost these small networks far more than they gain, on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Pieces ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masks_per_clip", [1, 2])
 def test_masked_loss_by_hand(masks_per_clip):
+    """Also under objects and of the background: means over hidden tokens."""
     rng, (B, N, M, D) = np.random.default_rng(0), (3, 10, 6, 4)
-    masks = random_masks(rng, masks_per_clip * B, N, M)
+    masks, objects = random_masks(rng, masks_per_clip * B, N, M), random_masks(rng, B, N, 4)
     predictions, targets = rng.normal(size=(masks_per_clip * B, M, D)), rng.normal(2, 3, size=(B, N, D))
-    loss, logged = masked_loss(torch.tensor(predictions), torch.tensor(targets, dtype=torch.float32), masks)
-    errors, target_stds = [], []
-    for row in range(masks_per_clip * B):
-        wanted = targets[row % B][masks[row].numpy()]
-        errors += list((predictions[row] - wanted).ravel() ** 2)
-        target_stds += list(wanted.std(axis=0, ddof=1))
-    assert float(loss) == pytest.approx(np.mean(errors), rel=1e-5)
-    assert float(logged["pred_std"]) == pytest.approx(predictions.std(axis=1, ddof=1).mean(), rel=1e-5)
-    assert float(logged["target_std"]) == pytest.approx(np.mean(target_stds), rel=1e-5)
-
-
-def test_loss_under_objects_and_of_the_background_by_hand():
-    """Each is a mean over hidden tokens, and with their numbers as weights they give the loss."""
-    rng, (B, N, M, D) = np.random.default_rng(1), (3, 10, 6, 4)
-    masks, objects = random_masks(rng, 2 * B, N, M), random_masks(rng, B, N, 4)
-    predictions, targets = rng.normal(size=(2 * B, M, D)), rng.normal(size=(B, N, D))
     loss, logged = masked_loss(torch.tensor(predictions), torch.tensor(targets).float(), masks, objects)
-    errors = {True: [], False: []}
-    for row in range(2 * B):
+    errors, target_stds = {True: [], False: []}, []
+    for row in range(masks_per_clip * B):
+        target_stds += list(targets[row % B][masks[row].numpy()].std(axis=0, ddof=1))
         for place, token in enumerate(np.flatnonzero(masks[row])):
             error = ((predictions[row, place] - targets[row % B, token]) ** 2).mean()
             errors[bool(objects[row % B, token])].append(error)
-    assert float(logged["loss_objects"]) == pytest.approx(np.mean(errors[True]), rel=1e-5)
-    assert float(logged["loss_background"]) == pytest.approx(np.mean(errors[False]), rel=1e-5)
-    assert float(loss) == pytest.approx(np.mean(errors[True] + errors[False]), rel=1e-5)
-
-
-def test_normalize_clips_by_hand():
-    clips = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8)
-    expected = (clips.permute(0, 2, 3, 4, 1).numpy() / 255 - IMAGENET_MEAN) / IMAGENET_STD
-    out = normalize_clips(clips, *NORM)
-    assert out.dtype == torch.float32
-    np.testing.assert_allclose(out.permute(0, 2, 3, 4, 1).numpy(), expected, atol=1e-5)
+    found = {"loss": float(loss)} | {name: float(value) for name, value in logged.items()}
+    expected = {
+        "loss": np.mean(errors[True] + errors[False]),
+        "loss_objects": np.mean(errors[True]),
+        "loss_background": np.mean(errors[False]),
+        "pred_std": predictions.std(axis=1, ddof=1).mean(),
+        "target_std": np.mean(target_stds),
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert masked_loss(torch.tensor(predictions), torch.tensor(targets).float(), masks)[0] == loss
 
 
 def test_second_masks_are_a_permutation_of_the_first():
