@@ -29,15 +29,6 @@ from modeling_counting import (
 from modeling_finetune import vit_tiny_patch16_224
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Everything here is small: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def perfect(classes, boxes, rng):
     """What a head says that has learned its targets; where there is nothing to learn it says anything."""
     logits = rng.normal(0, 5, (*classes.shape, 2))
