@@ -49,9 +49,6 @@ def start(start_program, list_file, tmp_path):
     return lambda *argv, **how: start_program("run_smile_pretraining.py", *where, *OPTIONS, *long, *argv, **how)
 
 
-# Files ----------------------------------------------------------------------------------------------------------
-
-
 def test_odd_and_broken_videos(tmp_path):
     frames = source_frames("bikes", 0, 12, (96, 64))
     whole = corpus.encode(frames)
@@ -90,9 +87,6 @@ def test_checkpoints_that_are_damaged_or_do_not_fit(tmp_path):
         assert refused(restored, dict(mutants.wrong_run())[name], path), name
 
 
-# A decoder that hangs or dies -----------------------------------------------------------------------------------
-
-
 def check_error(run, *words):
     """The run fails with one line, in which these words are."""
     found = run.end()
@@ -119,9 +113,6 @@ def test_a_video_that_kills_the_decoder_stops_the_run(start, list_file, tmp_path
     check_error(run, "the data loader failed", "claims.avi")
 
 
-# A rank that dies ------------------------------------------------------------------------------------------------
-
-
 def test_one_of_two_ranks_is_killed(list_file, tmp_path):
     """torchrun starts both again, and they go on from the latest checkpoint and find each other."""
     run = Run(list_file, tmp_path / "run", "--batch_size", "1", processes=2, restarts=2)
@@ -131,9 +122,6 @@ def test_one_of_two_ranks_is_killed(list_file, tmp_path):
     [resumed] = run.find("resuming from")
     assert len(run.find("error: process 0 lost another one")) == 1 and not run.find("in run_main"), run.text()
     assert "checkpoint-latest.pth at epoch 0" in resumed and list(run.steps())[-1] == (1, 7)
-
-
-# One run a folder -----------------------------------------------------------------------------------------------
 
 
 def test_one_run_a_folder(start, tmp_path):

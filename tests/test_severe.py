@@ -35,9 +35,6 @@ def figures(folder):
     return {cell: log_of(folder / cell)[-1] for cell in CELLS if (folder / cell / "log.txt").exists()}
 
 
-# The scripts ----------------------------------------------------------------------------------------------------
-
-
 def test_all_cells_run_to_the_table(severe, tmp_path):
     found = severe("run_all.sh", *TINY, **OPTIONS)
     assert found.code == 0 and "without a result" not in found.out, found.out + found.err
@@ -108,9 +105,6 @@ def test_without_any_data_it_says_so(severe):
     assert found.code == 1 and found.err.startswith("error: CELLS: no cell k400; there are")
 
 
-# The videos of the low-shot cells -----------------------------------------------------------------------------------
-
-
 def draw_by_the_rule(labels, k):
     """Indices that the benchmark draws, by its rule: k of a permutation for each class, one stream for all."""
     stream, drawn = np.random.RandomState(99999), []
@@ -151,9 +145,6 @@ def test_a_missing_video_is_told_before_the_draw(severe, severe_data, tmp_path):
     found = severe("ucf101_1k.sh", *TINY, "--max_bad_fraction", "1", **given)
     said = f"{folder}/train.csv, line 5: no such file: /no/v.avi (1 of {len(lines)} are missing); what --examples draws"
     assert found.code == 1 and said in found.err and not (tmp_path / "out" / "train_subset.csv").exists()
-
-
-# The table ------------------------------------------------------------------------------------------------------
 
 
 def test_ours_beside_the_papers(tmp_path, capsys):

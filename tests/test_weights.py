@@ -20,9 +20,6 @@ def tiny(width=4):
     return torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.LayerNorm(width))
 
 
-# Reading --------------------------------------------------------------------------------------------------------
-
-
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     model = tiny()
     args = argparse.Namespace(lr=1e-3, opt_betas=[0.9, 0.95], first_stage_path="", clip_grad=None)
@@ -165,9 +162,6 @@ def test_weights_under_a_key_of_their_own():
         said = rf"x.pth: no weights in it \(looked under {looked}\); --model_key .*teacher$"
         with pytest.raises(RunError, match=said):
             model_weights(checkpoint, "x.pth", key)
-
-
-# Loading strictly -----------------------------------------------------------------------------------------------
 
 
 def test_load_strictly_loads_all(tmp_path, caplog):
