@@ -55,10 +55,11 @@ def odd_videos(tmp_path_factory):
     return {path.name: path for path in folder.iterdir()}, frames
 
 
-def start(main, argv):
-    """Call a program's main in a process of its own."""
+def start(main, argv, env=()):
+    """Call a program's main in a process of its own, with variables `env`."""
 
     def quietly():
+        os.environ.update(env)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         main(argv)
 
@@ -67,7 +68,7 @@ def start(main, argv):
     return process
 
 
-def kill_at(main, argv, module, name, calls=1, done=False, pause=0.0):
+def kill_at(main, argv, module, name, calls=1, done=False, pause=0.0, env=()):
     """Call a program's main in a process of its own, and kill it some seconds after a call of ``module.name``, by it
     or a worker of its: the first, or another one; when it begins, or is done. The program may end before.
 
@@ -88,7 +89,7 @@ def kill_at(main, argv, module, name, calls=1, done=False, pause=0.0):
         setattr(module, name, told)
         main(argv)
 
-    caller, process = None, start(watched, argv)
+    caller, process = None, start(watched, argv, env)
     for _ in range(calls):
         wait([reader, process.sentinel])
         caller = reader.recv() if reader.poll() else caller

@@ -4,18 +4,18 @@ A pytest plugin (``pytest_plugins = "fixtures_pretraining"``). No test here: PYT
 """
 
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import index_shards
+import pack_videos
 import pytest
-from fixtures_video import ROOT, write_list
+from fixtures_video import write_list
 
 from weights import read_checkpoint
 
 pytest_plugins = ("fixtures_video", "fixtures_programs")
 NAME = "run_smile_pretraining.py"
-DATA_TOOLS = ROOT / "scripts" / "data"
 STEPS, EPOCHS = 12, 2
 TINY = """--model pretrain_videomae_tiny_patch16_224 --decoder_depth 1 --target_type pixel --num_frames 4
     --sampling_rate 2 --input_size 48 --mask_ratio 0.7 --drop_path 0.2 --num_workers 1
@@ -46,9 +46,8 @@ def shard_args(data_args, tmp_path_factory):
     folder, args = tmp_path_factory.mktemp("shards"), [str(word) for word in data_args]
     listed, objects = (args[args.index(flag) + 1] for flag in ("--data_path", "--objects_path"))
     subprocess.run(["tar", "-cf", folder / "objects.tar", "-C", objects, "."], check=True)
-    pack = [DATA_TOOLS / "pack_videos.py", listed, "--output", folder, "--shard_size", "50KB"]
-    for program in (pack, [DATA_TOOLS / "index_shards.py", folder / "objects.tar"]):
-        subprocess.run([sys.executable, *program], check=True, capture_output=True)
+    pack_videos.main([listed, "--output", str(folder), "--shard_size", "50KB"])
+    index_shards.main([str(folder / "objects.tar")])
     changed = {listed: folder / Path(listed).name, objects: folder / "objects.tar"}
     return [str(changed.get(word, word)) for word in args]
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures_video import ROOT, fork_server, free_port
+from fixtures_video import ROOT, fork_server, launched
 
 
 def program(argv, output, env, file, before=None):
@@ -46,10 +46,10 @@ class Started:
         path = Path(f"{self.outputs[rank]}.{name}")
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, text, seconds=300):
-        """Until the first process's standard output has a text."""
+    def wait_for(self, text, count=1, seconds=300):
+        """Until the first process's standard output has a text so many times."""
         end, alive = time.monotonic() + seconds, True
-        while text not in self.read("out"):
+        while self.read("out").count(text) < count:
             assert alive and time.monotonic() < end, self.read("out") + self.read("err")
             time.sleep(0.003)
             alive = self.processes[0].is_alive()
@@ -73,7 +73,7 @@ class Started:
 
 def jobs_of(file, argv, folder, processes=1, others=(), before=None):
     """Arguments of `program` for each process; `others`: options that follow in all processes but the first."""
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = launched(processes)
     for rank in range(processes):
         env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         words = [str(word) for word in (*argv, *(others if rank else ()))]
@@ -92,6 +92,13 @@ def start_program(tmp_path_factory):
     yield start
     for run in started:
         run.stop()
+
+
+def write_log(folder, *lines):
+    """A log.txt with these lines; returns the folder."""
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
 def log_of(folder):

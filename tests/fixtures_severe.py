@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_scripts import programs_served
-from fixtures_video import ROOT, source_frames, write_mp4
+from fixtures_video import ROOT, source_frames, write_lines, write_mp4
 
 from modeling_finetune import MODELS
 
@@ -41,11 +41,6 @@ class Videos:
         frames = np.roll(source, -7 * self.written, axis=0)[: int(25 * seconds)]
         write_mp4(path, frames, codec="mpeg4" if path.suffix == ".avi" else "libx264")
         self.written += 1
-
-
-def write_lines(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def write_ssv2(folder, videos):

@@ -108,10 +108,16 @@ def decode_all(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def write_lines(path, lines):
+    """A text file, and the folders it lies in; returns its path as str."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
 def write_list(path, videos, label=-1):
     """A list file with a line for each video."""
-    Path(path).write_text("".join(f"{video} {label}\n" for video in videos))
-    return str(path)
+    return write_lines(path, (f"{video} {label}" for video in videos))
 
 
 def video_list(path, num_classes=None, data_root=""):
@@ -165,6 +171,11 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def launched(world):
+    """Variables by which so many processes find each other; each has its RANK besides."""
+    return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
 
 
 @functools.cache

@@ -100,31 +100,6 @@ def test_object_tokens_equal_a_loop(grid, patch_size, tubelet_size):
         np.testing.assert_array_equal(object_tokens(boxes, grid, patch_size, tubelet_size), expected)
 
 
-def test_object_tokens_hold_every_pixel_of_the_boxes():
-    rng = np.random.default_rng(1)
-    for _ in range(60):
-        boxes = random_boxes(rng, 4, 64, 96)
-        pixels = np.zeros((4, 64, 96), dtype=bool)
-        for box in boxes:
-            for t, (x1, y1, x2, y2) in enumerate(box.clip(0)):
-                pixels[t, y1:y2, x1:x2] = True
-        touched = pixels.reshape(2, 2, 4, 16, 6, 16).any(axis=(1, 3, 5))
-        assert not (touched & ~object_tokens(boxes, (2, 4, 6), (16, 16), 2)).any()
-
-
-def test_object_tokens_by_hand():
-    boxes = np.array([[[16, 0, 32, 16], [20, 3, 33, 16]]])  # x 16..33: patches 1..3, y 0..16: patches 0..1
-    under = object_tokens(boxes, (1, 4, 5), (16, 16), 2)
-    expected = np.zeros((1, 4, 5), dtype=bool)
-    expected[0, 0:2, 1:4] = True
-    np.testing.assert_array_equal(under, expected)
-
-
-def test_boxes_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="12"):
-        object_tokens(fixed_boxes(0, 0, 50, 50, frames=12), GRID, (16, 16), 2)
-
-
 def check_balance(mask, under, grid, ratio, keep):
     """The order of balancing: tokens of the tube outside the objects first, objects only when these run out."""
     mask, hidden_positions = mask.reshape(grid), int(ratio * (grid[1] * grid[2]))
@@ -235,7 +210,7 @@ def test_ratio_that_hides_nothing_or_everything_is_refused(ratio):
         MaskGenerator("tube", GRID, ratio)
 
 
-def test_unknown_types_and_missing_boxes_are_refused():
+def test_unknown_types_and_wrong_boxes_are_refused():
     with pytest.raises(ValueError, match="agnostic"):
         MaskGenerator("agnostic", GRID, 0.8)
     with pytest.raises(ValueError, match="tube[+]other"):
@@ -244,3 +219,5 @@ def test_unknown_types_and_missing_boxes_are_refused():
         trajectory_mask(np.random.default_rng(0), fixed_boxes(0, 0, 9, 9), GRID, 0.8, "tube+other")
     with pytest.raises(ValueError, match="boxes"):
         MaskGenerator("tubelet", GRID, 0.8)(np.random.default_rng(0))
+    with pytest.raises(ValueError, match="12"):
+        object_tokens(fixed_boxes(0, 0, 50, 50, frames=12), GRID, (16, 16), 2)

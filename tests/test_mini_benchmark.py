@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures_programs import write_log
 
 import run_class_finetuning
 import run_smile_pretraining
@@ -132,11 +133,6 @@ def test_what_is_done_is_not_done_again_and_a_row_of_ones_own_is_one_more(benchm
     assert "| less-hidden | 12.5 |" in output and "12.5 ± 0.0" in output
 
 
-def write_log(folder, *lines):
-    folder.mkdir(parents=True)
-    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def test_tables_come_from_logs(tmp_path, capsys):
     for seed, values in enumerate(((40, 50), (44, 56), (48, 62))):
         for column, value in zip(("motion", "object"), values):
@@ -154,13 +150,7 @@ def test_tables_come_from_logs(tmp_path, capsys):
         assert list(csv.reader(file))[1:3] == [["stage1", "motion", "0", "40.000"], ["stage1", "motion", "1", "44.000"]]
 
 
-def test_the_quickstart_names_a_run_that_is_not_done(tmp_path):
-    write_log(tmp_path / "finetuned", {"test_acc1": 20.0, "test_videos": 400})
-    with pytest.raises(SystemExit, match=r"scratch/log.txt holds no test score"):
-        results.main(["quickstart", str(tmp_path)])
-
-
-def test_the_quickstart_gives_standard_errors(tmp_path, capsys):
+def test_the_quickstart_gives_standard_errors_and_names_a_run_that_is_not_done(tmp_path, capsys):
     for name in ("finetuned", "scratch", "count", "count-scratch"):
         write_log(tmp_path / name, {"test_acc1": 20.0, "test_videos": 400})
     for stage in ("stage1", "stage2"):
@@ -169,3 +159,6 @@ def test_the_quickstart_gives_standard_errors(tmp_path, capsys):
     table = capsys.readouterr().out
     assert table.count("| **20.0** | 2.0 | 400 |") == 4  # 100 · sqrt(.2 · .8 / 400)
     assert "0.88 after stage 1" in table
+    (tmp_path / "scratch" / "log.txt").unlink()
+    with pytest.raises(SystemExit, match=r"scratch/log.txt holds no test score"):
+        results.main(["quickstart", str(tmp_path)])

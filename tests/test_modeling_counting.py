@@ -29,15 +29,6 @@ from modeling_counting import (
 from modeling_finetune import vit_tiny_patch16_224
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Everything here is small: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def perfect(classes, boxes, rng):
     """What a head says that has learned its targets; where there is nothing to learn it says anything."""
     logits = rng.normal(0, 5, (*classes.shape, 2))
@@ -51,9 +42,6 @@ def perfect_head(bounds, rng):
     """The same as a function of moments and lengths, for count_cycles."""
     offsets = cycle_offsets(torch.as_tensor(bounds))
     return lambda moments, lengths: perfect(*anchor_targets(offsets[moments], lengths), rng)
-
-
-# Offsets --------------------------------------------------------------------------------------------------------
 
 
 def test_offsets_by_hand():
@@ -83,9 +71,6 @@ def test_offsets_lead_to_the_same_phase(seed):
         assert ((offsets[:, side] == NO_NEIGHBOUR) == ~known).all()
         there = frames[known] + sign * offsets[known, side]
         assert phase(there.clip(0, bounds[-1])) == pytest.approx(phase(frames[known]) + sign, abs=1e-5)
-
-
-# Targets and their inverse --------------------------------------------------------------------------------------
 
 
 def test_targets_by_hand():
@@ -150,9 +135,6 @@ def test_nothing_to_learn_is_no_loss_and_no_gradient():
     assert loss.item() == 0 and all((p.grad == 0).all() for p in head.parameters())
 
 
-# Windows --------------------------------------------------------------------------------------------------------
-
-
 def test_windows_by_hand():
     left, right = window_frames(torch.tensor([20]), torch.tensor([[8.0, 4.0]]), 26, 16)[0].tolist()
     assert left == list(range(5, 21))  # twice 8 frames, up to the moment
@@ -183,9 +165,6 @@ def test_the_head_sees_both_windows_and_the_encoder_one_at_a_time():
     names = {name for name, _ in model.named_parameters() if not name.startswith("encoder.")}
     heads = "cls_1 cls_2 box_1 box_2".split()
     assert names == {f"head.{head}.{what}" for head in heads for what in ("weight", "bias")}
-
-
-# Counting -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cycles", [2, 3, 8, 60])
@@ -219,9 +198,6 @@ def test_a_count_is_always_a_number():
 def test_scores_by_hand():
     scores = counting_scores([4.4, 6.6, 12.5, 2.0], [4, 5, 10, 2])  # counted 4, 7, 13, 2
     assert scores == {"mae": pytest.approx((0 + 2 / 5 + 3 / 10 + 0) / 4), "obo": 0.5}
-
-
-# Training -------------------------------------------------------------------------------------------------------
 
 
 def blinking(rng, period, cycles):

@@ -8,18 +8,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_modeling_pretrain import MINI, blocks, randomize, their_config, to_hugging_face
+from test_modeling_pretrain import MINI, blocks, clip_and_mask, randomize, their_config, to_hugging_face
 from transformers import VideoMAEForVideoClassification
 
-from modeling_finetune import MODELS, Attention, TubeletEmbed, VisionTransformer, token_grid
+from modeling_finetune import MODELS, Attention, Size, TubeletEmbed, VisionTransformer, token_grid
 from modeling_pretrain import PretrainVisionTransformer
 
 # frames, height, width
 SHAPES = [(16, 32, 32), (8, 64, 64), (6, 32, 80), (4, 96, 48), (2, 16, 16), (32, 16, 32)]
 
 
-def random_classifier(**kwargs):
-    return randomize(VisionTransformer(MINI, **{"num_classes": 7, **kwargs}))
+def random_classifier(size=MINI, **kwargs):
+    return randomize(VisionTransformer(size, **{"num_classes": 7, **kwargs}))
 
 
 def random_clips(num_frames, height, width, batch=2):
@@ -158,13 +158,14 @@ def test_features_are_the_normalised_mean_of_the_tokens():
     assert not [name for name in model.state_dict() if name.startswith("head")]
 
 
-def test_clips_of_a_batch_do_not_mix():
-    model, clips = random_classifier(), random_clips(8, 32, 48, batch=3)
-    with torch.no_grad():
-        torch.testing.assert_close(model(clips)[1:2], model(clips[1:2]), atol=1e-5, rtol=0)
+# ------------------------------------------------------------------------------ training of classifier and student
 
-
-# ------------------------------------------------------------------------------------------------------------ training
+BOTH = {
+    "classifier": random_classifier,
+    "student": lambda *sizes, **kwargs: randomize(PretrainVisionTransformer(*(sizes or (MINI, 2)), **kwargs)),
+}
+CLIPS, MASK = clip_and_mask(8, 32, 48, 15, batch=3)
+INPUTS = {"classifier": (CLIPS,), "student": (CLIPS, MASK)}
 
 
 @pytest.mark.parametrize("init_scale", [0.001, 1.0])
@@ -196,24 +197,50 @@ def test_every_dropout_acts_in_training_only(rate):
         assert (model(clips) - model(clips)).abs().max() > 1e-3
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
-    clips, results = random_clips(8, 32, 48), []
+@pytest.mark.parametrize("kind", BOTH)
+def test_clips_of_a_batch_do_not_mix(kind):
+    model, inputs = BOTH[kind](), INPUTS[kind]
+    with torch.no_grad():
+        alone = model(*(values[1:2] for values in inputs))
+        torch.testing.assert_close(model(*inputs)[1:2], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_activation_checkpointing_gives_the_same_gradients(kind):
+    results = []
     for use_checkpoint in (False, True):
-        model, kept = random_classifier(use_checkpoint=use_checkpoint).train(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
-            logits = model(clips)
-        logits.square().mean().backward()
-        results.append([logits.detach(), *(p.grad for p in model.parameters())])
-        results.append(sum(kept))
-    for plain, checkpointed in zip(results[0], results[2]):
+        model = BOTH[kind](use_checkpoint=use_checkpoint).train()
+        output = model(*INPUTS[kind])
+        output.square().mean().backward()
+        results.append([output.detach(), *(p.grad for p in model.parameters())])
+    for plain, checkpointed in zip(*results):
         torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-5)
-    assert results[3] < 0.5 * results[1]
 
 
-def test_every_parameter_learns():
+@pytest.mark.parametrize(
+    "kind, sizes, most",
+    [
+        ("classifier", (MINI,), 0.5),
+        ("student", (Size(48, 4, 4, 24, 3), 1), 0.7),  # nearly all is in the encoder
+        ("student", (Size(24, 1, 3, 48, 4), 4), 0.7),  # and in the decoder
+    ],
+)
+def test_activation_checkpointing_keeps_fewer_activations(kind, sizes, most):
+    """Kept are the inputs of blocks, and everything outside them."""
+    saved = []
+    for use_checkpoint in (False, True):
+        model, numbers = BOTH[kind](*sizes, use_checkpoint=use_checkpoint).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (numbers.append(x.numel()), x)[1], lambda x: x):
+            model(*INPUTS[kind])
+        saved.append(sum(numbers))
+    assert saved[1] < most * saved[0]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_every_parameter_learns(kind):
     """Distributed training needs it: a parameter without gradient stops it."""
-    model = random_classifier(drop_path_rate=0.1).train()
-    F.cross_entropy(model(random_clips(8, 32, 48)), torch.tensor([1, 5])).backward()
+    model = BOTH[kind](drop_path_rate=0.1).train()
+    model(*INPUTS[kind]).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from modeling_finetune import channel_stats, normalize_clips
 from modeling_image import build_encoder, find_encoder
-from modeling_probe import MeanTokens, ProbedEncoder
+from modeling_probe import MeanTokens
 from options_finetune import find_problems, get_args
 from weights import read_checkpoint
 
@@ -97,18 +97,6 @@ def test_frame_features_are_timms_own(name, tmp_path):
         grey = np.full((2, 96, 64, 3), 100, np.uint8)
         same = encoder.forward_tokens(as_clips(np.full((2, side, side, 3), 100, np.uint8)))
         torch.testing.assert_close(encoder.forward_tokens(as_clips(grey)), same, atol=1e-4, rtol=0)
-
-
-def test_a_probe_sees_the_mean_of_the_frames():
-    encoder = build_encoder("test_vit", "random")
-    model = ProbedEncoder(encoder, encoder.num_heads, "linear", 5, [(1.0, 0.0), (0.1, 0.0)]).train()
-    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    clips = as_clips(frames_of(160, 4))
-    with torch.no_grad():
-        features = encoder.forward_tokens(clips).mean(dim=1)
-        logits = model.eval()(clips)
-        for number, probe in enumerate(model.probes):
-            torch.testing.assert_close(logits[:, number], probe.head(probe.norm(features)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

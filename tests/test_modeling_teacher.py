@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from fixtures_teacher import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, SMALL_CLIP, make_small_clip, random_clips
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
@@ -294,15 +293,6 @@ def test_only_the_first_frame_of_each_tubelet_counts(tubelet_size):
     assert teacher(clips).shape == (2, 8 // tubelet_size * 16, 32)
 
 
-def test_tokens_are_ordered_by_clip_and_time():
-    teacher, clips = small_teacher(), random_clips(6, side=64, batch=2)
-    tokens = teacher.tokens(clips).view(2, 3, 16, 32)
-    for b in range(2):
-        for step in range(3):
-            alone = teacher.feature_maps(clips[b : b + 1, :, 2 * step])[0].flatten(1).T
-            torch.testing.assert_close(tokens[b, step], alone, atol=1e-5, rtol=0)
-
-
 def test_targets_are_the_normalised_tokens():
     """Of a teacher that is frozen and stays in eval mode."""
     teacher, clips = small_teacher(), random_clips(6, side=64, batch=2)
@@ -313,15 +303,6 @@ def test_targets_are_the_normalised_tokens():
     expected = (tokens - tokens.mean(axis=1, keepdims=True)) / (tokens.std(axis=1, ddof=1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(targets, expected, atol=1e-4)
     assert targets.dtype == torch.float32 and not targets.requires_grad
-
-
-@pytest.mark.parametrize("build", [small_teacher, lambda: PixelTarget()])
-def test_targets_serve_a_loss(build):
-    targets = build()(random_clips(4, side=64))
-    mask = torch.arange(32)[None] < 20
-    prediction = torch.zeros(1, 20, targets.shape[2], requires_grad=True)
-    F.mse_loss(prediction, targets[mask].view(1, 20, -1)).backward()
-    torch.testing.assert_close(prediction.grad, -2 * targets[:, :20] / (20 * targets.shape[2]))
 
 
 def test_targets_are_fp32_under_autocast():
@@ -368,16 +349,8 @@ def test_pixel_target_equals_a_loop(num_frames, height, width):
                     expected.append(cube.T.reshape(-1))  # p0 p1 p2 c
     assert targets.shape == (2, num_frames // 2 * height // 16 * width // 16, 1536) and targets.dtype == torch.float32
     np.testing.assert_allclose(targets.reshape(-1, 1536), np.stack(expected), atol=1e-4)
-
-
-def test_pixel_target_layout():
-    """One bright red pixel: frame 1, row 2, column 3 of the second cube of the row. A black clip's is finite."""
-    clips = torch.zeros(1, 3, 2, 16, 32)
-    clips[0, 0, 1, 2, 16 + 3] = 1
-    target = PixelTarget()(clips)[0]
-    assert target.abs().argmax() == 1536 + ((1 * 16 + 2) * 16 + 3) * 3 and target[0].abs().max() < 0.05
-    target = PixelTarget()(torch.full((1, 3, 4, 32, 32), -2.0))
-    assert target.isfinite().all() and target.abs().max() < 1
+    black = PixelTarget()(torch.full((1, 3, 4, 32, 32), -2.0))
+    assert black.isfinite().all() and black.abs().max() < 1
 
 
 def test_features_by_hand():

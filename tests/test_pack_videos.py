@@ -163,9 +163,6 @@ def test_killed_anywhere_it_goes_on(tmp_path, name, calls):
     assert {key: data.replace(b"/two/", b"/one/") for key, data in two.items()} == one
 
 
-# Shards of others -----------------------------------------------------------------------------------------------
-
-
 def write_tar(path, files):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:

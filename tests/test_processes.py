@@ -14,7 +14,7 @@ import processes
 import pytest
 import resize_videos
 from fixtures_data_tools import FORK, kill_at, start
-from fixtures_video import decode_all, free_port, source_frames, write_list, write_mp4
+from fixtures_video import decode_all, launched, source_frames, write_list, write_mp4
 from PIL import Image
 
 from utils import EXIT_REQUEUE, leave_on_signal
@@ -43,25 +43,17 @@ def tools(clips, broken, tmp_path):
     }
 
 
-def on_nodes(monkeypatch, world, main, argv, killed=None):
+def on_nodes(world, main, argv, killed=None):
     """Call a program's main in `world` processes; exit codes. `killed`: rank, and what kill_at takes; then all end."""
+    shared = launched(world)
     ranks = [rank for rank in range(world) if not killed or rank != killed[0]]
-    processes = []
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    for name, value in shared.items():
-        monkeypatch.setenv(name, value)
-    for rank in ranks:
-        monkeypatch.setenv("RANK", str(rank))
-        processes.append(start(main, argv))
+    processes = [start(main, argv, shared | {"RANK": str(rank)}) for rank in ranks]
     if killed:
-        monkeypatch.setenv("RANK", str(killed[0]))
-        kill_at(main, argv, *killed[1:])
+        kill_at(main, argv, *killed[1:], env=shared | {"RANK": str(killed[0])})
         for process in processes:
             process.kill()
     for process in processes:
         process.join()
-    for name in ("RANK", *shared):
-        monkeypatch.delenv(name)
     return [process.exitcode for process in processes]
 
 
@@ -88,15 +80,15 @@ def same(one, other):
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("tool", ["check", "resize", "pack", "objects"])
-def test_several_processes_write_what_one_writes(monkeypatch, tools, tmp_path, tool, world):
+def test_several_processes_write_what_one_writes(tools, tmp_path, tool, world):
     """Byte for byte, but videos; one of three killed three times before: the first, and others."""
     main, options, module, name = tools[tool]
     end = "a.csv" if tool == "check" else ""
     main([*options, "--output", str(tmp_path / "one" / end), "--workers", "1"])
     argv = [*options, "--output", str(tmp_path / "several" / end), "--workers", "1"]
     for rank, calls in ((1, 2), (0, 1), (2, 3)) if world == 3 else ():
-        on_nodes(monkeypatch, world, main, argv, (rank, module, name, calls))
-    assert on_nodes(monkeypatch, world, main, argv) == [0] * world
+        on_nodes(world, main, argv, (rank, module, name, calls))
+    assert on_nodes(world, main, argv) == [0] * world
     one, several = written(tmp_path / "one"), written(tmp_path / "several")
     assert one.keys() == several.keys() and len(one) > 2
     assert [path for path in one if not same(one[path], several[path])] == []
@@ -105,10 +97,9 @@ def test_several_processes_write_what_one_writes(monkeypatch, tools, tmp_path, t
 def test_what_is_refused_ends_all_processes_with_a_line(tools, tmp_path):
     """Both find results that were made with other settings; nobody waits for the other, and no traceback is shown."""
     argv = [*tools["resize"][1], "--output", str(tmp_path / "out")]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text('{"short_side": 3}')
-    words = [sys.executable, resize_videos.__file__, *argv]
+    words, shared = [sys.executable, resize_videos.__file__, *argv], launched(2)
     started = [
         subprocess.Popen(words, env=os.environ | shared | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
         for rank in "01"
@@ -118,7 +109,7 @@ def test_what_is_refused_ends_all_processes_with_a_line(tools, tmp_path):
     assert "was made with --short_side 3, not 256" in "".join(said) and "Traceback" not in "".join(said)
 
 
-def test_a_process_that_waits_for_others_ends_at_a_signal(monkeypatch):
+def test_a_process_that_waits_for_others_ends_at_a_signal():
     """With the code on which the job is queued again, as it would while it works."""
     reader, writer = FORK.Pipe(duplex=False)
 
@@ -131,11 +122,8 @@ def test_a_process_that_waits_for_others_ends_at_a_signal(monkeypatch):
         writer.send("waits")
         processes.to_first("mine")
 
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    started = []
-    for variable in [*shared.items(), ("RANK", "0"), ("RANK", "1")]:
-        monkeypatch.setenv(*variable)
-        started += [start(wait_for_the_first, [])] if variable[0] == "RANK" else []
+    shared = launched(2)
+    started = [start(wait_for_the_first, [], shared | {"RANK": rank}) for rank in "01"]
     assert reader.recv() == "waits"
     time.sleep(0.5)
     os.kill(started[1].pid, signal.SIGUSR1)

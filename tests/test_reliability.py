@@ -4,6 +4,7 @@ The long versions are in soak/. Resuming, signals and wrong input are tested wit
 test_run_smile_pretraining.py and test_run_smile_pretraining_input.py.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -12,20 +13,26 @@ from pathlib import Path
 import pytest
 from fixtures_video import source_frames
 from soak import corpus, mutants
-from soak.runs import Run, children, gone, make_videos
+from soak.runs import OPTIONS, Run, children, gone, make_videos
 from soak.test_checkpoints import refused, restored
 
+import checkpoints
+import video_transforms
 from weights import read_checkpoint
 
-HANG = """
-import ctypes, video_transforms
-read = video_transforms.read_clip
-video_transforms.read_clip = lambda path, *rest: (
-    ctypes.CDLL(None).sleep(1000) if path.endswith("7.mp4") else read(path, *rest))
-"""
+pytest_plugins = "fixtures_programs"
 
 
-SHORT = "import checkpoints; checkpoints.LOCK_SECONDS = 0.5"  # that a second run waits for the first to go away
+def hang():
+    """Have the decoder hang at a video, and heed no Python."""
+    read = video_transforms.read_clip
+    sleep = ctypes.CDLL(None).sleep
+    video_transforms.read_clip = lambda path, *rest: sleep(1000) if path.endswith("7.mp4") else read(path, *rest)
+
+
+def wait_shortly():
+    """Have a second run wait for the first to go away for half a second."""
+    checkpoints.LOCK_SECONDS = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +41,12 @@ def list_file(tmp_path_factory):
     return make_videos(tmp_path_factory.mktemp("videos"), 16)
 
 
-def start(list_file, folder, *options, **more):
-    """A run of 8 steps an epoch that would go on for long."""
+@pytest.fixture
+def start(start_program, list_file, tmp_path):
+    """Start a run of 8 steps an epoch that would go on for long."""
+    where = ["--data_path", list_file, "--output_dir", tmp_path / "run"]
     long = "--epochs 500 --save_ckpt_freq 500 --save_ckpt_steps 0".split()
-    return Run(list_file, folder, *long, *options, **more)
-
-
-# Files ----------------------------------------------------------------------------------------------------------
+    return lambda *argv, **how: start_program("run_smile_pretraining.py", *where, *OPTIONS, *long, *argv, **how)
 
 
 def test_odd_and_broken_videos(tmp_path):
@@ -79,37 +85,30 @@ def test_checkpoints_that_are_damaged_or_do_not_fit(tmp_path):
         assert refused(restored, dict(mutants.wrong_run())[name], path), name
 
 
-# A decoder that hangs or dies -----------------------------------------------------------------------------------
-
-
-def one_error(run, *words):
-    """The run failed with one line, in which these words are."""
-    code = run.wait(300)
-    errors = run.find("^error: ")
-    assert code == 1 and len(errors) == 1 and "Traceback" not in run.text(), run.text()[-3000:]
+def check_error(run, *words):
+    """The run fails with one line, in which these words are."""
+    found = run.end()
+    errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
+    assert found.code == 1 and len(errors) == 1 and "Traceback" not in found.all, found.all[-3000:]
     assert all(word in errors[0] for word in words), errors[0]
-    return True
 
 
-def test_a_decoder_that_hangs_stops_the_run(list_file, tmp_path):
-    """Inside the decoder, which heeds no Python; the worker is gone afterwards."""
-    run = start(list_file, tmp_path / "run", "--worker_timeout", "5", before=HANG)
+def test_a_decoder_that_hangs_stops_the_run(start):
+    """The worker is gone afterwards."""
+    run = start("--worker_timeout", "5", before=hang)
     run.wait_for("eta")
-    workers = children(run.process.pid)
-    assert one_error(run, "the data loader failed", "timed out after 5", "/7.mp4", "--worker_timeout")
+    workers = children(run.pid)
+    check_error(run, "the data loader failed", "timed out after 5", "/7.mp4", "--worker_timeout")
     assert gone(workers)
 
 
-def test_a_video_that_kills_the_decoder_stops_the_run(list_file, tmp_path):
+def test_a_video_that_kills_the_decoder_stops_the_run(start, list_file, tmp_path):
     """decord 0.6 asks for room for all the frames that a file claims; beyond a billion that ends its process."""
     content = corpus.encode(source_frames("bikes", 0, 12, (64, 48)), "avi", "mjpeg", "yuvj420p")
     (tmp_path / "claims.avi").write_bytes(corpus.claim_frames(content, 2_000_000_000))
     (tmp_path / "list.csv").write_text(f"{tmp_path / 'claims.avi'} 0\n" + Path(list_file).read_text())
-    run = start(tmp_path / "list.csv", tmp_path / "run", "--reader", "decord")
-    assert one_error(run, "the data loader failed", "claims.avi")
-
-
-# A rank that dies ------------------------------------------------------------------------------------------------
+    run = start("--data_path", tmp_path / "list.csv", "--reader", "decord")
+    check_error(run, "the data loader failed", "claims.avi")
 
 
 def test_one_of_two_ranks_is_killed(list_file, tmp_path):
@@ -123,29 +122,25 @@ def test_one_of_two_ranks_is_killed(list_file, tmp_path):
     assert "checkpoint-latest.pth at epoch 0" in resumed and list(run.steps())[-1] == (1, 7)
 
 
-# One run a folder -----------------------------------------------------------------------------------------------
-
-
-def test_one_run_a_folder(list_file, tmp_path):
-    first = start(list_file, tmp_path / "run")
-    second = start(list_file, tmp_path / "run", before=SHORT) if first.wait_for(r"epoch 0 \[1/") else None
-    assert one_error(second, f"--output_dir {tmp_path / 'run'}: another run is writing there")
-    before = len(first.steps())
-    assert first.process.poll() is None and first.wait_for("eta", before + 8)  # and has not been disturbed
-    first.kill()
-    third = start(list_file, tmp_path / "run", before=HANG)  # at once: the lock has gone with its owner
-    assert third.wait_for("eta")
+def test_one_run_a_folder(start, tmp_path):
+    first = start()
+    first.wait_for("epoch 0 [1/")
+    check_error(start(before=wait_shortly), f"--output_dir {tmp_path / 'run'}: another run is writing there")
+    first.wait_for("eta", first.read("out").count("eta") + 8)  # it has not been disturbed
+    first.stop()
+    third = start(before=hang)  # at once: the lock has gone with its owner
+    third.wait_for("eta")
     interrupt_twice(third)
 
 
 def interrupt_twice(run):
     """The first SIGINT waits for the step to end, which it does not here; the second one ends the program at once."""
-    workers = children(run.process.pid)
+    workers = children(run.pid)
     time.sleep(1)
-    os.kill(run.process.pid, signal.SIGINT)
+    os.kill(run.pid, signal.SIGINT)
     time.sleep(1)
-    assert run.process.poll() is None
-    os.kill(run.process.pid, signal.SIGINT)
-    assert run.wait(60) == -signal.SIGINT
+    assert run.processes[0].is_alive()
+    os.kill(run.pid, signal.SIGINT)
+    assert run.end(60).code == -signal.SIGINT
     for pid in workers:  # one still hangs in the decoder
         os.kill(pid, signal.SIGKILL) if not gone([pid], 0) else None

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import shutil
 import time
 
 import numpy as np
@@ -38,13 +39,13 @@ def videos(clips, broken, tmp_path_factory):
     return write_list(tmp_path_factory.mktemp("list") / "list.csv", paths, 5), paths
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options(encoder, videos):
     """One of the seven videos cannot be read."""
     return ["--data_path", videos[0], "--checkpoint", encoder[0], "--max_bad_fraction", 0.2, *TINY]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def extract(run, options):
     """Run the program over the list; more options may follow."""
     return lambda folder, *argv, **how: run(*options, "--output_dir", folder, *argv, file=NAME, **how)
@@ -113,12 +114,13 @@ def test_several_views(extract, encoder, videos, tmp_path):
     assert np.abs(found[0, 0] - found[0, 1]).max() > 0.01  # views differ
 
 
-@pytest.fixture
-def whole(extract, tmp_path):
+@pytest.fixture(scope="module")
+def whole(extract, tmp_path_factory):
     """Features in files of two videos."""
-    done = extract(tmp_path / "whole", "--shard_size", 2)
+    folder = tmp_path_factory.mktemp("whole")
+    done = extract(folder, "--shard_size", 2)
     assert done.code == 0, done.all
-    return tmp_path / "whole"
+    return folder
 
 
 def test_one_and_two_processes_write_the_same_in_list_order(extract, videos, whole, tmp_path):
@@ -217,16 +219,17 @@ def test_videos_of_the_same_name_keep_their_folders(extract, clips, tmp_path):
     assert lengths == [9, 1]
 
 
-def test_a_folder_of_an_earlier_version_is_gone_on_with(extract, whole):
+def test_a_folder_of_an_earlier_version_is_gone_on_with(extract, whole, tmp_path):
     """It has no seconds in its parts, and no strides in its settings."""
-    part, settings = whole / "features-00000.csv", whole / "settings.json"
+    old = shutil.copytree(whole, tmp_path / "old")
+    part, settings = old / "features-00000.csv", old / "settings.json"
     rows = [row[:5] + row[-1:] for row in csv.reader(part.read_text().splitlines())]
     part.write_text("".join(",".join(row) + "\n" for row in rows))
     known = {name: value for name, value in json.loads(settings.read_text()).items() if "stride" not in name}
     settings.write_text(json.dumps(known))
-    done = extract(whole, "--shard_size", 2)
+    done = extract(old, "--shard_size", 2)
     assert done.code == 0 and "0 of 4 files to compute" in done.out, done.all
-    index = index_of(whole)
+    index = index_of(old)
     assert [entry["start"] for entry in index[:2]] == [""] * 2
     assert float(index[4]["end"]) > float(index[4]["start"]) >= 0
 

@@ -17,9 +17,6 @@ from run_smile_pretraining import build_dataset, clips_per_video, find_problems,
 pytest_plugins = ("fixtures_pretraining", "fixtures_data_tools")
 
 
-# Wrong input ----------------------------------------------------------------------------------------------------
-
-
 def argv_of(data_args, *more):
     """Options of a run, later ones win."""
     return [str(word) for word in (*TINY, *TRAIN, *data_args, *more)]
@@ -109,9 +106,6 @@ def test_what_is_found_while_building_is_one_line_too(options, start, data_args,
     words = options.format(ref=reference.folder / "checkpoint-1.pth", t=tmp_path).split()
     result = start(*argv_of(data_args, *words)).end()
     assert result.code == 1 and re.fullmatch(rf"error: .*({LATER[options]}).*\n", result.err), result.err[-1000:]
-
-
-# Options --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

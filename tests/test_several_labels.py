@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_finetuning import PLAIN, TINY, log_of
-from fixtures_video import source_frames, video_list, write_mp4
+from fixtures_video import source_frames, video_list, write_lines, write_mp4
 from sklearn.metrics import average_precision_score
 
 from datasets_finetune import FinetuneDataset, dense_indices
@@ -35,11 +35,6 @@ def multi_hot(*classes, num_classes=157):
     return [float(c in classes) for c in range(num_classes)]
 
 
-def write_lines(folder, lines, name="list.csv"):
-    (folder / name).write_text("\n".join(lines) + "\n")
-    return str(folder / name)
-
-
 def action_list(path, num_classes, data_root=""):
     """A list whose labels have seconds, and its task."""
     task = SeveralLabels("max", num_classes, needs_seconds=True)
@@ -47,7 +42,7 @@ def action_list(path, num_classes, data_root=""):
 
 
 def test_a_list_with_actions(tmp_path):
-    videos, task = action_list(write_lines(tmp_path, LINES), 157, "/data")
+    videos, task = action_list(write_lines(tmp_path / "list.csv", LINES), 157, "/data")
     assert [videos.path(i) for i in range(3)] == ["/data/rel/46GP8.mp4", "/a/two spaces.mp4", "/data/N11GT.mp4"]
     assert task.targets(videos.labels).tolist() == [multi_hot(92, 147), multi_hot(), multi_hot(0, 3)]
     assert task.targets(videos.labels).dtype == np.float32
@@ -66,16 +61,16 @@ def label_between(videos, task, index, start, end):
 @pytest.mark.parametrize("label", ["", " 92", " 92:1.0", " 92:1-2,", " c092 11.90 21.20", " --"])
 def test_a_line_without_actions_is_named(tmp_path, label):
     with pytest.raises(ValueError, match=r"list.csv, line 2: .*(not `path label`|`92:11.90-21.20,147:0.00-12.60`)"):
-        action_list(write_lines(tmp_path, [LINES[0], f"46GP8.mp4{label}"]), 157)
+        action_list(write_lines(tmp_path / "list.csv", [LINES[0], f"46GP8.mp4{label}"]), 157)
 
 
 def test_a_wrong_class_and_a_wrong_order_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"list.csv, line 1: label 157 is not in \[0, 157\)"):
-        action_list(write_lines(tmp_path, ["a.mp4 3:1-2,157:0-1"]), 157)
+        action_list(write_lines(tmp_path / "list.csv", ["a.mp4 3:1-2,157:0-1"]), 157)
     with pytest.raises(ValueError, match=r"list.csv, line 1: 3:2-1.5 ends before it starts"):
-        action_list(write_lines(tmp_path, ["a.mp4 3:2-1.5"]), 157)
+        action_list(write_lines(tmp_path / "list.csv", ["a.mp4 3:2-1.5"]), 157)
     with pytest.raises(ValueError, match=r"line 1: label '92:.*' is not a whole number; several labels a video"):
-        video_list(write_lines(tmp_path, LINES), 157)
+        video_list(write_lines(tmp_path / "list.csv", LINES), 157)
 
 
 def test_the_label_of_a_part_is_the_union_of_what_is_seen_in_it(tmp_path):
@@ -83,7 +78,7 @@ def test_the_label_of_a_part_is_the_union_of_what_is_seen_in_it(tmp_path):
     rng = np.random.default_rng(0)
     spans = np.sort(rng.uniform(0, 30, (300, 2)).round(2), axis=1)
     actions = [f"{c}:{start}-{end}" for c, (start, end) in enumerate(spans)]
-    videos, task = action_list(write_lines(tmp_path, [f"a.mp4 {','.join(actions)}"]), 300)
+    videos, task = action_list(write_lines(tmp_path / "list.csv", [f"a.mp4 {','.join(actions)}"]), 300)
     for start in (0.0, 3.17, 12.0, 29.0):
         moments = np.arange(start, start + 5, 0.01).round(2)
         seen = ((spans[:, :1] <= moments) & (moments <= spans[:, 1:])).any(axis=1)
@@ -96,7 +91,7 @@ def test_clips_are_labelled_by_their_seconds(tmp_path, rate, codec):
     frames, path = source_frames("bikes", 0, 40, (64, 48)), tmp_path / ("a.avi" if codec == "mpeg4" else "a.mp4")
     write_mp4(path, frames, rate=rate, codec=codec)
     actions = ",".join(f"{n}:{n / rate - 0.001:.4f}-{n / rate + 0.001:.4f}" for n in range(1, 40))
-    videos, task = action_list(write_lines(tmp_path, [f"{path} {actions}"]), 40)
+    videos, task = action_list(write_lines(tmp_path / "list.csv", [f"{path} {actions}"]), 40)
     dataset = FinetuneDataset(videos, task.clip_label, TrainAugmentation(32, "", False), "dense", 4, 3, num_views=2)
     firsts = Counter()
     for epoch in range(12):
@@ -114,7 +109,7 @@ def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
     """Of any of them: with several labels all are read so, with seconds or without."""
     names = [clips["bikes.mp4"], clips["bunny.mp4"]]
     for name, texts in (("train.csv", ["1", labels]), ("val.csv", ["1", "0"]), ("test.csv", ["-1", "-1"])):
-        write_lines(tmp_path, [f"{path} {text}" for path, text in zip(names, texts)], name)
+        write_lines(tmp_path / name, [f"{path} {text}" for path, text in zip(names, texts)])
     args = get_args(["--data_set", "custom", "--nb_classes", "3", "--data_path", str(tmp_path), *PLAIN])
     assert isinstance(task(args), SeveralLabels) and find_problems(args).found == []
     assert args.several_labels == f"{tmp_path}/train.csv, line 2: {labels}"
@@ -123,7 +118,7 @@ def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
     assert sample["labels"].tolist() == [[float(str(c) in re.split("[,:]", labels)) for c in range(3)]]
     norm = torch.zeros(3), torch.ones(3)
     assert isinstance(build_loss(args, norm, np.zeros(0, int))[0], torch.nn.BCEWithLogitsLoss)
-    write_lines(tmp_path, [f"{names[0]} 0,3"], "val.csv")
+    write_lines(tmp_path / "val.csv", [f"{names[0]} 0,3"])
     assert "val.csv, line 1: label 3 is not in [0, 3)" in find_problems(args).found[0]
 
 
@@ -157,7 +152,7 @@ def judged(tmp_path):
     rng = np.random.default_rng(3)
     labels = (rng.random((30, 12)) < 0.3) & ~np.isin(np.arange(12), (4, 11))
     lines = [f"{i}.mp4 {','.join(f'{c}:0-1' for c in np.flatnonzero(row)) or '-'}" for i, row in enumerate(labels)]
-    videos, _ = action_list(write_lines(tmp_path, lines), 12)
+    videos, _ = action_list(write_lines(tmp_path / "list.csv", lines), 12)
     views = rng.random((30, 4, 12)).astype(np.float32)
     scores = [VideoScore(i, view) for i, view in enumerate(views)]
     for i in (2, 9, 20):
@@ -224,8 +219,8 @@ def charades(broken, tmp_path_factory):
         label = ",".join([f"5:{red}"] * bool(red) + ["80:0.00-1.00"] * blue) or "-"
         lines.append(f"{folder / f'{number}.mp4'} {label}")
     for name in ("train", "val"):
-        write_lines(folder, lines, f"{name}.csv")
-    write_lines(folder, [*lines[:3], f"{broken['text']} 5:0-1,9:0-1", *lines[3:]], "test.csv")
+        write_lines(folder / f"{name}.csv", lines)
+    write_lines(folder / "test.csv", [*lines[:3], f"{broken['text']} 5:0-1,9:0-1", *lines[3:]])
     return ["--data_set", "Charades", "--data_path", folder]
 
 
@@ -299,7 +294,7 @@ def test_predict_prints_the_likeliest_classes(run, charades, trained):
 def test_one_clear_line(run, charades, tmp_path, label, options, says):
     for name in ("train", "val", "test"):
         video = charades[-1] / "1.mp4"
-        write_lines(tmp_path, [f"{video}{label if name == 'train' else ' 5:0-1'}"], f"{name}.csv")
+        write_lines(tmp_path / f"{name}.csv", [f"{video}{label if name == 'train' else ' 5:0-1'}"])
     found = run(*charades, "--data_path", tmp_path, *TRAIN, *options.split())
     [error] = [text for text in found.err.splitlines() if "error: " in text]
     assert found.code == 1 and says in error and "Traceback" not in found.all, found.all

@@ -3,16 +3,16 @@ table and the picture by themselves.
 """
 
 import csv
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import severe_table
-from fixtures_finetuning import log_of
 from fixtures_pictures import check_texts
-from fixtures_severe import CELLS, SCRIPTS, VARIABLES, write_lines
+from fixtures_programs import log_of, write_log
+from fixtures_severe import CELLS, SCRIPTS, VARIABLES
+from fixtures_video import write_lines
 
 from options_finetune import get_args
 from run_class_finetuning import train_videos
@@ -33,9 +33,6 @@ PRINTED = (57.6, 52.1, 58.8, 62.2, 64.2, 65.0, 64.9, 67.9)  # the means of the p
 def figures(folder):
     """The last test of each cell."""
     return {cell: log_of(folder / cell)[-1] for cell in CELLS if (folder / cell / "log.txt").exists()}
-
-
-# The scripts ----------------------------------------------------------------------------------------------------
 
 
 def test_all_cells_run_to_the_table(severe, tmp_path):
@@ -108,9 +105,6 @@ def test_without_any_data_it_says_so(severe):
     assert found.code == 1 and found.err.startswith("error: CELLS: no cell k400; there are")
 
 
-# The videos of the low-shot cells -----------------------------------------------------------------------------------
-
-
 def draw_by_the_rule(labels, k):
     """Indices that the benchmark draws, by its rule: k of a permutation for each class, one stream for all."""
     stream, drawn = np.random.RandomState(99999), []
@@ -153,15 +147,6 @@ def test_a_missing_video_is_told_before_the_draw(severe, severe_data, tmp_path):
     assert found.code == 1 and said in found.err and not (tmp_path / "out" / "train_subset.csv").exists()
 
 
-# The table ------------------------------------------------------------------------------------------------------
-
-
-def write_log(folder, lines):
-    folder.mkdir()
-    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
 def test_ours_beside_the_papers(tmp_path, capsys):
     """The last test of a log counts; ours has a mean only if all eight are there, the papers' are those they print."""
     means = [severe_table.mean(dict(zip(CELLS, row))) for row in severe_table.PAPER.values()]
@@ -173,7 +158,7 @@ def test_ours_beside_the_papers(tmp_path, capsys):
         "ucf_rc": [{"test_mae": 0.1666, "test_obo": 0.5}],
         "ssv2": lines[:1],
     }
-    runs = [f"{cell}={write_log(tmp_path / f'of {cell}', lines)}" for cell, lines in logs.items()]
+    runs = [f"{cell}={write_log(tmp_path / f'of {cell}', *lines)}" for cell, lines in logs.items()]
     severe_table.main([*runs, "--csv", str(tmp_path / "severe.csv")])
     out = capsys.readouterr().out
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line][2:]

@@ -1,4 +1,4 @@
-"""The step meter, the run's log, signals, processes, the console, and what GPUs torch has kernels for."""
+"""Seeds, errors, processes, signals, the console, and what GPUs torch has kernels for."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fixtures_video import fork_server, free_port, in_child
+from fixtures_video import fork_server, in_child, launched
 
 import utils
 from meters import RunLog, StepMeter
@@ -71,9 +71,8 @@ def test_exit_codes(capfd):
 # Two processes --------------------------------------------------------------------------------------------------
 
 
-def pair_of(folder, port, rank):
+def pair_of(folder, shared, rank):
     """Be one of two processes: note what it sees; then the second one fails."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
     os.dup2(os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
     device = utils.init_distributed("cpu", 1)
@@ -114,8 +113,8 @@ def pair_of(folder, port, rank):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Two processes over Gloo: what each saw, and how they ended."""
-    folder, port = tmp_path_factory.mktemp("pair"), free_port()
-    processes = [fork_server().Process(target=pair_of, args=(folder, port, rank)) for rank in range(2)]
+    folder, shared = tmp_path_factory.mktemp("pair"), launched(2)
+    processes = [fork_server().Process(target=pair_of, args=(folder, shared, rank)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -137,7 +136,7 @@ def test_an_error_of_any_process_is_told(pair):
     assert 0 not in pair[1] and pair[2].count("error: only process 1 saw it") == 1
 
 
-# Signals and locks ----------------------------------------------------------------------------------------------
+# Signals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

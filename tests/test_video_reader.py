@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import resize_videos
 from fixtures_kinds import KINDS, Kind, number_of, picture, write_kind
 from fixtures_video import ROOT, decode_all
 
@@ -108,9 +109,7 @@ def test_all_programs_read_the_same_of_several_streams(tmp_path):
     assert numbers in (list(range(20)), list(range(100, 120)))
     resized = tmp_path / "out" / "videos" / "two.mp4"
     (tmp_path / "l.csv").write_text(f"{path} 0\n")
-    program = ROOT / "scripts" / "data" / "resize_videos.py"
-    command = [sys.executable, program, tmp_path / "l.csv", "--output", tmp_path / "out", "--workers", "1"]
-    subprocess.run(command, check=True, capture_output=True)
+    resize_videos.main([str(tmp_path / "l.csv"), "--output", str(tmp_path / "out"), "--workers", "1"])
     assert [number_of(frame) for frame in read_frames(str(resized), np.arange)] == numbers
     assert wrong_frames(path, np.random.default_rng(0)) == wrong_frames(str(resized), np.random.default_rng(0)) == ""
 
@@ -126,8 +125,7 @@ def test_decord_reads_ordinary_files_alike_and_is_found_wrong_elsewhere(clips, t
 def test_decord_is_imported_only_for_its_reader(clips):
     code = "import sys; from datasets import *; from video_reader import *; "
     code += f"read_frames({str(clips['bikes.mp4'])!r}, np.arange); print('decord' in sys.modules)"
-    root = Path(__file__).resolve().parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize("kind", [IndexError, RuntimeError, ValueError])

@@ -26,9 +26,6 @@ def textured(num_frames, height, width, seed=0):
     return smooth.permute(0, 2, 3, 1).round().to(torch.uint8).numpy()
 
 
-# RandAugment ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
 def test_equal_frames_stay_equal(interpolation):
     """One draw for all frames; another clip has another."""
@@ -72,9 +69,6 @@ def test_no_policy_draws_nothing():
     for frame, got in zip(frames, clip):
         cut = Image.fromarray(frame).crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BILINEAR)
         assert np.abs(got.astype(int) - np.asarray(cut)).max() <= 2
-
-
-# Random resized crop and flip -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width, height", [(340, 256), (256, 256), (180, 320), (500, 200)])
@@ -125,9 +119,6 @@ def test_flips_only_where_allowed_and_half_of_the_time():
         assert np.array_equal(maybe, straight[:, :, ::-1] if mirrored else straight)  # all frames or none
         flipped += mirrored
     assert 110 < flipped < 190
-
-
-# Validation and test --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ import argparse
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +18,6 @@ from weights import load_strictly, model_weights, read_checkpoint
 
 def tiny(width=4):
     return torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.LayerNorm(width))
-
-
-# Reading --------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -89,7 +84,8 @@ def test_numbers_of_an_older_numpy_are_read(tmp_path):
     assert read_checkpoint(tmp_path / "x.pth")["best"] == 81.5
 
 
-def test_what_is_refused_is_told_with_a_remedy_that_works(tmp_path):
+def test_what_is_refused_is_told_with_a_remedy_that_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     weights, path = tiny().state_dict(), tmp_path / "x.pth"
     for name, value in (("pathlib.", Path("x")), ("argparse.Action", argparse.Namespace(a=argparse.Action("x", "y")))):
         torch.save({"model": weights, "args": value}, path)
@@ -97,7 +93,7 @@ def test_what_is_refused_is_told_with_a_remedy_that_works(tmp_path):
             read_checkpoint(path)
         assert str(error.value).isprintable()  # no terminal codes, one line
         command = re.search(r'python -c "(.*)"', str(error.value))[1]
-        subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+        exec(command, {})
         assert set(read_checkpoint(tmp_path / "weights.pth")["model"]) == set(weights)
 
 
@@ -166,9 +162,6 @@ def test_weights_under_a_key_of_their_own():
         said = rf"x.pth: no weights in it \(looked under {looked}\); --model_key .*teacher$"
         with pytest.raises(RunError, match=said):
             model_weights(checkpoint, "x.pth", key)
-
-
-# Loading strictly -----------------------------------------------------------------------------------------------
 
 
 def test_load_strictly_loads_all(tmp_path, caplog):
