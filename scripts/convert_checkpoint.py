@@ -46,12 +46,8 @@ DECODER = "smile_decoder.safetensors"  # next to a VideoMAEModel, with our names
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 KINDS = {kind.__name__: kind for kind in (VideoMAEForVideoClassification, VideoMAEForPreTraining, VideoMAEModel)}
 PIXELS = 3 * TUBELET_SIZE * PATCH_SIZE**2
-# Our names → theirs: of modules, and of the parts of a block.
 MODULES = {ours: theirs for theirs, ours in THEIR_MODULES.items()}
-PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}
-
-
-# Names ----------------------------------------------------------------------------------------------------------
+PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}  # of a block
 
 
 def their_names(name: str) -> list[str]:
@@ -76,9 +72,6 @@ def to_theirs(weights: Weights) -> Weights:
     return theirs
 
 
-# Models ---------------------------------------------------------------------------------------------------------
-
-
 def count(weights: Weights, prefix: str) -> int:
     """Number of blocks whose names begin with `prefix`."""
     return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
@@ -95,17 +88,12 @@ def size_of(weights: Weights) -> Size:
 
 
 def build_ours(weights: Weights, path: Path) -> nn.Module:
-    """Build the classifier, pretraining model, or encoder of one that has these weights; `path` is for messages.
-
-    Raises:
-        RunError: the weights fit no model of this project.
-    """
-    classes, out_dim = (len(weights.get(name, ())) for name in ("head.bias", "decoder.head.bias"))
+    """Build the classifier, pretraining model, or encoder that has these weights. Raises RunError if there is none."""
     size = size_of(weights)
-    if classes:
-        model: nn.Module = VisionTransformer(size, num_classes=classes)
-    elif out_dim:
-        model = PretrainVisionTransformer(size, count(weights, "decoder.blocks."), out_dim)
+    if "head.bias" in weights:
+        model: nn.Module = VisionTransformer(size, num_classes=len(weights["head.bias"]))
+    elif "decoder.head.bias" in weights:
+        model = PretrainVisionTransformer(size, count(weights, "decoder.blocks."), len(weights["decoder.head.bias"]))
     else:
         model = nn.ModuleDict({"encoder": Encoder(size, 0.0, False)})
     try:
@@ -116,11 +104,7 @@ def build_ours(weights: Weights, path: Path) -> nn.Module:
 
 
 def load_theirs(folder: Path) -> PreTrainedModel:
-    """Load a model of transformers from its folder.
-
-    Raises:
-        RunError: not VideoMAE, or incomplete.
-    """
+    """Load a model of transformers from its folder. Raises RunError if it is not VideoMAE, or incomplete."""
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no config.json in it, so no Hugging Face model")
     kind = (AutoConfig.from_pretrained(folder).architectures or ["model of no name"])[0]
@@ -133,12 +117,9 @@ def load_theirs(folder: Path) -> PreTrainedModel:
 
 
 def load(path: Path) -> tuple[nn.Module, Weights, dict[str, Any]]:
-    """Load a file of this project, or a folder of transformers.
+    """Load a file of this project, or a folder of transformers: the model, its weights with our names, the checkpoint.
 
-    Returns:
-        the model, its weights with our names, and the checkpoint.
-    Raises:
-        RunError: unreadable, or no model of this project.
+    Raises RunError if it cannot be read, or is no model of this project.
     """
     theirs = load_theirs(path) if path.is_dir() else None
     checkpoint = read_checkpoint(path)
@@ -147,9 +128,6 @@ def load(path: Path) -> tuple[nn.Module, Weights, dict[str, Any]]:
         weights |= load_file(path / DECODER)
     ours = build_ours(weights, path)
     return theirs or ours, ours.state_dict(), checkpoint
-
-
-# Files ----------------------------------------------------------------------------------------------------------
 
 
 def read_config(model: PreTrainedModel, folder: Path) -> tuple[int, int, list[str]]:
@@ -178,8 +156,7 @@ def write_ours(weights: Weights, path: Path) -> None:
 def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes: list[str]) -> None:
     """Write our weights as a folder of transformers: config with class names, weights, image processor.
 
-    Raises:
-        RunError: the number of classes differs from that of the head.
+    Raises RunError if the number of classes differs from that of the head.
     """
     size, labels, beside = size_of(weights), len(weights.get("head.bias", ())), Weights()
     if classes and len(classes) != labels:
@@ -190,21 +167,19 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
     theirs = to_theirs({name: value for name, value in weights.items() if name not in beside})
     if kind == "VideoMAEModel":
         theirs = {name.removeprefix("videomae."): value for name, value in theirs.items()}
-    encoder = {"hidden_size": size.embed_dim, "num_hidden_layers": size.depth, "num_attention_heads": size.num_heads}
-    decoder = {
-        "decoder_hidden_size": size.decoder_embed_dim,
-        "decoder_num_hidden_layers": count(weights, "decoder.blocks."),
-        "decoder_num_attention_heads": size.decoder_num_heads,
-    }
     names = dict(enumerate(classes or [f"LABEL_{label}" for label in range(labels)]))
     VideoMAEConfig(
-        **encoder,
-        **decoder,
         image_size=side,
         num_frames=frames,
         patch_size=PATCH_SIZE,
         tubelet_size=TUBELET_SIZE,
+        hidden_size=size.embed_dim,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.num_heads,
         intermediate_size=4 * size.embed_dim,
+        decoder_hidden_size=size.decoder_embed_dim,
+        decoder_num_hidden_layers=count(weights, "decoder.blocks."),
+        decoder_num_attention_heads=size.decoder_num_heads,
         decoder_intermediate_size=4 * size.decoder_embed_dim,
         layer_norm_eps=1e-6,
         use_mean_pooling=labels > 0,
@@ -215,12 +190,9 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
     save_file(theirs, folder / "model.safetensors", {"format": "pt"})
     if beside:
         save_file(beside, folder / DECODER, {"format": "pt"})
-    edges, (mean, std) = {"shortest_edge": side}, map(list, IMAGENET)
-    crop = {"height": side, "width": side}
-    VideoMAEImageProcessor(size=edges, crop_size=crop, image_mean=mean, image_std=std).save_pretrained(folder)
-
-
-# The program ----------------------------------------------------------------------------------------------------
+    mean, std = map(list, IMAGENET)
+    crop = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    VideoMAEImageProcessor(**crop, image_mean=mean, image_std=std).save_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -228,8 +200,7 @@ def run_model(model: nn.Module, clip: torch.Tensor, mask: torch.Tensor, whole: b
     """Run a model of this project or of transformers on a clip ``[1, 3, T, H, W]``.
 
     Args:
-        mask: bool ``[1, N]``, for models of pretraining.
-        whole: False to run only the encoder of a pretraining model.
+        mask: bool ``[1, N]``, for models of pretraining, of which only the encoder is run unless `whole`.
     Returns:
         logits ``[1, C]``, predictions ``[1, N_masked, out_dim]``, or encoded visible tokens ``[1, N_visible, D]``.
     """

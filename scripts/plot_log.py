@@ -58,9 +58,6 @@ class ClassResult(NamedTuple):
     top5: float | None
 
 
-# Reading --------------------------------------------------------------------------------------------------------
-
-
 def curve(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Completed epochs (numbered from 0 in the log) and values of a key; the line of a test has no epoch of its own."""
     epochs, values, epoch = [], [], 0
@@ -104,9 +101,6 @@ def read_classes(path: Path) -> dict[int, ClassResult]:
             return results
     except (KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path}: not a table of classes ({error})") from error
-
-
-# Drawing --------------------------------------------------------------------------------------------------------
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
@@ -230,9 +224,6 @@ def draw_classes(classes: dict[int, ClassResult], title: str) -> Figure:
     labels = (name, *["top-5"] * one_label, f"mean {name}, {mean:.1f} %")
     figure.legend((bars, *marks, line), labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
-
-
-# The program ----------------------------------------------------------------------------------------------------
 
 
 def files_in(path: Path) -> list[Path]:

@@ -89,11 +89,7 @@ class Found:
 
 
 def read_list(path: str) -> list[Line]:
-    """Read a list of videos with labels of any kind.
-
-    Raises:
-        RunError: no such file, no line, or a line that is not ``path label``, named by its number.
-    """
+    """Read a list of videos with labels of any kind. Raises RunError if it is none."""
     with user_errors():
         videos = lists.read_list(path, lists.label_text)
     return [Line(os.fsdecode(name), os.fsdecode(label)) for name, label in zip(videos.paths, videos.labels)]
@@ -139,14 +135,11 @@ def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], places: 
 
     Args:
         lists: by path.
-        places: the new path of each source; lines without one are left out.
-    Raises:
-        RunError: a list would be empty.
+        places: the new path of each source; lines without one are left out. Raises RunError if a list would be empty.
     """
     for path, lines in lists.items():
-        new = args.output / Path(path).name
-        named = [(places.get(os.path.join(args.data_root, line.name)), line.label) for line in lines]
-        kept = [Line(place, label) for place, label in named if place]
+        new, sources = args.output / Path(path).name, [os.path.join(args.data_root, line.name) for line in lines]
+        kept = [Line(places[source], line.label) for source, line in zip(sources, lines) if source in places]
         if not kept:
             raise RunError(f"{new}: not written, all of its videos failed (see {args.output}/failed.tsv)")
         write_list(new, kept)
@@ -205,11 +198,7 @@ def is_made(path: Path, source: str) -> bool:
 
 
 def take_lock(lock: IO, folder: Path) -> None:
-    """Lock a file; workers of a run that was killed hold the lock for a moment longer.
-
-    Raises:
-        RunError: still locked after LOCK_WAIT seconds.
-    """
+    """Lock a file, which the workers of a killed run hold for a moment longer. Raises RunError after LOCK_WAIT."""
     for _ in range(max(1, round(LOCK_WAIT / POLL))):
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,14 +209,10 @@ def take_lock(lock: IO, folder: Path) -> None:
 
 @contextmanager
 def output_folder(path: Path, settings: dict[str, Any]) -> Iterator[Path]:
-    """Lock the folder that a run writes to; yields a folder in it for unfinished files, empty.
+    """Lock the folder that a run writes to; yields an empty folder in it for unfinished files.
 
-    Each process of the run has its own lock and unfinished files.
-
-    Args:
-        settings: options that the results depend on; kept in ``settings.json``.
-    Raises:
-        RunError: another run is writing there, or its results were made with other settings.
+    Each process of the run has its own lock and unfinished files. `settings`, the options that the results depend on,
+    are kept in ``settings.json``. Raises RunError if another run is writing there, or with other settings.
     """
     path.mkdir(parents=True, exist_ok=True)
     suffix = f".{rank()}" if rank() else ""

@@ -20,6 +20,7 @@ import re
 import tarfile
 import zlib
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -36,7 +37,7 @@ from data_tools import (
 from index_shards import scan, write_index
 from processes import in_processes, make_all
 
-from shards import BUFFER, ShardError, index_path, key_of, members_of, open_file, status
+from shards import BUFFER, index_path, key_of, members_of, open_file, status
 from utils import rank, run_main
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
@@ -71,10 +72,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def member_name(source: str, root: str) -> str:
-    """Path of a member below `root`, without spaces, and without dots except before the suffix.
-
-    WebDataset takes what follows the first dot as the type of a file; DALI's names end at a space.
-    """
+    """Path of a member below `root`, with no space (DALI's names end there) and one dot (WebDataset's suffix)."""
     stem, suffix = os.path.splitext(os.path.relpath(os.path.abspath(source), root))
     folder, slash, last = re.sub(r"\s", "_", stem).rpartition("/")
     return folder + slash + (last.replace(".", "_") or "_") + (suffix or ".mp4")
@@ -90,45 +88,32 @@ def bytes_of(source: str) -> int:
     try:
         return status(source)[0]
     except OSError as error:
-        raise Unusable(str(error) if isinstance(error, ShardError) else error.strerror or str(error)) from error
+        raise Unusable(error.strerror or str(error)) from error
 
 
-def names_packed(output: Path, plan: list[Packed]) -> dict[str, set[str]]:
-    """Names of the members of each shard that is written, by the shard's name."""
-    shards = [shard for shard in dict.fromkeys(packed.shard for packed in plan) if (output / shard).exists()]
-    return {shard: {member.name for member in members_of(str(output / shard))} for shard in shards}
+def read_plan(output: Path) -> tuple[list[Packed], dict[str, set[str]]]:
+    """Read the plan of earlier runs, without the videos that they failed to read.
 
-
-def read_plan(output: Path) -> list[Packed]:
-    """Read the plan of earlier runs, without the videos that they failed to read."""
+    Returns:
+        the plan, and the names of the members of each shard that is written, by the shard's name.
+    """
     if not (output / PLAN).exists():
-        return []
+        return [], {}
     plan = [Packed(*json.loads(line)) for line in (output / PLAN).read_text().splitlines()]
-    there = names_packed(output, plan)
-    return [packed for packed in plan if packed.shard not in there or packed.name in there[packed.shard]]
+    shards = [shard for shard in dict.fromkeys(packed.shard for packed in plan) if (output / shard).exists()]
+    there = {shard: {member.name for member in members_of(str(output / shard))} for shard in shards}
+    return [packed for packed in plan if packed.shard not in there or packed.name in there[packed.shard]], there
 
 
-def unique(stem: str, taken: set[str]) -> str:
-    """A name that is not taken yet; it is added to those taken."""
-    name, times = stem, 0
-    while name in taken:
-        times += 1
-        name = f"{stem}_{times}"
-    taken.add(name)
-    return name
-
-
-def extend_plan(
-    plan: list[Packed], lists: dict[str, dict[str, str]], sizes: dict[str, int], shard_size: int
-) -> list[Packed]:
-    """Plan new shards for the videos that are not in the plan, list by list, in the order of the lists.
+def extend_plan(plan: list[Packed], lists: dict[str, dict[str, str]], sizes: dict[str, int], shard_size: int) -> None:
+    """Plan new shards for the videos that are not in the plan, in the order of the lists, and append them to it.
 
     Args:
         lists: by path, the label of each source.
         sizes: bytes of the sources that can be read.
     """
     planned, taken = {packed.source for packed in plan}, {key_of(packed.name) for packed in plan}
-    root, plan = common_folder([source for sources in lists.values() for source in sources]), list(plan)
+    root = common_folder([source for sources in lists.values() for source in sources])
     last = dict[str, int]()  # number of the last shard of each list
     for shard in sorted(packed.shard for packed in plan):
         stem, _, number = Path(shard).stem.rpartition("-")
@@ -140,30 +125,29 @@ def extend_plan(
             if needed > room:
                 last[stem], room = last.get(stem, -1) + 1, max(shard_size, needed)
             name = member_name(source, root)
-            name = unique(key_of(name), taken) + name.removeprefix(key_of(name))
-            plan.append(Packed(source, sources[source], f"{stem}-{last[stem]:06d}.tar", name))
+            key = key_of(name)
+            free = next(k for k in chain([key], (f"{key}_{n}" for n in count(1))) if k not in taken)
+            plan.append(Packed(source, sources[source], f"{stem}-{last[stem]:06d}.tar", free + name.removeprefix(key)))
+            taken.add(free)
             planned.add(source)
             room -= needed
-    return plan
 
 
 def make_plan(
     args: argparse.Namespace, lists: dict[str, dict[str, str]], failed: dict[str, str]
 ) -> list[tuple[str, list[Packed]]]:
     """Write the plan; returns the members of each shard that is missing, and adds reasons by source to `failed`."""
-    plan = read_plan(args.output)
+    plan, _ = read_plan(args.output)
     planned = {packed.source for packed in plan}
-    new = [
-        source for source in dict.fromkeys(s for sources in lists.values() for s in sources) if source not in planned
-    ]
-    sizes = dict[str, int]()
+    listed = dict.fromkeys(source for sources in lists.values() for source in sources)
+    new, sizes = [source for source in listed if source not in planned], dict[str, int]()
     for source, size, reason in in_processes(bytes_of, new, args.workers, args.timeout, "sizes"):
         if reason:
             failed[source] = reason
         else:
             sizes[source] = size
     shards: dict[str, list[Packed]] = {}
-    plan = extend_plan(plan, lists, sizes, args.shard_size)
+    extend_plan(plan, lists, sizes, args.shard_size)
     for packed in plan:
         shards.setdefault(packed.shard, []).append(packed)
     write_text(args.output / PLAN, "".join(json.dumps(packed) + "\n" for packed in plan))
@@ -186,12 +170,10 @@ class Checked:
 
 
 def write_shard(file: Path, members: list[Packed]) -> tuple[dict[str, int], dict[str, str]]:
-    """Write a tar file.
+    """Write a tar file; raises OSError if a video is shorter than its size.
 
     Returns:
         checksums of the videos by name, and reasons of those that could not be read, by source.
-    Raises:
-        OSError: a video is shorter than its size.
     """
     sums, failed = dict[str, int](), dict[str, str]()
     with tarfile.open(file, "w", format=tarfile.GNU_FORMAT, copybufsize=BUFFER) as tar:
@@ -215,10 +197,8 @@ def write_shard(file: Path, members: list[Packed]) -> tuple[dict[str, int], dict
 def pack(shard: tuple[str, list[Packed]], output: Path, unfinished: Path) -> dict[str, str]:
     """Write a shard and its index, compare it with its sources, and rename both.
 
-    Returns:
-        reasons of the videos that could not be read, by source.
-    Raises:
-        Unusable: none can be read, one ends early, or the shard is read as other bytes.
+    Returns the reasons of the videos that could not be read, by source. Raises Unusable if a video ends early, or the
+    shard is read as other bytes.
     """
     name, members = shard
     file = unfinished / name
@@ -259,8 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     for (_, members), lost, reason in outcomes:
         reasons |= lost or {packed.source: reason for packed in members if reason}
-    plan = read_plan(args.output)
-    there = names_packed(args.output, plan)
+    plan, there = read_plan(args.output)
     base = "" if args.relative else os.path.abspath(args.output)
     places = {p.source: os.path.join(base, p.shard, p.name) for p in plan if p.name in there.get(p.shard, ())}
     listed = dict.fromkeys(source for labels in sources.values() for source in labels)

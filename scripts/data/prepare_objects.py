@@ -48,21 +48,13 @@ VOID = 255  # of masks that number their objects: belongs to none
 
 @dataclass(frozen=True)
 class Settings:
-    """What a cut-out depends on.
+    """What a cut-out depends on."""
 
-    Args:
-        min_side: pixels; an object with a shorter side is dropped.
-        max_side: pixels; a longer one is shrunk to it.
-        min_fill: part of its box that the object must fill.
-        keep_opaque: keep images without a transparent pixel, which are no cut-outs.
-        mask_values: ``alpha`` (0 to 255) or ``ids`` (0: background, other values: one object each).
-    """
-
-    min_side: int = 24
-    max_side: int = 320
-    min_fill: float = 0.05
-    keep_opaque: bool = False
-    mask_values: str = "alpha"
+    min_side: int = 24  # pixels; an object with a shorter side is dropped
+    max_side: int = 320  # pixels; a longer one is shrunk to it
+    min_fill: float = 0.05  # part of its box that the object must fill
+    keep_opaque: bool = False  # keep images without a transparent pixel, which are no cut-outs
+    mask_values: str = "alpha"  # 0 to 255; or "ids": 0 is the background, other values one object each
 
 
 @dataclass(frozen=True)
@@ -106,11 +98,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def pool_names(path: Path) -> list[str]:
-    """Read a file of instance pools: ``<category>/<name>``, the part of each path after ``images/``.
-
-    Raises:
-        RunError: another kind of file.
-    """
+    """Read a file of instance pools: ``<category>/<name>``, the part of each path after ``images/``."""
     try:
         pools = json.loads(read_text(path))
         paths = [item for items in pools.values() for item in items]
@@ -138,29 +126,24 @@ def cutout_jobs(images: str, pools: str, output: Path) -> list[Job]:
 
 def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
     """List the images that have a mask. Raises RunError if there are none."""
-    files = {}
-    for folder in (images, masks):
+
+    def files(folder: str) -> dict[Path, str]:
         found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        files[folder] = {path.relative_to(folder).with_suffix(""): path for path in found}
-    both = [name for name in files[images] if name in files[masks]]
-    if not both:
+        return {path.relative_to(folder).with_suffix(""): str(path) for path in found}
+
+    of_images, of_masks = files(images), files(masks)
+    target = lambda name: output / "images" / ("_".join(name.parent.parts) or FLAT) / name.name
+    jobs = [Job(of_images[name], of_masks[name], target(name)) for name in of_images if name in of_masks]
+    if not jobs:
         raise RunError(f"{images} and {masks} have no image and mask of the same name in common")
-    category = lambda name: "_".join(name.parent.parts) or FLAT
-    return [
-        Job(str(files[images][name]), str(files[masks][name]), output / "images" / category(name) / name.name)
-        for name in both
-    ]
+    return jobs
 
 
 # One image ------------------------------------------------------------------------------------------------------
 
 
 def read_image(job: Job) -> Image.Image:
-    """Read an image with an alpha channel, or with a mask, as RGBA.
-
-    Raises:
-        Unusable or IMAGE_ERRORS: no alpha, or unreadable.
-    """
+    """Read an image as RGBA; raises Unusable or IMAGE_ERRORS if it has neither an alpha channel nor a mask."""
     with Image.open(job.image) as image:
         if not job.mask and "A" not in image.getbands() and "transparency" not in image.info:
             raise Unusable("no transparency: not a cut-out")
@@ -168,11 +151,7 @@ def read_image(job: Job) -> Image.Image:
 
 
 def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, Image.Image]:
-    """Read a mask: the alpha channel of each object, by the suffix of the object's name.
-
-    Raises:
-        Unusable: the mask has another size than the image, or no bright pixel.
-    """
+    """Read a mask as the alpha channel of each object, by the suffix of the object's name; raises Unusable."""
     with Image.open(job.mask) as mask:
         if mask.size != size:
             raise Unusable(f"the mask has {mask.size[0]} x {mask.size[1]} pixels, the image {size[0]} x {size[1]}")
@@ -187,16 +166,13 @@ def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, I
 
 
 def cut_out(image: Image.Image, settings: Settings) -> Image.Image:
-    """Crop an object (RGBA) to its visible part, and shrink it if it is too large.
-
-    Raises:
-        Unusable: nothing or too little is visible, or everything is opaque, so that it is no cut-out.
-    """
-    seen = image.getchannel("A").point(lambda alpha: 255 * (alpha >= VISIBLE))
+    """Crop an object (RGBA) to its visible part, and shrink it if it is too large; raises Unusable if it is none."""
+    alpha = image.getchannel("A")
+    seen = alpha.point(lambda value: 255 * (value >= VISIBLE))
     box = seen.getbbox()
     if box is None:
         raise Unusable("fully transparent")
-    if not settings.keep_opaque and image.getchannel("A").getextrema()[0] == 255:
+    if not settings.keep_opaque and alpha.getextrema()[0] == 255:
         raise Unusable("opaque everywhere: not a cut-out")
     image, fill = image.crop(box), np.asarray(seen.crop(box)).astype(bool).mean()
     shrink = min(1.0, settings.max_side / max(image.size))
@@ -213,8 +189,7 @@ def cut_out(image: Image.Image, settings: Settings) -> Image.Image:
 def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path], list[str]]:
     """Write the objects of an image; returns their files, and the reasons of those that were dropped.
 
-    Raises:
-        Unusable: the image or its mask cannot be used.
+    Raises Unusable if the image or its mask cannot be used.
     """
     made, reasons = [], []
     try:
@@ -241,16 +216,13 @@ def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path],
 # All images -----------------------------------------------------------------------------------------------------
 
 
-def instances(made: list[Path], images: Path, min_per_category: int) -> tuple[list[str], list[tuple[str, str]]]:
+def instances(made: list[Path], min_per_category: int) -> tuple[list[str], list[tuple[str, str]]]:
     """Lines of object_instances.txt, and (category, reason) of the categories that have too few objects."""
-    names = sorted(path.relative_to(images).as_posix() for path in made)
-    counts = Counter(name.partition("/")[0] for name in names)
-    few = {
-        category: f"{count} in the category, fewer than --min_per_category"
-        for category, count in sorted(counts.items())
-        if count < min_per_category
-    }
-    return [name for name in names if name.partition("/")[0] not in few], list(few.items())
+    counts = Counter(path.parent.name for path in made)
+    reason = "{} in the category, fewer than --min_per_category"
+    few = [(name, reason.format(count)) for name, count in sorted(counts.items()) if count < min_per_category]
+    kept = [f"{path.parent.name}/{path.name}" for path in made if counts[path.parent.name] >= min_per_category]
+    return sorted(kept), few
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -268,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     made = [file for _, outcome, _ in outcomes if outcome for file in outcome[0]]
     reasons = [(job, outcome[1] if outcome else [reason]) for job, outcome, reason in outcomes]
     dropped = sorted((job.image, reason) for job, several in reasons for reason in several)
-    lines, few = instances(made, args.output / "images", args.min_per_category)
+    lines, few = instances(made, args.min_per_category)
     write_table(args.output / "dropped.tsv", ("image", "reason"), dropped + few)
     print(f"{len(jobs)} images: {len(made)} objects, {len(dropped)} dropped (see {args.output / 'dropped.tsv'})")
     if not lines:

