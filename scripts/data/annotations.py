@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools import RunError, read_lines, read_text
+from data_tools import Problem, RunError, read_lines, read_text
 
 from lists import VIDEO_SUFFIXES
 
@@ -22,40 +22,28 @@ GYM_PARTS = {"fx-s1": range(6, 17), "ub-s1": range(74, 89)}
 
 
 class Entry(NamedTuple):
-    """A video of an annotation file.
+    """A video of an annotation file."""
 
-    names: possible names of its file, with or without folder and suffix; the first one found counts.
-    folder: the folder it should be in, if the data set has one for each class.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # possible names of its file, with or without folder and suffix; the first one found counts
     label: str
-    folder: str = ""
+    folder: str = ""  # the folder it should be in, if the data set has one for each class
 
 
 @dataclass
 class Annotations:
-    """Entries by list file; without ``test.csv`` the val list is the test list. `classes` may be empty: unknown.
-
-    fold_case: file names may differ in case from those in the annotations.
-    problems: rows (list, kind, name, what is wrong) of things left out.
-    """
+    """Entries by list file, and names of the classes; without ``test.csv`` the val list is the test list."""
 
     lists: dict[str, list[Entry]]
-    classes: list[str]
-    fold_case: bool = False
-    problems: list[tuple[str, str, str, str]] = field(default_factory=list)
+    classes: list[str]  # empty: unknown
+    fold_case: bool = False  # file names may differ in case from those in the annotations
+    problems: list[Problem] = field(default_factory=list)
 
 
 # Files ----------------------------------------------------------------------------------------------------------
 
 
 def find_file(folder: str, *patterns: str) -> Path:
-    """Find the file that matches the first pattern that any file matches.
-
-    Raises:
-        RunError: no match, or several for that pattern.
-    """
+    """Find the file that matches the first pattern that any file matches. Raises RunError if several do, or none."""
     for pattern in patterns:
         found = sorted(Path(folder).glob(pattern))
         if len(found) > 1:
@@ -80,11 +68,7 @@ def class_label(number: int, classes: Sequence[str], where: str) -> str:
 
 
 def numbered_names(path: Path) -> tuple[list[str], int]:
-    """Read lines ``1 name`` or ``name 1``: the names in the order of their numbers, and the first number.
-
-    Raises:
-        RunError: a line without number, or the numbers are not consecutive from 0 or 1.
-    """
+    """Read lines ``1 name`` or ``name 1``: the names in the order of their numbers, and the first number, 0 or 1."""
     names = {}
     for number, line in read_lines(path):
         before, after = re.fullmatch(r"(\d+)\s+(.+)", line), re.fullmatch(r"(.+?)\s+(\d+)", line)
@@ -92,8 +76,8 @@ def numbered_names(path: Path) -> tuple[list[str], int]:
             raise RunError(f"{path}, line {number}: {line[:80]!r} is not a number and a name")
         index, name = before.groups() if before else after.groups()[::-1]
         names[int(index)] = name.strip('"')
-    first = min(names, default=0)
-    if first > 1 or sorted(names) != list(range(first, first + len(names))) or not names:
+    first = min(names, default=2)
+    if first > 1 or max(names) >= first + len(names):
         raise RunError(f"{path}: the numbers of the classes are not consecutive from 0 or 1")
     return [names[index] for index in sorted(names)], first
 
@@ -107,20 +91,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """Read a CSV file with a head: place (for errors) and values of each row, without surrounding spaces.
-
-    Raises:
-        RunError: a column is missing, or a row ends before it.
-    """
+    """Read a CSV file with a head: place (for errors) and values of each row, without surrounding spaces."""
     rows = csv.DictReader(io.StringIO(read_text(path)), skipinitialspace=True)
-    missing = [name for name in columns if name not in (rows.fieldnames or ())]
-    if missing:
-        raise RunError(f"{path}: no column {missing[0]!r} in its head ({','.join(rows.fieldnames or ())[:80]})")
-    found = []
+    head, found = rows.fieldnames or (), []
+    if missing := [name for name in columns if name not in head]:
+        raise RunError(f"{path}: no column {missing[0]!r} in its head ({','.join(head)[:80]})")
     for row in rows:
         where = f"{path}, line {rows.line_num}"
-        short = [name for name in columns if row[name] is None]
-        if short:
+        if short := [name for name in columns if row[name] is None]:
             raise RunError(f"{where}: ends before the column {short[0]!r}")
         found.append((where, {name: row[name].strip() for name in columns}))
     return found
@@ -159,19 +137,18 @@ def kinetics(folder: str) -> Annotations:
         patterns = [pattern.format(name) for pattern in ("{}.csv", "*_{}.csv", "*-{}.csv") for name in names]
         return read_csv(find_file(folder, *patterns), ("label", "youtube_id", "time_start", "time_end"))
 
-    tables = {"train.csv": read("train"), "val.csv": read("val", "validate", "validation")}
-    classes = sorted({row["label"].strip('"') for _, row in tables["train.csv"]})
-    numbers = {name: str(number) for number, name in enumerate(classes)}
-    lists: dict[str, list[Entry]] = {name: [] for name in tables}
-    for name, where, row in ((name, *row) for name, table in tables.items() for row in table):
+    def entry(where: str, row: dict[str, str]) -> Entry:
         label, video = row["label"].strip('"'), row["youtube_id"]
         if label not in numbers:
             raise RunError(f"{where}: the class {label!r} is not in the train file")
         start, end = (whole_number(row[key].removesuffix(".0"), where) for key in ("time_start", "time_end"))
-        stems = (f"{video}_{start:06d}_{end:06d}", f"{video}_{start}_{end}", video)
-        trimmed = (f"{video}_time_trimmed", f"{video}_trimmed")
-        lists[name].append(Entry(stems + trimmed, numbers[label], label))
-    return Annotations(lists, classes)
+        endings = (f"_{start:06d}_{end:06d}", f"_{start}_{end}", "", "_time_trimmed", "_trimmed")
+        return Entry(tuple(video + ending for ending in endings), numbers[label], label)
+
+    tables = {"train.csv": read("train"), "val.csv": read("val", "validate", "validation")}
+    classes = sorted({row["label"].strip('"') for _, row in tables["train.csv"]})
+    numbers = {name: str(number) for number, name in enumerate(classes)}
+    return Annotations({name: [entry(*row) for row in table] for name, table in tables.items()}, classes)
 
 
 def given_lists(train: str, val: str, class_names: str) -> Annotations:
@@ -308,9 +285,9 @@ def charades(folder: str) -> Annotations:
     A label is ``92:11.90-21.20,147:0.00-12.60``, and ``-`` where nothing is done.
     """
     lines = [line.partition(" ") for _, line in read_lines(find_file(folder, "Charades_v1_classes.txt"))]
-    if [line[0] for line in lines] != [f"c{number:03d}" for number in range(len(lines))]:
+    annotations = Annotations({}, [name.strip() for _, _, name in lines])
+    if any(number != f"c{place:03d}" for place, (number, _, _) in enumerate(lines)):
         raise RunError(f"{folder}: the classes of Charades_v1_classes.txt are not c000, c001, ...")
-    annotations = Annotations({}, [line[2].strip() for line in lines])
     for name, part in {"train.csv": "train", "val.csv": "test"}.items():
         annotations.lists[name] = []
         for where, row in read_csv(find_file(folder, f"Charades_v1_{part}.csv"), ("id", "actions")):

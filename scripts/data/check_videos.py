@@ -15,9 +15,10 @@ import glob
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from data_tools import RunError, add_work_options, new_parser, positive, read_list, write_list, write_table, write_text
@@ -34,16 +35,6 @@ REMEDIES = {
     ".wrong.tsv": "scripts/data/resize_videos.py writes a file that every reader reads right",
     ".slow.tsv": "make it fast with scripts/data/resize_videos.py",
 }
-
-
-class State(NamedTuple):
-    """An earlier verdict on a file counts if all of this is the same."""
-
-    size: int
-    changed: int
-    full: bool  # every frame was compared
-    input_size: int
-    reader: str
 
 
 class Verdict(NamedTuple):
@@ -70,10 +61,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def state_of(path: str, args: argparse.Namespace) -> State | None:
-    """The state of a file, None if there is none."""
+def state_of(path: str, args: argparse.Namespace) -> list[Any] | None:
+    """Size and time of a file, and how it is checked: an earlier verdict counts if all is the same. None: no file."""
     try:
-        return State(*status(path), args.full, args.input_size, args.reader)
+        return [*status(path), args.full, args.input_size, args.reader]
     except OSError:
         return None
 
@@ -87,23 +78,18 @@ def look(path: str, full: bool, size: int, reader: str) -> Verdict:
         return Verdict(str(error))
 
 
-def read_seen(journals: Iterable[Path]) -> dict[str, tuple[State, Verdict]]:
-    """Read verdicts of earlier runs; a line that was cut off by a kill is ignored."""
+def read_seen(journals: Iterable[Path]) -> dict[str, tuple[list[Any], Verdict]]:
+    """Read states and verdicts of earlier runs; a line that was cut off by a kill is ignored."""
     seen = {}
     for line in (line for path in journals for line in path.read_text().splitlines()):
-        try:
+        with suppress(json.JSONDecodeError):
             name, state, verdict = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        seen[name] = State(*state), Verdict(*verdict)
+            seen[name] = state, Verdict(*verdict)
     return seen
 
 
 def check(args: argparse.Namespace, paths: list[str], journals: list[Path]) -> dict[str, Verdict]:
-    """Give the verdict on each path, from the journals where they are up to date.
-
-    New verdicts are appended to the journal of this process.
-    """
+    """Give the verdict on each path, from the journals or a new one, which the journal of this process then has."""
     seen = read_seen(journals)
     states = {path: state_of(path, args) for path in paths}
     verdicts = {path: seen[path][1] for path in paths if path in seen and seen[path][0] == states[path]}

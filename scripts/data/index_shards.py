@@ -7,6 +7,7 @@
 
 import os
 import tarfile
+from itertools import groupby
 from pathlib import Path
 
 from data_tools import RunError, new_parser
@@ -18,11 +19,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 def scan(shard: str) -> list[Member]:
-    """List the files in a tar file by reading all its headers.
-
-    Raises:
-        ShardError: no tar file, or cut off.
-    """
+    """List the files in a tar file by reading all its headers. Raises ShardError if it is none, or cut off."""
     members = []
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -41,19 +38,10 @@ def scan(shard: str) -> list[Member]:
 
 
 def write_index(shard: str, members: list[Member]) -> None:
-    """Write the index of a shard: a line for each run of members of one sample.
-
-    Raises:
-        ShardError: it cannot be written, or a member has a name that no index can hold.
-    """
-    rows: list[list[Member]] = []
-    for member in members:
-        if "\n" in member.name or not key_of(member.name):
-            raise ShardError(f"{shard}: no index can hold the name {member.name!r}")
-        if rows and key_of(rows[-1][0].name) == key_of(member.name):
-            rows[-1].append(member)
-        else:
-            rows.append([member])
+    """Write the index of a shard: a line for each run of members of one sample. Raises ShardError."""
+    if wrong := [member.name for member in members if "\n" in member.name or not key_of(member.name)]:
+        raise ShardError(f"{shard}: no index can hold the name {wrong[0]!r}")
+    rows = [list(run) for _, run in groupby(members, key=lambda member: key_of(member.name))]
     suffix = lambda name: name[len(key_of(name)) + 1 :] or "-"
     lines = [" ".join(f"{suffix(name)} {start} {size} {name}" for name, start, size in row) for row in rows]
     text = "".join(f"{line}\n" for line in (f"{VERSION.decode()} {len(rows)}", *lines))

@@ -49,12 +49,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="data_set", required=True, metavar="DATA_SET")
 
-    def new(name: str, text: str, videos: str = "videos", annotations: bool = True) -> Callable[..., Any]:
+    def new(name: str, text: str) -> Callable[..., Any]:
         add = commands.add_parser(name, help=text, description=text).add_argument
-        add("--videos", required=True, help=f"folder with the {videos}, in any sub-folders")
-        if annotations:
-            where = "folder with the data set's own annotation files"
-            add("--annotations", required=name != "kinetics", default="", help=where)
+        kind, own = "tar files" if name == "shards" else "videos", "folder with the data set's own annotation files"
+        add("--videos", required=True, help=f"folder with the {kind}, in any sub-folders")
+        if name in READERS:
+            add("--annotations", required=name != "kinetics", default="", help=own)
         add("--output", required=True, type=Path, help="folder to write the lists to")
         add("--relative", action="store_true", help="paths relative to --videos, for use with --data_root")
         add("--workers", type=positive, default=8, help="folders read at the same time (default 8)")
@@ -72,12 +72,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     new("diving48", "Diving48 V2")
     new("ntu60", "NTU RGB+D 60, cross-subject, as SEVERE distributes it")
     new("charades", "Charades, several labels with their seconds")
-    text = "videos of your own: <class>/<video> or {train,val,test}/<class>/<video>"
-    add = new("folder", text, annotations=False)
+    add = new("folder", "videos of your own: <class>/<video> or {train,val,test}/<class>/<video>")
     add("--unlabelled", action="store_true", help="no classes: one train.csv with label -1")
     add("--val_fraction", type=float, default=0.1, help="of each class, if there is no val folder")
     add("--seed", type=int, default=0, help="of the draw of the val videos")
-    add = new("shards", "tar files in WebDataset's layout, such as video2dataset's", "tar files", annotations=False)
+    add = new("shards", "tar files in WebDataset's layout, such as video2dataset's")
     add("--label_field", default="", help="of .json, a number or a class (default: .cls, else -1)")
 
     args = parser.parse_args(argv)
@@ -108,25 +107,20 @@ def scan(folder: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
 def find_videos(root: str, workers: int, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -> list[str]:
     """Find all videos (or other files) below `root`, showing a progress bar; paths relative to it, sorted.
 
-    Folders are read by threads: on a network file system most of the time is waiting.
-
-    Raises:
-        RunError: no such folder, or no videos in it.
+    Folders are read by threads, which mostly wait on a network file system. Raises RunError if nothing is found.
     """
     if not os.path.isdir(root):
         raise RunError(f"--videos {root}: no such folder")
-    found: list[str] = []
-    ahead, seen = [root], set[str]()
+    ahead, seen, found = [root], set[str](), list[str]()
     with ThreadPoolExecutor(workers) as pool, tqdm(desc="folders", unit="", disable=None) as bar:
         while ahead:
             ahead = [folder for folder in ahead if os.path.realpath(folder) not in seen]
             seen.update(os.path.realpath(folder) for folder in ahead)  # links may lead back
-            deeper = []
-            for folders, videos in pool.map(partial(scan, suffixes=suffixes), ahead):
+            read, ahead = pool.map(partial(scan, suffixes=suffixes), ahead), []
+            for folders, videos in read:
                 found += videos
-                deeper += folders
+                ahead += folders
                 bar.update()
-            ahead = deeper
     if not found:
         what = "tar files" if suffixes == TAR else "videos"
         why = frames_in(root) or f"no {what} below it ({' '.join(suffixes)})"
@@ -157,9 +151,7 @@ def match(wanted: Annotations, videos: list[str]) -> Found:
         for entry in entries:
             file = next((file for file in entry.names if key_of(stem_of(file)) in by_stem), entry.names[0])
             paths = by_stem.get(key_of(stem_of(file)), [])
-            in_folder = [
-                path for path in paths if entry.folder and plain(Path(path).parent.name) == plain(entry.folder)
-            ]
+            in_folder = [p for p in paths if entry.folder and plain(Path(p).parent.name) == plain(entry.folder)]
             suffix = Path(file).suffix
             paths = sorted(in_folder or paths, key=lambda path, suffix=suffix: (Path(path).suffix != suffix, path))
             key = paths[0] if paths else entry.names[0]
@@ -187,24 +179,21 @@ def draw_val(
     videos: list[str], class_of: Callable[[str], str], val_fraction: float, seed: int
 ) -> tuple[list[str], list[str]]:
     """Draw some of the videos of each class for val, at least one where there are two; returns the others and those."""
-    rng = np.random.default_rng(seed)
+    rng, classes = np.random.default_rng(seed), defaultdict(list)
+    for video in videos:
+        classes[class_of(video)].append(video)
     train, val = [], []
-    for name in sorted(set(map(class_of, videos))):
-        of_class = [video for video in videos if class_of(video) == name]
+    for _, of_class in sorted(classes.items()):
         count = max(round(val_fraction * len(of_class)), 1) if val_fraction else 0
         count = min(count, len(of_class) - 1)  # one is left to train on
         drawn = set(rng.permutation(len(of_class))[:count].tolist())
-        for number, video in enumerate(of_class):
-            (val if number in drawn else train).append(video)
+        train += [video for number, video in enumerate(of_class) if number not in drawn]
+        val += [video for number, video in enumerate(of_class) if number in drawn]
     return train, val
 
 
 def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: int) -> Found:
-    """Lists of a folder of one's own videos: split folders if there are any, else val is drawn.
-
-    Raises:
-        RunError: a video in no class folder, or in no split folder while others are.
-    """
+    """Lists of a folder of one's own videos: split folders if there are any, else val is drawn. Raises RunError."""
     held = [video for video in videos if fits_a_list(video)]
     problems = [("", "a name that no list can hold", repr(video), "") for video in videos if not fits_a_list(video)]
     if unlabelled:
@@ -240,20 +229,12 @@ def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: 
 def shared_videos(lines: dict[str, list[Line]]) -> list[Problem]:
     """Problems of videos that are in the train list and in the val or test list."""
     trained = {line.name for line in lines.get("train.csv", [])}
-    tested = [(name, line) for name in ("val.csv", "test.csv") for line in lines.get(name, [])]
-    return [
-        (name, "in train.csv too", line.name, f"label {line.label}") for name, line in tested if line.name in trained
-    ]
+    tested = [(name, *line) for name in ("val.csv", "test.csv") for line in lines.get(name, [])]
+    return [(name, "in train.csv too", path, f"label {label}") for name, path, label in tested if path in trained]
 
 
 def write(found: Found, output: Path, prefix: str) -> None:
-    """Write lists, classes and problems, and print a summary.
-
-    Args:
-        prefix: folder put before every path, or nothing.
-    Raises:
-        RunError: no video was found.
-    """
+    """Write lists, with `prefix` before every path, classes and problems, and print a summary. Raises RunError."""
     problems = found.problems + shared_videos(found.lines)
     if not any(found.lines.values()):
         kind, name = problems[0][1:3]

@@ -6,13 +6,12 @@ The label of a video is the content of its ``.cls``, or a field of its ``.json``
 import json
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from data_tools import Found, Line, RunError, fits_a_list
 from index_shards import scan, write_index
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from lists import VIDEO_SUFFIXES
 from shards import Member, ShardError, index_path, key_of, members_of
@@ -22,11 +21,7 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 
 
 def members_on_disk(shard: str) -> list[Member]:
-    """Members of a shard by its index, which is written if there is none.
-
-    Raises:
-        ShardError: the shard is cut off or no tar file, or the index cannot be written.
-    """
+    """Members of a shard by its index, which is written if there is none. Raises ShardError."""
     if not os.path.exists(index_path(shard)):
         write_index(shard, scan(shard))
     members = members_of(shard)
@@ -37,13 +32,9 @@ def members_on_disk(shard: str) -> list[Member]:
 
 
 def label_of(files: dict[str, Member], descriptor: int, field: str) -> str:
-    """The text of a sample's label; -1 if it has none.
+    """The text of a sample's label: its .cls, or this field of its .json; -1 if it has none.
 
-    Args:
-        files: its members by their suffixes.
-        field: of its .json; '' for its .cls.
-    Raises:
-        ValueError: the .json is none, or the label neither a number nor a name.
+    `files` are its members by their suffixes. Raises ValueError if the label is neither a number nor a name.
     """
     member = files.get(".json" if field else ".cls")
     if member is None:
@@ -90,13 +81,12 @@ def look(shard: str, root: str, field: str) -> Found:
 def from_shards(root: str, shards: list[str], label_field: str, workers: int) -> Found:
     """List the videos of shards, whose paths are relative to `root`, showing a progress bar. Raises RunError."""
     result = Found()
-    with ThreadPoolExecutor(workers) as pool:
-        held = pool.map(partial(look, root=root, field=label_field), shards)
-        for found in tqdm(held, total=len(shards), desc="shards", disable=None):
-            for name, lines in found.lines.items():
-                result.lines.setdefault(name, []).extend(lines)
-            result.wanted.update(found.wanted)
-            result.problems += found.problems
+    work = partial(look, root=root, field=label_field)
+    for found in thread_map(work, shards, max_workers=workers, desc="shards", disable=None):
+        for name, lines in found.lines.items():
+            result.lines.setdefault(name, []).extend(lines)
+        result.wanted.update(found.wanted)
+        result.problems += found.problems
     result.classes = number_classes(list(result.lines.values()))
     return result
 
@@ -104,8 +94,7 @@ def from_shards(root: str, shards: list[str], label_field: str, workers: int) ->
 def number_classes(lines: list[list[Line]]) -> list[str]:
     """Replace labels that are names by their numbers, in place; returns the names, sorted (none if labels are numbers).
 
-    Raises:
-        RunError: some labels are numbers, and others names.
+    Raises RunError if some labels are numbers, and others names.
     """
     labels = sorted({line.label for part in lines for line in part} - {NONE})
     names = [label for label in labels if not label.lstrip("-").isdigit()]
@@ -114,9 +103,8 @@ def number_classes(lines: list[list[Line]]) -> list[str]:
         return []
     if len(names) < len(labels):
         number = next(label for label in labels if label not in names)
-        raise RunError(
-            f"labels are names, such as {names[0]!r}, and numbers, such as {number}: of two kinds of shards?"
-        )
+        both = f"names, such as {names[0]!r}, and numbers, such as {number}"
+        raise RunError(f"labels are {both}: of two kinds of shards?")
     numbers = {name: str(number) for number, name in enumerate(names)} | {NONE: NONE}
     for part in lines:
         part[:] = [Line(line.name, numbers[line.label]) for line in part]
