@@ -50,26 +50,20 @@ MODULES = {ours: theirs for theirs, ours in THEIR_MODULES.items()}
 PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}  # of a block
 
 
-def their_names(name: str) -> list[str]:
-    """Names in transformers of one of our tensors: one, or three (query, key, value) that divide its first axis."""
+def their_names(name: str, prefix: str) -> list[str]:
+    """Names in transformers of one of our tensors: one, or three (query, key, value) that divide its first axis.
+
+    `prefix` is that of the encoder.
+    """
     name = name.removeprefix("encoder.")
     module, dot, leaf = name.rpartition(".")
     theirs = f"{MODULES.get(module, module)}{dot}{leaf}"
     if block := re.fullmatch(r"(.+)\.(\d+)\.(.+)\.(\w+)", name):
         stack, number, part, leaf = block.groups()
         theirs = f"{MODULES[stack]}.{number}.{PARTS.get(part, 'attention.attention.{}')}.{leaf}"
-    inside = "videomae." * theirs.startswith(("embeddings.", "encoder.", "layernorm."))
+    prefix *= theirs.startswith(("embeddings.", "encoder.", "layernorm."))
     parts = ("query", "key", "value") if "{}" in theirs else ("",)
-    return [inside + theirs.format(part) for part in parts]
-
-
-def to_theirs(weights: Weights) -> Weights:
-    """Rename and divide our tensors for transformers."""
-    theirs = {}
-    for ours, value in weights.items():
-        names = their_names(ours)
-        theirs |= {name: part.clone() for name, part in zip(names, value.chunk(len(names)))}  # safetensors: no views
-    return theirs
+    return [prefix + theirs.format(part) for part in parts]
 
 
 def count(weights: Weights, prefix: str) -> int:
@@ -164,10 +158,13 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
     kind = "VideoMAEForVideoClassification" if labels else "VideoMAEForPreTraining"
     if not labels and len(weights.get("decoder.head.bias", ())) != PIXELS:
         kind, beside = "VideoMAEModel", {n: value for n, value in weights.items() if not n.startswith("encoder.")}
-    theirs = to_theirs({name: value for name, value in weights.items() if name not in beside})
-    if kind == "VideoMAEModel":
-        theirs = {name.removeprefix("videomae."): value for name, value in theirs.items()}
-    names = dict(enumerate(classes or [f"LABEL_{label}" for label in range(labels)]))
+    theirs = {}
+    for ours in [name for name in weights if name not in beside]:
+        names = their_names(ours, "" if kind == "VideoMAEModel" else "videomae.")
+        theirs |= {
+            name: part.clone() for name, part in zip(names, weights[ours].chunk(len(names)))
+        }  # views not allowed
+    labelled = dict(enumerate(classes or [f"LABEL_{label}" for label in range(labels)]))
     VideoMAEConfig(
         image_size=side,
         num_frames=frames,
@@ -184,8 +181,8 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
         layer_norm_eps=1e-6,
         use_mean_pooling=labels > 0,
         architectures=[kind],
-        id2label=names,
-        label2id={name: label for label, name in names.items()},
+        id2label=labelled,
+        label2id={name: label for label, name in labelled.items()},
     ).save_pretrained(folder)
     save_file(theirs, folder / "model.safetensors", {"format": "pt"})
     if beside:

@@ -111,18 +111,13 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def draw_curves(logs: dict[str, list[dict]]) -> Figure:
-    """Draw one panel for each quantity in the logs, with one colour for each run.
-
-    Raises:
-        RunError: none of the known quantities is in the logs.
-    """
+    """Draw one panel for each quantity in the logs, with one colour for each run. Raises RunError if there is none."""
     keys = {key for log in logs.values() for line in log for key in line if line[key] or key not in RARE}
     known = {title: [line for line in lines if line[0] in keys] for title, lines in PANELS.items()}
     panels = {title: lines for title, lines in known.items() if lines}
     if not panels:
         raise RunError(f"{', '.join(logs)}: none of the numbers of a run in it")
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    rows, columns = -(-len(panels) // 3), min(3, len(panels))
     figure = new_figure(4.6 * columns, 3.1 * rows + 0.3 * len(logs), "" if len(logs) > 1 else next(iter(logs)))
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (title, lines) in zip(grid, panels.items()):
@@ -257,11 +252,7 @@ def confusion_picture(file: Path, title: str) -> Figure | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw all files, logs together in one picture, and print the paths of the pictures.
-
-    Raises:
-        RunError: no file, or one of another kind.
-    """
+    """Draw all files, logs together in one picture, and print the paths of the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="run folders or files")
     parser.add_argument("--output_dir", type=Path, default="pictures", help="folder for the pictures (%(default)s)")

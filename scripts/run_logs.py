@@ -9,11 +9,7 @@ from utils import RunError
 
 
 def read_log(path: Path) -> list[dict]:
-    """Read the lines of a log; a last line that was cut off is ignored.
-
-    Raises:
-        RunError: another line is not a JSON object.
-    """
+    """Read the lines of a log; a last line that was cut off is ignored. Raises RunError if it is no log."""
     lines, found = path.read_text().splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
@@ -27,7 +23,5 @@ def read_log(path: Path) -> list[dict]:
 def last_test(folder: Path) -> dict[str, float]:
     """Metrics of the last test in the log of a run; empty if there is none. Raises RunError."""
     path = folder / "log.txt"
-    tests = (
-        [line for line in read_log(path) if any(name.startswith("test_") for name in line)] if path.is_file() else []
-    )
-    return tests[-1] if tests else {}
+    log = read_log(path) if path.is_file() else []
+    return next((line for line in reversed(log) if any(name.startswith("test_") for name in line)), {})

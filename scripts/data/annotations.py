@@ -70,10 +70,10 @@ def class_label(number: int, classes: Sequence[str], where: str) -> str:
 def numbered_names(path: Path) -> tuple[list[str], int]:
     """Read lines ``1 name`` or ``name 1``: the names in the order of their numbers, and the first number, 0 or 1."""
     names = {}
-    for number, line in read_lines(path):
+    for where, line in read_lines(path):
         before, after = re.fullmatch(r"(\d+)\s+(.+)", line), re.fullmatch(r"(.+?)\s+(\d+)", line)
         if not before and not after:
-            raise RunError(f"{path}, line {number}: {line[:80]!r} is not a number and a name")
+            raise RunError(f"{where}: {line[:80]!r} is not a number and a name")
         index, name = before.groups() if before else after.groups()[::-1]
         names[int(index)] = name.strip('"')
     first = min(names, default=2)
@@ -116,8 +116,7 @@ def listed_entries(path: Path) -> list[tuple[str, Entry, int]]:
     lines = list(read_lines(path))
     with_frames = all(re.fullmatch(r"\S+ \d+ \d+", line) for _, line in lines)
     entries = []
-    for number, line in lines:
-        where = f"{path}, line {number}"
+    for where, line in lines:
         name, _, label = line.rpartition(" ")
         if not name.strip():
             raise RunError(f"{where}: {line[:80]!r} is not a name and a number")
@@ -168,8 +167,7 @@ def given_lists(train: str, val: str, class_names: str) -> Annotations:
 def ssv2(folder: str, mini: str = "") -> Annotations:
     """Something-Something V2: the class is the template without its brackets. The test set has no labels.
 
-    Args:
-        mini: list of the videos of a smaller train set, by id or path, with or without label: ``train_mini.csv``.
+    `mini` lists the videos of a smaller train set, by id or path, with or without label, for ``train_mini.csv``.
     """
     find = lambda part: find_file(folder, f"something-something-v2-{part}.json", f"{part}.json")
     labels = find("labels")
@@ -191,11 +189,11 @@ def ssv2(folder: str, mini: str = "") -> Annotations:
     if mini:
         whole = {entry.names[0]: entry for entry in lists["train.csv"]}
         lists["train_mini.csv"] = []
-        for number, line in read_lines(mini):
+        for where, line in read_lines(mini):
             name, _, label = line.rpartition(" ")
             entry = whole.get(stem_of(name or label))
             if entry is None or (name and label != entry.label):
-                raise RunError(f"{mini}, line {number}: {line[:80]!r} is not in the train set, or with another label")
+                raise RunError(f"{where}: {line[:80]!r} is not in the train set, or with another label")
             lists["train_mini.csv"].append(entry)
     return Annotations(lists, classes)
 
@@ -210,15 +208,15 @@ def class_folders(folder: str, fold: int) -> Annotations:
     numbers = {name.casefold(): number for number, name in enumerate(classes)}
 
     def entries(part: str) -> list[Entry]:
-        path, found = find_file(folder, f"{part}list{fold:02d}.txt"), []
-        for number, line in read_lines(path):
+        found = []
+        for where, line in read_lines(find_file(folder, f"{part}list{fold:02d}.txt")):
             video, _, label = line.rpartition(" ") if re.search(r" \d+$", line) else (line, "", "")
             of_class = video.rpartition("/")[0]
             index = numbers.get(of_class.casefold())
             if index is None:
-                raise RunError(f"{path}, line {number}: no class {of_class!r} in classInd.txt")
+                raise RunError(f"{where}: no class {of_class!r} in classInd.txt")
             if label and int(label) - first != index:
-                raise RunError(f"{path}, line {number}: the number {label} is not that of the class {of_class}")
+                raise RunError(f"{where}: the number {label} is not that of the class {of_class}")
             found.append(Entry((video.strip(),), str(index), of_class))
         return found
 
@@ -244,8 +242,7 @@ def hmdb51(folder: str, fold: int) -> Annotations:
 def finegym(folder: str, part: str) -> Annotations:
     """FineGym: ``<clip> <label>`` in the files of the authors or of those that cut the clips; labels count from 0.
 
-    Args:
-        part: ``gym99``, ``gym288``, or a part of Gym-99 (GYM_PARTS), whose labels are moved to start at 0.
+    `part` is ``gym99``, ``gym288``, or one of GYM_PARTS, whose labels are moved to start at 0.
     """
     base = "gym288" if part == "gym288" else "gym99"
     total = int(base.removeprefix("gym"))

@@ -109,11 +109,11 @@ def read_text(path: str | Path) -> str:
         return lists.read_text(path)
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of each line that is not blank, without surrounding spaces."""
+def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield place (for errors) and text of each line that is not blank, without surrounding spaces."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            yield number, line.strip()
+            yield f"{path}, line {number}", line.strip()
 
 
 def fits_a_list(path: str) -> bool:
@@ -133,9 +133,7 @@ def write_list(path: Path, lines: Sequence[Line]) -> None:
 def write_lists(args: argparse.Namespace, lists: dict[str, list[Line]], places: dict[str, str]) -> None:
     """Write lists with the new paths to --output, with the classes.txt beside the old ones, and print their lengths.
 
-    Args:
-        lists: by path.
-        places: the new path of each source; lines without one are left out. Raises RunError if a list would be empty.
+    `places` has the new path of each source; lines without one are left out. Raises RunError if a list would be empty.
     """
     for path, lines in lists.items():
         new, sources = args.output / Path(path).name, [os.path.join(args.data_root, line.name) for line in lines]

@@ -172,9 +172,6 @@ def match(wanted: Annotations, videos: list[str]) -> Found:
     return result
 
 
-# A folder of one's own ------------------------------------------------------------------------------------------
-
-
 def draw_val(
     videos: list[str], class_of: Callable[[str], str], val_fraction: float, seed: int
 ) -> tuple[list[str], list[str]]:

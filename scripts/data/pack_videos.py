@@ -154,9 +154,6 @@ def make_plan(
     return [(name, members) for name, members in shards.items() if not (args.output / name).exists()]
 
 
-# One shard ------------------------------------------------------------------------------------------------------
-
-
 class Checked:
     """Reads a file sequentially, keeping the checksum of what was read."""
 
@@ -219,9 +216,6 @@ def pack(shard: tuple[str, list[Packed]], output: Path, unfinished: Path) -> dic
     put_in_place(Path(index_path(str(file))), Path(index_path(str(output / name))))
     put_in_place(file, output / name)  # last, so that every shard has its index
     return failed
-
-
-# All shards -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -213,9 +213,6 @@ def prepare(job: Job, settings: Settings, unfinished: Path) -> tuple[list[Path],
     return made, reasons
 
 
-# All images -----------------------------------------------------------------------------------------------------
-
-
 def instances(made: list[Path], min_per_category: int) -> tuple[list[str], list[tuple[str, str]]]:
     """Lines of object_instances.txt, and (category, reason) of the categories that have too few objects."""
     counts = Counter(path.parent.name for path in made)

@@ -178,17 +178,13 @@ def make_all(
     make: Callable[[T, Path], Any],
     title: str,
 ) -> list[tuple[T, Any, str]]:
-    """Do all jobs in the processes of all nodes.
+    """Do all jobs in the processes of all nodes, in the locked output_folder of `args` and `settings`.
 
     Args:
-        args: with output, workers and timeout.
-        settings: see output_folder.
         jobs: called in the first process, once the folder is locked.
         make: called with a job and a folder for unfinished files; raises Unusable.
     Returns:
         (job, result, "") or (job, None, reason) of each; an empty list in all processes but the first.
-    Raises:
-        RunError: see output_folder.
     """
     connect()
     with output_folder(args.output, settings) as unfinished:

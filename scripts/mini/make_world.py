@@ -53,6 +53,7 @@ SIZES = (0.28, 0.63)  # of an object: geometric mean of its width and height
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 COUNTS = ("once", "twice", "three times", "four times")
 NUM_OBJECT_CLASSES = 20
+TASKS = ("motion", "object", "count")
 Track = tuple[np.ndarray, np.ndarray]  # centres [T, 2] (x, y) and sizes [T], in pixels or as fractions of the side
 
 CREDITS = """The pictures in this folder and in ../unseen are OpenMoji emojis, drawn from the font in the Python package
@@ -258,18 +259,14 @@ def write_task(
     (output / task / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
 
 
-TASKS = ("motion", "object", "count")
-
-
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="folder to write to")
     parser.add_argument("--side", type=int, default=64, help="of labelled clips, pixels (default 64)")
     parser.add_argument("--pretrain_clips", type=int, default=800, help="clips for pretraining (default 800)")
-    parser.add_argument("--train_clips", type=int, default=1600, help="of each task (default 1600)")
-    parser.add_argument("--val_clips", type=int, default=200, help="of each task (default 200)")
-    parser.add_argument("--test_clips", type=int, default=400, help="of each task (default 400)")
+    for split, number in zip(SPLITS, (1600, 200, 400)):
+        parser.add_argument(f"--{split}_clips", type=int, default=number, help="of each task (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to write (default all)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives another world (default 0)")
     args = parser.parse_args(argv)
