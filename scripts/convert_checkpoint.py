@@ -161,9 +161,7 @@ def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes
     theirs = {}
     for ours in [name for name in weights if name not in beside]:
         names = their_names(ours, "" if kind == "VideoMAEModel" else "videomae.")
-        theirs |= {
-            name: part.clone() for name, part in zip(names, weights[ours].chunk(len(names)))
-        }  # views not allowed
+        theirs |= {name: part.clone() for name, part in zip(names, weights[ours].chunk(len(names)))}  # no views
     labelled = dict(enumerate(classes or [f"LABEL_{label}" for label in range(labels)]))
     VideoMAEConfig(
         image_size=side,
