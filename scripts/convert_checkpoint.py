@@ -12,6 +12,7 @@ VideoMAEModel, and its decoder is saved in a separate file, so that it can be co
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -50,18 +51,15 @@ MODULES = {ours: theirs for theirs, ours in THEIR_MODULES.items()}
 PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}  # of a block
 
 
-def their_names(name: str, prefix: str) -> list[str]:
-    """Names in transformers of one of our tensors: one, or three (query, key, value) that divide its first axis.
-
-    `prefix` is that of the encoder.
-    """
+def their_names(name: str, encoder_prefix: str) -> list[str]:
+    """Names in transformers of one of our tensors: one, or three (query, key, value) that divide its first axis."""
     name = name.removeprefix("encoder.")
     module, dot, leaf = name.rpartition(".")
     theirs = f"{MODULES.get(module, module)}{dot}{leaf}"
     if block := re.fullmatch(r"(.+)\.(\d+)\.(.+)\.(\w+)", name):
         stack, number, part, leaf = block.groups()
         theirs = f"{MODULES[stack]}.{number}.{PARTS.get(part, 'attention.attention.{}')}.{leaf}"
-    prefix *= theirs.startswith(("embeddings.", "encoder.", "layernorm."))
+    prefix = encoder_prefix * theirs.startswith(("embeddings.", "encoder.", "layernorm."))
     parts = ("query", "key", "value") if "{}" in theirs else ("",)
     return [prefix + theirs.format(part) for part in parts]
 
@@ -213,11 +211,10 @@ def run_model(model: nn.Module, clip: torch.Tensor, mask: torch.Tensor, whole: b
 
 def difference(first: nn.Module, second: nn.Module, frames: int, side: int) -> float:
     """Largest difference between the outputs of two models for a random clip, in float64 to exclude rounding."""
-    t, h, w = token_grid(frames, side, side)
-    rng = torch.Generator().manual_seed(0)
+    tokens, rng = math.prod(token_grid(frames, side, side)), torch.Generator().manual_seed(0)
     clip = torch.randn(1, 3, frames, side, side, generator=rng, dtype=torch.float64)
-    mask = torch.randperm(t * h * w, generator=rng)[None] < t * h * w // 2
-    whole = not isinstance(first, VideoMAEModel) and not isinstance(second, VideoMAEModel)
+    mask = torch.randperm(tokens, generator=rng)[None] < tokens // 2
+    whole = not any(isinstance(model, VideoMAEModel) for model in (first, second))
     outputs = [run_model(model, clip, mask, whole) for model in (first, second)]
     return (outputs[0] - outputs[1]).abs().max().item()
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,22 +131,12 @@ def patient_group() -> Any:
 
 def wait_for(operation: Callable[[], None]) -> None:
     """Run a collective operation in a thread, so that signals to stop end the program while it waits."""
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            operation()
-        except RuntimeError as error:  # another process was lost
-            errors.append(error)
-
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(operation)
     leave_on_signal()
-    if errors:
-        raise errors[0]
+    done.result()  # raises RuntimeError if another process was lost
 
 
 def from_first(value: T) -> T:

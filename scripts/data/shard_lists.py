@@ -48,7 +48,7 @@ def label_of(files: dict[str, Member], descriptor: int, field: str) -> str:
     return str(value).strip()
 
 
-def look(shard: str, root: str, field: str) -> Found:
+def list_shard(shard: str, root: str, field: str) -> Found:
     """List the videos of a shard, whose path is relative to `root`."""
     name = f"{split_of(shard)}.csv"
     lines, problems, samples = list[Line](), list[tuple[str, str, str]](), dict[str, dict[str, Member]]()
@@ -81,7 +81,7 @@ def look(shard: str, root: str, field: str) -> Found:
 def from_shards(root: str, shards: list[str], label_field: str, workers: int) -> Found:
     """List the videos of shards, whose paths are relative to `root`, showing a progress bar. Raises RunError."""
     result = Found()
-    work = partial(look, root=root, field=label_field)
+    work = partial(list_shard, root=root, field=label_field)
     for found in thread_map(work, shards, max_workers=workers, desc="shards", disable=None):
         for name, lines in found.lines.items():
             result.lines.setdefault(name, []).extend(lines)
