@@ -70,9 +70,9 @@ def curve(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def confusion_matrix(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Number of videos by label (row) and predicted class (column), int ``[C, C]``.
+    """Number of videos by label (row) and predicted class (column), int ``[C, C]``; ties go to the lowest class.
 
-    Videos whose `scores` are NaN could not be read and are ignored. Ties go to the lowest class.
+    Videos that could not be read, whose `scores` are NaN, are left out.
     """
     read = ~np.isnan(scores).any(axis=1)
     matrix = np.zeros((scores.shape[1],) * 2, dtype=int)
@@ -152,10 +152,7 @@ def draw_panel(axes: Axes, logs: dict[str, list[dict]], wanted: list[tuple[str, 
 
 
 def draw_confusion(matrix: np.ndarray, names: list[str], title: str, unread: int = 0) -> Figure:
-    """The confusion matrix (see there) as shares of each label, and the most frequent errors.
-
-    `unread` videos are not in the matrix.
-    """
+    """Draw a confusion_matrix as shares of each label, and the most frequent errors; it lacks `unread` videos."""
     total = matrix.sum(axis=1, keepdims=True)
     share = np.where(total > 0, 100 * matrix / np.maximum(total, 1), np.nan)
     few, right, videos = len(matrix) <= MAX_NAMED, int(np.trace(matrix)), int(matrix.sum())
@@ -230,7 +227,7 @@ def files_in(path: Path) -> list[Path]:
 
 
 def run_names(files: list[Path]) -> dict[Path, str]:
-    """The shortest unique name for the folder of each file."""
+    """Return the shortest unique name for the folder of each file."""
     folders = {file: file.absolute().parent.parts for file in files}
     for depth in range(1, max(map(len, folders.values())) + 1):
         names = {file: "-".join(parts[-depth:]).replace("/", "") for file, parts in folders.items()}

@@ -89,7 +89,7 @@ def read_seen(journals: Iterable[Path]) -> dict[str, tuple[list[Any], Verdict]]:
 
 
 def check(args: argparse.Namespace, paths: list[str], journals: list[Path]) -> dict[str, Verdict]:
-    """Give the verdict on each path, from the journals or a new one, which the journal of this process then has."""
+    """Check each path, unless the journals have an up-to-date verdict; append new ones to this process's journal."""
     seen = read_seen(journals)
     states = {path: state_of(path, args) for path in paths}
     verdicts = {path: seen[path][1] for path in paths if path in seen and seen[path][0] == states[path]}
@@ -107,7 +107,7 @@ def check(args: argparse.Namespace, paths: list[str], journals: list[Path]) -> d
 
 
 def check_together(args: argparse.Namespace, paths: list[str]) -> dict[str, Verdict]:
-    """Give the verdict on each path, in the first process; nothing in the others. Merge the journals of all."""
+    """Check the paths in all processes and merge their journals; returns the verdicts in the first process only."""
     connect()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     pattern, journal = f"{glob.escape(args.output.stem)}.seen*.jsonl", args.output.with_suffix(".seen.jsonl")

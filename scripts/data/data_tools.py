@@ -55,7 +55,7 @@ def add_work_options(parser: argparse.ArgumentParser, item: str, timeout: int) -
 
 
 def list_parser(description: str | None, item: str, timeout: int) -> argparse.ArgumentParser:
-    """Parser of a program that makes something of the videos of lists."""
+    """Parser of a program that writes new files from the videos of lists."""
     parser = new_parser(description)
     parser.add_argument("lists", nargs="+", help="lists with lines `path label`")
     parser.add_argument("--output", required=True, type=Path, help="folder to write to")
@@ -117,7 +117,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def fits_a_list(path: str) -> bool:
-    """Whether a line of a list can hold this path: UTF-8, no line breaks, no spaces at its ends."""
+    """Return True if a line of a list can hold this path: UTF-8, no line breaks, no spaces at its ends."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -186,7 +186,7 @@ def put_in_place(unfinished: Path, path: Path) -> None:
 
 
 def is_made(path: Path, source: str) -> bool:
-    """Whether a result exists and is newer than the last change of its source, or the source is gone."""
+    """Return True if a result exists and is newer than its source, or the source is gone."""
     if not path.exists():
         return False
     try:

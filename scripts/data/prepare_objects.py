@@ -48,7 +48,7 @@ VOID = 255  # of masks that number their objects: belongs to none
 
 @dataclass(frozen=True)
 class Settings:
-    """What a cut-out depends on."""
+    """Options that decide how an object is cut out."""
 
     min_side: int = 24  # pixels; an object with a shorter side is dropped
     max_side: int = 320  # pixels; a longer one is shrunk to it
@@ -166,7 +166,7 @@ def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, I
 
 
 def cut_out(image: Image.Image, settings: Settings) -> Image.Image:
-    """Crop an object (RGBA) to its visible part, and shrink it if it is too large; raises Unusable if it is none."""
+    """Crop an object (RGBA) to its visible part, and shrink it if too large; raises Unusable if too little is left."""
     alpha = image.getchannel("A")
     seen = alpha.point(lambda value: 255 * (value >= VISIBLE))
     box = seen.getbbox()

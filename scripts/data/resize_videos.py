@@ -1,4 +1,4 @@
-"""Videos made small and quick to load: H.264 in mp4, a small short side, a key frame every few frames.
+"""Make videos small and quick to load: H.264 in mp4, a small short side, a key frame every few frames.
 
     python scripts/data/resize_videos.py lists/train.csv lists/val.csv --output /fast/k400
     python scripts/data/resize_videos.py lists/train.csv --output /fast/k400 --workers 32 --short_side 320

@@ -25,7 +25,7 @@ MIN_SIDE = 16
 
 
 class WrongTimes(Unusable):
-    """The time stamps of a source cannot be right."""
+    """A source has time stamps that cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written."""
+    """Properties of a video that was written."""
 
     seconds: float
     psnr: float  # dB, of some frames, to the source resized the same way

@@ -104,7 +104,7 @@ def write_csv(table: list[list[str]], path: Path) -> None:
 
 
 def radar(ours: dict[str, float]):
-    """Radar chart of our results by cell and of DRAWN: one axis per cell, from the lowest to the highest value."""
+    """Radar chart of our results by cell and of DRAWN: one axis per cell, from the worst to the best drawn value."""
     from matplotlib.figure import Figure  # imported here because it is slow and tables do not need it
 
     lines = {name: dict(zip(CELLS, PAPER[name])) for name in DRAWN} | ({"ours": ours} if ours else {})
