@@ -192,7 +192,7 @@ def time_parts(args: argparse.Namespace, data: PretrainDataset) -> Numbers:
         [time_sample(args, data, number, index) for index in range(len(data.videos))]
         for number in range(args.rounds + 1)
     ]
-    warm = {name: [[times[name] for times in row] for row in rounds[1:]] for name in rounds[0][0]}
+    warm = {name: [[times[name] for times in row] for row in rounds[1:]] for name in rounds[0][0]}  # [round, video]
     parts = {name: float(np.median(table, axis=0).mean()) for name, table in warm.items()}
     parts["decode / decode, decord"] = parts["decode"] / parts["decode, decord"]
     parts["(whole + collate) / decode"] = (parts["whole"] + parts["collate"]) / parts["decode"]
