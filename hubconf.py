@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import pathlib
 import sys
+import threading
 import types
 
 import torch
@@ -19,6 +20,7 @@ dependencies = ["einops", "huggingface_hub", "numpy", "safetensors", "timm", "to
 
 # Files of this project that are needed, each after those that it imports.
 _FILES = ("utils", "weights", "modeling_finetune", "modeling_pretrain")
+_LOCK = vars(torch.hub).setdefault("_smile_lock", threading.RLock())  # each torch.hub.load executes this file anew
 _CLIP = ("num_frames", "sampling_rate", "input_size", "data_set")
 
 
@@ -27,15 +29,18 @@ def _import_apart() -> list[types.ModuleType]:
 
     Meanwhile this folder is not searched: packages that they import may have a datasets.py too.
     """
-    here, paths = pathlib.Path(__file__).resolve().parent, list(sys.path)
+    here = pathlib.Path(__file__).resolve().parent
     taken = {name: sys.modules.pop(name, None) for name in _FILES}
-    sys.path[:] = [path for path in paths if pathlib.Path(path).resolve() != here]
+    left_out = [(place, path) for place, path in enumerate(sys.path) if pathlib.Path(path).resolve() == here]
+    for _, path in left_out:
+        sys.path.remove(path)
     try:
         for name in _FILES:
             sys.modules[name] = _import_file(f"smile_{name}", str(here / f"{name}.py"))  # for those that import it
         return [sys.modules[name] for name in _FILES]
     finally:
-        sys.path[:] = paths
+        for place, path in left_out:  # not as it was: another thread may have added to it
+            sys.path.insert(place, path)
         for name, module in taken.items():
             sys.modules.pop(name, None)
             if module:
@@ -54,7 +59,8 @@ def _import_file(name: str, file: str) -> types.ModuleType:
     return module
 
 
-_, _weights, _modeling_finetune, _modeling_pretrain = _import_apart()
+with _LOCK:
+    _, _weights, _modeling_finetune, _modeling_pretrain = _import_apart()
 
 
 def _entry_point(name: str, build: functools.partial) -> collections.abc.Callable:
@@ -70,7 +76,7 @@ def _entry_point(name: str, build: functools.partial) -> collections.abc.Callabl
             model = build(**kwargs)
             _weights.load_strictly(model, path)
         else:
-            classes = len(found.get("head.bias", ()))
+            classes = len(found.get(_weights.encoder_prefix(found, path) + "head.bias", ()))
             wanted = kwargs.setdefault("num_classes", classes)
             model = build(**kwargs)
             _weights.load_encoder(model, path, need_head=0 < classes == wanted)
@@ -79,7 +85,8 @@ def _entry_point(name: str, build: functools.partial) -> collections.abc.Callabl
         return model
 
     def entry_point(checkpoint: str = "", **kwargs) -> torch.nn.Module:
-        return load(_weights.local_path(checkpoint), **kwargs) if checkpoint else build(**kwargs)
+        with _LOCK:  # what torch.load accepts is set for all threads
+            return load(_weights.local_path(checkpoint), **kwargs) if checkpoint else build(**kwargs)
 
     entry_point.__name__ = name
     entry_point.__doc__ = f"""{name}: {build.func.__name__} of modeling_finetune.py or modeling_pretrain.py.

@@ -132,6 +132,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 CLIP = ("num_frames", "sampling_rate", "input_size")
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr", "min_lr",
              "warmup_lr", "warmup_epochs", "warmup_steps", "epochs", "layer_decay")  # fmt: skip
+RESUMED = (*CLIP, "seed", "data_set", "num_sample", "target_type", "mask_type", "mask_ratio", "drop_path", *OPTIMIZER)
 
 
 def trained_with(path: str) -> dict[str, Any]:
@@ -318,7 +319,7 @@ def start(
     position, model = Position(args.start_epoch), contents["model"]
     if found := find_resume(args.output_dir, args.resume, args.auto_resume):
         position = restore(found, contents, stepper, sampler.samples_per_step)
-        tell_differences(args, stored_options(found[1]), str(found[0]), OPTIMIZER)
+        tell_differences(args, stored_options(found[1]), str(found[0]), RESUMED)
         if first_weights:
             logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
     elif first_weights:

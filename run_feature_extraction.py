@@ -117,7 +117,7 @@ def check(args: argparse.Namespace) -> None:
         read_list(args.data_path, label_text, args.data_root).check_files(args.max_bad_fraction)
 
 
-def check_unchanged(args: argparse.Namespace, precision: str) -> None:
+def check_unchanged(args: argparse.Namespace, encoder: nn.Module, precision: str) -> None:
     """Leave ``settings.json`` in the folder, or compare with the one that is there.
 
     Raises:
@@ -125,6 +125,10 @@ def check_unchanged(args: argparse.Namespace, precision: str) -> None:
     """
     settings = {name: getattr(args, name) for name in UNCHANGED} | {"precision": precision}
     settings["data_path"] = hashlib.sha256(Path(args.data_path).read_bytes()).hexdigest()
+    weights = hashlib.sha256()
+    for value in encoder.state_dict().values():
+        weights.update(value.numpy())
+    settings["checkpoint (its weights)"] = weights.hexdigest()  # a file may be written again
     file = Path(args.output_dir) / "settings.json"
     if file.is_file():
         known = json.loads(file.read_text())
@@ -252,11 +256,11 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     """Compute the files that are missing, and join the index; returns the exit code."""
     checkpoint, folder = local_path(args.checkpoint), Path(args.output_dir)
     videos = read_list(args.data_path, label_text, args.data_root)
-    utils.barrier()  # the first process has made the folder
-    check_unchanged(args, pick_precision(args.precision, device))
-    report = look_at(videos, args)
     encoder = MODELS[args.model](num_classes=0)
     load_encoder(encoder, checkpoint)
+    utils.barrier()  # the first process has made the folder
+    check_unchanged(args, encoder, pick_precision(args.precision, device))
+    report = look_at(videos, args)
     model = Features(encoder, args.features).to(device)
     report()
     files = extract(args, videos, model, device)

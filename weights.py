@@ -19,7 +19,9 @@ from utils import RunError, logger
 
 Weights = dict[str, torch.Tensor]
 MODEL_KEYS = ("model", "module", "state_dict", "model_state")
+USUAL_PREFIXES = ("encoder.", "backbone.", "model.", "")  # of an encoder's names
 HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 FOLDER_FILES = ("model*.safetensors", "pytorch_model*.bin")  # of transformers
 
 # Names of transformers that differ from ours: of modules, and of the parts of a block.
@@ -131,8 +133,11 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         return {"model": {name: value for part in read for name, value in part.get("model", part).items()}}
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint file")
+    start = b""
     try:
-        if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            start = file.read(64)
+        if start[8:9] == b"{":  # of safetensors, whatever its name: the length of a header in JSON, then the header
             return {"model": load_file(path)}
         zipped = zipfile.is_zipfile(path)
         if zipped and whole:
@@ -145,14 +150,18 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     except RunError:
         raise
     except Exception as error:  # zip, pickle, torch and safetensors each fail in their own ways
-        raise RunError(_unreadable(path, error)) from error
+        raise RunError(_unreadable(path, start, error)) from error
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise RunError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    """Error message for a file that could not be read, with the remedy."""
+def _unreadable(path: Path, start: bytes, error: Exception) -> str:
+    """Error message for a file that begins with `start` and could not be read, with the remedy."""
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path}: a pointer of Git LFS, not the checkpoint itself: fetch that with `git lfs pull`"
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return f"{path}: not a readable checkpoint: the file ends too early, so copy or download it again"
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__)
     forbidden = re.search(r"(?:GLOBAL|class|type) ([\w.]+) (?:was not an allowed|whose module)", text)
     if not forbidden:
@@ -163,7 +172,8 @@ def _unreadable(path: Path, error: Exception) -> str:
         "not read. If you trust its maker, take the weights out where their program is installed: "
         'python -c "import torch; '
         f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
-        "torch.save({'model': c['model']}, 'weights.pth')\", with its own key in place of 'model' (print(c.keys()))"
+        "torch.save({'model': c['model']}, 'weights.pth')\", with its own key in place of 'model' (print(c.keys())), "
+        "or c.state_dict() in place of c['model'] if the file holds a model"
     )
 
 
@@ -180,7 +190,8 @@ def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", key: str = "") -> Weights:
     """The state dict in a checkpoint, with the names of the models here.
 
-    Prefixes of DDP and torch.compile are removed, and names of transformers' VideoMAE are translated.
+    Prefixes of DDP, FSDP, torch.compile and of other wrappers are removed, and names of transformers' VideoMAE are
+    translated.
 
     Args:
         key: its key in the checkpoint, or several keys separated by ``|``. If empty, the usual keys; for a run with
@@ -196,8 +207,7 @@ def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", k
         others = [str(name) for name, value in checkpoint.items() if isinstance(value, dict) and name not in keys]
         remedy = f"; --model_key names another place, there are {_names(others)}" if others else ""
         raise RunError(f"{path}: no weights in it (looked under {', '.join(keys)}){remedy}")
-    bare = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in named.items()}
-    return from_transformers(bare)
+    return from_transformers({WRAPPERS.sub("", name): value for name, value in named.items()})
 
 
 def our_name(theirs: str) -> str:
@@ -262,26 +272,41 @@ def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> No
     logger.info("loaded %d tensors from %s", len(weights), path)
 
 
+def encoder_prefix(weights: Weights, path: str | Path = "checkpoint", prefix: str = "") -> str:
+    """Prefix of the encoder's names in a file, such as ``encoder.`` of a pretraining model or Lightning's ``model.``.
+
+    Args:
+        prefix: what it begins with; needed if there are several encoders, none of them with a usual prefix.
+    Raises:
+        RunError: there are several.
+    """
+    first = "patch_embed.proj.weight"
+    found = [name.removesuffix(first) for name in weights if name.startswith(prefix) and name.endswith(first)]
+    if usual := [prefix + name for name in USUAL_PREFIXES if prefix + name in found]:
+        return usual[0]
+    if len(found) > 1:
+        raise RunError(f"{path} holds several encoders: choose one with --model_prefix ({_names(found)})")
+    return found[0] if found else prefix
+
+
 def load_encoder(
     model: torch.nn.Module, path: str | Path, need_head: bool = False, key: str = "", prefix: str = ""
 ) -> None:
     """Load the matching weights of a pretraining or fine-tuned checkpoint into a classifier, and log which.
 
-    From a pretraining checkpoint the encoder is loaded (``encoder.`` or ``backbone.`` prefix). A head with another
-    number of classes is skipped.
+    From a pretraining checkpoint the encoder is loaded (see encoder_prefix). A head with another number of classes is
+    skipped.
 
     Args:
         need_head: head and final norm must be in the checkpoint, since the model is used without training.
         key: see model_weights.
-        prefix: additional prefix of the names in the file.
+        prefix: see encoder_prefix.
     Raises:
         RunError: unreadable, of another size, or without an encoder.
     """
     everything, own = model_weights(read_checkpoint(path), path, key), model.state_dict()
-    weights = everything = {name.removeprefix(prefix): value for name, value in everything.items()}
-    for usual in ("encoder.", "backbone."):
-        inside = {name.removeprefix(usual): value for name, value in weights.items() if name.startswith(usual)}
-        weights = inside or weights
+    prefix = encoder_prefix(everything, path, prefix)
+    weights = {name.removeprefix(prefix): value for name, value in everything.items() if name.startswith(prefix)}
     other = _misshapen(weights, own)
     fitting = {name: weights[name] for name in own if name in weights and name not in other}
     other = [name for name in other if not name.startswith("head.")]
@@ -289,7 +314,9 @@ def load_encoder(
         reason = _mismatch(other[0], weights, own) if other else "no weight of it has a name of this model"
         raise RunError(f"{path} does not fit this model: {reason}; check --model")
     new = [name for name in own if name not in fitting]
-    left = [name for name in everything if name.removeprefix("encoder.").removeprefix("backbone.") not in fitting]
+    left = [name for name in everything if name.removeprefix(prefix) not in fitting]
+    if deeper := [name for name in left if name.startswith(f"{prefix}blocks.")]:
+        raise RunError(f"{path} does not fit this model: {deeper[0]} is unknown here; check --model")
     if (need_head and new) or any(name.startswith(("blocks.", "patch_embed.")) for name in new):
         remedy = "; it is not fine-tuned for this number of classes" if need_head else ""
         raise RunError(f"{path} lacks {', '.join(new[:4])}{remedy}")

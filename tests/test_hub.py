@@ -224,6 +224,29 @@ def test_programs_may_have_files_of_the_same_names(files, tmp_path, order):
     assert process.returncode == 0, process.stderr
 
 
+THREADS = """
+import sys, threading
+import torch
+def load():
+    path, name, checkpoint = sys.argv[1:]
+    loaded.append(torch.hub.load(path, name, source="local", checkpoint=checkpoint).head.bias.tolist())
+loaded, before = [], list(sys.path)
+threads = [threading.Thread(target=load) for _ in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(loaded) == 6 and all(bias == loaded[0] for bias in loaded)
+assert sys.path == before and "utils" not in sys.modules
+"""
+
+
+def test_threads_may_load_at_the_same_time(files):
+    argv = [sys.executable, "-c", THREADS, ROOT, CLASSIFIER, files["finetuned"][0]]
+    process = subprocess.run(argv, capture_output=True, text=True, cwd="/")
+    assert process.returncode == 0, process.stderr
+
+
 LITTLE = """
 import signal, sys
 for name in ("fcntl", "resource", "tensorboardX", "decord", "cv2", "av", "open_clip", "deepspeed", "scipy"):

@@ -168,13 +168,15 @@ def test_fine_tuning_tells_how_clips_differ_from_those_of_pretraining(run, custo
     assert f"{trained.best} was trained with --num_frames 4 (here 6), --input_size 32 (here 48)" in other.out
 
 
-def test_a_resume_tells_what_is_new_about_the_optimizer(run, custom, trained, tmp_path):
+def test_a_resume_tells_what_is_new_about_clips_and_optimizer(run, custom, trained, tmp_path):
     """At the end of the run, so that nothing is left but the test."""
-    new = ["--opt_betas", "0.8", "0.99", "--layer_decay", "0.9", "--output_dir", tmp_path / "run"]
+    new = "--sampling_rate 3 --drop_path 0.2 --opt_betas 0.8 0.99 --layer_decay 0.9 --output_dir".split()
+    new.append(tmp_path / "run")
     last = trained.folder / f"checkpoint-{EPOCHS - 1}.pth"
     found = run(*custom, *TRAIN, "--epochs", EPOCHS, "--resume", last, *new)
     assert found.code == 0 and f"resuming from {last}" in found.out, found.all
-    told = "--opt_betas [0.9, 0.999] (here [0.8, 0.99]), --layer_decay 1.0 (here 0.9)"
+    told = "--sampling_rate 2 (here 3), --drop_path 0.0 (here 0.2), --opt_betas [0.9, 0.999] (here [0.8, 0.99]), "
+    told += "--layer_decay 1.0 (here 0.9)"
     assert f"{last} was trained with {told}\n" in found.out
 
 

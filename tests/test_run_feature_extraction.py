@@ -103,6 +103,18 @@ def test_clips_are_those_of_the_training(run, encoder, videos, tmp_path):
     assert "was trained with --sampling segments (here dense)" in other.out and other.code == 1  # another folder
 
 
+def test_a_checkpoint_that_was_written_again(run, encoder, videos, tmp_path):
+    """Not two models' features in a folder."""
+    path, options = tmp_path / "model.pth", ["--data_path", videos[0], "--max_bad_fraction", 0.2, "--num_workers", 0]
+    options += ["--model", MODEL, "--num_frames", 4, "--sampling_rate", 2, "--input_size", 32, "--checkpoint", path]
+    weights = torch.load(encoder[0])
+    for factor, code in ((1, 0), (1, 0), (2, 1)):
+        torch.save({"model": {name: value * factor for name, value in weights["model"].items()}}, path)
+        done = run(*options, "--output_dir", tmp_path / "features", file=NAME)
+        assert done.code == code, done.all
+    assert "--checkpoint (its weights) was" in done.err and "choose another --output_dir" in done.err
+
+
 def test_several_views(extract, encoder, videos, tmp_path):
     views = "--num_segment 2 --num_crop 3 --sampling segments --dtype float16 --batch_size 4".split()
     done = extract(tmp_path / "views", *views)

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import write_atomically
+from modeling_finetune import vit_tiny_patch16_224
+from modeling_pretrain import pretrain_videomae_tiny_patch16_224
 from utils import RunError
-from weights import load_strictly, model_weights, read_checkpoint
+from weights import load_encoder, load_strictly, model_weights, read_checkpoint
 
 
 def tiny(width=4):
@@ -135,8 +137,27 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_files_that_are_not_what_their_name_says(tmp_path):
+    weights = tiny(64).state_dict()
+    save_file(weights, tmp_path / "tensors.safetensors")
+    os.rename(tmp_path / "tensors.safetensors", tmp_path / "tensors.pth")
+    assert set(read_checkpoint(tmp_path / "tensors.pth")["model"]) == set(weights)
+    torch.save({"model": weights}, tmp_path / "cut.pth")
+    os.truncate(tmp_path / "cut.pth", 900)
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for name, remedy in (("cut.pth", "copy or download it again"), ("pointer.pth", "`git lfs pull`")):
+        with pytest.raises(RunError, match=f"{name}: .*{remedy}"):
+            read_checkpoint(tmp_path / name)
+    with pytest.raises(RunError, match="c.state_dict"):
+        torch.save(tiny(), tmp_path / "model.pth")
+        read_checkpoint(tmp_path / "model.pth")
+
+
 @pytest.mark.parametrize("key", ["model", "module", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    "module. _orig_mod. module._orig_mod. _orig_mod.module. _fsdp_wrapped_module. _checkpoint_wrapped_module.".split(),
+)
 def test_weights_are_found_under_usual_keys_without_prefixes(key, prefix):
     weights = {f"{prefix}{name}": value for name, value in tiny().state_dict().items()}
     found = model_weights({key: weights, "epoch": 3} if key else weights)
@@ -191,3 +212,42 @@ def test_load_strictly_says_what_does_not_fit_and_changes_nothing(tmp_path, chan
     with pytest.raises(RunError, match=f"x.pth does not fit this model: {message}; check --model"):
         load_strictly(model, tmp_path / "x.pth")
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
+
+
+# Loading an encoder ---------------------------------------------------------------------------------------------
+
+
+def renamed(weights, prefix):
+    """The same weights with a prefix."""
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "encoder.", "backbone.", "videomae.", "net.model."])
+def test_a_classifier_under_any_prefix(tmp_path, prefix):
+    model, new = vit_tiny_patch16_224(num_classes=3), vit_tiny_patch16_224(num_classes=3)
+    weights = renamed(model.state_dict(), prefix) | {"loss.weight": torch.ones(3)}
+    torch.save({"state_dict": weights}, tmp_path / "x.ckpt")
+    load_encoder(new, tmp_path / "x.ckpt", need_head=True)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in new.state_dict().items())
+
+
+def test_of_several_encoders_the_usual_one_or_the_chosen_one(tmp_path, caplog):
+    student, teacher, new = (pretrain_videomae_tiny_patch16_224().encoder for _ in range(3))
+    first = "blocks.0.attn.qkv.weight"
+    for others in ("model.", "encoder.", "model.encoder."):
+        both = renamed(student.state_dict(), others) | renamed(teacher.state_dict(), "ema." + others)
+        torch.save(both, tmp_path / "x.pth")
+        for prefix, wanted in ((others, student), ("ema.", teacher)):
+            new = vit_tiny_patch16_224(num_classes=0)
+            load_encoder(new, tmp_path / "x.pth", prefix=prefix)
+            assert torch.equal(new.state_dict()[first], wanted.state_dict()[first])
+    with pytest.raises(RunError, match=r"x.pth holds several encoders: .*--model_prefix \(model.encoder., ema.model"):
+        load_encoder(new, tmp_path / "x.pth")
+
+
+def test_a_deeper_model_is_refused(tmp_path):
+    weights = vit_tiny_patch16_224(num_classes=3).state_dict()
+    last = {name: value for name, value in weights.items() if name.startswith("blocks.3.")}
+    torch.save(weights | {name.replace(".3.", ".4.", 1): value for name, value in last.items()}, tmp_path / "x.pth")
+    with pytest.raises(RunError, match="x.pth does not fit this model: blocks.4.norm1.weight is unknown here"):
+        load_encoder(vit_tiny_patch16_224(num_classes=3), tmp_path / "x.pth")
