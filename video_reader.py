@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.format import Flags
+from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from shards import ShardError, opened, split
@@ -126,6 +129,20 @@ class Packets(NamedTuple):
     hidden: bool  # a packet may hold no frame to show, or several
 
 
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The video stream that FFmpeg chooses. Raises VideoError if there is none that can be decoded."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        raise VideoError("no video stream")
+    if stream.codec_context is None:
+        raise VideoError("FFmpeg has no decoder for this format")
+    if container.format.name.endswith("_pipe"):
+        raise VideoError("an image, not a video")
+    if stream.disposition & Disposition.attached_pic:
+        raise VideoError("no video stream, only a cover picture")
+    return stream
+
+
 def holds_no_picture(codec: str, packet: av.Packet) -> bool:
     """Whether a packet seems to hold no frame to show, by the first bits of its header."""
     if packet.size == 0:
@@ -183,7 +200,8 @@ class PyAVVideo:
             if not in_order:
                 self.packets = list_packets(self.container, self.stream)
                 delayed = bool(self.stream.codec_context.has_b_frames)
-                self.in_order = not is_exact(self.packets, delayed) or not self.order_is_shown(delayed)
+                made_up = bool(self.container.format.flags & Flags.no_timestamps.value)  # by FFmpeg
+                self.in_order = made_up or not is_exact(self.packets, delayed) or not self.order_is_shown(delayed)
             if self.in_order:
                 self.seconds = self.count_frames()
             else:
@@ -199,14 +217,7 @@ class PyAVVideo:
         self.opened = ExitStack()
         source = self.opened.enter_context(opened(self.path))
         self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
-        stream = self.container.streams.best("video")
-        if not isinstance(stream, av.VideoStream):
-            raise VideoError("no video stream")
-        if stream.codec_context is None:
-            raise VideoError("FFmpeg has no decoder for this format")
-        if self.container.format.name.endswith("_pipe"):
-            raise VideoError("an image, not a video")
-        self.stream = stream
+        self.stream = video_stream(self.container)
         self.stream.codec_context.thread_count = 1
         # Streams of broadcasting begin at any time; in other files time stamps count from the start.
         any_start = self.container.format.name in BROADCAST
@@ -307,7 +318,10 @@ class PyAVVideo:
         """Yield the wanted frames; without `skip` all frames from the start are decoded, not only those needed."""
         places = self.order[wanted]
         stamps, done = self.packets.pts[places], 0
+        keys = set(self.packets.pts[self.packets.key].tolist())
         for frame in self.decode(places, skip):
+            if frame.pts in keys and not frame.key_frame and frame.pict_type in (PictureType.P, PictureType.B):
+                raise InexactError("a packet that is marked as a key frame holds none")
             if frame.pts == stamps[done]:
                 yield frame
                 done += 1
@@ -348,9 +362,22 @@ def decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """Convert to RGB uint8 ``[H, W, 3]``, upright; use one `reformatter` per video, as a new one takes time."""
-    picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    picture, matrix = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), display_matrix(frame)
+    return picture if matrix is None else upright(picture, matrix)
+
+
+def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
+    """How players turn and mirror a frame, int ``[2, 2]``; None: they do not."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else np.frombuffer(bytes(matrix), np.int32).reshape(3, 3)[:2, :2].astype(np.int64)
+
+
+def upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turn by quarters and mirror a picture ``[H, W, 3]``: its (x, y) times `matrix` is (x, y) on the screen."""
+    if abs(matrix[0, 1]) > abs(matrix[0, 0]):  # rows become columns
+        picture, matrix = picture.transpose(1, 0, 2), matrix[::-1]
+    across, down = np.where(np.diag(matrix) < 0, -1, 1)
+    return np.ascontiguousarray(picture[::down, ::across])
 
 
 def decoder_reason(error: Exception, path: str) -> str:
