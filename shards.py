@@ -156,11 +156,7 @@ def is_header(block: bytes, name: str, size: int) -> bool:
 
 @contextmanager
 def opened(path: str) -> Iterator[str | BinaryIO]:
-    """Input for a decoder, in a ``with`` block: a file's path, or a member of a shard as an open file.
-
-    Raises:
-        ShardError: see open_file.
-    """
+    """Input for a decoder, in a ``with`` block: a file's path, or an open member of a shard. Raises ShardError."""
     plain = os.path.join(".", path) if ":" in path.partition("/")[0] else path  # `a:b` would be a protocol
     with open_file(path) if split(path) else nullcontext(plain) as source:
         yield source

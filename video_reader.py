@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.format import Flags
+from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
@@ -25,6 +25,7 @@ READERS = ("pyav", "decord")
 NEVER_SKIPS = ("libdav1d",)  # decoders that read skip_frame only when they are opened
 MAX_REORDER = 16  # frames between decoding and display, the limit of H.264 and HEVC
 BROADCAST = ("mpegts", "mpeg")  # formats whose time stamps begin anywhere
+NO_TIMESTAMPS = 0x80  # flag of a format (AVFMT_NOTIMESTAMPS): FFmpeg makes the time stamps up
 REPEAT_SIZE = 8  # largest MPEG-4 packet without a coded frame (repeats a frame, or belongs to a packed one), bytes
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, IndexError, MemoryError)
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
@@ -134,12 +135,12 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     stream = container.streams.best("video")
     if not isinstance(stream, av.VideoStream):
         raise VideoError("no video stream")
+    if stream.disposition & Disposition.attached_pic:
+        raise VideoError("no video stream, only a cover picture")
     if stream.codec_context is None:
         raise VideoError("FFmpeg has no decoder for this format")
     if container.format.name.endswith("_pipe"):
         raise VideoError("an image, not a video")
-    if stream.disposition & Disposition.attached_pic:
-        raise VideoError("no video stream, only a cover picture")
     return stream
 
 
@@ -200,7 +201,7 @@ class PyAVVideo:
             if not in_order:
                 self.packets = list_packets(self.container, self.stream)
                 delayed = bool(self.stream.codec_context.has_b_frames)
-                made_up = bool(self.container.format.flags & Flags.no_timestamps.value)  # by FFmpeg
+                made_up = bool(self.container.format.flags & NO_TIMESTAMPS)
                 self.in_order = made_up or not is_exact(self.packets, delayed) or not self.order_is_shown(delayed)
             if self.in_order:
                 self.seconds = self.count_frames()
@@ -254,11 +255,7 @@ class PyAVVideo:
         return np.arange(len(times)) / rate if rate else np.full(len(times), np.nan)
 
     def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the frames with these increasing indices, RGB uint8 ``[H, W, 3]``.
-
-        Raises:
-            VideoError: one of them cannot be read.
-        """
+        """Yield the frames with these increasing indices, RGB uint8 ``[H, W, 3]``. Raises VideoError."""
         reason, done, reformatter = "", 0, VideoReformatter()
         for skip in (False,) if self.in_order else (True, False):
             pictures = self.counted(wanted) if self.in_order else self.sought(wanted[done:], skip)
@@ -362,18 +359,15 @@ def decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """Convert to RGB uint8 ``[H, W, 3]``, upright; use one `reformatter` per video, as a new one takes time."""
-    picture, matrix = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), display_matrix(frame)
-    return picture if matrix is None else upright(picture, matrix)
+    return upright(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), frame)
 
 
-def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
-    """How players turn and mirror a frame, int ``[2, 2]``; None: they do not."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    return None if matrix is None else np.frombuffer(bytes(matrix), np.int32).reshape(3, 3)[:2, :2].astype(np.int64)
-
-
-def upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turn by quarters and mirror a picture ``[H, W, 3]``: its (x, y) times `matrix` is (x, y) on the screen."""
+def upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turn by quarters and mirror the pixels ``[H, W, 3]`` of a frame, as players do."""
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if not isinstance(side_data, SideData):
+        return picture
+    matrix = np.frombuffer(bytes(side_data), np.int32).reshape(3, 3)[:2, :2]  # (x, y) @ matrix: place on the screen
     if abs(matrix[0, 1]) > abs(matrix[0, 0]):  # rows become columns
         picture, matrix = picture.transpose(1, 0, 2), matrix[::-1]
     across, down = np.where(np.diag(matrix) < 0, -1, 1)

@@ -15,7 +15,7 @@ from data_tools import Unusable
 
 from shards import opened, problem_of
 from video_check import ffmpeg_frames, slow_reasons
-from video_reader import VideoError, check_whole, display_matrix, read_frames, upright, video_stream
+from video_reader import VideoError, check_whole, read_frames, upright, video_stream
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 TICK = Fraction(1, 90000)  # seconds; fine enough for any source's stamps
@@ -105,9 +105,8 @@ def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple
             second = (frame.pts - first) * frame.time_base
             lasts = frame.duration * frame.time_base or lasts
         small = reformatter.reformat(frame, *even_size(frame.width, frame.height, short_side), "yuv420p", **how)
-        if (matrix := display_matrix(frame)) is not None:
-            shown = upright(pixels(small), matrix)
-            small = av.VideoFrame.from_ndarray(shown, "rgb24").reformat(format="yuv420p")
+        if "DISPLAYMATRIX" in frame.side_data:
+            small = av.VideoFrame.from_ndarray(upright(pixels(small), frame), "rgb24").reformat(format="yuv420p")
         yield small, second, lasts
 
 
