@@ -65,8 +65,7 @@ class VideoList:
 
     def path(self, index: int) -> str:
         """Path of a video."""
-        path = os.path.join(self.data_root, os.fsdecode(self.paths[index]))
-        return os.path.join(".", path) if ":" in path.partition("/")[0] else path  # `a:b` would be a protocol
+        return os.path.join(self.data_root, os.fsdecode(self.paths[index]))
 
     def where(self, index: int) -> str:
         """File and line of a video, for messages."""
@@ -127,6 +126,8 @@ def why_missing(path: str) -> str:
         return frames_in(found) or f"{found} is a folder, not a video"
     if found:
         return f"no such file: {path}; there is {found}, so {rest!r} should not be there: a line is `path label`"
+    if os.path.isfile(bare := path.replace('"', "").rstrip(" ,;")):
+        return f"no such file: {path}; there is {bare}: a line is `path label`, without quotes and commas"
     return f"no such file: {path}"
 
 

@@ -115,6 +115,22 @@ def find(shard: str, name: str) -> Member:
     return Member(name, *found[0])
 
 
+def read_member(shard: str, member: Member) -> bytes:
+    """Read a member of a shard. Raises ShardError if the shard is cut off or does not match its index."""
+    try:
+        with open(shard, "rb") as file:
+            file.seek(max(0, member.start - tarfile.BLOCKSIZE))
+            header, data = file.read(tarfile.BLOCKSIZE), file.read(member.size)
+            length = file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise ShardError(f"{shard}: {error.strerror}") from error
+    if member.start + member.size > length:
+        raise ShardError(f"{shard} is cut off: {length} bytes, and the member ends at {member.start + member.size}")
+    if not is_header(header, member.name, member.size):
+        raise ShardError(f"{index_path(shard)} is not the index of {shard}; {REMEDY} {shard}")
+    return data
+
+
 def open_file(path: str) -> BinaryIO:
     """Open a file, or a member of a shard, which is read into memory.
 
@@ -123,19 +139,7 @@ def open_file(path: str) -> BinaryIO:
     """
     if not (parts := split(path)):
         return open(path, "rb")
-    shard, (name, start, size) = parts[0], find(*parts)
-    try:
-        with open(shard, "rb") as file:
-            file.seek(max(0, start - tarfile.BLOCKSIZE))
-            header, data = file.read(tarfile.BLOCKSIZE), file.read(size)
-            length = file.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise ShardError(f"{shard}: {error.strerror}") from error
-    if start + size > length:
-        raise ShardError(f"{shard} is cut off: {length} bytes, and the member ends at {start + size}")
-    if not is_header(header, name, size):
-        raise ShardError(f"{index_path(shard)} is not the index of {shard}; {REMEDY} {shard}")
-    member: Any = io.BytesIO(data)
+    member: Any = io.BytesIO(read_member(parts[0], find(*parts)))
     member.name = path  # FFmpeg looks at its suffix
     return member
 
@@ -152,12 +156,9 @@ def is_header(block: bytes, name: str, size: int) -> bool:
 
 @contextmanager
 def opened(path: str) -> Iterator[str | BinaryIO]:
-    """Input for a decoder, in a ``with`` block: a file's path, or a member of a shard as an open file.
-
-    Raises:
-        ShardError: see open_file.
-    """
-    with open_file(path) if split(path) else nullcontext(path) as source:
+    """Input for a decoder, in a ``with`` block: a file's path, or an open member of a shard. Raises ShardError."""
+    plain = os.path.join(".", path) if ":" in path.partition("/")[0] else path  # `a:b` would be a protocol
+    with open_file(path) if split(path) else nullcontext(plain) as source:
         yield source
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from shards import opened
-from video_reader import PyAVVideo, VideoError, decoded, read_clip, to_rgb
+from video_reader import PyAVVideo, VideoError, decoded, read_clip, to_rgb, video_stream
 
 # Decoding starts at the key frame before a clip: with a gap of 128 frames that is 64 more on average, as many as a clip
 # of 16 frames 4 apart spans itself.
@@ -34,7 +34,7 @@ SECONDS = 8.0  # for all of these videos
 def ffmpeg_frames(path: str) -> Iterator[av.VideoFrame]:
     """Decode a video from its start with FFmpeg; packets that do not decode are dropped."""
     with opened(path) as source, av.open(source, "r", metadata_errors="replace") as container:
-        yield from decoded(container.demux(container.streams.best("video")))
+        yield from decoded(container.demux(video_stream(container)))
 
 
 def wrong_frames(
@@ -51,7 +51,7 @@ def wrong_frames(
     Raises:
         VideoError: unreadable.
     """
-    totals: list[int] = []
+    totals, counts = list[int](), list[int]()  # that the reader tells; that a reading ended with, at most `first`
 
     def read(numbers: np.ndarray) -> dict[int, np.ndarray]:
         def choose(total: int) -> np.ndarray:
@@ -59,11 +59,11 @@ def wrong_frames(
             return numbers[numbers < total]
 
         clip = read_clip(path, choose, reader)
+        counts.append(min(totals[-1], first or totals[-1]))
         return dict(zip(clip.indices.tolist(), clip.frames))
 
     read(np.array([0]))
-    reach = min(totals[-1], first or totals[-1])
-    numbers = np.sort(rng.choice(reach, min(places or reach, reach), replace=False))
+    numbers = np.sort(rng.choice(counts[0], min(places or counts[0], counts[0]), replace=False))
     sequence, reformatter = enumerate(islice(ffmpeg_frames(path), first)), VideoReformatter()
     wrong, shown = [], 0
     for chunk in np.split(numbers, range(CHUNK, len(numbers), CHUNK)):
@@ -78,8 +78,8 @@ def wrong_frames(
                 break
         wrong += list(ahead)
     shown = max([shown, *(number + 1 for number, _ in sequence)])
-    if not first and shown != totals[-1]:
-        return f"{totals[-1]} frames are counted, {shown} are shown"
+    if set(counts) != {shown}:
+        return f"{max(counts)} frames are counted, {shown} are shown"
     return f"{len(wrong)} of {len(numbers)} frames are others, such as frame {wrong[0]}" if wrong else ""
 
 

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData
+from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from shards import ShardError, opened, split
@@ -22,6 +25,7 @@ READERS = ("pyav", "decord")
 NEVER_SKIPS = ("libdav1d",)  # decoders that read skip_frame only when they are opened
 MAX_REORDER = 16  # frames between decoding and display, the limit of H.264 and HEVC
 BROADCAST = ("mpegts", "mpeg")  # formats whose time stamps begin anywhere
+NO_TIMESTAMPS = 0x80  # flag of a format (AVFMT_NOTIMESTAMPS): FFmpeg makes the time stamps up
 REPEAT_SIZE = 8  # largest MPEG-4 packet without a coded frame (repeats a frame, or belongs to a packed one), bytes
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, IndexError, MemoryError)
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
@@ -126,6 +130,20 @@ class Packets(NamedTuple):
     hidden: bool  # a packet may hold no frame to show, or several
 
 
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The video stream that FFmpeg chooses. Raises VideoError if there is none that can be decoded."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        raise VideoError("no video stream")
+    if stream.disposition & Disposition.attached_pic:
+        raise VideoError("no video stream, only a cover picture")
+    if stream.codec_context is None:
+        raise VideoError("FFmpeg has no decoder for this format")
+    if container.format.name.endswith("_pipe"):
+        raise VideoError("an image, not a video")
+    return stream
+
+
 def holds_no_picture(codec: str, packet: av.Packet) -> bool:
     """Whether a packet seems to hold no frame to show, by the first bits of its header."""
     if packet.size == 0:
@@ -183,7 +201,8 @@ class PyAVVideo:
             if not in_order:
                 self.packets = list_packets(self.container, self.stream)
                 delayed = bool(self.stream.codec_context.has_b_frames)
-                self.in_order = not is_exact(self.packets, delayed) or not self.order_is_shown(delayed)
+                made_up = bool(self.container.format.flags & NO_TIMESTAMPS)
+                self.in_order = made_up or not is_exact(self.packets, delayed) or not self.order_is_shown(delayed)
             if self.in_order:
                 self.seconds = self.count_frames()
             else:
@@ -199,14 +218,7 @@ class PyAVVideo:
         self.opened = ExitStack()
         source = self.opened.enter_context(opened(self.path))
         self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
-        stream = self.container.streams.best("video")
-        if not isinstance(stream, av.VideoStream):
-            raise VideoError("no video stream")
-        if stream.codec_context is None:
-            raise VideoError("FFmpeg has no decoder for this format")
-        if self.container.format.name.endswith("_pipe"):
-            raise VideoError("an image, not a video")
-        self.stream = stream
+        self.stream = video_stream(self.container)
         self.stream.codec_context.thread_count = 1
         # Streams of broadcasting begin at any time; in other files time stamps count from the start.
         any_start = self.container.format.name in BROADCAST
@@ -243,11 +255,7 @@ class PyAVVideo:
         return np.arange(len(times)) / rate if rate else np.full(len(times), np.nan)
 
     def frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the frames with these increasing indices, RGB uint8 ``[H, W, 3]``.
-
-        Raises:
-            VideoError: one of them cannot be read.
-        """
+        """Yield the frames with these increasing indices, RGB uint8 ``[H, W, 3]``. Raises VideoError."""
         reason, done, reformatter = "", 0, VideoReformatter()
         for skip in (False,) if self.in_order else (True, False):
             pictures = self.counted(wanted) if self.in_order else self.sought(wanted[done:], skip)
@@ -307,7 +315,10 @@ class PyAVVideo:
         """Yield the wanted frames; without `skip` all frames from the start are decoded, not only those needed."""
         places = self.order[wanted]
         stamps, done = self.packets.pts[places], 0
+        keys = set(self.packets.pts[self.packets.key].tolist())
         for frame in self.decode(places, skip):
+            if frame.pts in keys and not frame.key_frame and frame.pict_type in (PictureType.P, PictureType.B):
+                raise InexactError("a packet that is marked as a key frame holds none")
             if frame.pts == stamps[done]:
                 yield frame
                 done += 1
@@ -348,9 +359,19 @@ def decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """Convert to RGB uint8 ``[H, W, 3]``, upright; use one `reformatter` per video, as a new one takes time."""
-    picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    return upright(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), frame)
+
+
+def upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turn by quarters and mirror the pixels ``[H, W, 3]`` of a frame, as players do."""
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if not isinstance(side_data, SideData):
+        return picture
+    matrix = np.frombuffer(bytes(side_data), np.int32).reshape(3, 3)[:2, :2]  # (x, y) @ matrix: place on the screen
+    if abs(matrix[0, 1]) > abs(matrix[0, 0]):  # rows become columns
+        picture, matrix = picture.transpose(1, 0, 2), matrix[::-1]
+    across, down = np.where(np.diag(matrix) < 0, -1, 1)
+    return np.ascontiguousarray(picture[::down, ::across])
 
 
 def decoder_reason(error: Exception, path: str) -> str:

@@ -19,11 +19,13 @@ SIZE = (160, 96)
 FORK = multiprocessing.get_context("fork")
 
 
-def turn_by_90(path):
-    """Tell players to show an mp4 turned by 90 degrees clockwise, as telephones do: the matrix of its track header."""
+def set_matrix(path, *matrix):
+    """Tell players how to turn and mirror an mp4: a, b, c, d in its track header, where (x, y) is shown at
+    (a * x + c * y, b * x + d * y)."""
     data = bytearray(Path(path).read_bytes())
     start = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes before the matrix
-    matrix = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30]
+    a, b, c, d = (number << 16 for number in matrix)
+    matrix = [a, b, 0, c, d, 0, 0, 0, 1 << 30]
     data[start : start + 36] = b"".join(number.to_bytes(4, "big", signed=True) for number in matrix)
     Path(path).write_bytes(data)
 
@@ -47,7 +49,7 @@ def odd_videos(tmp_path_factory):
     for name, (codec, options) in kinds.items():
         if codec in av.codecs_available:
             write_mp4(folder / name, frames, codec, **options)
-    turn_by_90(folder / "turned.mp4")
+    set_matrix(folder / "turned.mp4", 0, 1, -1, 0)  # by 90 degrees clockwise, as telephones do
     long = np.concatenate([frames, frames[::-1]] * 2)
     write_mp4(folder / "one key.mp4", long, key_frames=10000, options=one_key)
     large = np.repeat(np.repeat(frames[:8], 6, axis=1), 6, axis=2)

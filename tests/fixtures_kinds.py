@@ -83,6 +83,7 @@ KINDS = [
     Kind("AV1", "mp4", "libsvtav1", {"preset": "10", "svtav1-params": "log=0"}),
     Kind("MPEG-4, no B-frames", "avi", "mpeg4"),
     Kind("MPEG-4, B-frames", "avi", "mpeg4", {"bf": "2"}, 30),
+    Kind("MPEG-1 without a container", "m1v", "mpeg1video", {"bf": "2"}, 15),
     Kind("MPEG-2, B-frames", "ts", "mpeg2video", {"bf": "2"}, 15),
     Kind("MPEG-2, B-frames", "mpg", "mpeg2video", {"bf": "2"}, 15),
     Kind("MJPEG", "avi", "mjpeg", pixels="yuvj420p"),

@@ -234,6 +234,17 @@ def test_shards_that_are_wrong_are_named_and_the_others_listed(clips, tmp_path):
         lists_of(tmp_path / "damaged", "--label_field", "kind")
 
 
+def test_names_that_begin_with_a_slash_and_a_shard_that_was_replaced(clips, tmp_path):
+    clip = clips["short.mp4"].read_bytes()
+    write_tar(tmp_path / "in" / "a.tar", [("/abs/a.mp4", clip)])
+    write_tar(tmp_path / "in" / "b.tar", [("b.mp4", clip)])
+    assert lists_of(tmp_path, "--relative") == {"train": [("a.tar//abs/a.mp4", "-1"), ("b.tar/b.mp4", "-1")]}
+    assert len(read_frames(f"{tmp_path}/in/a.tar//abs/a.mp4", lambda total: [0])) == 1
+    write_tar(tmp_path / "in" / "b.tar", [("c.mp4", clip), ("b.mp4", clip)])
+    assert lists_of(tmp_path, "--relative") == {"train": [("a.tar//abs/a.mp4", "-1")]}
+    assert "b.idx is not the index of" in (tmp_path / "lists" / "problems.tsv").read_text()
+
+
 def test_labels_of_two_kinds_are_refused(clips, tmp_path):
     clip = clips["short.mp4"].read_bytes()
     write_tar(tmp_path / "in" / "a.tar", [("a.mp4", clip), ("a.cls", b"4"), ("b.mp4", clip), ("b.cls", b"dog")])

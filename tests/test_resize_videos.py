@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import resize_videos
 from data_tools import Unusable, read_list
-from fixtures_data_tools import SIZE, kill_at
+from fixtures_data_tools import SIZE, kill_at, set_matrix
 from fixtures_video import decode_all, source_frames, video_list, write_list, write_mp4
 from video_writing import Settings, verify
 
@@ -82,12 +82,16 @@ def test_any_source_becomes_the_same_fast_video(resize, odd_videos, tmp_path, na
     assert slow_reasons(path) == []
 
 
-def test_turned_videos_are_written_upright(resize, odd_videos, tmp_path):
+def test_turned_and_mirrored_videos_are_written_upright(resize, odd_videos, tmp_path):
     videos, _ = odd_videos
-    results, _ = resize(write_list(tmp_path / "l.csv", [videos["turned.mp4"]]))
+    (tmp_path / "mirrored.mp4").write_bytes(videos["plain.mp4"].read_bytes())
+    set_matrix(tmp_path / "mirrored.mp4", -1, 0, 0, 1)
+    results, _ = resize(write_list(tmp_path / "l.csv", [videos["turned.mp4"], tmp_path / "mirrored.mp4"]))
     ours, source = read_frames(results["turned.mp4"], EVERY), read_frames(str(videos["turned.mp4"]), EVERY)
+    plain = decode_all(videos["plain.mp4"])
     assert ours.shape == source.shape == (40, *SIZE, 3)
-    assert psnr(ours, np.rot90(decode_all(videos["plain.mp4"]), -1, axes=(1, 2))) > 30 and psnr(ours, source) > 30
+    assert psnr(ours, np.rot90(plain, -1, axes=(1, 2))) > 30 and psnr(ours, source) > 30
+    assert psnr(read_frames(results["mirrored.mp4"], EVERY), plain[:, :, ::-1]) > 30
 
 
 def test_colours_stay(resize, tmp_path):

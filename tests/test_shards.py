@@ -166,6 +166,18 @@ def test_a_shard_that_is_cut_off_is_not_indexed(tmp_path, cut):
     assert not (tmp_path / "s.idx").exists()
 
 
+def test_hidden_files_are_left_out_and_sparse_ones_refused(tmp_path):
+    """macOS puts a file ._x.mp4 beside x.mp4; it has no key."""
+    (tmp_path / "x.mp4").write_bytes(bytes(700))
+    names = ["x.mp4", "._x.mp4", "a/x.mp4", "a/._x.mp4"]
+    shard = make_shard(tmp_path / "s.tar", {name: tmp_path / "x.mp4" for name in names})
+    assert [member.name for member in shards.members_of(shard)] == ["x.mp4", "a/x.mp4"]
+    os.truncate(tmp_path / "x.mp4", 1 << 20)
+    subprocess.run(["tar", "--sparse", "-cf", tmp_path / "t.tar", "-C", tmp_path, "x.mp4"], check=True)
+    with pytest.raises(RunError, match=r"t\.tar: x\.mp4 is stored as a sparse file; pack the shard without"):
+        index_shards.main([str(tmp_path / "t.tar")])
+
+
 def test_memory_and_open_files_are_bounded(tmp_path, clips):
     """Of more shards than indices are kept."""
     shards.read_index.cache_clear()

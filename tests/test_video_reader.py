@@ -10,6 +10,8 @@ import av
 import numpy as np
 import pytest
 import resize_videos
+from av.stream import Disposition
+from fixtures_data_tools import set_matrix
 from fixtures_kinds import KINDS, Kind, number_of, picture, write_kind
 from fixtures_video import ROOT, decode_all
 
@@ -88,6 +90,63 @@ def test_files_that_cannot_be_sought(tmp_path):
     part = Path(write(tmp_path / "v.ts", Kind("", "ts", "libx264")))
     (tmp_path / "twice.ts").write_bytes(part.read_bytes() * 2)
     assert check(str(tmp_path / "twice.ts")) == 280
+
+
+@pytest.mark.parametrize(
+    "matrix, shown",
+    [
+        ((0, 1, -1, 0), lambda stored: np.rot90(stored, -1, (1, 2))),
+        ((0, -1, 1, 0), lambda stored: np.rot90(stored, 1, (1, 2))),
+        ((-1, 0, 0, -1), lambda stored: stored[:, ::-1, ::-1]),
+        ((-1, 0, 0, 1), lambda stored: stored[:, :, ::-1]),
+        ((1, 0, 0, -1), lambda stored: stored[:, ::-1]),
+        ((0, 1, 1, 0), lambda stored: stored.swapaxes(1, 2)),
+        ((0, -1, -1, 0), lambda stored: stored[:, ::-1, ::-1].swapaxes(1, 2)),
+    ],
+)
+def test_turned_and_mirrored_videos_are_read_as_they_are_shown(matrix, shown, clips, tmp_path):
+    path = tmp_path / "v.mp4"
+    path.write_bytes(clips["bunny.mp4"].read_bytes())
+    set_matrix(path, *matrix)
+    assert np.array_equal(read_frames(str(path), np.arange), shown(decode_all(clips["bunny.mp4"])))
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuvj420p"
+        stream.disposition = Disposition.attached_pic
+        frame = av.VideoFrame.from_ndarray(picture(1), "rgb24").reformat(format="yuvj420p")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(VideoError, match="no video stream, only a cover picture"):
+        read_frames(str(tmp_path / "song.mp4"), np.arange)
+
+
+def test_a_colon_in_a_name_makes_no_protocol(clips, tmp_path, monkeypatch):
+    (tmp_path / "12:30.mp4").write_bytes(clips["short.mp4"].read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert len(read_frames("12:30.mp4", np.arange)) == 5
+    assert wrong_frames("12:30.mp4", np.random.default_rng(0)) == ""
+
+
+def test_packets_that_are_falsely_marked_as_key_frames(tmp_path):
+    """An mp4 file without a table of key frames."""
+
+    def mark(number, packet):
+        packet.is_keyframe = True
+        return True
+
+    path = write(tmp_path / "v.mp4", Kind("", "mp4", "mpeg4", change=mark))
+    wanted = np.array([30, 75, 130])
+    assert [number_of(frame) for frame in read_frames(path, lambda total: wanted)] == list(wanted)
+    assert wrong_frames(path, np.random.default_rng(0)) == ""
+
+
+def test_frames_that_ffmpeg_leaves_out_are_told_if_only_some_readings_notice(tmp_path):
+    lossy = Kind("", "mp4", "libx265", {"x265-params": "log-level=none"}, 12, change=lambda number, _: number % 17 != 9)
+    path = write(tmp_path / "v.mp4", lossy, 100)
+    for seed in range(4):
+        assert "frames are counted" in wrong_frames(path, np.random.default_rng(seed))
 
 
 def test_all_programs_read_the_same_of_several_streams(tmp_path):

@@ -24,7 +24,8 @@ import numpy as np
 from data_tools import RunError, add_work_options, new_parser, positive, read_list, write_list, write_table, write_text
 from processes import connect, from_first, in_processes, share, to_first
 
-from shards import problem_of, status
+from lists import why_missing
+from shards import status
 from utils import rank, run_main
 from video_check import slow_reasons, wrong_frames
 from video_reader import READERS, VideoError
@@ -93,7 +94,8 @@ def check(args: argparse.Namespace, paths: list[str], journals: list[Path]) -> d
     seen = read_seen(journals)
     states = {path: state_of(path, args) for path in paths}
     verdicts = {path: seen[path][1] for path in paths if path in seen and seen[path][0] == states[path]}
-    verdicts |= {path: Verdict(problem_of(path)) for path in paths if states[path] is None}
+    missing = [path for path in paths if states[path] is None]
+    verdicts |= {path: Verdict(why_missing(path).replace(f": {path}", "", 1)) for path in missing}
     todo = [path for path in paths if path not in verdicts]
     with open(args.output.with_suffix(f".seen.{rank()}.jsonl" if rank() else ".seen.jsonl"), "a") as journal:
         journal.write("\n" * bool(seen))  # the last line may have been cut off

@@ -19,13 +19,13 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 def scan(shard: str) -> list[Member]:
-    """List the files in a tar file by reading all its headers. Raises ShardError if it is none, or cut off."""
-    members = []
+    """List the files in a tar file by reading all its headers, but no hidden ones (macOS adds ``._x.mp4`` to x.mp4).
+
+    Raises ShardError: no tar file, cut off, or with a sparse file, whose bytes are not those in the tar file.
+    """
     try:
         with tarfile.open(shard, "r:") as tar:
-            for info in tar:
-                if info.isreg():
-                    members.append(Member(info.name.removeprefix("./"), info.offset_data, info.size))
+            files = [info for info in tar if info.isreg() and not os.path.basename(info.name).startswith(".")]
             end = tar.offset
         with open(shard, "rb") as file:
             file.seek(end)  # where tarfile stopped
@@ -33,13 +33,15 @@ def scan(shard: str) -> list[Member]:
     except (tarfile.TarError, OSError) as error:
         raise ShardError(f"{shard}: cannot be read as a tar file ({getattr(error, 'strerror', 0) or error})") from error
     if not whole:
-        raise ShardError(f"{shard}: the tar file is cut off: it has no end mark after {len(members)} members")
-    return members
+        raise ShardError(f"{shard}: the tar file is cut off: it has no end mark after {len(files)} members")
+    if sparse := next((info.name for info in files if info.issparse()), ""):
+        raise ShardError(f"{shard}: {sparse} is stored as a sparse file; pack the shard without tar's --sparse")
+    return [Member(info.name.removeprefix("./"), info.offset_data, info.size) for info in files]
 
 
 def write_index(shard: str, members: list[Member]) -> None:
     """Write the index of a shard: a line for each run of members of one sample. Raises ShardError."""
-    if wrong := [member.name for member in members if "\n" in member.name or not key_of(member.name)]:
+    if wrong := [member.name for member in members if "\n" in member.name]:
         raise ShardError(f"{shard}: no index can hold the name {wrong[0]!r}")
     rows = [list(run) for _, run in groupby(members, key=lambda member: key_of(member.name))]
     suffix = lambda name: name[len(key_of(name)) + 1 :] or "-"

@@ -14,7 +14,7 @@ from index_shards import scan, write_index
 from tqdm.contrib.concurrent import thread_map
 
 from lists import VIDEO_SUFFIXES
-from shards import Member, ShardError, index_path, key_of, members_of
+from shards import Member, ShardError, index_path, key_of, members_of, read_member
 
 NONE = "-1"  # label of a video that has none
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder
@@ -25,9 +25,8 @@ def members_on_disk(shard: str) -> list[Member]:
     if not os.path.exists(index_path(shard)):
         write_index(shard, scan(shard))
     members = members_of(shard)
-    end, size = max((member.start + member.size for member in members), default=0), os.path.getsize(shard)
-    if end > size:
-        raise ShardError(f"{shard} is cut off: {size} bytes, and its last member ends at {end}")
+    if members:
+        read_member(shard, max(members, key=lambda member: member.start))
     return members
 
 
@@ -63,7 +62,7 @@ def list_shard(shard: str, root: str, field: str) -> Found:
     with open(os.path.join(root, shard), "rb") as file:
         for key, files in samples.items():
             video = next((files[suffix] for suffix in files if suffix in VIDEO_SUFFIXES), None)
-            path = os.path.join(shard, video.name if video else key)
+            path = f"{shard}/{video.name if video else key}"  # names may begin with a slash
             if not video:
                 problems.append(("samples without a video", path, " ".join(files)))
             elif counts[video.name] > 1:

@@ -15,7 +15,7 @@ from data_tools import Unusable
 
 from shards import opened, problem_of
 from video_check import ffmpeg_frames, slow_reasons
-from video_reader import VideoError, check_whole, read_frames
+from video_reader import VideoError, check_whole, read_frames, upright, video_stream
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 TICK = Fraction(1, 90000)  # seconds; fine enough for any source's stamps
@@ -66,7 +66,7 @@ def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 def read_timing(path: str) -> Timing:
     """Read the timing of a video from its index and packets."""
     with opened(path) as source, av.open(source, "r", metadata_errors="replace") as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
         rate = stream.average_rate
         stamps = [packet.pts for packet in container.demux(stream) if packet.size]
         check_whole(stream, len(stamps))
@@ -88,9 +88,8 @@ def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple
             second = (frame.pts - first) * frame.time_base
             lasts = frame.duration * frame.time_base or lasts
         small = reformatter.reformat(frame, *even_size(frame.width, frame.height, short_side), "yuv420p", **how)
-        if turns := round(frame.rotation / 90) % 4:  # quarter turns counter-clockwise
-            turned = np.ascontiguousarray(np.rot90(pixels(small), turns))
-            small = av.VideoFrame.from_ndarray(turned, "rgb24").reformat(format="yuv420p")
+        if "DISPLAYMATRIX" in frame.side_data:
+            small = av.VideoFrame.from_ndarray(upright(pixels(small), frame), "rgb24").reformat(format="yuv420p")
         yield small, second, lasts
 
 
@@ -120,7 +119,7 @@ def write_resized(source: str, target: str, settings: Settings) -> Written:
             kept, stamps, size = encode(source, target, settings, timing)
     except VideoError as error:
         raise Unusable(str(error)) from error
-    except (*AV_ERRORS, AttributeError) as error:  # AttributeError: no video stream
+    except AV_ERRORS as error:
         raise Unusable(f"{getattr(error, 'strerror', None) or error}"[:200]) from error
     psnr = verify(target, kept, stamps, size, settings)
     return Written(float(stamps[-1] + 1 / timing.rate), psnr, timing.guessed)
