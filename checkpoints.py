@@ -1,4 +1,4 @@
-"""Saving and resuming a run: atomic writes, exact resume, one run a folder. Reading weights is in weights.py.
+"""Saving and resuming a run: atomic writes, exact resume, one run per folder. Reading weights is in weights.py.
 
 A checkpoint is a dict ``{'model', 'optimizer', 'scaler', 'epoch', 'step', 'args', …}`` saved `step` steps into `epoch`
 (numbered from 0), or at its end if `step` is 0. ``checkpoint-{epoch}.pth`` is saved at the end of an epoch,
@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,11 +34,9 @@ def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the first process only; MAX_FAILED_SAVES failures in a row end the run.
+    """Writes checkpoints in the first process only, and nothing if `folder` is empty.
 
-    Args:
-        folder: OUTPUT_DIR; empty: nothing is saved.
-        every_minutes, every_steps: interval of saving ``checkpoint-latest.pth``; 0: never.
+    ``checkpoint-latest.pth`` is due `every_minutes` and `every_steps`; 0: never.
     """
 
     def __init__(self, folder: str, every_minutes: float = 0, every_steps: int = 0):
@@ -46,15 +45,14 @@ class CheckpointWriter:
         self.failures, self.last_save = 0, time.monotonic()
 
     def due(self, steps_done: int) -> bool:
-        """Whether to save ``checkpoint-latest.pth`` after this many steps of the run."""
+        """Return whether to save ``checkpoint-latest.pth`` after this many steps of the run."""
         by_time = self.every_minutes and time.monotonic() - self.last_save >= 60 * self.every_minutes
         return bool(self.folder and (by_time or (self.every_steps and steps_done % self.every_steps == 0)))
 
     def save(self, name: str, checkpoint: Callable[[], dict[str, Any]]) -> bool:
-        """Save a checkpoint, if this process saves; returns whether it was written. A failure keeps the old file.
+        """Save a checkpoint, if this process saves; returns False and keeps the old file if it could not be written.
 
-        Raises:
-            RunError: MAX_FAILED_SAVES in a row.
+        Raises RunError after MAX_FAILED_SAVES failures in a row.
         """
         if not self.folder:
             return True
@@ -84,10 +82,8 @@ class CheckpointWriter:
 def lock_folder(folder: str) -> TextIO:
     """Create `folder`, and lock it against other runs until the returned file is closed.
 
-    A POSIX record lock ends with the process, however that ends, and is not inherited by loader workers.
-
-    Raises:
-        RunError: another run holds it, or it cannot be written.
+    A POSIX record lock ends with the process, however that ends, and is not inherited by loader workers. Raises
+    RunError if another run holds it, or it cannot be written.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -107,24 +103,13 @@ def lock_folder(folder: str) -> TextIO:
 
 
 def best_of(folder: str) -> str:
-    """Path of ``checkpoint-best.pth`` in a folder; "" if there is none."""
+    """Return the path of ``checkpoint-best.pth`` in a folder; "" if there is none."""
     path = os.path.join(folder, BEST)
     return path if folder and os.path.isfile(path) else ""
 
 
-def resume_candidates(folder: str) -> list[Path]:
-    """Checkpoints of a folder: ``checkpoint-latest.pth``, then the numbered ones from the last to the first."""
-    latest, paths = Path(folder) / LATEST, Path(folder).glob("checkpoint-*.pth")
-    numbered = {int(match[1]): path for path in paths if (match := NUMBERED.fullmatch(path.name))}
-    return [latest] * latest.exists() + [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
-
-
 def resume_point(found: Found) -> tuple[int, int]:
-    """Epoch and step at which a checkpoint is resumed.
-
-    Raises:
-        RunError: they are not numbers.
-    """
+    """Return epoch and step at which a checkpoint is resumed. Raises RunError if they are not numbers."""
     path, state = found
     epoch, step = state.get("epoch", -1), state.get("step", 0)
     if not (isinstance(epoch, int) and isinstance(step, int) and epoch >= -1 and step >= 0):
@@ -133,7 +118,7 @@ def resume_point(found: Found) -> tuple[int, int]:
 
 
 def _readable(paths: list[Path]) -> Iterator[Found]:
-    """The checkpoints that can be read; others are skipped with a warning."""
+    """Read checkpoints, and skip those that cannot be read with a warning."""
     for path in paths:
         try:
             found = path, read_checkpoint(path)
@@ -145,39 +130,35 @@ def _readable(paths: list[Path]) -> Iterator[Found]:
 
 @dataclass
 class Position:
-    """Where a run is resumed: epoch, optimizer steps done in it, and the meter's state there."""
+    """Where a run is resumed: epoch, optimizer steps done in it, and the state of its StepMeter."""
 
     epoch: int = 0
     step: int = 0
     meter: dict | None = None
 
 
-def _furthest_of(folder: str) -> Found | None:
-    """The furthest checkpoint of a folder that can be read."""
-    readable = _readable(resume_candidates(folder))
-    chosen = next(readable, None)
-    if chosen and chosen[0].name == LATEST:  # obsolete, if the run was killed before removing it
-        rival = next(readable, None)
-        return rival if rival and resume_point(rival) >= resume_point(chosen) else chosen
-    return chosen
+def _resumable(folder: str) -> list[Found]:
+    """Read the last numbered checkpoint of a folder that can be read, and its ``checkpoint-latest.pth``."""
+    latest, paths = Path(folder) / LATEST, Path(folder).glob("checkpoint-*.pth")
+    numbered = {int(match[1]): path for path in paths if (match := NUMBERED.fullmatch(path.name))}
+    from_last = [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
+    found = [*_readable([latest] * latest.exists()), *islice(_readable(from_last), 1)]
+    return found[::-1]
 
 
 def find_resume(folder: str, resume: str, auto_resume: bool) -> Found | None:
-    """The checkpoint to resume from: the furthest of `resume` and, with `auto_resume`, of those in `folder`.
+    """Read the checkpoint to resume from: the furthest of `resume` and, with `auto_resume`, of those in `folder`.
 
     So a job script that names `resume` can be started again after the folder has gone further; of equally far ones
-    `resume` is taken. The first process chooses, all read. Files that cannot be read are skipped with a warning.
-
-    Raises:
-        RunError: `resume` cannot be read.
+    `resume` is taken. The first process chooses, all read. Files that cannot be read are skipped with a warning, except
+    `resume`, which raises RunError.
     """
     chosen = None
     if rank() == 0:
-        named = (Path(resume), read_checkpoint(resume)) if resume else None
-        chosen = _furthest_of(folder) if auto_resume and folder else None
-        if named and (not chosen or resume_point(named) >= resume_point(chosen)):
-            chosen = named
-        elif named and chosen:
+        named = [(Path(resume), read_checkpoint(resume))] if resume else []
+        others = _resumable(folder) if auto_resume and folder else []
+        chosen = max([*named, *others], key=resume_point, default=None)  # of equally far ones the first
+        if named and chosen and chosen is not named[0]:
             told = "%s has gone further than --resume %s: it wins; --no_auto_resume goes back"
             logger.warning(told, chosen[0], resume)
     path = broadcast(chosen and chosen[0])

@@ -24,16 +24,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from lists import VideoList, find_files, list_of
 from masking_generator import MaskGenerator
 from object_overlay import IMAGE_SUFFIXES, ObjectOverlay
-from utils import RunError, logger
+from utils import STOP_SIGNALS, RunError, logger
 from video_reader import Clip, VideoError
 from video_transforms import ClipSource
 
 MAX_BAD_IN_A_ROW = 20
 CHECK_PROGRAM = str(Path(__file__).with_name("video_check.py"))
 Key = tuple[int, int]  # epoch, index
-
-
-# Images and videos of a list ------------------------------------------------------------------------------------
 
 
 def find_images(folder: str) -> VideoList:
@@ -45,15 +42,10 @@ def find_images(folder: str) -> VideoList:
 
 
 class VideoCheck:
-    """Checks some videos, spread over the list, while networks are being built; warns of wrong and slow ones.
+    """Checks `count` videos, spread over the list, while networks are being built; warns of wrong and slow ones.
 
-    The check runs in a process of its own (video_check.py), as there are files on which the decoder hangs.
-
-    Args:
-        size: side of the clips, pixels.
-        reader: of videos, one of READERS.
-        count: videos to check, or as many as there is time for.
-        seconds: time for all of them together.
+    The check runs in a process of its own (video_check.py), as there are files on which the decoder hangs. It ends
+    after some `seconds`, however many videos are left. `size` is the side of the clips in pixels.
     """
 
     def __init__(self, videos: VideoList, size: int, reader: str = "pyav", count: int = 20, seconds: float = 15):
@@ -83,11 +75,8 @@ class VideoCheck:
                 )
 
 
-# Samples --------------------------------------------------------------------------------------------------------
-
-
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Generator of one sample."""
+    """Return the generator of one sample."""
     return np.random.default_rng((seed, epoch, index))
 
 
@@ -171,7 +160,7 @@ class VideoStream(IterableDataset):
         raise NotImplementedError
 
     def shares(self, workers: int) -> list[Sequence[int]]:
-        """Indices of the videos that each worker reads."""
+        """Return the indices of the videos that each worker reads."""
         return [self.mine[worker::workers] for worker in range(workers)]
 
     def __iter__(self) -> Iterator[Any]:
@@ -180,23 +169,15 @@ class VideoStream(IterableDataset):
             yield from self.samples(index)
 
 
-# Pretraining ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class PretrainDataset(VideoDataset):
-    """Clips with masks: decoding, crop, overlay, mask.
-
-    Args:
-        overlay: pastes objects (stage 1); None leaves clips as they are.
-        num_views: independent crops, overlays and masks of each decoded window.
-    """
+    """Clips with masks: decoding, crop, overlay, mask."""
 
     videos: VideoList
     source: ClipSource
     masks: MaskGenerator
-    overlay: ObjectOverlay | None
-    num_views: int = 1
+    overlay: ObjectOverlay | None  # pastes objects (stage 1)
+    num_views: int = 1  # independent crops, overlays and masks of each decoded window
     seed: int = 0
 
     def __getitem__(self, key: Key) -> Sample:
@@ -219,8 +200,6 @@ class PretrainDataset(VideoDataset):
 
         Returns:
             boxes of the objects ``[K, T, 4]``, None without overlay, and the mask, bool ``[N]``.
-        Raises:
-            RunError: no usable object.
         """
         self.source.crop(rng, frames, clip)
         try:
@@ -230,18 +209,12 @@ class PretrainDataset(VideoDataset):
         return boxes, self.masks(rng, boxes)
 
 
-# Order and loader -----------------------------------------------------------------------------------------------
-
-
 class ChunkSampler(Sampler[list[Key]]):
     """Yields the keys of each micro-batch of this process.
 
     An epoch is one permutation of the list, cut into optimizer steps of ``chunk * world * update_freq`` samples; the
     rest is dropped. Chunk j of a step goes to process j % world. So two processes see, step by step, the samples of one
     process that accumulates twice as much, and a run can resume with another number of processes.
-
-    Raises:
-        ValueError: fewer samples than a step takes.
     """
 
     def __init__(
@@ -264,7 +237,7 @@ class ChunkSampler(Sampler[list[Key]]):
         self.epoch, self.start_step = epoch, step
 
     def chunk_id(self, step: int, micro_batch: int) -> int:
-        """Index of a chunk within its epoch, independent of the division into processes and micro-batches."""
+        """Return the index of a chunk within its epoch, for any division into processes and micro-batches."""
         return (step * self.update_freq + micro_batch) * self.world + self.rank
 
     def __len__(self) -> int:
@@ -284,7 +257,7 @@ class ChunkSampler(Sampler[list[Key]]):
 
 def init_worker(worker: int) -> None:
     """Use one thread per worker, and leave signals to the main process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -298,7 +271,7 @@ def build_loader(
     timeout: float,
     collate: Callable[[list], Any] = collate,
 ) -> DataLoader:
-    """Build a loader of training batches. `timeout`: seconds to wait for a batch before an error is raised."""
+    """Build a loader of training batches, which raises an error after `timeout` seconds without a batch."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -24,7 +24,7 @@ from utils import RunError, barrier, broadcast, rank, reduce_sum, world_size
 from weights import read_checkpoint
 
 FOLDER = "deepspeed"  # of OUTPUT_DIR
-ELEMENTWISE = ("adamw", "adam", "sgd")  # optimizers that may be cut anywhere
+ELEMENTWISE = ("adamw", "adam", "sgd")  # optimizers whose state ZeRO may cut anywhere
 BUCKET = 50_000_000  # numbers exchanged at a time; with DeepSpeed's default their buffer takes 2 GB
 
 
@@ -151,7 +151,7 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, output_di
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling for what training never calls
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes minutes to compile, and is never called
     if not dist.is_initialized():
         backend = "nccl" if stepper.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

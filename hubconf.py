@@ -27,7 +27,7 @@ _CLIP = ("num_frames", "sampling_rate", "input_size", "data_set")
 def _import_apart() -> list[types.ModuleType]:
     """Import _FILES as ``smile_utils`` etc., since the calling program may have a utils.py too.
 
-    Meanwhile this folder is not searched: packages that they import may have a datasets.py too.
+    While they load, this folder is not in sys.path: packages that they import may look for a `datasets` of their own.
     """
     here = pathlib.Path(__file__).resolve().parent
     taken = {name: sys.modules.pop(name, None) for name in _FILES}
@@ -64,7 +64,7 @@ with _LOCK:
 
 
 def _entry_point(name: str, build: functools.partial) -> collections.abc.Callable:
-    """The function that torch.hub calls for a model."""
+    """Return the function that torch.hub calls for a model."""
 
     def load(path: str, **kwargs) -> torch.nn.Module:
         checkpoint = _weights.read_checkpoint(path)

@@ -22,14 +22,7 @@ from shards import problem_of, split
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts",
                   ".mts", ".m2ts", ".vob", ".ogv", ".m2v", ".mpe", ".3g2", ".asf", ".f4v", ".divx")  # fmt: skip
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-BYTE_ORDER_MARKS = {  # those of UTF-32 first, as they begin like those of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 BLOCK = 1 << 18  # characters read at a time
-LabelParser = Callable[[str], int | str | bytes]
 
 
 def any_label(text: str) -> int:
@@ -44,21 +37,13 @@ def label_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class VideoList:
-    """Paths and labels of videos.
+    """Paths and labels of videos."""
 
-    Attributes:
-        source: the list file, or another name for messages.
-        paths: as written in the file, bytes ``[n]``.
-        labels: parsed labels, numbers or bytes ``[n]``.
-        lines: line numbers in the file, from 1, int ``[n]``.
-        data_root: folder that relative paths start from.
-    """
-
-    source: str
-    paths: np.ndarray
-    labels: np.ndarray
-    lines: np.ndarray
-    data_root: str = ""
+    source: str  # the list file, or another name for messages
+    paths: np.ndarray  # as written in the file, bytes [n]
+    labels: np.ndarray  # parsed labels, numbers or bytes [n]
+    lines: np.ndarray  # line numbers in the file, from 1, int [n]
+    data_root: str = ""  # folder that relative paths start from
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -68,28 +53,24 @@ class VideoList:
         return os.path.join(self.data_root, os.fsdecode(self.paths[index]))
 
     def where(self, index: int) -> str:
-        """File and line of a video, for messages."""
+        """Return file and line of a video, for messages."""
         return f"{self.source}, line {self.lines[index]}"
 
     def subset(self, indices: np.ndarray) -> "VideoList":
-        """The list of some of the videos."""
+        """Return the list of some of the videos."""
         return replace(self, paths=self.paths[indices], labels=self.labels[indices], lines=self.lines[indices])
 
     def missing(self, indices: Iterable[int]) -> list[int]:
-        """Those of the given videos that do not exist, as a file or member of a shard."""
+        """Return those of the given videos that do not exist, as a file or member of a shard."""
         return [index for index in indices if problem_of(self.path(index))]
 
     def spread(self, count: int) -> np.ndarray:
-        """Indices of at most `count` videos, evenly over the list."""
+        """Return the indices of at most `count` videos, evenly spread over the list."""
         return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
 
-    def check_files(self, max_bad_fraction: float, look_at: int = 200) -> None:
-        """Look for `look_at` of the videos, to find a wrong folder before anything is computed.
-
-        Raises:
-            ValueError: more than this fraction of them is missing.
-        """
-        looked = self.spread(look_at)
+    def check_files(self, max_bad_fraction: float) -> None:
+        """Look for 200 of the videos. Raises ValueError if more than this fraction of them is missing."""
+        looked = self.spread(200)
         missing = self.missing(looked)
         if len(missing) > max_bad_fraction * len(looked):
             raise ValueError(
@@ -113,7 +94,7 @@ def list_of(source: str, paths: list[str]) -> VideoList:
 
 
 def why_missing(path: str) -> str:
-    """Explain why the path of a list does not exist: it may be a folder, or its line hold more than path and label."""
+    """Explain why the path of a list does not exist: it may be a folder, or the line has a third part."""
     if split(path):
         return problem_of(path)
     words = path.split(" ")
@@ -145,14 +126,13 @@ def frames_in(folder: str) -> str:
     return ""
 
 
-# Reading --------------------------------------------------------------------------------------------------------
-
-
 def encoding_of(path: str | Path) -> str:
-    """Encoding of a text file by its byte order mark; UTF-8 without one. Raises OSError."""
+    """Tell the encoding of a text file by its byte order mark; UTF-8 without one. Raises OSError."""
     with open(path, "rb") as file:
         start = file.read(4)
-    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):  # the first begins with UTF-16's mark
+        return "utf-32"
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 @contextmanager
@@ -175,8 +155,7 @@ def read_text(path: str | Path) -> str:
 def read_lines(path: str) -> Iterator[tuple[list[int], list[bytes], list[bytes]]]:
     """Yield numbers (from 1), paths and labels of some thousand lines of a list at a time, without blank lines.
 
-    Raises:
-        ValueError: not a text file, or a line that is not ``path label``, named by its number.
+    Raises ValueError if it is not a text file, or a line, named by its number, is not ``path label``.
     """
     first = 1
     with text_errors(path, "a list, a text file"), open(path, encoding=encoding_of(path)) as file:
@@ -198,15 +177,13 @@ def read_lines(path: str) -> Iterator[tuple[list[int], list[bytes], list[bytes]]
             first += text.count("\n")
 
 
-def read_list(path: str, parse_label: LabelParser, data_root: str = "") -> VideoList:
-    """Read the videos of a list file.
+def read_list(path: str, parse_label: Callable[[str], int | str | bytes], data_root: str = "") -> VideoList:
+    """Read a list file, with ``path label`` a line, separated by the line's last spaces.
 
     Args:
-        path: text with ``path label`` a line, separated by the line's last spaces.
         parse_label: converts the text of a label to the number or text to keep; raises ValueError if it is invalid.
-        data_root: folder that relative paths start from.
     Raises:
-        ValueError: no such file, empty, or a line that is not ``path label``, named by its number.
+        ValueError: no such file, empty, or a line, named by its number, that is not ``path label``.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such list file")

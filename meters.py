@@ -26,9 +26,8 @@ MAX_NON_FINITE = 10  # steps in a row
 class RunLog:
     """Writes a JSON line for each epoch to ``log.txt``, and TensorBoard scalars; in the first process only.
 
-    Args:
-        output_dir, log_dir: empty: not written.
-        start_epoch: lines of this and later epochs are removed, as they belong to a run that was interrupted.
+    Nothing is written for an empty `output_dir` or `log_dir`. A run that resumes at `start_epoch` removes the lines of
+    this and later epochs.
     """
 
     def __init__(self, output_dir: str, log_dir: str, start_epoch: int = 0, start_step: int = 0):
@@ -42,7 +41,7 @@ class RunLog:
 
     @staticmethod
     def _epoch_of(line: str) -> float:
-        """Epoch of a line; -1 of a line without, infinity of one that was cut off in the middle."""
+        """Return the epoch of a line; -1 for a line without one, infinity for a line that was cut off."""
         try:
             return json.loads(line).get("epoch", -1)
         except json.JSONDecodeError:
@@ -72,13 +71,10 @@ class RunLog:
 
 
 class StepMeter:
-    """Averages of the numbers of each step; kept on the device, and read by the CPU once every `interval` steps.
+    """Averages the numbers of each step; keeps them on the device, and reads and logs them every `interval` steps.
 
-    Reading makes the CPU wait for the device; nothing else in a step does.
-
-    Args:
-        interval: steps between console lines.
-        state: sums of an epoch's earlier part, from a checkpoint.
+    Reading makes the CPU wait for the device; nothing else in a step does. `state` holds the sums of an epoch's earlier
+    part, from a checkpoint.
     """
 
     def __init__(
@@ -110,24 +106,23 @@ class StepMeter:
             start = time.perf_counter()
 
     def update(self, step: int, values: dict[str, torch.Tensor], sources: list[str]) -> None:
-        """Add a step's device scalars, among them ``bad`` (1 = skipped), and the paths of its samples.
-
-        Raises:
-            RunError: MAX_NON_FINITE bad steps in a row.
-        """
+        """Add a step's device scalars, among them ``bad`` (1 = skipped), and the paths of its samples; see flush."""
         self._rows.append(({name: value.detach() for name, value in values.items()}, sources))
         if (step + 1) % self.interval == 0 or step + 1 == self.steps_per_epoch:
             self.flush(step)
 
     def flush(self, step: int) -> None:
-        """Read what has been collected, in all processes, and log it."""
+        """Read what has been collected, in all processes, and log it.
+
+        Raises RunError after MAX_NON_FINITE bad steps in a row.
+        """
         if not self._rows:
             return
         names = list(self._rows[0][0])
         table = torch.stack([torch.stack([row[name].float() for name in names]) for row, _ in self._rows])
         if world_size() > 1:
-            dist.all_reduce(table, op=dist.ReduceOp.AVG if table.is_cuda else dist.ReduceOp.SUM)
-            table = table if table.is_cuda else table / world_size()
+            dist.all_reduce(table)
+            table /= world_size()
         window: dict[str, list[float]] = defaultdict(list)
         longest = 0
         for row, (_, sources) in zip(table.tolist(), self._rows):
@@ -172,12 +167,12 @@ class StepMeter:
         logger.info("epoch %d [%d/%d]  %s%s  eta %s", self.epoch, step + 1, self.steps_per_epoch, numbers, memory, eta)
 
     def averages(self) -> dict[str, float]:
-        """Means over the epoch so far, without skipped steps."""
+        """Return means over the epoch so far, without skipped steps."""
         means = {f"train_{name}": total / self.counts[name] for name, total in self.sums.items()}
         return means | {"skipped_steps": self.skipped}
 
     def state(self, ended: bool = False) -> dict[str, Any]:
-        """What a checkpoint keeps of the epoch so far, or for the next one if it has `ended`."""
+        """Return what a checkpoint keeps of the epoch so far, or if it has `ended`, for the next one."""
         sums = {} if ended else {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": self.skipped}
         return {"sums": {}, "counts": {}, "skipped": 0, "bad_in_a_row": self.bad_in_a_row} | sums
 
@@ -194,11 +189,7 @@ class BadFiles:
         self.noted: dict[str, str] = {}  # path → reason
 
     def watch(self, batches: Iterator, shown: dict[str, float]) -> Iterator:
-        """Yield the batches, note their bad files, and count the videos among them in `shown`.
-
-        Raises:
-            RunError: more than `max_fraction` of the videos, once this process has tried 100.
-        """
+        """Yield the batches, note their bad files, count the videos among them in `shown`, and check from 100 on."""
         for batch in batches:
             self.videos += len(batch["paths"]) + batch["num_bad_videos"]
             self.bad += batch["num_bad_videos"]
@@ -221,7 +212,7 @@ class BadFiles:
             )
 
     def note(self, path: str, reason: str) -> None:
-        """Write a line, unless a process has written it."""
+        """Write a line, unless another process has written it."""
         self.noted[path] = reason
         logger.warning("cannot use %s: %s", path, reason)
         if not self.file:
@@ -236,16 +227,13 @@ class BadFiles:
             logger.warning("could not write to %s (%s)", self.file, error.strerror)
 
 
-# Batches --------------------------------------------------------------------------------------------------------
-
-
 def last_line(error: Exception) -> str:
-    """The last line of a message, which may follow a worker's traceback; without a message the error's name."""
+    """Return the last line of a message, which may follow a worker's traceback; without a message the error's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoList, hung: int = 1) -> RunError:
-    """The error to raise if a loader worker hung or died; it names the videos that the worker may have been reading.
+    """Return the error to raise if a loader worker hung or died, with the videos that it may have been reading.
 
     Args:
         issued: videos of each batch that is being loaded, the one that is waited for first.
@@ -261,11 +249,7 @@ def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoL
 def guarded(
     loader: DataLoader, videos: VideoList, issued: Callable[[], Iterable[list[int]]], hung: int = 1
 ) -> Iterator[Any]:
-    """Iterate over a loader; `issued` and `hung` as in loader_failure.
-
-    Raises:
-        RunError: a worker hung, died, or raised.
-    """
+    """Iterate over a loader; raises RunError if a worker hung, died, or raised. Arguments as in loader_failure."""
     try:
         yield from loader
     except RunError as error:  # raised in a worker, whose traceback is part of the message
@@ -275,7 +259,7 @@ def guarded(
 
 
 def epoch_batches(loader: DataLoader, videos: VideoList) -> Iterator[Batch]:
-    """The batches of the sampler's epoch; see guarded."""
+    """Yield the batches of the sampler's epoch; see guarded."""
     assert isinstance(loader.batch_sampler, ChunkSampler)
     issued = loader.batch_sampler.issued
     for batch in guarded(loader, videos, lambda: issued):

@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import warn_once, world_size
 
-NO_DECAY = ("*mask_token",)  # besides what has one dimension
+NO_DECAY = ("*mask_token",)  # besides one-dimensional parameters
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FUSED = ("adamw", "adam")  # a fused SGD whose first step is skipped has uninitialised momentum
 
 
 def cosine_schedule(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
-    """Value at `step`: linear from `start` to `base` over `warmup` steps, then a cosine to `final` at `total`.
+    """Return a value at `step`: linear from `start` to `base` over `warmup` steps, then a cosine to `final` at `total`.
 
     The last step of the warm-up has the value `base` (recipe of MAE and VideoMAE).
     """
@@ -34,12 +34,12 @@ def cosine_schedule(step: int, base: float, final: float, total: int, warmup: in
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Context manager of a forward pass in fp32, bf16 or fp16."""
+    """Return the context manager of a forward pass in fp32, bf16 or fp16."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def has_bf16_instructions() -> bool:
-    """Whether torch's matrix library uses the CPU's bf16 instructions.
+    """Return whether torch's matrix library uses the CPU's bf16 instructions.
 
     The library also says so of a CPU with AVX-512 without its bf16 part, where it converts; hence the second check.
     """
@@ -59,7 +59,7 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups by layer and decay, each with its ``names``, ``lr_scale`` and ``wd_scale``.
+    """Group parameters by layer and decay, each group with its ``names``, ``lr_scale`` and ``wd_scale``.
 
     One-dimensional parameters (biases, norms) and the mask token do not decay. A `layer_decay` below 1 multiplies the
     learning rate once for every layer above (BEiT's layer-wise decay); the model's ``group_matcher`` names the layers.
@@ -70,7 +70,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=NO_DECAY)
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = list(names.values())
-    groups.sort(key=lambda group: order.index(names[group["params"][0]]))  # the order in checkpoints without names
+    groups.sort(key=lambda group: order.index(names[group["params"][0]]))  # the order of DeepSpeed's saved state
     for group in groups:
         group["names"] = [names[parameter] for parameter in group["params"]]
         group["wd_scale"], group["lr_scale"] = group["weight_decay"], group.get("lr_scale", 1.0)
@@ -82,22 +82,16 @@ def build_optimizer(
     groups: list[dict[str, Any]],
     opt: str,
     lr: float,
-    betas: tuple[float, float] | None = None,
-    eps: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """Create an optimizer of timm by name, in its fused form where torch has one.
-
-    Raises:
-        ValueError: timm does not know `opt`.
-    """
+    """Create an optimizer of timm, in its fused form where torch has one. Raises ValueError if timm has no `opt`."""
     if opt.lower() not in list_optimizers():
         raise ValueError(f"opt {opt}: timm has no such optimizer")
     options: dict[str, Any] = {"fused": True} if opt in FUSED else {}
-    if "sgd" not in opt:
-        options |= ({"betas": betas} if betas else {}) | ({} if eps is None else {"eps": eps})
     groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
-    return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, momentum=momentum, **options)
+    return create_optimizer_v2(groups, opt, lr, 0.0, momentum, betas=betas, eps=eps, **options)
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
@@ -122,26 +116,20 @@ def spread_badness(loss: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Stepper:
-    """One optimizer step: precision, accumulation, clipping and schedules, without waiting for the device if possible.
+    """Makes optimizer steps: precision, accumulation, clipping, schedules; without waiting for the device if possible.
 
     If the loss or gradient of a process is not finite, all processes skip the step, as they average gradients. Fused
     optimizers check this on the device.
-
-    Args:
-        model: the module called in the forward pass, with or without DDP.
-        update_freq: micro-batches per step.
-        lr, weight_decay: functions of the optimizer step, counted over the whole run.
-        clip_grad: largest gradient norm, None for no clipping.
     """
 
-    model: nn.Module
+    model: nn.Module  # called in the forward pass, with or without DDP
     optimizer: torch.optim.Optimizer
     device: torch.device
     precision: str
-    update_freq: int
-    lr: Callable[[int], float]
+    update_freq: int  # micro-batches per step
+    lr: Callable[[int], float]  # of an optimizer step, counted over the whole run
     weight_decay: Callable[[int], float]
-    clip_grad: float | None = None
+    clip_grad: float | None = None  # largest gradient norm; None: no clipping
 
     def __post_init__(self):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -152,7 +140,7 @@ class Stepper:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def autocast(self) -> AbstractContextManager:
-        """Context manager for the forward pass."""
+        """Return the context manager of the forward pass."""
         return autocast(self.device, self.precision)
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -168,16 +156,14 @@ class Stepper:
         self.scaler.scale(spread_badness(loss) / self.update_freq).backward()
 
     def sync(self, micro_batch: int) -> AbstractContextManager:
-        """Context manager for forward and backward: processes average gradients in the last micro-batch only."""
+        """Return the context of forward and backward: gradients are averaged over processes in the last micro-batch."""
         if isinstance(self.model, DistributedDataParallel) and micro_batch < self.update_freq - 1:
             return self.model.no_sync()
         return nullcontext()
 
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Update the weights.
+        """Update the weights; `loss` is the detached mean over the step's micro-batches.
 
-        Args:
-            loss: mean over the step's micro-batches, detached.
         Returns:
             device scalars ``grad_norm`` (before clipping) and ``bad`` (1 = skipped).
         """
@@ -200,12 +186,12 @@ class Stepper:
         return {"grad_norm": norm, "bad": bad}
 
     def state(self) -> dict[str, Any]:
-        """State to save in a checkpoint."""
+        """Return the state to save in a checkpoint."""
         optimizer = self.optimizer.state_dict() | {"names": self.parameter_names()}
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def parameter_names(self) -> list[str]:
-        """Names of the optimizer's parameters, in its order."""
+        """Return the names of the optimizer's parameters, in its order."""
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         return [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
 
@@ -214,9 +200,8 @@ class Stepper:
         saved, own, names = state["optimizer"], self.optimizer.state_dict(), self.parameter_names()
         if "deepspeed" in saved:
             raise ValueError("its optimizer state is DeepSpeed's: go on with --enable_deepspeed")
-        sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (saved, own)]
-        before = {name: number for number, name in enumerate(saved.get("names", names))}
-        if before.keys() != set(names) or ("names" not in saved and sizes[0] != sizes[1]):
+        before = {name: number for number, name in enumerate(saved.get("names", ()))}
+        if before.keys() != set(names):
             raise ValueError("its optimizer has other parameters")
         moved = {number: before[name] for number, name in enumerate(names)}  # order depends on --layer_decay
         own["state"] = {new: saved["state"][old] for new, old in moved.items() if old in saved["state"]}
@@ -235,4 +220,4 @@ class Stepper:
         """After training: restore the plain model and remove unused files from `folder` (DeepSpeed)."""
 
     def save_shards(self, folder: str, name: str) -> None:
-        """Save state that processes share out (DeepSpeed); called in all processes before a checkpoint."""
+        """Save optimizer state that is sharded (DeepSpeed); called in all processes before a checkpoint is written."""

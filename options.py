@@ -1,4 +1,4 @@
-"""What the programs share: command-line options, what is wrong with them, and what is set up from them."""
+"""Shared by the programs: command-line options, their validation, and the set-up of a run."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from weights import load_strictly, read_checkpoint, stored_options
 
 
 def make_parser(title: str, text: str) -> argparse.ArgumentParser:
-    """A parser whose help shows defaults, and that takes no abbreviations."""
+    """Create a parser whose help shows defaults, and that takes no abbreviations."""
     usage, show = "%(prog)s [options]; --help lists them", argparse.ArgumentDefaultsHelpFormatter
     return argparse.ArgumentParser(title, usage, text, allow_abbrev=False, formatter_class=show)
 
@@ -115,8 +116,7 @@ class Ignored(argparse.Action):
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse `argv` (or sys.argv), and accept the options above that the parser does not have itself.
 
-    Returns:
-        the options; `given` names those that were typed, `not_needed` holds those without effect.
+    In the result, `given` names the options that were typed, and `not_needed` holds those without effect.
     """
     argv, known = sys.argv[1:] if argv is None else argv, dict(parser._option_string_actions)
     given = sorted({known[name].dest for word in argv if (name := word.partition("=")[0]) in known})
@@ -127,8 +127,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return parser.parse_args(argv, argparse.Namespace(given=given, not_needed=[]))
 
 
-# A checkpoint's own options ---------------------------------------------------------------------------------------
-
 CLIP = ("num_frames", "sampling_rate", "input_size")
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr", "min_lr",
              "warmup_lr", "warmup_epochs", "warmup_steps", "epochs", "layer_decay")  # fmt: skip
@@ -136,11 +134,7 @@ RESUMED = (*CLIP, "seed", "data_set", "num_sample", "target_type", "mask_type", 
 
 
 def trained_with(path: str) -> dict[str, Any]:
-    """The options of the run that wrote a checkpoint, `model` being its encoder's; {} if another program wrote it.
-
-    Raises:
-        RunError: unreadable.
-    """
+    """Read the options of the run that wrote a checkpoint, `model` being its encoder's; {} of another program."""
     stored = dict(stored_options(read_checkpoint(path, whole=False)))
     if "model" in stored:
         stored["model"] = stored["model"].replace("pretrain_videomae_", "vit_")
@@ -166,9 +160,6 @@ def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: s
         logger.warning("%s was trained with %s", source, told)
 
 
-# What is wrong, and what is built ---------------------------------------------------------------------------------
-
-
 class Problems:
     """Errors in a command line, collected to be reported together.
 
@@ -182,9 +173,8 @@ class Problems:
         self.numbers(0, "start_epoch", "stop_epoch")
         self.numbers(1, "update_freq", "epochs", "sampling_rate", "log_interval", "save_ckpt_freq")
         for name in filter(lambda name: getattr(args, name), ("output_dir", "log_dir")):
-            folder = os.path.abspath(getattr(args, name))
-            while not os.path.exists(folder):
-                folder = os.path.dirname(folder)
+            path = Path(os.path.abspath(getattr(args, name)))
+            folder = next(place for place in (path, *path.parents) if os.path.exists(place))
             writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
             self.add({f"--{name} {getattr(args, name)}: {folder} is not a folder that can be written": not writable})
 
@@ -218,18 +208,14 @@ class Problems:
 
 
 def total_batch(args: argparse.Namespace) -> int:
-    """Number of clips (or videos, or segments) in an optimizer step, over all processes."""
+    """Return the number of clips (or videos, or segments) in an optimizer step, over all processes."""
     return args.batch_size * args.update_freq * world_size()
 
 
 def build_stepper(
     args: argparse.Namespace, model: nn.Module, groups: list[dict[str, Any]], device: torch.device, steps_per_epoch: int
 ) -> Stepper:
-    """Optimizer and schedules; learning rates scale with total_batch / 256.
-
-    Raises:
-        RunError: an optimizer that timm does not know.
-    """
+    """Build optimizer and schedules; learning rates scale with total_batch / 256."""
     lr, warmup_lr, min_lr = (rate * total_batch(args) / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
     total = args.epochs * steps_per_epoch
     warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
@@ -244,9 +230,6 @@ def build_stepper(
     return Stepper(model, optimizer, device, precision, args.update_freq, *rates, args.clip_grad)
 
 
-# Set-up ---------------------------------------------------------------------------------------------------------
-
-
 def run_program(
     args: argparse.Namespace,
     check: Callable[[argparse.Namespace], None],
@@ -257,7 +240,7 @@ def run_program(
 
     Args:
         check: completes the arguments; raises RunError if something is wrong with them.
-        run: returns the exit code.
+        run: builds and trains or tests; returns the exit code.
         timeout_minutes: how long processes wait for each other.
     """
 
@@ -281,16 +264,12 @@ def look_at(videos: VideoList, args: argparse.Namespace) -> Callable[[], None]:
 
 
 def make_sampler(args: argparse.Namespace, dataset: VideoDataset, chunk: int) -> ChunkSampler:
-    """This process's share of the samples, in micro-batches of `chunk`.
-
-    Raises:
-        ValueError: fewer samples than a step takes.
-    """
+    """Share the samples out, in micro-batches of `chunk`. Raises ValueError if they are too few for a step."""
     return ChunkSampler(len(dataset), chunk, args.update_freq, rank(), world_size(), args.seed)
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:
-    """The options of the run; a dry run writes nowhere, and logs every step."""
+    """Return the options of the run; a dry run writes nowhere, and logs every step."""
     values = {field.name: getattr(args, field.name) for field in fields(RunOptions)}
     if args.dry_run:
         values |= {"output_dir": "", "log_dir": "", "log_interval": 1}
@@ -313,8 +292,6 @@ def start(
         contents: see Run.
         first_weights: checkpoint whose weights are loaded if there is nothing to resume from.
         dynamic: see torch.compile.
-    Raises:
-        RunError: the checkpoint is of another run, or first_weights of another model.
     """
     position, model = Position(args.start_epoch), contents["model"]
     if found := find_resume(args.output_dir, args.resume, args.auto_resume):

@@ -1,6 +1,6 @@
-"""The command line of run_class_finetuning.py: its options, what is wrong with them, and what follows from them alone.
+"""The command line of run_class_finetuning.py: options, their validation, and what is derived from them alone.
 
-What depends on the data set is no option; it is in datasets_finetune.py.
+What depends on the data set is in datasets_finetune.py.
 """
 
 import argparse
@@ -123,33 +123,33 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def num_classes(args: argparse.Namespace) -> int:
-    """Number of classes, from the flag or the data set; 0 if unknown."""
+    """Return the number of classes, from the flag or the data set; 0 if unknown."""
     return args.nb_classes or DATA_SETS[args.data_set].num_classes or 0
 
 
 def class_names(args: argparse.Namespace) -> list[str] | None:
-    """The lines of classes.txt, if there is one."""
+    """Read the lines of classes.txt, if there is one."""
     return read_class_names(args.data_path, num_classes(args)) if args.data_path else None
 
 
 def is_probe(args: argparse.Namespace) -> bool:
-    """Whether probes are trained side by side on a frozen encoder."""
+    """Return whether probes are trained side by side on a frozen encoder."""
     return args.linear_probe or args.attentive_probe
 
 
 def multi_label(args: argparse.Namespace) -> bool:
-    """Whether a video has several labels: by the data set, or the form of a custom one's lists."""
+    """Return whether videos have several labels: by the data set, or by the labels in the lists of a custom one."""
     return DATA_SETS[args.data_set].multi_label or bool(args.several_labels)
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    """Whether Mixup or CutMix is applied: not for probes, nor to videos with several labels."""
+    """Return whether Mixup or CutMix is applied: not for probes, nor to videos with several labels."""
     unmixed = is_probe(args) or args.knn or multi_label(args)
     return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and not unmixed
 
 
 def task(args: argparse.Namespace) -> Task:
-    """What the labels of the data set mean."""
+    """Return the task that the labels of the data set define."""
     data_set, classes = DATA_SETS[args.data_set], num_classes(args)
     combine = args.combine_views or data_set.combine
     if multi_label(args):
@@ -161,9 +161,6 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
     """For --eval, --predict and --knn, take options from the checkpoint, unless given; see options.follow.
 
     For training, log how the clips differ from the checkpoint's.
-
-    Raises:
-        RunError: the checkpoint is unreadable.
     """
     evaluates = args.eval or args.predict
     path = args.finetune or (best_of(args.output_dir) if evaluates else "")
@@ -189,17 +186,13 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
 
 
 def read_data_list(args: argparse.Namespace, name: str) -> VideoList:
-    """The list `name` of the data set, labels checked."""
+    """Read the list `name` of the data set, and check its labels."""
     parse = task(args).parse_test_label if name == "test.csv" else task(args).parse_label
     return read_list(DATA_SETS[args.data_set].list_path(args.data_path, name), parse, args.data_root)
 
 
 def predict_videos(args: argparse.Namespace) -> VideoList:
-    """The videos that --predict names: files, those in folders and below, those of lists.
-
-    Raises:
-        ValueError: one is not there, or a folder or list without videos.
-    """
+    """Find the videos that --predict names: files, folders and lists of them. Raises ValueError if some are missing."""
     paths: list[str] = []
     for name in args.predict:
         if os.path.isdir(name):
@@ -220,11 +213,7 @@ def predict_videos(args: argparse.Namespace) -> VideoList:
 
 
 def check_list(args: argparse.Namespace, name: str) -> None:
-    """Read a list and look for some of its videos, with --examples for all training videos.
-
-    Raises:
-        ValueError: something is wrong with it.
-    """
+    """Read a list and look for some of its videos, with --examples for all training videos. Raises ValueError."""
     videos = read_data_list(args, name)
     if args.examples and name == DATA_SETS[args.data_set].train_list:
         missing = videos.missing(range(len(videos)))
@@ -240,7 +229,7 @@ def check_list(args: argparse.Namespace, name: str) -> None:
 
 
 def find_problems(args: argparse.Namespace) -> Problems:
-    """Everything wrong with the arguments that can be seen without building a model."""
+    """Collect everything wrong with the arguments that can be seen without building a model."""
     problems, known = Problems(args), DATA_SETS[args.data_set].num_classes
     problems.files("finetune", "resume")
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
@@ -280,7 +269,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
 
 
 def contradictions(args: argparse.Namespace) -> dict[str, Any]:
-    """Messages about options that exclude or need each other → whether they were given so."""
+    """Map messages about options that exclude or need each other to whether they apply."""
     probe, head, knn, evaluates = is_probe(args), args.learn == "head", args.knn, args.eval or args.predict
     few, weights = args.samples_per_class or args.num_train_videos, args.finetune or args.encoder or args.eval
     cut, used, tests = args.enable_deepspeed and args.opt not in ELEMENTWISE, probe or knn, evaluates or knn

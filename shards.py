@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -43,26 +43,19 @@ def split(path: str) -> tuple[str, str] | None:
 
 
 def key_of(name: str) -> str:
-    """Key that the members of one sample share, as in WebDataset: the name up to the first dot after the folders."""
+    """Return the key that members of one sample share, as in WebDataset: the name up to the first dot after folders."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
 
-# Indices --------------------------------------------------------------------------------------------------------
-
-
 def index_path(shard: str) -> str:
-    """Path of the index of a shard."""
+    """Return the path of the index of a shard."""
     return os.path.splitext(shard)[0] + ".idx"
 
 
 @lru_cache(KEPT_INDICES)
 def read_index(shard: str) -> bytes:
-    """Read the index of a shard; the latest ones are kept in memory.
-
-    Raises:
-        ShardError: there is none, or it has another format.
-    """
+    """Read the index of a shard; raises ShardError if there is none, or it has another format."""
     try:
         text = Path(index_path(shard)).read_bytes().replace(b"\r\n", b"\n")
     except OSError as error:
@@ -99,9 +92,6 @@ def names_below(folder: str) -> list[str]:
     """List the names in a shard, or in a folder of a shard, relative to it. Raises ShardError."""
     shard, inside = split(os.path.join(folder, "")) or (folder, "")
     return [member.name.removeprefix(inside) for member in members_of(shard) if member.name.startswith(inside)]
-
-
-# Members --------------------------------------------------------------------------------------------------------
 
 
 def find(shard: str, name: str) -> Member:
@@ -145,7 +135,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def is_header(block: bytes, name: str, size: int) -> bool:
-    """Whether a block of a tar file is the header of a member."""
+    """Return whether a block of a tar file is the header of a member."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -154,12 +144,10 @@ def is_header(block: bytes, name: str, size: int) -> bool:
     return header.size == size and (not plain or header.name.removeprefix("./") == name)
 
 
-@contextmanager
-def opened(path: str) -> Iterator[str | BinaryIO]:
-    """Input for a decoder, in a ``with`` block: a file's path, or an open member of a shard. Raises ShardError."""
+def opened(path: str) -> AbstractContextManager[str | BinaryIO]:
+    """Open the input of a decoder, for a ``with`` block: a file's path, or a member of a shard. Raises ShardError."""
     plain = os.path.join(".", path) if ":" in path.partition("/")[0] else path  # `a:b` would be a protocol
-    with open_file(path) if split(path) else nullcontext(plain) as source:
-        yield source
+    return open_file(path) if split(path) else nullcontext(plain)
 
 
 def problem_of(path: str) -> str:
@@ -176,7 +164,7 @@ def problem_of(path: str) -> str:
 
 
 def status(path: str) -> tuple[int, int]:
-    """Size in bytes, and modification time of the file or shard in nanoseconds. Raises OSError."""
+    """Return the size in bytes, and the modification time of file or shard in nanoseconds. Raises OSError."""
     parts = split(path)
     result = os.stat(parts[0] if parts else path)
     return (find(*parts).size if parts else result.st_size), result.st_mtime_ns

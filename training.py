@@ -4,7 +4,7 @@ An engine loops over them and computes the loss. Learning rates, precision, seed
 handled here, between iterations. Do not `break` out of the loops: logging and saving after the yield would be skipped.
 
     with Run(...) as run:
-        for epoch in run.epochs():                 # logged and saved when the loop comes back
+        for epoch in run.epochs():                 # logged and saved when the loop continues
             for step in epoch.steps():             # rates are set before, numbers are logged and saved after
                 for batch in step.micro_batches():
                     step.backward(loss)
@@ -53,10 +53,9 @@ class RunOptions:
 
 
 class Best:
-    """The best validation so far, whose weights are in ``checkpoint-best.pth``; saved in checkpoints under ``best``.
+    """The best validation so far by one metric, whose weights are in ``checkpoint-best.pth``; saved in checkpoints.
 
     Args:
-        metric: name of the metric that decides.
         worst: a value worse than all others; if positive, smaller values are better.
     """
 
@@ -64,7 +63,7 @@ class Best:
         self.metric, self.smaller_wins, self.value, self.epoch = metric, worst > 0, worst, -1
 
     def state_dict(self) -> dict[str, float]:
-        """State to save in a checkpoint."""
+        """Return the state to save in a checkpoint."""
         return {self.metric: self.value, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -79,9 +78,6 @@ class Best:
             if not utils.broadcast(epoch.save(checkpoints.BEST)):
                 self.load_state_dict(before)
         epoch.shown |= {f"val_{name}": number for name, number in metrics.items()}
-
-
-# Iterators ------------------------------------------------------------------------------------------------------
 
 
 class Step:
@@ -102,7 +98,7 @@ class Step:
         self.values: dict[str, torch.Tensor] = {}
 
     def micro_batches(self) -> Iterator[Batch]:
-        """Its batches, with seeded generators and in autocast. Processes average gradients in the last one only."""
+        """Yield its batches, with seeded generators and in autocast. Processes average gradients in the last one."""
         for micro_batch in range(self.stepper.update_freq):
             batch = next(self.batches)
             run, epoch = self.epoch.run, self.epoch.index
@@ -133,7 +129,7 @@ class Step:
 
 
 class Epoch:
-    """A pass over the list, from the run's position on.
+    """One pass over the list, starting at the run's position.
 
     Attributes:
         index: numbered from 0.
@@ -151,7 +147,7 @@ class Epoch:
         self.meter.constants |= run.stepper.schedule(last)  # for the log, if no steps are left
 
     def steps(self) -> Iterator[Step]:
-        """Its optimizer steps, until the run is told to stop."""
+        """Yield its optimizer steps, until the run is told to stop."""
         run = self.run
         run.sampler.set_position(self.index, run.position.step)
         loaded = epoch_batches(run.loader, run.videos)
@@ -228,7 +224,7 @@ class Run:
         return utils.EXIT_REQUEUE if self.stopping else 0
 
     def epochs(self) -> Iterator[Epoch]:
-        """The epochs from the position on; each is logged and saved after the body of the loop."""
+        """Yield the epochs from the position on; each is logged and saved after the body of the loop."""
         while self.position.epoch < self.stop_epoch and not self.stopping:
             epoch = Epoch(self)
             self.control.listen()

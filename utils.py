@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from tqdm.contrib.logging import tqdm_logging_redirect
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-EXIT_REQUEUE = 85  # the run was told to stop and has saved itself: start it again (scripts/slurm)
+EXIT_REQUEUE = 85  # the run was told to stop and has saved a checkpoint: start it again (scripts/slurm)
 PATIENCE = 5.0  # seconds that the first process waits for others that end with an error as well
 
 logger = logging.getLogger("smile")
@@ -38,10 +38,9 @@ class RunError(Exception):
 
 @contextmanager
 def user_errors(prefix: str = "") -> Iterator[None]:
-    """Turn the ValueErrors and OSErrors of set-up into RunErrors.
+    """Turn ValueErrors and OSErrors into RunErrors.
 
-    Args:
-        prefix: put before the message of a ValueError, which begins with a parameter's name: ``--`` or ``--clip_``.
+    A leaf's ValueError begins with the name of its parameter; the prefix ``--`` or ``--clip_`` makes a flag of it.
     """
     try:
         yield
@@ -75,16 +74,16 @@ def run_main(function: Any, *args: Any) -> None:
 
 
 def first_to_say(message: str) -> bool:
-    """Whether this process prints an error message: the first one of those that end with the same message."""
+    """Return whether this process prints an error message: of those that end with the same one, the first does."""
     if meeting_place is None:
         return True
     try:
         first = meeting_place.add(f"said: {message}", 1) == 1
         ended, patience = meeting_place.add("ended", 1), time.monotonic() + PATIENCE
-        while rank() == 0 and ended < world_size() and time.monotonic() < patience:  # it may hold the store
+        while rank() == 0 and ended < world_size() and time.monotonic() < patience:  # it may host the store
             time.sleep(0.05)
             ended = meeting_place.add("ended", 0)
-    except RuntimeError:  # the process that held the store has ended
+    except RuntimeError:  # the process that hosted the store has ended
         return True
     return first
 
@@ -103,7 +102,7 @@ def end_workers() -> None:
 
 
 class Control:
-    """Agreement of all processes, after each step, on whether to stop (SIGTERM, SIGUSR1 or SIGINT) or to save.
+    """Lets all processes agree, after each step, on whether to stop (SIGTERM, SIGUSR1 or SIGINT) or to save.
 
     They exchange it on the CPU, one step late, so that no GPU has to wait. A second SIGINT ends the program at once.
     Outside of `listen` … `close` any of the signals ends it at once, with EXIT_REQUEUE.
@@ -126,7 +125,7 @@ class Control:
         self.signal = number
 
     def agree(self, save: bool) -> tuple[bool, bool]:
-        """Whether any process was told to stop, and whether any wants to save; of several, the answer lags one step."""
+        """Return whether any process was told to stop, and whether any wants to save; with several, one step late."""
         if self._group is None:
             return bool(self.signal), save
         before = self._finish()
@@ -148,26 +147,20 @@ class Control:
         return bool(flags[0]), bool(flags[1])
 
 
-# Processes ------------------------------------------------------------------------------------------------------
-
-
 def rank() -> int:
-    """Index of this process among all."""
+    """Return the index of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch.device:
-    """Join the other processes, if torchrun or srun started any, and pick this process's device.
+    """Join the other processes, if torchrun or srun started any; returns this process's device, the CPU without a GPU.
 
     torchrun's variables win over Slurm's, which are read only inside an srun step. NCCL on GPUs, Gloo on CPUs.
-
-    Returns:
-        The device: `device`, or the CPU where there is no GPU.
     """
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
@@ -199,7 +192,7 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
 
 
 def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) -> str:
-    """Why the installed torch cannot compute on a GPU of this compute capability; "" if it can.
+    """Explain why the installed torch cannot compute on a GPU of this compute capability; "" if it can.
 
     sm_XY is machine code for the major version X from the minor version Y on; compute_XY is compiled at run time for
     all versions from X.Y on (CUDA programming guide, "application compatibility"). Other names are not judged.
@@ -219,7 +212,7 @@ def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) 
 
 @functools.cache
 def cpu_group() -> Any:
-    """A group of all processes for data in CPU memory; must be called in all of them."""
+    """Return a Gloo group of all processes, for data in CPU memory; to be called in all of them."""
     return never_freed(dist.new_group(backend="gloo"))
 
 
@@ -242,7 +235,7 @@ def reduce_sum(values: list[float], device: torch.device, group: dist.ProcessGro
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's value, in every process."""
+    """Return the first process's value in every process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -254,9 +247,6 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
-
-
-# Seeds, files, logging ------------------------------------------------------------------------------------------
 
 
 def seed_everything(*key: int) -> None:
@@ -289,24 +279,13 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-class ConsoleHandler(logging.StreamHandler):
-    """Writes lines above a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(self.stream):
-            super().emit(record)
-
-
 def progress(items: Iterable[T], title: str, unit: str, count: Callable[[T], int]) -> Iterator[T]:
-    """Yield items while showing a progress bar; without a terminal, log that it begins.
-
-    Args:
-        unit: what is counted; count: number of them in an item.
-    """
+    """Yield items while showing a progress bar of `count(item)` units each; without a terminal, log the beginning."""
     terminal = sys.stderr.isatty()
     if not terminal:
         logger.info("%s begins", title)
-    with tqdm(desc=title, unit=f" {unit}", disable=rank() > 0 or not terminal, leave=False) as bar:
+    disable = rank() > 0 or not terminal
+    with tqdm_logging_redirect(desc=title, unit=f" {unit}", disable=disable, leave=False) as bar:
         for item in items:
             yield item
             bar.update(count(item))
@@ -314,7 +293,6 @@ def progress(items: Iterable[T], title: str, unit: str, count: Callable[[T], int
 
 def setup_logging() -> None:
     """Log to stdout, from the first process only."""
-    console = ConsoleHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=logging.ERROR, handlers=[console], force=True)
+    line = "%(asctime)s %(message)s"
+    logging.basicConfig(format=line, datefmt="%H:%M:%S", stream=sys.stdout, level=logging.ERROR, force=True)
     logger.setLevel(logging.INFO if rank() == 0 else logging.ERROR)

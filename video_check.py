@@ -43,7 +43,6 @@ def wrong_frames(
     """Compare random frames of a reader with FFmpeg's own sequence.
 
     Args:
-        reader: one of READERS.
         places: number of frames to compare; 0: all.
         first: compare only the first frames of the video.
     Returns:
@@ -84,7 +83,7 @@ def wrong_frames(
 
 
 def slow_reasons(path: str, size: int = 224) -> list[str]:
-    """Reasons why clips of `size` pixels a side load slowly from a video. Raises VideoError if it is unreadable."""
+    """List reasons why clips of `size` pixels a side load slowly from a video. Raises VideoError if unreadable."""
     with closing(PyAVVideo(path)) as video:
         width, height = video.stream.codec_context.width, video.stream.codec_context.height
         total, keys = len(video.seconds), np.flatnonzero(video.packets.key)

@@ -46,16 +46,11 @@ THEIR_PARTS = {
 BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)\.(\w+)")
 
 
-# Files ----------------------------------------------------------------------------------------------------------
-
-
 def local_path(path: str) -> str:
-    """Local path of a weight file; ``hf://owner/repo[@revision]/file`` is downloaded to huggingface_hub's cache.
+    """Return the local path of a weight file; ``hf://owner/repo[@revision]/file`` is downloaded to the hub's cache.
 
-    HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN apply.
-
-    Raises:
-        RunError: malformed ``hf://`` name, or neither cached nor available for download.
+    HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN apply. Raises RunError if the name is malformed, or the file is
+    neither cached nor available for download.
     """
     match = HUB.fullmatch(path)
     if not match:
@@ -120,7 +115,7 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     scalars are allowed.
 
     Args:
-        whole: False to read only names and options: checksums are not verified, and tensors stay on disk.
+        whole: if False, checksums are not verified, and tensors stay on disk; for names and options alone.
     Raises:
         RunError: no such file, damaged, or with contents that are not allowed.
     """
@@ -177,18 +172,15 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> str:
     )
 
 
-# Names ----------------------------------------------------------------------------------------------------------
-
-
 def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Options of the run that wrote a checkpoint; empty if another program wrote it, whose options differ."""
+    """Return the options of the run that wrote a checkpoint; empty if another program wrote it, with other options."""
     args = checkpoint.get("args")
     known = vars(args) if isinstance(args, argparse.Namespace) else {}
     return known if "max_bad_fraction" in known else {}
 
 
 def model_weights(checkpoint: dict[str, Any], path: str | Path = "checkpoint", key: str = "") -> Weights:
-    """The state dict in a checkpoint, with the names of the models here.
+    """Return the state dict in a checkpoint, with the names of the models here.
 
     Prefixes of DDP, FSDP, torch.compile and of other wrappers are removed, and names of transformers' VideoMAE are
     translated.
@@ -239,28 +231,15 @@ def from_transformers(theirs: Weights) -> Weights:
 
 
 def check_kind(path: str, name: str, kind: str, key: str = "") -> None:
-    """Check that a checkpoint has weights called `name`, before anything is built.
-
-    Args:
-        key: see model_weights.
-    Raises:
-        RunError: unreadable, or without such weights.
-    """
+    """Raise RunError if a checkpoint is unreadable or has no weights called `name`, before anything is built."""
     if not any(name in own for own in model_weights(read_checkpoint(path, whole=False), path, key)):
         raise RunError(f"{path} is not a {kind} checkpoint: it has no {name}")
 
 
-# Loading --------------------------------------------------------------------------------------------------------
-
-
 def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> None:
-    """Load the weights of a checkpoint (those under `key`) into a model with exactly these weights.
-
-    Raises:
-        RunError: unreadable, or missing, unknown or differently shaped weights.
-    """
+    """Load the weights of a checkpoint (those under `key`) into a model; RunError if any name or shape differs."""
     weights, own = model_weights(read_checkpoint(path), path, key), model.state_dict()
-    wrong = [_mismatch(name, weights, own) for name in _misshapen(weights, own)]
+    wrong = list(_misshapen(weights, own).values())
     wrong += [f"{name} is missing there" for name in own if name not in weights]
     wrong += [f"{name} is unknown here" for name in weights if name not in own]
     if wrong:
@@ -309,9 +288,9 @@ def load_encoder(
     weights = {name.removeprefix(prefix): value for name, value in everything.items() if name.startswith(prefix)}
     other = _misshapen(weights, own)
     fitting = {name: weights[name] for name in own if name in weights and name not in other}
-    other = [name for name in other if not name.startswith("head.")]
-    if other or not any(name.startswith("blocks.") for name in fitting):
-        reason = _mismatch(other[0], weights, own) if other else "no weight of it has a name of this model"
+    misfits = [text for name, text in other.items() if not name.startswith("head.")]
+    if misfits or not any(name.startswith("blocks.") for name in fitting):
+        reason = misfits[0] if misfits else "no weight of it has a name of this model"
         raise RunError(f"{path} does not fit this model: {reason}; check --model")
     new = [name for name in own if name not in fitting]
     left = [name for name in everything if name.removeprefix(prefix) not in fitting]
@@ -324,16 +303,12 @@ def load_encoder(
     logger.info("%s: loaded %d tensors; new here: %s; left out: %s", path, len(fitting), _names(new), _names(left))
 
 
-def _misshapen(weights: Weights, own: Weights) -> list[str]:
-    """Names of weights whose shape differs from the model's own."""
-    return [name for name in own if name in weights and weights[name].shape != own[name].shape]
-
-
-def _mismatch(name: str, weights: Weights, own: Weights) -> str:
-    """Message about the shape of a weight."""
-    return f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
+def _misshapen(weights: Weights, own: Weights) -> dict[str, str]:
+    """Map the name of each weight whose shape differs from the model's own to a message."""
+    pairs = {name: (list(weights[name].shape), list(own[name].shape)) for name in own if name in weights}
+    return {name: f"{name} is {there} there, {here} here" for name, (there, here) in pairs.items() if there != here}
 
 
 def _names(names: list[str]) -> str:
-    """The first names of a list, and the number of others."""
+    """Join the first names of a list, and the number of others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"
