@@ -44,7 +44,7 @@ class VideoScore:
 
 
 def combine_views(scores: list[VideoScore], num_classes: int, how: str = "mean") -> np.ndarray:
-    """Mean or maximum (`how`) over the views of each video, float64 ``[n, C]``; NaN without views."""
+    """Combine the views of each video by mean or max (`how`), float64 ``[n, C]``; NaN without views."""
     combined, combine = np.full((len(scores), num_classes), np.nan), np.max if how == "max" else np.mean
     for row, score in zip(combined, scores):
         if len(score.views):
@@ -53,7 +53,7 @@ def combine_views(scores: list[VideoScore], num_classes: int, how: str = "mean")
 
 
 def in_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Whether each label is among its video's k highest scores, bool ``[n]``; False for NaN.
+    """Return whether each label is among its video's k highest scores, bool ``[n]``; False for NaN.
 
     Of equal scores the class with the lower number comes first, so that a constant answer is not right.
     """
@@ -63,7 +63,7 @@ def in_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Top-1 and top-5 in percent, over videos and as the mean over the classes that occur.
+    """Compute top-1 and top-5 in percent, over videos and as the mean over the classes that occur.
 
     Args:
         scores: ``[n, C]``; labels: int ``[n]``.
@@ -77,7 +77,7 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Average precision; tied scores form one step.
+    """Compute the average precision; tied scores form one step.
 
     Args:
         scores: ``[n]``; NaN comes after all others.
@@ -127,7 +127,7 @@ def read_actions(text: str, num_classes: int = 0) -> np.ndarray:
 
 
 def label_classes(text: str) -> set[int]:
-    """The classes in a label of either form; empty if it is not a label."""
+    """Return the classes in a label of either form; empty if it is not a label."""
     try:
         return set(read_actions(text)[:, 0].astype(int).tolist())
     except ValueError:
@@ -272,6 +272,3 @@ class SeveralLabels(Task):
             for label in np.flatnonzero(positive.any(axis=0))
         }
         return ["videos", "ap"], rows
-
-
-ONE_LABEL = Task()

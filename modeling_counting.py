@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from modeling_finetune import channel_stats, normalize_clips
+from modeling_finetune import VisionTransformer, channel_stats, normalize_clips
 
 ANCHORS = torch.tensor([0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0])
 MIDDLE = 3  # the anchor with factor 1
@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
 
 
 def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
-    """Offsets of all frames from the first boundary to the last, float ``[F, 2]``; NO_NEIGHBOUR if there is none.
+    """Compute the offsets of all frames from the first boundary to the last, float ``[F, 2]``; NO_NEIGHBOUR if none.
 
     The phase of a frame is its relative position between the boundaries around it. Neighbouring cycles that differ by
     more than 2 frames and by more than a factor of 1.3 do not count as repetitions (the rule of UCFRep).
@@ -86,7 +86,7 @@ def anchor_targets(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.
 
 
 def decode(prediction: Prediction, lengths: torch.Tensor) -> torch.Tensor:
-    """Lengths ``[B, 2]`` from the prediction for the guess `lengths` ``[B, 2]``: the inverse of anchor_targets.
+    """Compute lengths ``[B, 2]`` from the prediction for the guess `lengths` ``[B, 2]``; the inverse of anchor_targets.
 
     Uses the most probable anchor; of equally probable ones, the one with the smallest correction.
     """
@@ -112,8 +112,8 @@ def counting_loss(
         logits, wanted = prediction.logits[:, side].float().flatten(0, 1), classes[:, side].flatten()
         known = (wanted >= 0).sum().clamp(min=1)
         class_losses.append(F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / known)
-        said = prediction.boxes[:, side].float()
-        box_losses.append(F.smooth_l1_loss(said, torch.where(classes[:, side] == 1, boxes[:, side], said.detach())))
+        found = prediction.boxes[:, side].float()
+        box_losses.append(F.smooth_l1_loss(found, torch.where(classes[:, side] == 1, boxes[:, side], found.detach())))
     class_loss, box_loss = torch.stack(class_losses).sum(), torch.stack(box_losses).sum()
     return class_loss + BOX_WEIGHT * box_loss, {"class_loss": class_loss.detach(), "box_loss": box_loss.detach()}
 
@@ -162,11 +162,11 @@ class CountingHead(nn.Module):
 
 
 class RepetitionCounter(nn.Module):
-    """An encoder, normalised ``[B, 3, T, H, W]`` → pooled features ``[B, width]``, on both windows, and the head."""
+    """An encoder without classifier, applied to both windows, and the head on its pooled features."""
 
-    def __init__(self, encoder: nn.Module, width: int):
+    def __init__(self, encoder: VisionTransformer):
         super().__init__()
-        self.encoder, self.head = encoder, CountingHead(2 * width)
+        self.encoder, self.head = encoder, CountingHead(2 * encoder.embed_dim)
 
     def forward(self, windows: torch.Tensor) -> Prediction:
         """uint8 ``[B, 2, T, H, W, 3]`` → Prediction."""
@@ -264,8 +264,8 @@ def count_cycles(predict: Callable[[torch.Tensor, torch.Tensor], Prediction], to
     """
     middle = torch.tensor([total // 2])
     guesses = within(torch.linspace(*START_SCALES)[:, None].expand(-1, 2) * total, total)
-    said = predict(middle.expand(len(guesses)), guesses)
-    near = said.logits.float().softmax(dim=-1)[:, :, MIDDLE, 1].mean(dim=1)
+    first = predict(middle.expand(len(guesses)), guesses)
+    near = first.logits.float().softmax(dim=-1)[:, :, MIDDLE, 1].mean(dim=1)
     lengths = guesses[near.argmax()][None]
     for level, (num, corrections) in enumerate(LEVELS):
         moments = ((torch.arange(num) + 0.5) * total / num).long()

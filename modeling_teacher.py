@@ -21,7 +21,7 @@ from open_clip.factory import load_state_dict
 from open_clip.model import resize_pos_embed
 from timm.layers import to_2tuple
 
-from modeling_finetune import NORMS, channel_stats
+from modeling_finetune import NORMS, PATCH_SIZE, TUBELET_SIZE, channel_stats
 
 TARGET_TYPES = ("clip", "dino_v1", "timm", "pixel")
 DINO_MODELS = {"dino_s": "vit_small_patch16_224.dino", "dino_b": "vit_base_patch16_224.dino"}
@@ -44,10 +44,10 @@ class PixelTarget(nn.Module):
     Layout of a target of 2·16·16·3 numbers: frame, row, column, colour (p0 p1 p2 c).
     """
 
-    def __init__(self, patch_size: int = 16, tubelet_size: int = 2):
+    out_dim = TUBELET_SIZE * PATCH_SIZE**2 * 3
+
+    def __init__(self):
         super().__init__()
-        self.patch_size, self.tubelet_size = patch_size, tubelet_size
-        self.out_dim = tubelet_size * patch_size**2 * 3
         self.mean, self.std = (nn.Buffer(values, persistent=False) for values in channel_stats("imagenet"))
 
     def compile(self, **options) -> None:
@@ -57,7 +57,7 @@ class PixelTarget(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """ImageNet-normalised ``[B, 3, T, H, W]`` → ``[B, N, out_dim]``, fp32."""
         pixels = clips.float() * self.std + self.mean  # [0, 1]
-        sides = {"p0": self.tubelet_size, "p1": self.patch_size, "p2": self.patch_size}
+        sides = {"p0": TUBELET_SIZE, "p1": PATCH_SIZE, "p2": PATCH_SIZE}
         cubes = rearrange(pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c", **sides)
         return rearrange(normalize_features(cubes.flatten(0, 1)), "(b n) p c -> b n (p c)", b=len(clips))
 
@@ -128,7 +128,7 @@ class FrameTeacher(FrameTower):
         image_size: tuple[int, int],
         norm: Norm,
         grid: tuple[int, int],
-        tubelet_size: int = 2,
+        tubelet_size: int = TUBELET_SIZE,
         stage: int = -1,
     ):
         super().__init__(getattr(tower, "trunk", tower), image_size, norm)  # open_clip wraps timm's towers

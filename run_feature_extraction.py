@@ -22,14 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 import utils
 from datasets_finetune import DATA_SETS, SAMPLINGS, Span, ViewReader, WindowReader
 from evaluation import load_views, score_videos, write_table
 from lists import VideoList, label_text, read_list
 from metrics import VideoScore
-from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
+from modeling_finetune import MODELS, token_grid
+from modeling_probe import Features
 from optim_factory import DTYPES, pick_precision
 from options import add_data_arguments, follow, look_at, make_parser, parse, run_program, trained_with
 from utils import RunError, logger
@@ -78,20 +78,6 @@ def is_windows(args: argparse.Namespace) -> bool:
     return bool(args.stride or args.stride_seconds)
 
 
-class Features(nn.Module):
-    """Clips ``[B, 3, T, H, W]`` → features of each: mean ``[B, D]``, time ``[B, t, D]`` or token ``[B, N, D]``."""
-
-    def __init__(self, encoder: VisionTransformer, kind: str):
-        super().__init__()
-        self.encoder, self.kind = encoder, kind
-
-    def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        tokens = self.encoder.forward_tokens(clips)
-        if self.kind == "time":
-            return tokens.unflatten(1, (clips.shape[2] // TUBELET_SIZE, -1)).mean(dim=2)
-        return tokens.mean(dim=1) if self.kind == "mean" else tokens
-
-
 def check(args: argparse.Namespace) -> None:
     """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
     checkpoint = local_path(args.checkpoint)
@@ -133,7 +119,7 @@ def check_unchanged(args: argparse.Namespace, encoder: nn.Module, precision: str
     if file.is_file():
         known = json.loads(file.read_text())
         for name, value in settings.items():
-            if known.get(name, value) != value:  # options that an earlier version did not have cannot differ
+            if known.get(name) != value:
                 raise RunError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
     utils.barrier()  # all have looked
     if utils.rank() == 0:
@@ -141,7 +127,7 @@ def check_unchanged(args: argparse.Namespace, encoder: nn.Module, precision: str
 
 
 def part_of(path: Path, windows: bool) -> Path:
-    """The part of the index that belongs to a file of features."""
+    """Return the path of the part of the index that belongs to a file of features."""
     return path.with_suffix(".windows.csv" if windows else ".csv")
 
 
@@ -178,7 +164,7 @@ def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore
 
 
 def named(videos: VideoList, index: int) -> tuple[str, str]:
-    """Path and label of a video."""
+    """Return path and label of a video."""
     return videos.path(index), os.fsdecode(videos.labels[index])
 
 
@@ -188,8 +174,6 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     for path in files:
         with open(part_of(path, is_windows(args)), newline="") as file:
             lines += csv.reader(file)
-    unknown = [""] * (len(COLUMNS) - 6)  # parts that an earlier version of this program wrote have no seconds
-    lines = [line if len(line) == len(COLUMNS) else [*line[:5], *unknown, line[5]] for line in lines]
     write_table(folder / "index.csv", [list(COLUMNS), *lines])
     if is_windows(args):
         readable = [line for line in lines if not line[-1]]
@@ -203,7 +187,7 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
 
 
 def files_to_write(args: argparse.Namespace, videos: VideoList) -> dict[Path, list[int]]:
-    """The files of features, and the lines of the list whose features each holds.
+    """List the files of features, each with the lines of the list whose features it holds.
 
     Windows have a file for each video: its name, or if two have the same, its path below their common folder.
 
