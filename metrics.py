@@ -39,7 +39,7 @@ class VideoScore:
     spans: Sequence[Span] = ()
 
     def of_probe(self, p: int) -> "VideoScore":
-        """The scores that probe `p` gives."""
+        """Return the scores that probe `p` gives."""
         return self if self.error else VideoScore(self.index, self.views[:, p])
 
 
@@ -63,11 +63,7 @@ def in_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Compute top-1 and top-5 in percent, over videos and as the mean over the classes that occur.
-
-    Args:
-        scores: ``[n, C]``; labels: int ``[n]``.
-    """
+    """Compute top-1 and top-5 in percent, over videos and as the mean over the classes that occur."""
     metrics = {}
     for k in (1, 5):
         right = in_top_k(scores, labels, k)
@@ -160,11 +156,11 @@ class Task:
         return class_label(text, self.num_classes)
 
     def parse_test_label(self, text: str) -> int | str | bytes:
-        """The same for a test list, where -1 stands for no label."""
+        """Convert a label of a test list, where -1 stands for no label."""
         return self.no_label if text == "-1" else self.parse_label(text)
 
     def unlabelled(self, videos: VideoList) -> bool:
-        """Whether a test list has no labels.
+        """Return whether a test list has no labels.
 
         Raises:
             ValueError: some of its videos have one, others have none.
@@ -178,7 +174,7 @@ class Task:
         return len(lacking) > 0
 
     def clip_label(self, videos: VideoList, index: int, clip: Clip) -> Any:
-        """The label of a training clip: that of its video."""
+        """Return the label of a training clip: that of its video."""
         return np.int64(videos.labels[index])
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
@@ -194,16 +190,16 @@ class Task:
         return F.cross_entropy(logits, labels, reduction="none")
 
     def while_training(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What to log beside the loss, from logits ``[B, C]``, or ``[B, P, C]`` of P probes."""
+        """Compute what is logged beside the loss, from logits ``[B, C]``, or ``[B, P, C]`` of P probes."""
         right = logits.argmax(dim=-1).movedim(0, -1) == labels  # [B], or [P, B]; mixed clips count by their own label
         return {"acc1": right.float().mean() * 100}
 
     def measure(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Metrics in percent of scores ``[n, C]``; NaN where a video could not be read."""
+        """Compute metrics in percent from scores ``[n, C]``; NaN where a video could not be read."""
         return accuracy(scores, labels)
 
     def class_table(self, scores: np.ndarray, labels: np.ndarray) -> tuple[list[str], dict[int, list]]:
-        """Column names, and for each class that occurs its number of videos and metrics in percent."""
+        """Return column names, and for each class that occurs its number of videos and metrics in percent."""
         right = {k: in_top_k(scores, labels, k) for k in (1, 5)}
         rows = {
             int(label): [(labels == label).sum(), *(100 * right[k][labels == label].mean() for k in (1, 5))]
@@ -229,7 +225,7 @@ class SeveralLabels(Task):
         return text
 
     def clip_label(self, videos: VideoList, index: int, clip: Clip) -> np.ndarray:
-        """Multi-hot label of the classes between the first and the last frame of a clip, float32 ``[C]``.
+        """Return the multi-hot label of the classes from the first to the last frame of a clip, float32 ``[C]``.
 
         Raises:
             RunError: labels have seconds, and the video has neither time stamps nor a frame rate.
@@ -243,7 +239,7 @@ class SeveralLabels(Task):
         return self.seen(actions, clip.seconds[0], clip.seconds[-1])
 
     def seen(self, actions: np.ndarray, start: float = -np.inf, end: float = np.inf) -> np.ndarray:
-        """Multi-hot label of the actions ``[A, 3]`` that overlap the time from `start` to `end`, float32 ``[C]``."""
+        """Return the multi-hot label of the actions ``[A, 3]`` that overlap `start` to `end`, float32 ``[C]``."""
         label = np.zeros(self.num_classes, np.float32)
         label[actions[(actions[:, 1] <= end) & (actions[:, 2] >= start), 0].astype(int)] = 1
         return label
@@ -261,7 +257,7 @@ class SeveralLabels(Task):
         return {}
 
     def measure(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Mean average precision over the classes that occur, and their number."""
+        """Compute the mean average precision over the classes that occur, and their number."""
         of_classes = [values[-1] for values in self.class_table(scores, labels)[1].values()]
         return {"map": float(np.mean(of_classes)) if of_classes else 0.0, "classes": len(of_classes)}
 

@@ -73,7 +73,7 @@ def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
 
 
 def anchor_targets(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training targets for true offsets ``[B, 2]`` and guessed lengths ``[B, 2]``, in frames.
+    """Compute training targets for true offsets ``[B, 2]`` and guessed lengths ``[B, 2]``, in frames.
 
     Returns:
         classes int ``[B, 2, 7]``: 1 positive, 0 negative, -1 ignored (no neighbour); boxes float ``[B, 2, 7]``,
@@ -100,7 +100,7 @@ def decode(prediction: Prediction, lengths: torch.Tensor) -> torch.Tensor:
 def counting_loss(
     prediction: Prediction, classes: torch.Tensor, boxes: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Cross-entropy of the classes plus BOX_WEIGHT times smooth L1 of the boxes, summed over both sides.
+    """Compute cross-entropy of the classes plus BOX_WEIGHT times smooth L1 of the boxes, summed over both sides.
 
     Boxes of negative anchors count in the mean but have no gradient: their targets are the detached predictions.
 
@@ -124,7 +124,7 @@ def counting_loss(
 def window_frames(
     moments: torch.Tensor, lengths: torch.Tensor, total: torch.Tensor | int, num_frames: int
 ) -> torch.Tensor:
-    """Frame indices of the windows on both sides, int ``[B, 2, T]``; -1 outside the segment.
+    """Compute frame indices of the windows on both sides, int ``[B, 2, T]``; -1 outside the segment.
 
     Each window is twice as long as the guess, so that the largest anchor fits: T evenly spaced frames from
     m - 2·length + 1 to m, and from m + 1 to m + 2·length. `total`: frames of each segment ``[B]``, or of all.
@@ -137,7 +137,7 @@ def window_frames(
 
 
 def take_frames(frames: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Frames ``[..., H, W, 3]`` of a segment uint8 ``[F, H, W, 3]`` at the indices; MEAN_COLOUR where they are -1."""
+    """Take frames ``[..., H, W, 3]`` of a segment uint8 ``[F, H, W, 3]`` by index; MEAN_COLOUR where it is -1."""
     windows = frames[index.clamp(min=0)]
     windows[index < 0] = MEAN_COLOUR
     return windows
@@ -187,7 +187,6 @@ class Walks:
 
     Args:
         segments: (frames uint8 ``[F, H, W, 3]``, boundaries of its cycles ``[C + 1]``) of B segments.
-        rngs: one generator for each segment.
         steps: number of refinement steps, R.
     """
 
@@ -210,16 +209,16 @@ class Walks:
         self.step = 0
 
     def windows(self, num_frames: int) -> torch.Tensor:
-        """Current windows, uint8 ``[B, 2, T, H, W, 3]``."""
+        """Take the current windows, uint8 ``[B, 2, T, H, W, 3]``."""
         index = window_frames(self.moments, self.lengths, self.totals, num_frames)
         return torch.stack([take_frames(frames, i) for frames, i in zip(self.frames, index)])
 
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Targets of the current windows; see anchor_targets."""
+        """Compute the targets of the current windows; see anchor_targets."""
         return anchor_targets(self.truth(), self.lengths)
 
     def truth(self) -> torch.Tensor:
-        """True offsets at the moments, ``[B, 2]``."""
+        """Return the true offsets at the moments, ``[B, 2]``."""
         return torch.stack([offsets[moment] for offsets, moment in zip(self.offsets, self.moments.tolist())])
 
     def move(self, lengths: torch.Tensor) -> None:
@@ -279,7 +278,7 @@ def count_cycles(predict: Callable[[torch.Tensor, torch.Tensor], Prediction], to
 
 
 def counting_scores(counts: list[float], truth: list[int]) -> dict[str, float]:
-    """``mae``: mean of |round(count) - truth| / truth; ``obo``: fraction of counts with an error of at most one."""
+    """Compute ``mae``, mean of |round(count) - truth| / truth, and ``obo``, fraction of errors of at most one."""
     errors = [abs(math.floor(count + 0.5) - true) for count, true in zip(counts, truth)]
     return {
         "mae": sum(error / true for error, true in zip(errors, truth)) / len(truth),

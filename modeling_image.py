@@ -24,7 +24,7 @@ class FrameEncoder(FrameTower):
 
     @property
     def num_heads(self) -> int:
-        """Number of heads of an attentive probe: 64 wide each if that divides the features."""
+        """Number of heads of an attentive probe: 64 wide each if that divides the width of the features, else 1."""
         return self.embed_dim // 64 if self.embed_dim % 64 == 0 else 1
 
     def forward_tokens(self, clips: torch.Tensor) -> torch.Tensor:

@@ -58,9 +58,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
     add("--checkpoint", default="", help="pretrained or fine-tuned: a file, or hf://owner/repo/file")
-    add(
-        "--features", choices=("mean", "time", "token"), default="mean", help="mean of all tokens, by time step, or all"
-    )
+    add("--features", choices=("mean", "time", "token"), default="mean", help="mean of tokens, by time step, or all")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="folder of the output")
@@ -103,8 +101,8 @@ def check(args: argparse.Namespace) -> None:
         read_list(args.data_path, label_text, args.data_root).check_files(args.max_bad_fraction)
 
 
-def check_unchanged(args: argparse.Namespace, encoder: nn.Module, precision: str) -> None:
-    """Leave ``settings.json`` in the folder, or compare with the one that is there.
+def check_unchanged(args: argparse.Namespace, encoder: torch.nn.Module, precision: str) -> None:
+    """Write ``settings.json`` into the folder, after comparing with the one that is there.
 
     Raises:
         RunError: the folder holds features of another list, model or kind.
@@ -119,7 +117,7 @@ def check_unchanged(args: argparse.Namespace, encoder: nn.Module, precision: str
     if file.is_file():
         known = json.loads(file.read_text())
         for name, value in settings.items():
-            if known.get(name) != value:
+            if known.get(name, value) != value:  # an earlier version may not have written all of them
                 raise RunError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
     utils.barrier()  # all have looked
     if utils.rank() == 0:

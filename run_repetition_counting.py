@@ -195,7 +195,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
 
 
 def weights_to_load(args: argparse.Namespace) -> str:
-    """The checkpoint to start from or, with --eval, to test: --finetune, for a test also the best of output_dir."""
+    """Return the checkpoint to start from or, with --eval, to test, where the best of output_dir is the default."""
     return args.finetune or (best_of(args.output_dir) if args.eval else "")
 
 

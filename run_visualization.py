@@ -91,7 +91,7 @@ def normalized(clip: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
-    """Draw the sample of training in epoch 0, the first of several views.
+    """Make the sample that training shows in epoch 0, its first view if there are several.
 
     Raises:
         VideoError: unreadable. RunError: no usable object.
@@ -145,7 +145,7 @@ def received_attention(attention: modeling_finetune.Attention, x: torch.Tensor) 
 def classify(
     model: modeling_finetune.VisionTransformer, clips: torch.Tensor, task: Task
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return class probabilities ``[C]`` of a clip ``[1, 3, T, H, W]``, and the last block's received_attention ``[N]``."""
+    """Return class probabilities ``[C]`` and the last block's attention ``[N]`` of a clip ``[1, 3, T, H, W]``."""
     last, inputs = cast(modeling_finetune.Block, model.blocks[-1]).attn, []
     with last.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
         probabilities = task.probabilities(model(clips).float())[0]

@@ -99,7 +99,7 @@ def pretraining_rows(
     grid: tuple[int, int, int],
     predictions: np.ndarray | None = None,
 ) -> list[Row]:
-    """Rows of a pretraining sample: clip, objects, mask, targets, and the student's predictions and their error.
+    """Make the rows of a pretraining sample: clip, objects, mask, targets, the student's predictions and their error.
 
     Args:
         natural, clip: before and after the overlay, uint8 ``[T, H, W, 3]``.
@@ -127,11 +127,7 @@ def pretraining_rows(
 
 
 def attention_rows(frames: np.ndarray, attention: np.ndarray, grid: tuple[int, int, int]) -> list[Row]:
-    """Rows of a fine-tuned model: frames uint8 ``[T, H, W, 3]``, and the attention that each token receives.
-
-    Args:
-        attention: share of each token, ``[N]``, sum 1.
-    """
+    """Make rows of frames uint8 ``[T, H, W, 3]``, and of the attention on each token, ``[N]``, sum 1."""
     share = attention.reshape(grid) * attention.size  # 1: the share of uniform attention
     top = float(np.percentile(share, 99))
     light = (share / top).clip(0.1, 1).repeat(len(frames) // grid[0], axis=0).astype(np.float32)

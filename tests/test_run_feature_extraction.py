@@ -231,6 +231,17 @@ def test_videos_of_the_same_name_keep_their_folders(extract, clips, tmp_path):
     assert lengths == [9, 1]
 
 
+def test_a_folder_with_fewer_settings_is_gone_on_with(extract, whole, tmp_path):
+    """An earlier version wrote no strides, and no sum of the weights."""
+    old = shutil.copytree(whole, tmp_path / "old")
+    known = json.loads((old / "settings.json").read_text())
+    fewer = {name: value for name, value in known.items() if "stride" not in name and "weights" not in name}
+    assert len(fewer) == len(known) - 3
+    (old / "settings.json").write_text(json.dumps(fewer))
+    done = extract(old, "--shard_size", 2)
+    assert done.code == 0 and "0 of 4 files to compute" in done.out, done.all
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
