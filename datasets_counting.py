@@ -1,7 +1,7 @@
 """Videos with annotated repetitions: UCFRep's .mat files, whole segments for counting, parts of them for training."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -28,6 +28,11 @@ class Annotation:
     last: int
     bounds: np.ndarray  # int [C + 1], increasing
 
+    @property
+    def cycles(self) -> int:
+        """Number of its cycles, C."""
+        return len(self.bounds) - 1
+
 
 def read_annotation(path: Path, video: str) -> Annotation:
     """Read a ``.mat`` of UCFRep: a struct `label` with `start_frame`, `end_frame` and `temporal_bound`, from 1.
@@ -52,22 +57,8 @@ def read_annotation(path: Path, video: str) -> Annotation:
     return Annotation(video, min(first, int(bounds[0])), max(last, int(bounds[-1])), bounds.astype(int))
 
 
-@dataclass(frozen=True)
-class AnnotationList(VideoList):
-    """Videos with their annotations; the label of each is its number of cycles."""
-
-    annotations: tuple[Annotation, ...] = ()
-
-    def path(self, index: int) -> str:
-        """Path of a video; indices of training samples run over the list several times."""
-        return super().path(index % len(self))
-
-    def __getitem__(self, index: int) -> Annotation:
-        return self.annotations[index % len(self)]
-
-
-def read_annotations(folder: str, root: str) -> AnnotationList:
-    """Read the annotations in a folder and find their videos by name.
+def read_annotations(folder: str, root: str) -> VideoList:
+    """Read the annotations in a folder, the labels of the list, and find their videos by name.
 
     Args:
         root: folder of the videos, at most one folder deep. Names of those folders do not matter: UCF101 itself has
@@ -84,10 +75,8 @@ def read_annotations(folder: str, root: str) -> AnnotationList:
         raise ValueError(
             f"{folder}: {len(missing)} of {len(files)} videos are not in --data_root {root}, the first: {missing[0]}"
         )
-    annotations = tuple(read_annotation(file, videos[file.stem]) for file in files)
-    listed = list_of(folder, [annotation.video for annotation in annotations])
-    counts = np.array([len(annotation.bounds) - 1 for annotation in annotations])
-    return AnnotationList(folder, listed.paths, counts, listed.lines, annotations=annotations)
+    annotations = np.array([read_annotation(file, videos[file.stem]) for file in files])
+    return replace(list_of(folder, [annotation.video for annotation in annotations]), labels=annotations)
 
 
 def pad_to_square(frame: np.ndarray, side: int) -> np.ndarray:
@@ -131,20 +120,24 @@ def draw_cycles(rng: np.random.Generator, bounds: np.ndarray, max_frames: int) -
 
 @dataclass(eq=False)
 class TrainSegments(VideoDataset):
-    """Random parts of the training videos, flipped with p = .5; sample i is of video i % len(videos)."""
+    """Random parts of the videos of read_annotations, flipped with p = .5.
 
-    videos: AnnotationList
+    Args:
+        per_video: parts of each video in an epoch; sample i is of video i % n.
+    """
+
+    videos: VideoList
     per_video: int
     max_frames: int
     side: int
     seed: int
     reader: str = "pyav"
 
-    def __len__(self) -> int:
-        return self.per_video * len(self.videos)
+    def __post_init__(self):
+        self.videos = self.videos.subset(np.tile(np.arange(len(self.videos)), self.per_video))
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        rng, annotation = sample_rng(self.seed, *key), self.videos[key[1]]
+        rng, annotation = sample_rng(self.seed, *key), self.videos.labels[key[1]]
         bounds = draw_cycles(rng, annotation.bounds, self.max_frames)
         try:
             frames = read_segment(annotation, bounds[0], bounds[-1], self.side, self.reader)
@@ -175,14 +168,12 @@ def collate_segments(samples: list[dict[str, Any]]) -> SegmentBatch:
 class WholeSegments(VideoStream):
     """Annotated segments for counting: `frames` uint8 ``[F, S, S, 3]``, or none and the reason in `error`."""
 
-    videos: AnnotationList
-
-    def __init__(self, videos: AnnotationList, mine: Sequence[int], side: int, reader: str = "pyav"):
+    def __init__(self, videos: VideoList, mine: Sequence[int], side: int, reader: str = "pyav"):
         super().__init__(videos, mine)
         self.side, self.reader = side, reader
 
     def samples(self, index: int) -> Iterator[dict[str, Any]]:
-        annotation = self.videos[index]
+        annotation = self.videos.labels[index]
         frames, error = np.empty(0, np.uint8), ""
         try:
             frames = read_segment(annotation, annotation.first, annotation.last, self.side, self.reader)

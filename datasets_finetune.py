@@ -50,12 +50,8 @@ class DataSet:
     ending: str = ".csv"
     train_videos: int = 0
 
-    def __post_init__(self):
-        if self.sampling not in SAMPLINGS:
-            raise ValueError(f"sampling {self.sampling!r}: choose from {SAMPLINGS}")
-
     def list_path(self, folder: str, name: str) -> str:
-        """Path of the list `name`, such as ``val.csv``, in a folder."""
+        """Return the path of the list `name`, such as ``val.csv``, in a folder."""
         if any(Path(folder).glob(f"*{self.ending}")):
             name = name.removesuffix(".csv") + self.ending
         return str(Path(folder, name))
@@ -162,7 +158,7 @@ def read_class_names(folder: str, num_classes: int) -> list[str] | None:
 
 
 def dense_indices(rng: np.random.Generator | None, total: int, num_frames: int, stride: int) -> np.ndarray:
-    """Frames ``[T]`` of a random window (without `rng` the centre) of ``num_frames * stride`` frames, as on Kinetics.
+    """Choose frames ``[T]`` of a random window (without `rng` the centre) of ``num_frames * stride``, as on Kinetics.
 
     They are spread over the whole window, so a little more than `stride` apart (kept for the released models). A video
     not longer than the window: its frames about `stride` apart, then the last one repeated.
@@ -177,7 +173,7 @@ def dense_indices(rng: np.random.Generator | None, total: int, num_frames: int, 
 
 
 def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int) -> np.ndarray:
-    """One random frame (without `rng` the middle one) of each of T equal segments, ``[T]``, as on Something-Something.
+    """Choose a random frame (without `rng` the middle one) of each of T equal segments, as on Something-Something.
 
     Fewer frames than segments are spread evenly, with repeats.
     """
@@ -191,7 +187,7 @@ def segment_indices(rng: np.random.Generator | None, total: int, num_frames: int
 def clip_indices(
     rng: np.random.Generator | None, total: int, num_frames: int, stride: int, sampling: str
 ) -> np.ndarray:
-    """Frames of a training clip, or without `rng` of a validation clip: sorted int ``[T]`` in [0, total).
+    """Choose frames of a training clip, or without `rng` of a validation clip: sorted int ``[T]`` in [0, total).
 
     Raises:
         ValueError: `sampling` is none of SAMPLINGS.
@@ -204,7 +200,7 @@ def clip_indices(
 
 
 def test_view_indices(total: int, num_frames: int, stride: int, views: int, sampling: str) -> np.ndarray:
-    """Frames of the temporal views of the multi-view test, ``[views, T]``; a single view is the centre.
+    """Choose frames of the temporal views of the multi-view test, ``[views, T]``; a single view is the centre.
 
     Dense: windows of T out of every `stride`-th frame of the whole video, evenly from its start to its end.
     Segments: frames ``total / T`` apart; the views interleave.
@@ -231,7 +227,6 @@ class FinetuneDataset(VideoDataset):
         clip_label: (list, index of a video, clip of it) → the clip's label; see metrics.Task.clip_label.
         sampling: one of SAMPLINGS.
         num_views: augmentations of each decoded clip (repeated augmentation).
-        reader: one of READERS.
     """
 
     videos: VideoList
@@ -263,7 +258,6 @@ class ViewReader:
         segments, crops: views in time and space; segments 0 is validation: the centre of training's sampling.
         size: side of the views, pixels.
         short_side: short side of the frame before cropping, at least `size`; 0: `size`.
-        reader: one of READERS.
     """
 
     sampling: str
@@ -276,7 +270,7 @@ class ViewReader:
     reader: str = "pyav"
 
     def frame_indices(self, seconds: np.ndarray) -> np.ndarray:
-        """Frames ``[V, T]`` of each temporal view of a video whose frames are shown at `seconds` ``[total]``."""
+        """Choose frames ``[V, T]`` of each temporal view of a video whose frames are shown at `seconds` ``[total]``."""
         total = len(seconds)
         if self.segments:
             return test_view_indices(total, self.num_frames, self.stride, self.segments, self.sampling)
@@ -318,7 +312,7 @@ class ViewReader:
                     kept = {needed: squares for needed, squares in kept.items() if last_view[needed] >= done}
 
     def span(self, seconds: np.ndarray, frames: np.ndarray) -> Span:
-        """Span of a view of frames ``[T]``: up to the frame `stride` after its last one, or to the video's end."""
+        """Return the span of a view of frames ``[T]``: to the frame `stride` after its last one, or the video's end."""
         total, after, length = len(seconds), int(frames[-1]) + self.stride, float(seconds[-1] - seconds[0])
         rate = (total - 1) / length if length > 0 else float("nan")
         end = float(seconds[after]) if after < total else float(seconds[-1]) + (1 / rate if rate > 0 else 0.0)
@@ -356,7 +350,7 @@ class WindowReader(ViewReader):
 
 
 def as_views(clips: list[np.ndarray]) -> torch.Tensor:
-    """Clips uint8 ``[T, H, W, 3]`` → ``[V, 3, T, H, W]``, colour innermost in memory."""
+    """Stack clips uint8 ``[T, H, W, 3]`` to ``[V, 3, T, H, W]``, colour innermost in memory."""
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
 
 

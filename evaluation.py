@@ -22,9 +22,9 @@ from datasets import VideoStream, init_worker
 from datasets_finetune import EvalDataset, EvalSample, Span, ViewReader
 from lists import VideoList
 from meters import RunLog, guarded
-from metrics import ONE_LABEL, Task, VideoScore, combine_views
+from metrics import Task, VideoScore, combine_views
 from modeling_finetune import channel_stats, normalize_clips
-from modeling_probe import MeanTokens, ProbedEncoder, TokenEncoder, nearest_neighbours
+from modeling_probe import Features, ProbedEncoder, TokenEncoder, nearest_neighbours
 from optim_factory import autocast
 from utils import RunError, broadcast, cpu_group, logger, progress, rank, warn_once, world_size
 
@@ -33,7 +33,7 @@ TOP = 5  # classes of each video in predictions.csv
 
 
 def stream_samples(stream: VideoStream, num_workers: int, timeout: float) -> Iterator[Any]:
-    """The samples of a stream; `timeout` is the time in seconds to wait for one.
+    """Load the samples of a stream; `timeout` is the time in seconds to wait for one.
 
     Raises:
         RunError: a worker hung, died, or raised; it names the videos that the worker may have been reading.
@@ -108,7 +108,7 @@ def score_videos(
 
 
 def gather_scores(scores: list[VideoScore], everywhere: bool = False) -> list[VideoScore]:
-    """The scores of all processes in the order of the list, in the first process or `everywhere`; else []."""
+    """Collect the scores of all processes in the order of the list, in the first process or `everywhere`; else []."""
     parts: list[list[VideoScore]] = [scores]
     if world_size() > 1:
         parts = [[] for _ in range(world_size())]
@@ -131,7 +131,7 @@ def warn_of_unreadable(scores: list[VideoScore], videos: VideoList, effect: str)
 
 
 def judge(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> dict[str, float]:
-    """Metrics of a list from the scores of this process, the same in all processes.
+    """Compute the metrics of a list, the same in all processes, from the scores that each of them has.
 
     Args:
         output_dir: where the first process writes ``test_predictions.npz`` and ``test_per_class.csv``; empty: nowhere.
@@ -150,15 +150,14 @@ def judge(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: s
     return broadcast(metrics)
 
 
-def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> np.ndarray:
-    """Scores of unlabelled videos, combined over views, in the first process; NaN for unreadable videos.
+def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str) -> None:
+    """Predict the classes of unlabelled videos from the scores of this process; those of a single video are printed.
 
-    Writes ``predictions.csv``, the most probable classes of each video, and ``predictions.npz``, the scores of all.
+    The first process writes ``predictions.csv``, the most probable classes of each video, and ``predictions.npz``, the
+    scores of all classes, combined over views; NaN for unreadable videos.
 
     Args:
         output_dir: where to write them; empty: the current folder.
-    Returns:
-        ``[n, C]``; in other processes without rows.
     Raises:
         RunError: no video could be read.
     """
@@ -168,7 +167,7 @@ def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir:
     if reason := broadcast(f"{videos.path(scores[0].index)}: {scores[0].error}" if failed else ""):
         raise RunError(f"{videos.source}: no video could be read, the first: {reason}")
     if rank() != 0:
-        return np.empty((0, task.num_classes))
+        return
     combined, names = combine_views(scores, task.num_classes, task.combine), task.names or range(task.num_classes)
     paths, places = [videos.path(score.index) for score in scores], range(1, min(TOP, task.num_classes) + 1)
     rows: list[list] = [["path", *(f"{head}{place}" for place in places for head in ("class", "score"))]]
@@ -178,7 +177,11 @@ def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir:
     write_table(Path(output_dir, "predictions.csv"), rows)
     classes = [str(name) for name in names]
     np.savez(Path(output_dir, "predictions.npz"), video=paths, scores=combined.astype(np.float32), classes=classes)
-    return combined
+    if len(videos) == 1:
+        for label in np.argsort(-combined[0])[:TOP]:
+            print(f"{combined[0, label]:.4f}  {names[label]}")
+    told = "%d videos: likeliest classes in %s, scores of all %d classes in predictions.npz beside it"
+    logger.info(told, len(videos), os.path.join(output_dir, "predictions.csv"), task.num_classes)
 
 
 def write_test(
@@ -216,51 +219,51 @@ class Evaluator:
 
     Args:
         val_views, test_views: which views of a video are used.
+        task: meaning, number and names of the classes.
         timeout: seconds to wait for a video before stopping.
         output_dir: where the first process writes the scores of a test; empty: nowhere.
-        task: meaning, number and names of the classes.
     """
 
     device: torch.device
     precision: str
     val_views: ViewReader
     test_views: ViewReader
+    task: Task
     num_workers: int = 0
     timeout: float = 0
     output_dir: str = ""
-    task: Task = ONE_LABEL
 
     def outputs(
         self, model: nn.Module, videos: VideoList, views: ViewReader, title: str, finish: Finish | None = None
     ) -> list[VideoScore]:
-        """The model's output for this process's share of a list; see score_videos."""
+        """Compute the model's outputs for this process's share of a list; see score_videos."""
         samples = load_views(videos, views, self.num_workers, self.timeout)
         return list(score_videos(model, samples, self.device, self.precision, title, finish))
 
     def validate(self, model: nn.Module, videos: VideoList) -> dict[str, float]:
-        """Metrics of a list on centre clips; of probes, those of the best one, which the model then remembers."""
+        """Compute metrics on centre clips; of probes, those of the best one, whose index the model keeps."""
         scores = self.outputs(model, videos, self.val_views, "validation", self.task.probabilities)
         if not isinstance(model, ProbedEncoder):
             return judge(scores, videos, self.task)
         found = [judge([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.rates))]
         best = max(range(len(found)), key=lambda p: found[p][self.task.metric])
-        model.best_probe = best
+        model.best.fill_(best)
         return found[best] | {"probe_lr": model.rates[best][0], "probe_wd": model.rates[best][1]}
 
     def test(self, model: nn.Module, videos: VideoList, labelled: bool = True) -> int:
         """Test on all views, or predict the classes of videos that are not `labelled`; see report."""
         scores = self.outputs(model, videos, self.test_views, "test", self.task.probabilities)
         if isinstance(model, ProbedEncoder):
-            scores = [score.of_probe(model.best_probe) for score in scores]
+            scores = [score.of_probe(int(model.best)) for score in scores]
         return self.report(scores, videos, labelled)
 
     def knn(self, encoder: TokenEncoder, k: int, train: VideoList, test: VideoList) -> int:
-        """Test by a vote of the `k` nearest training videos, by the mean tokens of centre clips; see report.
+        """Test by a vote of the `k` nearest training videos, compared by the mean tokens of centre clips; see report.
 
         Raises:
             RunError: no training video can be read.
         """
-        features = MeanTokens(encoder)
+        features = Features(encoder)
         known = gather_scores(self.outputs(features, train, self.val_views, "train features"), everywhere=True)
         if warn_of_unreadable(known, train, "left out") == len(known):
             raise RunError(f"{train.source}: none of its {len(train)} videos could be read")
@@ -283,10 +286,5 @@ class Evaluator:
             return 0
         if labelled:
             logger.info("%s: its videos have no label (-1), so there are predictions and no accuracy", videos.source)
-        combined = predict(scores, videos, self.task, self.output_dir)
-        if rank() == 0 and len(videos) == 1:
-            for label in np.argsort(-combined[0])[:TOP]:
-                print(f"{combined[0, label]:.4f}  {self.task.names[label] if self.task.names else label}")
-        told = "%d videos: likeliest classes in %s, scores of all %d classes in predictions.npz beside it"
-        logger.info(told, len(videos), os.path.join(self.output_dir, "predictions.csv"), self.task.num_classes)
+        predict(scores, videos, self.task, self.output_dir)
         return 0

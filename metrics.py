@@ -39,12 +39,12 @@ class VideoScore:
     spans: Sequence[Span] = ()
 
     def of_probe(self, p: int) -> "VideoScore":
-        """The scores that probe `p` gives."""
+        """Return the scores that probe `p` gives."""
         return self if self.error else VideoScore(self.index, self.views[:, p])
 
 
 def combine_views(scores: list[VideoScore], num_classes: int, how: str = "mean") -> np.ndarray:
-    """Mean or maximum (`how`) over the views of each video, float64 ``[n, C]``; NaN without views."""
+    """Combine the views of each video by mean or max (`how`), float64 ``[n, C]``; NaN without views."""
     combined, combine = np.full((len(scores), num_classes), np.nan), np.max if how == "max" else np.mean
     for row, score in zip(combined, scores):
         if len(score.views):
@@ -53,7 +53,7 @@ def combine_views(scores: list[VideoScore], num_classes: int, how: str = "mean")
 
 
 def in_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Whether each label is among its video's k highest scores, bool ``[n]``; False for NaN.
+    """Return whether each label is among its video's k highest scores, bool ``[n]``; False for NaN.
 
     Of equal scores the class with the lower number comes first, so that a constant answer is not right.
     """
@@ -63,11 +63,7 @@ def in_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Top-1 and top-5 in percent, over videos and as the mean over the classes that occur.
-
-    Args:
-        scores: ``[n, C]``; labels: int ``[n]``.
-    """
+    """Compute top-1 and top-5 in percent, over videos and as the mean over the classes that occur."""
     metrics = {}
     for k in (1, 5):
         right = in_top_k(scores, labels, k)
@@ -77,7 +73,7 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Average precision; tied scores form one step.
+    """Compute the average precision; tied scores form one step.
 
     Args:
         scores: ``[n]``; NaN comes after all others.
@@ -127,7 +123,7 @@ def read_actions(text: str, num_classes: int = 0) -> np.ndarray:
 
 
 def label_classes(text: str) -> set[int]:
-    """The classes in a label of either form; empty if it is not a label."""
+    """Return the classes in a label of either form; empty if it is not a label."""
     try:
         return set(read_actions(text)[:, 0].astype(int).tolist())
     except ValueError:
@@ -160,11 +156,11 @@ class Task:
         return class_label(text, self.num_classes)
 
     def parse_test_label(self, text: str) -> int | str | bytes:
-        """The same for a test list, where -1 stands for no label."""
+        """Convert a label of a test list, where -1 stands for no label."""
         return self.no_label if text == "-1" else self.parse_label(text)
 
     def unlabelled(self, videos: VideoList) -> bool:
-        """Whether a test list has no labels.
+        """Return whether a test list has no labels.
 
         Raises:
             ValueError: some of its videos have one, others have none.
@@ -178,7 +174,7 @@ class Task:
         return len(lacking) > 0
 
     def clip_label(self, videos: VideoList, index: int, clip: Clip) -> Any:
-        """The label of a training clip: that of its video."""
+        """Return the label of a training clip: that of its video."""
         return np.int64(videos.labels[index])
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
@@ -194,16 +190,16 @@ class Task:
         return F.cross_entropy(logits, labels, reduction="none")
 
     def while_training(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What to log beside the loss, from logits ``[B, C]``, or ``[B, P, C]`` of P probes."""
+        """Compute what is logged beside the loss, from logits ``[B, C]``, or ``[B, P, C]`` of P probes."""
         right = logits.argmax(dim=-1).movedim(0, -1) == labels  # [B], or [P, B]; mixed clips count by their own label
         return {"acc1": right.float().mean() * 100}
 
     def measure(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Metrics in percent of scores ``[n, C]``; NaN where a video could not be read."""
+        """Compute metrics in percent from scores ``[n, C]``; NaN where a video could not be read."""
         return accuracy(scores, labels)
 
     def class_table(self, scores: np.ndarray, labels: np.ndarray) -> tuple[list[str], dict[int, list]]:
-        """Column names, and for each class that occurs its number of videos and metrics in percent."""
+        """Return column names, and for each class that occurs its number of videos and metrics in percent."""
         right = {k: in_top_k(scores, labels, k) for k in (1, 5)}
         rows = {
             int(label): [(labels == label).sum(), *(100 * right[k][labels == label].mean() for k in (1, 5))]
@@ -229,7 +225,7 @@ class SeveralLabels(Task):
         return text
 
     def clip_label(self, videos: VideoList, index: int, clip: Clip) -> np.ndarray:
-        """Multi-hot label of the classes between the first and the last frame of a clip, float32 ``[C]``.
+        """Return the multi-hot label of the classes from the first to the last frame of a clip, float32 ``[C]``.
 
         Raises:
             RunError: labels have seconds, and the video has neither time stamps nor a frame rate.
@@ -243,7 +239,7 @@ class SeveralLabels(Task):
         return self.seen(actions, clip.seconds[0], clip.seconds[-1])
 
     def seen(self, actions: np.ndarray, start: float = -np.inf, end: float = np.inf) -> np.ndarray:
-        """Multi-hot label of the actions ``[A, 3]`` that overlap the time from `start` to `end`, float32 ``[C]``."""
+        """Return the multi-hot label of the actions ``[A, 3]`` that overlap `start` to `end`, float32 ``[C]``."""
         label = np.zeros(self.num_classes, np.float32)
         label[actions[(actions[:, 1] <= end) & (actions[:, 2] >= start), 0].astype(int)] = 1
         return label
@@ -261,7 +257,7 @@ class SeveralLabels(Task):
         return {}
 
     def measure(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Mean average precision over the classes that occur, and their number."""
+        """Compute the mean average precision over the classes that occur, and their number."""
         of_classes = [values[-1] for values in self.class_table(scores, labels)[1].values()]
         return {"map": float(np.mean(of_classes)) if of_classes else 0.0, "classes": len(of_classes)}
 
@@ -272,6 +268,3 @@ class SeveralLabels(Task):
             for label in np.flatnonzero(positive.any(axis=0))
         }
         return ["videos", "ap"], rows
-
-
-ONE_LABEL = Task()

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from modeling_finetune import channel_stats, normalize_clips
+from modeling_finetune import VisionTransformer, channel_stats, normalize_clips
 
 ANCHORS = torch.tensor([0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0])
 MIDDLE = 3  # the anchor with factor 1
@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
 
 
 def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
-    """Offsets of all frames from the first boundary to the last, float ``[F, 2]``; NO_NEIGHBOUR if there is none.
+    """Compute the offsets of all frames from the first boundary to the last, float ``[F, 2]``; NO_NEIGHBOUR if none.
 
     The phase of a frame is its relative position between the boundaries around it. Neighbouring cycles that differ by
     more than 2 frames and by more than a factor of 1.3 do not count as repetitions (the rule of UCFRep).
@@ -73,7 +73,7 @@ def cycle_offsets(bounds: torch.Tensor) -> torch.Tensor:
 
 
 def anchor_targets(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training targets for true offsets ``[B, 2]`` and guessed lengths ``[B, 2]``, in frames.
+    """Compute training targets for true offsets ``[B, 2]`` and guessed lengths ``[B, 2]``, in frames.
 
     Returns:
         classes int ``[B, 2, 7]``: 1 positive, 0 negative, -1 ignored (no neighbour); boxes float ``[B, 2, 7]``,
@@ -86,7 +86,7 @@ def anchor_targets(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.
 
 
 def decode(prediction: Prediction, lengths: torch.Tensor) -> torch.Tensor:
-    """Lengths ``[B, 2]`` from the prediction for the guess `lengths` ``[B, 2]``: the inverse of anchor_targets.
+    """Compute lengths ``[B, 2]`` from the prediction for the guess `lengths` ``[B, 2]``; the inverse of anchor_targets.
 
     Uses the most probable anchor; of equally probable ones, the one with the smallest correction.
     """
@@ -100,7 +100,7 @@ def decode(prediction: Prediction, lengths: torch.Tensor) -> torch.Tensor:
 def counting_loss(
     prediction: Prediction, classes: torch.Tensor, boxes: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Cross-entropy of the classes plus BOX_WEIGHT times smooth L1 of the boxes, summed over both sides.
+    """Compute cross-entropy of the classes plus BOX_WEIGHT times smooth L1 of the boxes, summed over both sides.
 
     Boxes of negative anchors count in the mean but have no gradient: their targets are the detached predictions.
 
@@ -112,8 +112,8 @@ def counting_loss(
         logits, wanted = prediction.logits[:, side].float().flatten(0, 1), classes[:, side].flatten()
         known = (wanted >= 0).sum().clamp(min=1)
         class_losses.append(F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / known)
-        said = prediction.boxes[:, side].float()
-        box_losses.append(F.smooth_l1_loss(said, torch.where(classes[:, side] == 1, boxes[:, side], said.detach())))
+        found = prediction.boxes[:, side].float()
+        box_losses.append(F.smooth_l1_loss(found, torch.where(classes[:, side] == 1, boxes[:, side], found.detach())))
     class_loss, box_loss = torch.stack(class_losses).sum(), torch.stack(box_losses).sum()
     return class_loss + BOX_WEIGHT * box_loss, {"class_loss": class_loss.detach(), "box_loss": box_loss.detach()}
 
@@ -124,7 +124,7 @@ def counting_loss(
 def window_frames(
     moments: torch.Tensor, lengths: torch.Tensor, total: torch.Tensor | int, num_frames: int
 ) -> torch.Tensor:
-    """Frame indices of the windows on both sides, int ``[B, 2, T]``; -1 outside the segment.
+    """Compute frame indices of the windows on both sides, int ``[B, 2, T]``; -1 outside the segment.
 
     Each window is twice as long as the guess, so that the largest anchor fits: T evenly spaced frames from
     m - 2·length + 1 to m, and from m + 1 to m + 2·length. `total`: frames of each segment ``[B]``, or of all.
@@ -137,7 +137,7 @@ def window_frames(
 
 
 def take_frames(frames: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Frames ``[..., H, W, 3]`` of a segment uint8 ``[F, H, W, 3]`` at the indices; MEAN_COLOUR where they are -1."""
+    """Take frames ``[..., H, W, 3]`` of a segment uint8 ``[F, H, W, 3]`` by index; MEAN_COLOUR where it is -1."""
     windows = frames[index.clamp(min=0)]
     windows[index < 0] = MEAN_COLOUR
     return windows
@@ -162,11 +162,11 @@ class CountingHead(nn.Module):
 
 
 class RepetitionCounter(nn.Module):
-    """An encoder, normalised ``[B, 3, T, H, W]`` → pooled features ``[B, width]``, on both windows, and the head."""
+    """An encoder without classifier, applied to both windows, and the head on its pooled features."""
 
-    def __init__(self, encoder: nn.Module, width: int):
+    def __init__(self, encoder: VisionTransformer):
         super().__init__()
-        self.encoder, self.head = encoder, CountingHead(2 * width)
+        self.encoder, self.head = encoder, CountingHead(2 * encoder.embed_dim)
 
     def forward(self, windows: torch.Tensor) -> Prediction:
         """uint8 ``[B, 2, T, H, W, 3]`` → Prediction."""
@@ -187,7 +187,6 @@ class Walks:
 
     Args:
         segments: (frames uint8 ``[F, H, W, 3]``, boundaries of its cycles ``[C + 1]``) of B segments.
-        rngs: one generator for each segment.
         steps: number of refinement steps, R.
     """
 
@@ -210,16 +209,16 @@ class Walks:
         self.step = 0
 
     def windows(self, num_frames: int) -> torch.Tensor:
-        """Current windows, uint8 ``[B, 2, T, H, W, 3]``."""
+        """Take the current windows, uint8 ``[B, 2, T, H, W, 3]``."""
         index = window_frames(self.moments, self.lengths, self.totals, num_frames)
         return torch.stack([take_frames(frames, i) for frames, i in zip(self.frames, index)])
 
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Targets of the current windows; see anchor_targets."""
+        """Compute the targets of the current windows; see anchor_targets."""
         return anchor_targets(self.truth(), self.lengths)
 
     def truth(self) -> torch.Tensor:
-        """True offsets at the moments, ``[B, 2]``."""
+        """Return the true offsets at the moments, ``[B, 2]``."""
         return torch.stack([offsets[moment] for offsets, moment in zip(self.offsets, self.moments.tolist())])
 
     def move(self, lengths: torch.Tensor) -> None:
@@ -264,8 +263,8 @@ def count_cycles(predict: Callable[[torch.Tensor, torch.Tensor], Prediction], to
     """
     middle = torch.tensor([total // 2])
     guesses = within(torch.linspace(*START_SCALES)[:, None].expand(-1, 2) * total, total)
-    said = predict(middle.expand(len(guesses)), guesses)
-    near = said.logits.float().softmax(dim=-1)[:, :, MIDDLE, 1].mean(dim=1)
+    first = predict(middle.expand(len(guesses)), guesses)
+    near = first.logits.float().softmax(dim=-1)[:, :, MIDDLE, 1].mean(dim=1)
     lengths = guesses[near.argmax()][None]
     for level, (num, corrections) in enumerate(LEVELS):
         moments = ((torch.arange(num) + 0.5) * total / num).long()
@@ -279,7 +278,7 @@ def count_cycles(predict: Callable[[torch.Tensor, torch.Tensor], Prediction], to
 
 
 def counting_scores(counts: list[float], truth: list[int]) -> dict[str, float]:
-    """``mae``: mean of |round(count) - truth| / truth; ``obo``: fraction of counts with an error of at most one."""
+    """Compute ``mae``, mean of |round(count) - truth| / truth, and ``obo``, fraction of errors of at most one."""
     errors = [abs(math.floor(count + 0.5) - true) for count, true in zip(counts, truth)]
     return {
         "mae": sum(error / true for error, true in zip(errors, truth)) / len(truth),

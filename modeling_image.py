@@ -11,7 +11,7 @@ from einops import rearrange
 
 from modeling_teacher import FrameTower, check_timm_weights, find_clip_weights, load_clip, load_timm
 
-LIBRARIES = ("open_clip", "timm")
+LIBRARIES = {"open_clip": "openai", "timm": "timm"}  # their usual weights
 
 
 class FrameEncoder(FrameTower):
@@ -24,7 +24,7 @@ class FrameEncoder(FrameTower):
 
     @property
     def num_heads(self) -> int:
-        """Number of heads of an attentive probe: 64 wide each if that divides the features."""
+        """Number of heads of an attentive probe: 64 wide each if that divides the width of the features, else 1."""
         return self.embed_dim // 64 if self.embed_dim % 64 == 0 else 1
 
     def forward_tokens(self, clips: torch.Tensor) -> torch.Tensor:
@@ -45,10 +45,11 @@ def find_encoder(name: str, weights: str) -> tuple[str, str, str]:
     library, _, bare = name.rpartition("/")
     has = {"open_clip": bare in open_clip.list_models(), "timm": timm.is_model(bare)}
     found = [where for where in LIBRARIES if has[where] and library in ("", where)]
-    if len(found) != 1:
-        reason = "open_clip and timm both have one: put open_clip/ or timm/ before it" if found else "not a model of "
-        raise ValueError(f"model {name}: {reason}" + ("" if found else library or "open_clip or timm"))
-    weights = weights or {"open_clip": "openai", "timm": "timm"}[found[0]]
+    if not found:
+        raise ValueError(f"model {name}: not a model of {library or 'open_clip or timm'}")
+    if len(found) > 1:
+        raise ValueError(f"model {name}: open_clip and timm both have one: put open_clip/ or timm/ before it")
+    weights = weights or LIBRARIES[found[0]]
     check = find_clip_weights if found[0] == "open_clip" else check_timm_weights
     check(bare, weights)
     return found[0], bare, weights

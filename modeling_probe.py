@@ -1,4 +1,4 @@
-"""Evaluation of a frozen encoder: linear and attentive probes, and nearest neighbours.
+"""Evaluation of a frozen encoder: its features, linear and attentive probes, and nearest neighbours.
 
 P probes, one for each learning rate and weight decay, are trained side by side on the same features.
 """
@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 
-from modeling_finetune import LayerNorm, VisionTransformer
+from modeling_finetune import TUBELET_SIZE, LayerNorm, VisionTransformer
 from modeling_image import FrameEncoder
 
 QUERIES = 64  # test features per block of nearest_neighbours: 60 MB of similarities to 240,000 training features
@@ -73,16 +73,7 @@ class ProbedEncoder(nn.Module):
         self.encoder = encoder.requires_grad_(False)
         self.rates = rates
         self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in rates)
-        self.register_buffer("best", torch.tensor(0))  # index of the probe with the best validation result
-
-    @property
-    def best_probe(self) -> int:
-        """Index of the probe with the best validation result; saved with the weights."""
-        return int(self.get_buffer("best"))
-
-    @best_probe.setter
-    def best_probe(self, probe: int) -> None:
-        self.get_buffer("best").fill_(probe)
+        self.best = nn.Buffer(torch.tensor(0))  # index of the probe with the best validation result
 
     def train(self, mode: bool = True) -> "ProbedEncoder":
         """Set the mode of the probes; the encoder stays in eval mode."""
@@ -105,15 +96,18 @@ class ProbedEncoder(nn.Module):
         return groups
 
 
-class MeanTokens(nn.Module):
-    """Features for nearest neighbours: ``[B, 3, T, H, W]`` → mean of the encoder's tokens ``[B, D]``."""
+class Features(nn.Module):
+    """Clips ``[B, 3, T, H, W]`` → features of each: mean ``[B, D]``, time ``[B, t, D]`` or token ``[B, N, D]``."""
 
-    def __init__(self, encoder: TokenEncoder):
+    def __init__(self, encoder: TokenEncoder, kind: str = "mean"):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.kind = encoder, kind
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder.forward_tokens(x).mean(dim=1)
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        tokens = self.encoder.forward_tokens(clips)
+        if self.kind == "time":
+            return tokens.unflatten(1, (clips.shape[2] // TUBELET_SIZE, -1)).mean(dim=2)
+        return tokens.mean(dim=1) if self.kind == "mean" else tokens
 
 
 class ProbeLoss(nn.Module):

@@ -21,7 +21,7 @@ from open_clip.factory import load_state_dict
 from open_clip.model import resize_pos_embed
 from timm.layers import to_2tuple
 
-from modeling_finetune import NORMS, channel_stats
+from modeling_finetune import NORMS, PATCH_SIZE, TUBELET_SIZE, channel_stats
 
 TARGET_TYPES = ("clip", "dino_v1", "timm", "pixel")
 DINO_MODELS = {"dino_s": "vit_small_patch16_224.dino", "dino_b": "vit_base_patch16_224.dino"}
@@ -44,10 +44,10 @@ class PixelTarget(nn.Module):
     Layout of a target of 2·16·16·3 numbers: frame, row, column, colour (p0 p1 p2 c).
     """
 
-    def __init__(self, patch_size: int = 16, tubelet_size: int = 2):
+    out_dim = TUBELET_SIZE * PATCH_SIZE**2 * 3
+
+    def __init__(self):
         super().__init__()
-        self.patch_size, self.tubelet_size = patch_size, tubelet_size
-        self.out_dim = tubelet_size * patch_size**2 * 3
         self.mean, self.std = (nn.Buffer(values, persistent=False) for values in channel_stats("imagenet"))
 
     def compile(self, **options) -> None:
@@ -57,15 +57,15 @@ class PixelTarget(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """ImageNet-normalised ``[B, 3, T, H, W]`` → ``[B, N, out_dim]``, fp32."""
         pixels = clips.float() * self.std + self.mean  # [0, 1]
-        sides = {"p0": self.tubelet_size, "p1": self.patch_size, "p2": self.patch_size}
+        sides = {"p0": TUBELET_SIZE, "p1": PATCH_SIZE, "p2": PATCH_SIZE}
         cubes = rearrange(pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c", **sides)
         return rearrange(normalize_features(cubes.flatten(0, 1)), "(b n) p c -> b n (p c)", b=len(clips))
 
 
 class FusedAttention(nn.Module):
-    """nn.MultiheadAttention by scaled_dot_product_attention.
+    """nn.MultiheadAttention, computed by scaled_dot_product_attention.
 
-    The original is as fast until it is compiled: then it leaves its fast path, and copies its weights for each token.
+    The original is as fast, but not compiled: then it leaves its fast path, and copies its weights for each token.
     """
 
     def __init__(self, attention: nn.MultiheadAttention):
@@ -118,21 +118,14 @@ class FrameTeacher(FrameTower):
     Args:
         tower, image_size, norm: see FrameTower.
         grid: (h, w) of the student; features on another grid are resized bilinearly.
-        tubelet_size: frames per token.
         stage: index in timm's list of intermediate features; -1 is the last.
     """
 
     def __init__(
-        self,
-        tower: nn.Module,
-        image_size: tuple[int, int],
-        norm: Norm,
-        grid: tuple[int, int],
-        tubelet_size: int = 2,
-        stage: int = -1,
+        self, tower: nn.Module, image_size: tuple[int, int], norm: Norm, grid: tuple[int, int], stage: int = -1
     ):
         super().__init__(getattr(tower, "trunk", tower), image_size, norm)  # open_clip wraps timm's towers
-        self.grid, self.tubelet_size, self.stage = grid, tubelet_size, stage
+        self.grid, self.stage = grid, stage
         with torch.inference_mode():
             maps = self.feature_maps(torch.zeros(1, 3, *image_size))
         if maps.ndim != 4 or maps.shape[2] * maps.shape[3] < 2:  # equal tokens would be normalised to nothing
@@ -162,7 +155,7 @@ class FrameTeacher(FrameTower):
 
     def tokens(self, clips: torch.Tensor) -> torch.Tensor:
         """Features before normalisation, ``[B, 3, T, H, W]`` → ``[B, t·h·w, D]``, time first, fp32."""
-        frames = self.frames(clips[:, :, :: self.tubelet_size])
+        frames = self.frames(clips[:, :, ::TUBELET_SIZE])
         dtype = next(self.tower.parameters()).dtype
         with torch.autocast(frames.device.type, enabled=False):  # it would cast frozen weights again in every step
             maps = self.feature_maps(frames.to(dtype, memory_format=torch.channels_last)).float()
@@ -194,7 +187,7 @@ def creating(weights: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, and the next if that is only a heading."""
+    """Return the first line of a message, and the next if that is only a heading."""
     lines = (str(error) or type(error).__name__).splitlines()
     return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
 
@@ -233,7 +226,7 @@ def read_clip_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
 
 
 def is_torchscript(path: str) -> bool:
-    """Whether a file is a zip that holds TorchScript code, as OpenAI's downloads are."""
+    """Return whether a file is a zip that holds TorchScript code, as OpenAI's downloads do."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -324,7 +317,7 @@ def load_timm(model: str, weights: str, image_size: int | None = None) -> ImageM
 
 
 def timm_source(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
-    """Config that makes timm load a file or a model of the hub, and reject it unless all tensors but the head fit."""
+    """Make a config for timm to load a file or a model of the hub; rejected unless all tensors but the head fit."""
     if weights.startswith("hf-hub:"):
         state = timm.models.load_state_dict_from_hf(weights.removeprefix("hf-hub:"), weights_only=True)
     else:

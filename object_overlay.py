@@ -172,7 +172,7 @@ def key_frame_curve(
 
 @lru_cache
 def _gaussian_smoother(points: int, sigma: float) -> np.ndarray:
-    """``[points, points]`` matrix of a Gaussian filter cut at 4 sigma, edges reflected (as in SciPy)."""
+    """Compute the ``[points, points]`` matrix of a Gaussian filter cut at 4 sigma, edges reflected (as in SciPy)."""
     radius = int(4 * sigma + 0.5)
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     padded = np.pad(np.eye(points), ((radius, radius), (0, 0)), mode="symmetric")
@@ -273,7 +273,7 @@ def paste(
 def _placement(
     boxes: np.ndarray, angles: np.ndarray, sprite: tuple[int, int], frame: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Regions of the frame that hold the rotated boxes, ``[T, 4]``, and affine maps region → sprite, ``[T, 2, 3]``.
+    """Compute the frame's regions that hold rotated boxes, ``[T, 4]``, and affine maps region → sprite, ``[T, 2, 3]``.
 
     `sprite` and `frame` are (width, height).
     """

@@ -51,7 +51,7 @@ from weights import load_encoder, load_strictly, local_path
 
 
 def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
-    """Classifier, or frozen encoder with probes; randomly initialised, except for pretrained image encoders."""
+    """Build a classifier, or a frozen encoder with probes; only image encoders come pretrained."""
     probing = is_probe(args)
     encoder: TokenEncoder
     if args.encoder:
@@ -72,7 +72,7 @@ def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
 
 
 def train_videos(args: argparse.Namespace) -> VideoList:
-    """The training list, or the subset that was asked for, which is also written to ``train_subset.csv``."""
+    """Read the training list, or draw the subset asked for, which is also written to ``train_subset.csv``."""
     data_set = DATA_SETS[args.data_set]
     videos = read_data_list(args, data_set.train_list)
     if args.examples and len(videos) != data_set.train_videos:
@@ -91,7 +91,7 @@ def train_videos(args: argparse.Namespace) -> VideoList:
 
 
 def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
-    """Training clips, augmented as the data set allows; probes see crops and flips only."""
+    """Build the dataset of training clips, augmented as the data set allows; for probes, with crops and flips only."""
     data_set, videos = DATA_SETS[args.data_set], train_videos(args)
     policy = "" if is_probe(args) else args.aa
     augment = TrainAugmentation(args.input_size, policy, data_set.flip, args.train_interpolation, args.crop_area)
@@ -100,19 +100,19 @@ def build_train_set(args: argparse.Namespace) -> FinetuneDataset:
 
 
 def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator:
-    """Validation on the centre clip, and test on all views of the data set."""
+    """Build the evaluator: validation on the centre clip, test on all views of the data set."""
     data_set, frames = DATA_SETS[args.data_set], (args.input_size, args.num_frames, args.sampling_rate)
     views = (args.test_num_segment or data_set.test_segments, args.test_num_crop or data_set.test_crops)
     centre = ViewReader(data_set.sampling, 0, 1, *frames, 0, args.reader)
     every = ViewReader(data_set.sampling, *views, *frames, args.short_side_size, args.reader)
     precision, known = pick_precision(args.precision, device), replace(task(args), names=class_names(args))
-    return Evaluator(device, precision, centre, every, args.num_workers, args.worker_timeout, args.output_dir, known)
+    return Evaluator(device, precision, centre, every, known, args.num_workers, args.worker_timeout, args.output_dir)
 
 
 def build_loss(
     args: argparse.Namespace, norm: tuple[torch.Tensor, torch.Tensor], labels: np.ndarray
 ) -> tuple[nn.Module, BatchAugmentation]:
-    """The loss, and the augmentation of batches on the device; for probes, normalisation alone.
+    """Build the loss, and the augmentation of batches on the device; for probes, normalisation alone.
 
     Args:
         labels: of the training videos.

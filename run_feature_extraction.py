@@ -22,14 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 import utils
 from datasets_finetune import DATA_SETS, SAMPLINGS, Span, ViewReader, WindowReader
 from evaluation import load_views, score_videos, write_table
 from lists import VideoList, label_text, read_list
 from metrics import VideoScore
-from modeling_finetune import MODELS, TUBELET_SIZE, VisionTransformer, token_grid
+from modeling_finetune import MODELS, token_grid
+from modeling_probe import Features
 from optim_factory import DTYPES, pick_precision
 from options import add_data_arguments, follow, look_at, make_parser, parse, run_program, trained_with
 from utils import RunError, logger
@@ -58,9 +58,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
     add("--checkpoint", default="", help="pretrained or fine-tuned: a file, or hf://owner/repo/file")
-    add(
-        "--features", choices=("mean", "time", "token"), default="mean", help="mean of all tokens, by time step, or all"
-    )
+    add("--features", choices=("mean", "time", "token"), default="mean", help="mean of tokens, by time step, or all")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="folder of the output")
@@ -76,20 +74,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def is_windows(args: argparse.Namespace) -> bool:
     """Whether features are extracted from windows over the whole video."""
     return bool(args.stride or args.stride_seconds)
-
-
-class Features(nn.Module):
-    """Clips ``[B, 3, T, H, W]`` → features of each: mean ``[B, D]``, time ``[B, t, D]`` or token ``[B, N, D]``."""
-
-    def __init__(self, encoder: VisionTransformer, kind: str):
-        super().__init__()
-        self.encoder, self.kind = encoder, kind
-
-    def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        tokens = self.encoder.forward_tokens(clips)
-        if self.kind == "time":
-            return tokens.unflatten(1, (clips.shape[2] // TUBELET_SIZE, -1)).mean(dim=2)
-        return tokens.mean(dim=1) if self.kind == "mean" else tokens
 
 
 def check(args: argparse.Namespace) -> None:
@@ -117,8 +101,8 @@ def check(args: argparse.Namespace) -> None:
         read_list(args.data_path, label_text, args.data_root).check_files(args.max_bad_fraction)
 
 
-def check_unchanged(args: argparse.Namespace, encoder: nn.Module, precision: str) -> None:
-    """Leave ``settings.json`` in the folder, or compare with the one that is there.
+def check_unchanged(args: argparse.Namespace, encoder: torch.nn.Module, precision: str) -> None:
+    """Write ``settings.json`` into the folder, after comparing with the one that is there.
 
     Raises:
         RunError: the folder holds features of another list, model or kind.
@@ -133,7 +117,7 @@ def check_unchanged(args: argparse.Namespace, encoder: nn.Module, precision: str
     if file.is_file():
         known = json.loads(file.read_text())
         for name, value in settings.items():
-            if known.get(name, value) != value:  # options that an earlier version did not have cannot differ
+            if known.get(name, value) != value:  # an earlier version may not have written all of them
                 raise RunError(f"{file}: --{name} was {known.get(name)}, now {value}; choose another --output_dir")
     utils.barrier()  # all have looked
     if utils.rank() == 0:
@@ -141,7 +125,7 @@ def check_unchanged(args: argparse.Namespace, encoder: nn.Module, precision: str
 
 
 def part_of(path: Path, windows: bool) -> Path:
-    """The part of the index that belongs to a file of features."""
+    """Return the path of the part of the index that belongs to a file of features."""
     return path.with_suffix(".windows.csv" if windows else ".csv")
 
 
@@ -178,7 +162,7 @@ def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore
 
 
 def named(videos: VideoList, index: int) -> tuple[str, str]:
-    """Path and label of a video."""
+    """Return path and label of a video."""
     return videos.path(index), os.fsdecode(videos.labels[index])
 
 
@@ -188,8 +172,6 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     for path in files:
         with open(part_of(path, is_windows(args)), newline="") as file:
             lines += csv.reader(file)
-    unknown = [""] * (len(COLUMNS) - 6)  # parts that an earlier version of this program wrote have no seconds
-    lines = [line if len(line) == len(COLUMNS) else [*line[:5], *unknown, line[5]] for line in lines]
     write_table(folder / "index.csv", [list(COLUMNS), *lines])
     if is_windows(args):
         readable = [line for line in lines if not line[-1]]
@@ -203,7 +185,7 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
 
 
 def files_to_write(args: argparse.Namespace, videos: VideoList) -> dict[Path, list[int]]:
-    """The files of features, and the lines of the list whose features each holds.
+    """List the files of features, each with the lines of the list whose features it holds.
 
     Windows have a file for each video: its name, or if two have the same, its path below their common folder.
 

@@ -20,8 +20,9 @@ import modeling_counting as counting
 import options
 import utils
 from checkpoints import best_of
-from datasets_counting import AnnotationList, SegmentBatch, collate_segments
+from datasets_counting import SegmentBatch, collate_segments
 from evaluation import log_test, stream_samples, write_table
+from lists import VideoList
 from modeling_counting import Prediction, RepetitionCounter, Walks
 from modeling_finetune import MODELS, token_grid
 from optim_factory import Stepper, autocast, parameter_groups, pick_precision
@@ -70,7 +71,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def refine(step: Step, model: torch.nn.Module, walks: Walks, num_frames: int, device: torch.device) -> None:
-    """Forward and backward pass on the windows of all walks, which then move by the prediction."""
+    """Run the forward and backward pass on the current windows, and move the walks by the prediction."""
     classes, boxes = (target.to(device) for target in walks.targets())
     prediction = model(walks.windows(num_frames).to(device))
     loss, parts = counting.counting_loss(prediction, classes, boxes)
@@ -82,13 +83,13 @@ def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_step
     """Train on the steps of an epoch, with `refine_steps` optimizer steps on each batch of segments."""
     stepper.model.train()
     for step in epoch.steps():
-        parties = [
+        batches = [
             Walks(batch["segments"], [np.random.default_rng(seed) for seed in batch["seeds"]], refine_steps)
             for batch in cast(Iterator[SegmentBatch], step.micro_batches())
         ]
         updates = []
         for _ in range(refine_steps):
-            for micro_batch, walks in enumerate(parties):
+            for micro_batch, walks in enumerate(batches):
                 with stepper.sync(micro_batch), stepper.autocast():
                     refine(step, stepper.model, walks, num_frames, stepper.device)
             step.update()
@@ -100,10 +101,10 @@ def train_one_epoch(stepper: Stepper, epoch: Epoch, num_frames: int, refine_step
 def count_all(
     args: argparse.Namespace, model: RepetitionCounter, device: torch.device
 ) -> tuple[list[float], dict[str, float]]:
-    """Count `val`, shared out among the processes.
+    """Count `val`, each process its share of the videos.
 
     Returns:
-        count of each video and their metrics, in all processes.
+        the count of each video, and the metrics, in all processes.
     Raises:
         RunError: a video cannot be read.
     """
@@ -128,7 +129,7 @@ def count_all(
         frames = sample["frames"]  # uint8 [F, S, S, 3]
         counts[sample["index"]] = counting.count_cycles(partial(predict, frames), len(frames))
     counts = utils.reduce_sum(counts, device)
-    return counts, counting.counting_scores(counts, videos.labels.tolist())
+    return counts, counting.counting_scores(counts, [annotation.cycles for annotation in videos.labels])
 
 
 def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.device) -> int:
@@ -138,7 +139,7 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
     log_test(args.output_dir, metrics)
     if args.output_dir and utils.rank() == 0:
         videos = read_split(args, "val")
-        rows = [[videos.path(i), videos.labels[i], f"{count:.3f}"] for i, count in enumerate(counts)]
+        rows = [[videos.path(i), videos.labels[i].cycles, f"{count:.3f}"] for i, count in enumerate(counts)]
         write_table(Path(args.output_dir) / "test_counts.csv", [["video", "true", "counted"], *rows])
     return 0
 
@@ -146,13 +147,13 @@ def test(args: argparse.Namespace, model: RepetitionCounter, device: torch.devic
 # The program ----------------------------------------------------------------------------------------------------
 
 
-def read_split(args: argparse.Namespace, name: str) -> AnnotationList:
-    """The annotations `train` or `val`."""
+def read_split(args: argparse.Namespace, name: str) -> VideoList:
+    """Read the annotations `train` or `val`."""
     return datasets_counting.read_annotations(os.path.join(args.data_path, name), args.data_root)
 
 
 def find_problems(args: argparse.Namespace) -> options.Problems:
-    """Everything wrong with the arguments that can be seen without building a model."""
+    """Find everything wrong with the arguments that can be seen without building a model."""
     problems = options.Problems(args)
     problems.files("finetune", "resume")
     problems.numbers(1, "segments_per_video", "max_frames", "batch_size", "refine_steps", "val_freq")
@@ -161,7 +162,7 @@ def find_problems(args: argparse.Namespace) -> options.Problems:
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     for name in ("val",) if args.eval else ("train", "val"):
         problems.attempt(read_split, args, name)
-    problems.add({"--dry_run tries a training step: leave it with --eval": args.eval and args.dry_run})
+    problems.add({"--dry_run tries a training step: leave it out with --eval": args.eval and args.dry_run})
     return problems
 
 
@@ -194,7 +195,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
 
 
 def weights_to_load(args: argparse.Namespace) -> str:
-    """The checkpoint to start from or, with --eval, to test: --finetune, for a test also the best of output_dir."""
+    """Return the checkpoint to start from or, with --eval, to test, where the best of output_dir is the default."""
     return args.finetune or (best_of(args.output_dir) if args.eval else "")
 
 
@@ -211,7 +212,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Build the model, train and test; returns the exit code."""
     encoder = MODELS[args.model](num_classes=0, drop_path_rate=args.drop_path, use_checkpoint=args.use_checkpoint)
-    model = RepetitionCounter(encoder, encoder.embed_dim).to(device)
+    model = RepetitionCounter(encoder).to(device)
     weights = weights_to_load(args)
     if not args.eval:
         if weights:

@@ -88,12 +88,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def clips_per_video(args: argparse.Namespace) -> int:
-    """Training clips made of each video in an epoch: views times masks."""
+    """Number of training clips made from each video in an epoch: views times masks."""
     return args.num_sample * (2 if args.multiple_sampling else 1)
 
 
 def find_problems(args: argparse.Namespace) -> Problems:
-    """Everything wrong with the arguments that can be seen without building a model."""
+    """Find everything wrong with the arguments that can be seen without building a model."""
     problems, ratio, unmask, kind = Problems(args), args.mask_ratio, args.traj_unmask_ratio, args.background
     problems.files("first_stage_path", "resume")
     problems.numbers(0, "decoder_depth", "speed")
@@ -134,7 +134,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
 
 
 def read_videos(args: argparse.Namespace) -> VideoList:
-    """The videos or images that the clips of an epoch are made from; --epoch_size entries of black and noise."""
+    """List the videos or images that an epoch is made from; for black and noise, --epoch_size entries."""
     if args.background in GENERATED:
         if args.epoch_size < 1:
             raise ValueError(f"--background {args.background} needs --epoch_size, clips an epoch")
@@ -148,7 +148,7 @@ def read_videos(args: argparse.Namespace) -> VideoList:
 
 
 def build_dataset(args: argparse.Namespace) -> PretrainDataset:
-    """The training clips that the arguments describe."""
+    """Build the dataset of training clips."""
     size, overlay, library = (args.input_size, args.input_size), None, None
     if args.add_tubelets:
         if args.use_objects:
@@ -163,9 +163,9 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
 
 
 def choose_teacher(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """The frozen network, or the pixels, that give the targets; its `out_dim` is the target's width."""
+    """Build the frozen teacher, or the pixel target; its `out_dim` is the width of the targets."""
     if args.target_type == "pixel":
-        return PixelTarget(PATCH_SIZE, TUBELET_SIZE).to(device)
+        return PixelTarget().to(device)
     model, weights, prefix = {
         "clip": (args.clip_model, args.clip_weights, "--clip_"),
         "dino_v1": (args.distillation_teacher, args.dino_weights, "--dino_"),

@@ -22,7 +22,7 @@ import modeling_pretrain
 import run_smile_pretraining as pretraining
 import utils
 from datasets import PretrainDataset, sample_rng
-from datasets_finetune import DATA_SETS, ViewReader, read_class_names
+from datasets_finetune import DATA_SETS, clip_indices, read_class_names
 from lists import VideoList, label_text, read_list
 from metrics import SeveralLabels, Task, label_classes
 from modeling_finetune import channel_stats, normalize_clips
@@ -76,13 +76,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def captions_of(clip: Clip) -> list[str]:
-    """Number of each frame of a clip, and its second if it has one."""
+    """Caption each frame of a clip with its number, and its second if it has one."""
     seconds = [f", {second:.2f} s" if np.isfinite(second) else "" for second in clip.seconds]
     return [f"frame {index}{second}" for index, second in zip(clip.indices, seconds)]
 
 
 def normalized(clip: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 ``[T, H, W, 3]`` → input of the models, float ``[1, 3, T, H, W]``."""
+    """Convert a clip, uint8 ``[T, H, W, 3]``, to the input of the models, float ``[1, 3, T, H, W]``."""
     clips = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].to(device)
     return normalize_clips(clips, *channel_stats("imagenet", device))
 
@@ -91,7 +91,7 @@ def normalized(clip: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
-    """Draw the sample of training in epoch 0, the first of several views.
+    """Make the sample that training shows in epoch 0, its first view if there are several.
 
     Raises:
         VideoError: unreadable. RunError: no usable object.
@@ -105,7 +105,7 @@ def draw_sample(dataset: PretrainDataset, index: int) -> PretrainSample:
 
 
 def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.device) -> tuple[VideoList, Drawer]:
-    """The list, and the function that draws its samples; without a checkpoint there is no student."""
+    """Return the list, and the function that draws its samples; without a checkpoint there is no student."""
     dataset, teacher, student = pretraining.build_dataset(run), pretraining.choose_teacher(run, device), None
     if checkpoint:
         build = modeling_pretrain.MODELS[run.model]
@@ -129,9 +129,9 @@ def pretraining_drawer(run: argparse.Namespace, checkpoint: str, device: torch.d
 
 
 def received_attention(attention: modeling_finetune.Attention, x: torch.Tensor) -> torch.Tensor:
-    """Attention that each token receives, the mean over all heads and queries: ``[B, N, D]`` → ``[B, N]``, sum 1.
+    """Compute the attention each token receives, the mean over heads and queries: ``[B, N, D]`` → ``[B, N]``, sum 1.
 
-    As the classifier averages all tokens, it is the weight of a token's value in that average.
+    It is the weight of a token's value in the average over all tokens that the classifier sees.
     """
     B, N, D = x.shape
     bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias)])  # keys have none
@@ -145,7 +145,7 @@ def received_attention(attention: modeling_finetune.Attention, x: torch.Tensor) 
 def classify(
     model: modeling_finetune.VisionTransformer, clips: torch.Tensor, task: Task
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class probabilities ``[C]`` of a clip ``[1, 3, T, H, W]``, and received_attention of the last block, ``[N]``."""
+    """Return class probabilities ``[C]`` and the last block's attention ``[N]`` of a clip ``[1, 3, T, H, W]``."""
     last, inputs = cast(modeling_finetune.Block, model.blocks[-1]).attn, []
     with last.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
         probabilities = task.probabilities(model(clips).float())[0]
@@ -155,7 +155,7 @@ def classify(
 def classifier_drawer(
     run: argparse.Namespace, checkpoint: str, num_classes: int, device: torch.device
 ) -> tuple[VideoList, Drawer]:
-    """The list (of a folder, its test.csv), and the function that draws the centre clip that validation sees."""
+    """Return the list (of a folder, its test.csv), and the function that draws the centre clip, as in validation."""
     if not hasattr(run, "data_set"):
         raise RunError(f"{checkpoint} does not say how it was fine-tuned: it holds no arguments of the run")
     path = Path(run.data_path, "test.csv") if os.path.isdir(run.data_path) else Path(run.data_path)
@@ -167,11 +167,11 @@ def classifier_drawer(
     model = modeling_finetune.MODELS[run.model](num_classes=num_classes)
     load_strictly(model, checkpoint, "model_ema" if getattr(run, "model_ema", False) else "")
     model.eval().to(device)
-    view = ViewReader(data_set.sampling, 0, 1, run.input_size, run.num_frames, run.sampling_rate)
+    centre = lambda total: clip_indices(None, total, run.num_frames, run.sampling_rate, data_set.sampling)
     grid = modeling_finetune.token_grid(run.num_frames, run.input_size, run.input_size)
 
     def draw(index: int) -> Drawing:
-        found = read_clip(videos.path(index), lambda total: view.frame_indices(np.arange(total))[0], run.reader)
+        found = read_clip(videos.path(index), centre, run.reader)
         frames = short_side_resize(found.frames, run.input_size)
         clip = long_side_crop(frames, run.input_size, 0, 1)
         probabilities, attention = classify(model, normalized(clip, device), task)
@@ -187,14 +187,14 @@ def classifier_drawer(
 
 
 def run_arguments(args: argparse.Namespace, checkpoint: dict) -> argparse.Namespace:
-    """Arguments of a run: as typed, else from its checkpoint, else the defaults of pretraining; always fp32."""
+    """Combine arguments: as typed, else from the checkpoint, else the defaults of pretraining; always fp32."""
     stored = checkpoint.get("args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else {}
     return argparse.Namespace(**args.defaults | stored | args.given | {"precision": "fp32"})
 
 
 def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> tuple[VideoList, Drawer]:
-    """The list, and the function that draws its samples for a checkpoint; an empty `path` means none.
+    """Return the list, and the function that draws its samples for a checkpoint; an empty `path` means none.
 
     Raises:
         RunError: unreadable, of another kind, or arguments that do not go together.
@@ -213,15 +213,6 @@ def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> t
         if "head.weight" in weights:
             return classifier_drawer(run, path, len(weights["head.weight"]), device)
     raise RunError(f"{path} is neither a pretraining nor a fine-tuned checkpoint (probes cannot be drawn)")
-
-
-def write_drawing(stem: str, title: tuple[str, str], drawing: Drawing, fps: float) -> None:
-    """Write the picture and the movie."""
-    figure, pages = picture(title, *drawing), list(movie(title, *drawing))
-    with user_errors():
-        figure.savefig(f"{stem}.png")
-        write_movie(Path(f"{stem}.mp4"), pages, fps)
-    logger.info("%s.png, %s.mp4", stem, stem)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -246,9 +237,13 @@ def main(args: argparse.Namespace) -> int:
                 logger.error("sample %d, %s: %s", index, videos.path(index), error)
                 code = 1
                 continue
-            title = f"{name}, sample {index}" if path else f"sample {index}"
+            title = (f"{name}, sample {index}" if path else f"sample {index}", videos.path(index))
+            figure, pages = picture(title, *drawing), list(movie(title, *drawing))
             stem = os.path.join(args.output_dir, f"{name}-{index:04d}")
-            write_drawing(stem, (title, videos.path(index)), drawing, args.fps)
+            with user_errors():
+                figure.savefig(f"{stem}.png")
+                write_movie(Path(f"{stem}.mp4"), pages, args.fps)
+            logger.info("%s.png, %s.mp4", stem, stem)
     return code
 
 

@@ -22,7 +22,7 @@ CROP_SCALES = (1, 0.875, 0.75, 0.66)  # of the short side (TSN's multi-scale cro
 
 
 def pretrain_indices(rng: np.random.Generator, total: int, num_frames: int, stride: int) -> np.ndarray:
-    """Frames ``[T]``, `stride` apart from a random start; a shorter video repeats its last reachable frame."""
+    """Draw frames ``[T]``, `stride` apart from a random start; a shorter video repeats its last reachable frame."""
     start = rng.integers(0, max(total - num_frames * stride, 0) + 1)
     last = (total - 1 - start) // stride
     return start + stride * np.minimum(np.arange(num_frames), last)
@@ -79,7 +79,6 @@ class ClipSource:
         stride: frames of a video from one to the next frame of a clip.
         kind: one of BACKGROUNDS: a window of a video, black, uniform noise, an image, one frame of a video.
         pan: distance that an image or frame moves in a clip, relative to its short side.
-        reader: one of READERS.
     """
 
     size: tuple[int, int]

@@ -78,7 +78,7 @@ class TrainAugmentation:
         return frames
 
     def same_for_all(self, seed: int, frames: np.ndarray) -> np.ndarray:
-        """RandAugment with one draw for all frames; timm draws from the global generators, so each frame seeds them."""
+        """Apply RandAugment alike to all frames: timm draws from the global generators, which are seeded for each."""
         out = []
         for frame in frames:
             random.seed(seed)

@@ -26,20 +26,13 @@ COLOUR_MAP = matplotlib.colormaps["inferno"].with_extremes(bad=(UNKNOWN / 255,) 
 MAX_COLUMNS = 8
 
 
-class Scale(NamedTuple):
-    """Range of a colour map, and the label of its colour bar."""
-
-    low: float
-    high: float
-    label: str
-
-
 class Row(NamedTuple):
     """One quantity over time."""
 
     title: str
-    images: np.ndarray  # uint8 [n, h, w, 3], or float [n, h, w] drawn by `scale`, where NaN is grey
-    scale: Scale | None = None
+    images: np.ndarray  # uint8 [n, h, w, 3], or float [n, h, w] drawn in the colours of a bar, where NaN is grey
+    top: float = 0.0  # value at the top of the bar, which begins at 0; 0: no bar
+    label: str = ""  # of the bar
 
 
 class Guess(NamedTuple):
@@ -106,7 +99,7 @@ def pretraining_rows(
     grid: tuple[int, int, int],
     predictions: np.ndarray | None = None,
 ) -> list[Row]:
-    """Rows of a pretraining sample: clip, objects, mask, targets, and the student's predictions and their error.
+    """Make the rows of a pretraining sample: clip, objects, mask, targets, the student's predictions and their error.
 
     Args:
         natural, clip: before and after the overlay, uint8 ``[T, H, W, 3]``.
@@ -129,24 +122,20 @@ def pretraining_rows(
     errors[mask] = np.square(predictions - targets[mask]).mean(axis=1)
     rows.append(Row("student's guess\nthe same axes", guessed.reshape(*grid, 3)))
     # Targets have unit variance over the clip, so that always guessing their mean gives an error of about 1.
-    scale = Scale(0.0, 2.0, "squared error\n1: guessing the mean")
-    return [*rows, Row(f"error, mean {np.nanmean(errors):.2f}\nvisible tokens grey", errors.reshape(grid), scale)]
+    title, label = f"error, mean {np.nanmean(errors):.2f}\nvisible tokens grey", "squared error\n1: guessing the mean"
+    return [*rows, Row(title, errors.reshape(grid), 2.0, label)]
 
 
 def attention_rows(frames: np.ndarray, attention: np.ndarray, grid: tuple[int, int, int]) -> list[Row]:
-    """Rows of a fine-tuned model: frames uint8 ``[T, H, W, 3]``, and the attention that each token receives.
-
-    Args:
-        attention: share of each token, ``[N]``, sum 1.
-    """
+    """Make rows of frames uint8 ``[T, H, W, 3]``, and of the attention on each token, ``[N]``, sum 1."""
     share = attention.reshape(grid) * attention.size  # 1: the share of uniform attention
     top = float(np.percentile(share, 99))
     light = (share / top).clip(0.1, 1).repeat(len(frames) // grid[0], axis=0).astype(np.float32)
     light = np.stack([cv2.resize(image, frames.shape[2:0:-1]) for image in light])  # bilinear
     lit = np.rint(frames * light[..., None]).astype(np.uint8)
-    scale = Scale(0.0, top, "share of attention\n1: uniform attention")
     rows = [Row("clip", frames), Row("lit by the\nattention received", lit)]
-    return [*rows, Row("attention received\nlast block, all heads", share, scale)]
+    label = "share of attention\n1: uniform attention"
+    return [*rows, Row("attention received\nlast block, all heads", share, top, label)]
 
 
 # Figures --------------------------------------------------------------------------------------------------------
@@ -192,10 +181,9 @@ def new_figure(
 
 def show(axes: Axes, row: Row, index: int) -> AxesImage:
     """Draw image number `index` of a row."""
-    low, high = row.scale[:2] if row.scale else (None, None)
     axes.set(xticks=[], yticks=[], anchor="W")
     axes.spines[:].set_visible(False)
-    return axes.imshow(row.images[index], COLOUR_MAP, vmin=low, vmax=high)
+    return axes.imshow(row.images[index], COLOUR_MAP, vmin=0.0, vmax=row.top)  # a range for numbers, not for colours
 
 
 def picture(
@@ -215,8 +203,8 @@ def picture(
     for line, row in zip(cells, rows):
         line[0].set_ylabel(row.title, rotation=0, ha="right", va="center")
         images = [show(axes, row, step * len(row.images) // steps) for axes, step in zip(line, chosen)]
-        if row.scale:
-            part.colorbar(images[0], ax=list(line), label=row.scale.label, extend="max", panchor=False)
+        if row.top:
+            part.colorbar(images[0], ax=list(line), label=row.label, extend="max", panchor=False)
     return figure
 
 
@@ -236,8 +224,8 @@ def movie(
     panels = [show(axes, row, 0) for axes, row in zip(cells.flat, rows)]
     for panel, row in zip(panels, rows):
         panel.axes.set_title(row.title, loc="left", fontsize="medium")
-        if row.scale:
-            part.colorbar(panel, label=row.scale.label, extend="max", panchor=False)
+        if row.top:
+            part.colorbar(panel, label=row.label, extend="max", panchor=False)
     for axes in cells.flat[len(rows) :]:
         axes.remove()
     figure.canvas.draw()

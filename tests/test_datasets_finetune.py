@@ -15,7 +15,7 @@ import video_reader
 from datasets import ChunkSampler, build_loader
 from datasets_finetune import EvalDataset, FinetuneDataset, ViewReader, dense_indices, segment_indices
 from datasets_finetune import test_view_indices as view_indices
-from metrics import ONE_LABEL
+from metrics import Task
 from training import epoch_batches
 from video_reader import VideoError
 from video_transforms_finetune import TrainAugmentation
@@ -213,7 +213,7 @@ def make_dataset(path, flip=True, **options):
     """Clips of 4 frames, 32 px."""
     augment = TrainAugmentation(32, options.pop("policy", "rand-m7-n4-mstd0.5-inc1"), flip)
     sampling = options.pop("sampling", "dense")
-    return FinetuneDataset(video_list(path, 5), ONE_LABEL.clip_label, augment, sampling, 4, 2, **options)
+    return FinetuneDataset(video_list(path, 5), Task().clip_label, augment, sampling, 4, 2, **options)
 
 
 @pytest.fixture

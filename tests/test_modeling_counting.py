@@ -152,7 +152,7 @@ def test_pixels_outside_of_a_segment_are_the_mean():
 def test_the_head_sees_both_windows_and_the_encoder_one_at_a_time():
     torch.manual_seed(0)
     encoder = vit_tiny_patch16_224(num_classes=0)
-    model = RepetitionCounter(encoder, encoder.embed_dim).eval()
+    model = RepetitionCounter(encoder).eval()
     windows = torch.randint(0, 256, (2, 2, 4, 32, 32, 3), dtype=torch.uint8)
     said = model(windows)
     assert said.logits.shape == (2, 2, 7, 2) and said.boxes.shape == (2, 2, 7)

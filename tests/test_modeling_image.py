@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from modeling_finetune import channel_stats, normalize_clips
 from modeling_image import build_encoder, find_encoder
-from modeling_probe import MeanTokens
+from modeling_probe import Features
 from options_finetune import find_problems, get_args
 from weights import read_checkpoint
 
@@ -56,7 +56,7 @@ def test_frame_features_are_open_clips_own(small_clip):
     torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.01 and (expected[0] - expected[1]).abs().max() > 0.01
     mean = expected.mean(dim=0, keepdim=True)
-    torch.testing.assert_close(MeanTokens(encoder)(as_clips(frames)), mean, atol=1e-4, rtol=0)
+    torch.testing.assert_close(Features(encoder)(as_clips(frames)), mean, atol=1e-4, rtol=0)
 
 
 def test_frame_features_of_clip_vit_b_16():

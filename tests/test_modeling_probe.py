@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metrics import ONE_LABEL
+from metrics import Task
 from modeling_finetune import Size, VisionTransformer
-from modeling_probe import AttentiveProbe, LinearProbe, MeanTokens, ProbedEncoder, ProbeLoss, nearest_neighbours
+from modeling_probe import AttentiveProbe, Features, LinearProbe, ProbedEncoder, ProbeLoss, nearest_neighbours
 from optim_factory import Stepper, build_optimizer
 
 TINY = Size(24, 2, 3, 24, 3)
@@ -39,7 +39,7 @@ def train_side_by_side(model, lr, weight_decay):
     model.train()
     for step, (clips, labels) in enumerate(make_batches()):
         stepper.schedule(step)
-        loss = ProbeLoss(ONE_LABEL.losses)(model(clips), labels)
+        loss = ProbeLoss(Task().losses)(model(clips), labels)
         stepper.backward(loss)
         stepper.step(loss.detach())
 
@@ -125,9 +125,9 @@ def test_logits_are_in_the_order_of_the_settings():
     assert logits.shape == (5, 4, 4)
     for p, probe in enumerate(model.probes):
         torch.testing.assert_close(logits[:, p], probe(tokens))
-    assert torch.equal(MeanTokens(model.encoder)(clips), tokens.mean(dim=1))
+    assert torch.equal(Features(model.encoder)(clips), tokens.mean(dim=1))
     expected = sum(F.cross_entropy(logits[:, p], labels) for p in range(4))
-    torch.testing.assert_close(ProbeLoss(ONE_LABEL.losses)(logits, labels), expected)
+    torch.testing.assert_close(ProbeLoss(Task().losses)(logits, labels), expected)
 
 
 def neighbours_by_hand(train, labels, test, k, num_classes):

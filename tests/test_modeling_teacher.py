@@ -284,13 +284,12 @@ def test_towers_that_open_clip_takes_from_timm():
     torch.testing.assert_close(teacher.tokens(clips).view(2, 196, 192), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("tubelet_size", [1, 2, 4])
-def test_only_the_first_frame_of_each_tubelet_counts(tubelet_size):
-    teacher, clips = small_teacher(tubelet_size=tubelet_size), random_clips(8, side=64, batch=2)
+def test_only_the_first_frame_of_each_tubelet_counts():
+    teacher, clips = small_teacher(), random_clips(8, side=64, batch=2)
     others = clips.clone()
-    others[:, :, [t for t in range(8) if t % tubelet_size]] = 5.0
+    others[:, :, 1::2] = 5.0
     assert torch.equal(teacher(clips), teacher(others))
-    assert teacher(clips).shape == (2, 8 // tubelet_size * 16, 32)
+    assert teacher(clips).shape == (2, 4 * 16, 32)
 
 
 def test_targets_are_the_normalised_tokens():

@@ -287,8 +287,8 @@ def test_a_segment_has_the_frames_that_the_annotation_names(repetitions):
     for index in range(len(dataset)):
         sample = dataset[0, index]
         first, last = sample["bounds"][0], sample["bounds"][-1]
-        frames = decode_all(videos.path(index))[first : last + 1].astype(int)
-        assert sample["frames"].shape == (last - first + 1, 64, 64, 3) and sample["path"] == videos.path(index)
+        frames = decode_all(dataset.videos.path(index))[first : last + 1].astype(int)
+        assert sample["frames"].shape == (last - first + 1, 64, 64, 3) and sample["path"] == dataset.videos.path(index)
         seen = sample["frames"][:, 8:56]  # 64 x 48 in the middle of 64 x 64
         errors = [np.abs(seen - other).mean() for other in (frames, frames[:, :, ::-1])]
         assert min(errors) < 3 and (sample["frames"][:, :8] == 0).all() and (sample["frames"][:, 56:] == 0).all()

@@ -21,7 +21,7 @@ import run_visualization
 import visualization
 from modeling_teacher import PixelTarget
 from utils import RunError
-from visualization import FeatureColours, Guess, Row, Scale
+from visualization import FeatureColours, Guess, Row
 
 pytest_plugins = "fixtures_finetuning"
 GRID = (2, 3, 3)  # of 4 frames of 48 px
@@ -155,7 +155,7 @@ def test_every_cell_shows_its_step_in_its_column_under_its_caption():
     frames = np.arange(0, 240, 15, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
     steps = np.arange(8, dtype=float)[:, None, None] * np.ones((1, 2, 2))
     steps[2] = np.nan
-    rows = [Row("f", frames), Row("t", steps, Scale(0.0, 7.0, ""))]
+    rows = [Row("f", frames), Row("t", steps, 7.0)]
     figure = visualization.picture(("", ""), rows, [f"frame {n}" for n in range(100, 116)])
     page = visualization.pixels(figure)
     cells = [axes for axes in figure.axes if axes.images]
