@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.data import DataLoader
+from tqdm.contrib.logging import tqdm_logging_redirect
 
 from datasets import VideoStream, init_worker
 from datasets_finetune import EvalDataset, EvalSample, Span, ViewReader
@@ -26,7 +27,7 @@ from metrics import Task, VideoScore, combine_views
 from modeling_finetune import channel_stats, normalize_clips
 from modeling_probe import Features, ProbedEncoder, TokenEncoder, nearest_neighbours
 from optim_factory import autocast
-from utils import RunError, broadcast, cpu_group, logger, progress, rank, warn_once, world_size
+from utils import RunError, broadcast, cpu_group, logger, rank, warn_once, world_size
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
 TOP = 5  # classes of each video in predictions.csv
@@ -71,6 +72,18 @@ def load_views(
     return stream_samples(EvalDataset(videos, mine, read_views, batch_size), num_workers, timeout)
 
 
+def progress(samples: Iterable[EvalSample], title: str) -> Iterator[EvalSample]:
+    """Yield samples while showing a progress bar that counts views; without a terminal, log the beginning."""
+    terminal = sys.stderr.isatty()
+    if not terminal:
+        logger.info("%s begins", title)
+    disable = rank() > 0 or not terminal
+    with tqdm_logging_redirect(desc=title, unit=" views", disable=disable, leave=False) as bar:
+        for sample in samples:
+            yield sample
+            bar.update(len(sample["views"]))
+
+
 @torch.inference_mode()
 def score_videos(
     model: nn.Module,
@@ -92,7 +105,7 @@ def score_videos(
     norm = channel_stats("imagenet", device)
     outputs: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     spans: defaultdict[int, list[Span]] = defaultdict(list)
-    for sample in progress(samples, title, "views", lambda sample: len(sample["views"])):
+    for sample in progress(samples, title):
         index = sample["index"]
         if not sample["error"]:
             clips = normalize_clips(sample["views"].to(device, non_blocking=True), *norm)

@@ -16,7 +16,7 @@ import types
 
 import torch
 
-dependencies = ["einops", "huggingface_hub", "numpy", "safetensors", "timm", "torch", "tqdm"]
+dependencies = ["einops", "huggingface_hub", "numpy", "safetensors", "timm", "torch"]
 
 # Files of this project that are needed, each after those that it imports.
 _FILES = ("utils", "weights", "modeling_finetune", "modeling_pretrain")

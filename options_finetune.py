@@ -32,19 +32,8 @@ checkpoint on all views; --eval, --predict and --knn do no training.
 HOW_TRAINED = ["model_ema", "linear_probe", "attentive_probe", "probe_lrs", "probe_wds", "encoder", "encoder_weights"]
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (`argv`, or sys.argv)."""
-    parser = options.make_parser("SMILE fine-tuning", TEXT)
-
-    add = options.add_data_arguments(parser)
-    add("--data_set", choices=DATA_SETS, default="Kinetics-400", help="gives classes, flip, sampling and test views")
-    add("--data_path", default="", help="folder with train.csv, val.csv, test.csv (and classes.txt)")
-    add("--nb_classes", type=int, default=0, help="number of classes; 0: that of the data set")
-    add("--num_sample", type=int, default=1, help="augmentations per decoded clip")
-    add("--samples_per_class", type=int, default=0, help="number of training videos per class; 0: all")
-    add("--num_train_videos", type=int, default=0, help="number of training videos; 0: all")
-    add("--examples", type=int, default=0, help="train on SEVERE's subset of about this size; 0: all")
-
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the option groups `model` and `augmentation`."""
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
     add("--finetune", default="", help="checkpoint to start from, or to test with --eval")
@@ -77,11 +66,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="how erased pixels are filled")
     add("--recount", type=int, default=1, help="rectangles of random erasing")
 
-    add = options.add_optimizer_arguments(parser)
-    add("--batch_size", type=int, default=4, help="videos per GPU and forward pass")
-    add("--layer_decay", type=float, default=0.75, help="factor on the learning rate per layer, from the top")
-    parser.set_defaults(epochs=100, opt_betas=[0.9, 0.999], lr=1e-3, min_lr=1e-6, warmup_epochs=5)
 
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the option groups of frozen evaluation, and of validation and test."""
     add = parser.add_argument_group("frozen evaluation").add_argument
     add("--linear_probe", action="store_true", help="train linear classifiers on the frozen encoder")
     learn = "head: only fc_norm and the classifier, on a frozen encoder (SIGMA's linear probe)"
@@ -107,6 +94,26 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test_num_crop", type=int, default=0, help="views in space; 0: the data set's")
     add("--combine_views", choices=("mean", "max"), help="how to combine the scores of views; None: by data set")
 
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (`argv`, or sys.argv)."""
+    parser = options.make_parser("SMILE fine-tuning", TEXT)
+
+    add = options.add_data_arguments(parser)
+    add("--data_set", choices=DATA_SETS, default="Kinetics-400", help="gives classes, flip, sampling and test views")
+    add("--data_path", default="", help="folder with train.csv, val.csv, test.csv (and classes.txt)")
+    add("--nb_classes", type=int, default=0, help="number of classes; 0: that of the data set")
+    add("--num_sample", type=int, default=1, help="augmentations per decoded clip")
+    add("--samples_per_class", type=int, default=0, help="number of training videos per class; 0: all")
+    add("--num_train_videos", type=int, default=0, help="number of training videos; 0: all")
+    add("--examples", type=int, default=0, help="train on SEVERE's subset of about this size; 0: all")
+
+    add_model_arguments(parser)
+    add = options.add_optimizer_arguments(parser)
+    add("--batch_size", type=int, default=4, help="videos per GPU and forward pass")
+    add("--layer_decay", type=float, default=0.75, help="factor on the learning rate per layer, from the top")
+    parser.set_defaults(epochs=100, opt_betas=[0.9, 0.999], lr=1e-3, min_lr=1e-6, warmup_epochs=5)
+    add_evaluation_arguments(parser)
     options.add_run_arguments(parser)
     add = parser.add_argument_group("DeepSpeed").add_argument
     add("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 VERSION = b"v1.2"
-BUFFER = 1 << 18  # bytes that tools copy at a time
 KEPT_INDICES = 64  # in memory, in each process
 REMEDY = "write it with: python scripts/data/index_shards.py"
 
@@ -40,12 +39,6 @@ def split(path: str) -> tuple[str, str] | None:
         if not os.path.isdir(shard):
             return shard, path[match.end() :]
     return None
-
-
-def key_of(name: str) -> str:
-    """Return the key that members of one sample share, as in WebDataset: the name up to the first dot after folders."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]
 
 
 def index_path(shard: str) -> str:
@@ -161,10 +154,3 @@ def problem_of(path: str) -> str:
     except ShardError as error:
         return str(error)
     return ""
-
-
-def status(path: str) -> tuple[int, int]:
-    """Return the size in bytes, and the modification time of file or shard in nanoseconds. Raises OSError."""
-    parts = split(path)
-    result = os.stat(parts[0] if parts else path)
-    return (find(*parts).size if parts else result.st_size), result.st_mtime_ns

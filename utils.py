@@ -12,16 +12,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm.contrib.logging import tqdm_logging_redirect
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 EXIT_REQUEUE = 85  # the run was told to stop and has saved a checkpoint: start it again (scripts/slurm)
@@ -29,7 +28,6 @@ PATIENCE = 5.0  # seconds that the first process waits for others that end with 
 
 logger = logging.getLogger("smile")
 meeting_place: dist.Store | None = None  # shared by the processes; set by init_distributed
-T = TypeVar("T")
 
 
 class RunError(Exception):
@@ -277,18 +275,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 def warn_once(message: str) -> None:
     """Log a warning once."""
     logger.warning(message)
-
-
-def progress(items: Iterable[T], title: str, unit: str, count: Callable[[T], int]) -> Iterator[T]:
-    """Yield items while showing a progress bar of `count(item)` units each; without a terminal, log the beginning."""
-    terminal = sys.stderr.isatty()
-    if not terminal:
-        logger.info("%s begins", title)
-    disable = rank() > 0 or not terminal
-    with tqdm_logging_redirect(desc=title, unit=f" {unit}", disable=disable, leave=False) as bar:
-        for item in items:
-            yield item
-            bar.update(count(item))
 
 
 def setup_logging() -> None:

@@ -288,17 +288,18 @@ def load_encoder(
     weights = {name.removeprefix(prefix): value for name, value in everything.items() if name.startswith(prefix)}
     other = _misshapen(weights, own)
     fitting = {name: weights[name] for name in own if name in weights and name not in other}
-    misfits = [text for name, text in other.items() if not name.startswith("head.")]
-    if misfits or not any(name.startswith("blocks.") for name in fitting):
-        reason = misfits[0] if misfits else "no weight of it has a name of this model"
-        raise RunError(f"{path} does not fit this model: {reason}; check --model")
+    wrong = [text for name, text in other.items() if not name.startswith("head.")]
+    if not any(name.startswith("blocks.") for name in weights):
+        wrong = ["no weight of it has a name of this model"]
+    body = ("patch_embed.", "blocks.")
+    wrong += [f"{name} is missing there" for name in own if name.startswith(body) and name not in weights]
+    wrong += [f"{name} is unknown here" for name in weights if name.startswith(body) and name not in own]
+    if wrong:
+        raise RunError(f"{path} does not fit this model: {wrong[0]}; check --model")
     new = [name for name in own if name not in fitting]
     left = [name for name in everything if name.removeprefix(prefix) not in fitting]
-    if deeper := [name for name in left if name.startswith(f"{prefix}blocks.")]:
-        raise RunError(f"{path} does not fit this model: {deeper[0]} is unknown here; check --model")
-    if (need_head and new) or any(name.startswith(("blocks.", "patch_embed.")) for name in new):
-        remedy = "; it is not fine-tuned for this number of classes" if need_head else ""
-        raise RunError(f"{path} lacks {', '.join(new[:4])}{remedy}")
+    if need_head and new:
+        raise RunError(f"{path} lacks {', '.join(new[:4])}; it is not fine-tuned for this number of classes")
     model.load_state_dict(fitting, strict=False)
     logger.info("%s: loaded %d tensors; new here: %s; left out: %s", path, len(fitting), _names(new), _names(left))
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from fixtures_video import fork_server, in_child, launched
 
+import evaluation
 import utils
 from meters import RunLog, StepMeter
 from optim_factory import Stepper, build_optimizer, distribute, parameter_groups
@@ -172,14 +173,17 @@ def talk(number):
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     utils.setup_logging()
 
+    def items(title):
+        return (item for item, _ in enumerate(evaluation.progress([{"views": [0]}] * 40, title)))
+
     def main():
         utils.logger.info("before")
-        for item in utils.progress(range(40), "validation", "items", lambda item: 1):
+        for item in items("validation"):
             time.sleep(0.01)
             if item % 15 == 14:
                 utils.logger.info("message of item %d", item)
         utils.logger.info("after")
-        for item in utils.progress(range(40), "test", "items", lambda item: 1):
+        for item in items("test"):
             time.sleep(0.01)
             if item == 25:
                 raise RunError("a video is missing")
@@ -226,7 +230,7 @@ def test_progress_bars_make_way_for_messages_on_a_terminal():
     os.write(theirs, b"\0")  # nothing comes after it
     reader.join()
     text = b"".join(read).decode()
-    assert "validation: 0 items" in text and "test: 0 items" in text  # the bars were there
+    assert "validation: 0 views" in text and "test: 0 views" in text  # the bars were there
     assert without_time(screen_of(text.rstrip("\0"))) == TALK
 
 

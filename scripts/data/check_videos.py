@@ -21,11 +21,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data_tools import RunError, add_work_options, new_parser, positive, read_list, write_list, write_table, write_text
+from data_tools import (
+    RunError,
+    add_work_options,
+    new_parser,
+    positive,
+    read_list,
+    status,
+    write_list,
+    write_table,
+    write_text,
+)
 from processes import connect, from_first, in_processes, share, to_first
 
 from lists import why_missing
-from shards import status
 from utils import rank, run_main
 from video_check import slow_reasons, wrong_frames
 from video_reader import READERS, VideoError

@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lists
-from shards import status
+from shards import find, split
 from utils import RunError, rank, user_errors, write_whole
 
 LOCK_WAIT, POLL = 20.0, 0.05  # seconds
@@ -183,6 +183,13 @@ def put_in_place(unfinished: Path, path: Path) -> None:
         os.fsync(file.fileno())
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(unfinished, path)
+
+
+def status(path: str) -> tuple[int, int]:
+    """Return the size in bytes, and the modification time of file or shard in nanoseconds. Raises OSError."""
+    parts = split(path)
+    result = os.stat(parts[0] if parts else path)
+    return (find(*parts).size if parts else result.st_size), result.st_mtime_ns
 
 
 def is_made(path: Path, source: str) -> bool:

@@ -12,10 +12,16 @@ from pathlib import Path
 
 from data_tools import RunError, new_parser
 
-from shards import VERSION, Member, ShardError, index_path, key_of
+from shards import VERSION, Member, ShardError, index_path
 from utils import run_main, write_whole
 
 BLOCK = tarfile.BLOCKSIZE
+
+
+def key_of(name: str) -> str:
+    """Return the key that members of one sample share, as in WebDataset: the name up to the first dot after folders."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
 
 
 def scan(shard: str) -> list[Member]:

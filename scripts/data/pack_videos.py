@@ -30,18 +30,20 @@ from data_tools import (
     list_parser,
     put_in_place,
     read_lists,
+    status,
     write_lists,
     write_table,
     write_text,
 )
-from index_shards import scan, write_index
+from index_shards import key_of, scan, write_index
 from processes import in_processes, make_all
 
-from shards import BUFFER, index_path, key_of, members_of, open_file, status
+from shards import index_path, members_of, open_file
 from utils import rank, run_main
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 PLAN = "members.jsonl"
+BUFFER = 1 << 18  # bytes copied at a time
 
 
 class Packed(NamedTuple):

@@ -24,6 +24,7 @@ from data_tools import (
     list_parser,
     put_in_place,
     read_lists,
+    status,
     without_suffixes,
     write_lists,
     write_table,
@@ -31,7 +32,7 @@ from data_tools import (
 from processes import make_all
 from video_writing import USUAL_RATE, Settings, Written, write_resized
 
-from shards import problem_of, status
+from shards import problem_of
 from utils import rank, run_main
 
 

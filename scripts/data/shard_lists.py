@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from data_tools import Found, Line, RunError, fits_a_list
-from index_shards import scan, write_index
+from index_shards import key_of, scan, write_index
 from tqdm.contrib.concurrent import thread_map
 
 from lists import VIDEO_SUFFIXES
-from shards import Member, ShardError, index_path, key_of, members_of, read_member
+from shards import Member, ShardError, index_path, members_of, read_member
 
 NONE = "-1"  # label of a video that has none
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder
