@@ -27,7 +27,7 @@ TARGET, DECODER_DEPTH = 768, 4  # width of its features; blocks
 Clip = tuple[int, int, int]  # frames, height, width
 
 
-def get_args() -> argparse.Namespace:
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=SIZES, default=["base", "large", "huge"])
@@ -38,7 +38,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--mask_ratio", type=float, default=0.8)
     parser.add_argument("--gpu_memory", type=float, nargs="+", default=[32, 40, 80], help="of the GPUs, GiB")
     parser.add_argument("--reserve", type=float, default=0.1, help="share of the memory to leave free")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def saved_bytes(tokens: int, width: int, half: bool, use_checkpoint: bool = False) -> int:
