@@ -155,6 +155,8 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> str:
     """Error message for a file that begins with `start` and could not be read, with the remedy."""
     if start.startswith(b"version https://git-lfs"):
         return f"{path}: a pointer of Git LFS, not the checkpoint itself: fetch that with `git lfs pull`"
+    if start.lstrip().startswith(b"<"):
+        return f"{path}: a web page, not a checkpoint: the download asked for a login or a confirmation"
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         return f"{path}: not a readable checkpoint: the file ends too early, so copy or download it again"
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__)

@@ -145,9 +145,11 @@ def test_files_that_are_not_what_their_name_says(tmp_path):
     torch.save({"model": weights}, tmp_path / "cut.pth")
     os.truncate(tmp_path / "cut.pth", 900)
     (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    for name, remedy in (("cut.pth", "copy or download it again"), ("pointer.pth", "`git lfs pull`")):
-        with pytest.raises(RunError, match=f"{name}: .*{remedy}"):
-            read_checkpoint(tmp_path / name)
+    (tmp_path / "page.pth").write_text("\n<!DOCTYPE html><html><body>Google Drive - Virus scan warning</body></html>")
+    remedies = {"cut": "copy or download it again", "pointer": "`git lfs pull`", "page": "asked for a login"}
+    for name, remedy in remedies.items():
+        with pytest.raises(RunError, match=f"{name}.pth: .*{remedy}"):
+            read_checkpoint(tmp_path / f"{name}.pth")
     with pytest.raises(RunError, match="c.state_dict"):
         torch.save(tiny(), tmp_path / "model.pth")
         read_checkpoint(tmp_path / "model.pth")
