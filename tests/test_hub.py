@@ -237,7 +237,7 @@ for thread in threads:
 for thread in threads:
     thread.join()
 assert len(loaded) == 6 and all(bias == loaded[0] for bias in loaded)
-assert sys.path == before and "utils" not in sys.modules
+assert [path for path in sys.path if path in {*before, sys.argv[1]}] == before and "utils" not in sys.modules
 """
 
 
