@@ -201,7 +201,8 @@ class Stepper:
         if "deepspeed" in saved:
             raise ValueError("its optimizer state is DeepSpeed's: go on with --enable_deepspeed")
         before = {name: number for number, name in enumerate(saved.get("names", ()))}
-        if before.keys() != set(names):
+        count = sum(len(group["params"]) for group in saved["param_groups"])
+        if before.keys() != set(names) or count != len(names):
             raise ValueError("its optimizer has other parameters")
         moved = {number: before[name] for number, name in enumerate(names)}  # order depends on --layer_decay
         own["state"] = {new: saved["state"][old] for new, old in moved.items() if old in saved["state"]}

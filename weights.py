@@ -169,8 +169,8 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> str:
         "not read. If you trust its maker, take the weights out where their program is installed: "
         'python -c "import torch; '
         f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
-        "torch.save({'model': c['model']}, 'weights.pth')\", with its own key in place of 'model' (print(c.keys())), "
-        "or c.state_dict() in place of c['model'] if the file holds a model"
+        "torch.save({'model': c['model']}, 'weights.pth')\", with its own key for 'model' (print(c.keys())), or "
+        "c.state_dict() for c['model'] if it holds a model"
     )
 
 
