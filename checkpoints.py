@@ -143,7 +143,7 @@ def _resumable(folder: str) -> list[Found]:
     numbered = {int(match[1]): path for path in paths if (match := NUMBERED.fullmatch(path.name))}
     from_last = [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
     found = [*_readable([latest] * latest.exists()), *islice(_readable(from_last), 1)]
-    return found[::-1]
+    return found[::-1]  # read in the order of the warnings; of equally far ones the numbered one is taken
 
 
 def find_resume(folder: str, resume: str, auto_resume: bool) -> Found | None:

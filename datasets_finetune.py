@@ -50,6 +50,10 @@ class DataSet:
     ending: str = ".csv"
     train_videos: int = 0
 
+    def __post_init__(self):
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"sampling {self.sampling!r}: choose from {SAMPLINGS}")
+
     def list_path(self, folder: str, name: str) -> str:
         """Return the path of the list `name`, such as ``val.csv``, in a folder."""
         if any(Path(folder).glob(f"*{self.ending}")):

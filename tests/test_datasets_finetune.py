@@ -13,7 +13,7 @@ from torchvision.transforms.functional import resize
 
 import video_reader
 from datasets import ChunkSampler, build_loader
-from datasets_finetune import EvalDataset, FinetuneDataset, ViewReader, dense_indices, segment_indices
+from datasets_finetune import DataSet, EvalDataset, FinetuneDataset, ViewReader, dense_indices, segment_indices
 from datasets_finetune import test_view_indices as view_indices
 from metrics import Task
 from training import epoch_batches
@@ -284,3 +284,9 @@ def test_a_replaced_video_brings_its_own_label(labelled_list, broken, tmp_path):
         assert sample["path"] in [videos.path(i) for i in range(1, 11) if videos.labels[i] == label]
         seen.add(label)
     assert len(seen) > 2
+
+
+def test_a_data_set_has_a_sampling_that_is_known():
+    """Views of a test are dense unless told otherwise, so a misspelt sampling would go unnoticed there."""
+    with pytest.raises(ValueError, match=r"sampling 'segment': choose from \('dense', 'segments'\)"):
+        DataSet(3, "segment", True, 5, 3)

@@ -25,6 +25,7 @@ import json
 import sys
 import unicodedata
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import chain, product
 from pathlib import Path
 
@@ -101,8 +102,10 @@ def write_video(path: Path, frames: np.ndarray) -> None:
             stream.options = {"preset": "veryfast", "tune": "zerolatency", "crf": "20"}
         else:
             stream.bit_rate = 1_000_000
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")))
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, FPS)  # without them, stamps depend on PyAV's version
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
