@@ -67,7 +67,7 @@ def _entry_point(name: str, build: functools.partial) -> collections.abc.Callabl
     """Return the function that torch.hub calls for a model."""
 
     def load(path: str, **kwargs) -> torch.nn.Module:
-        checkpoint = _weights.read_checkpoint(path)
+        checkpoint = _weights.read_checkpoint(path, whole=False)
         found = _weights.model_weights(checkpoint, path)
         if name in _modeling_pretrain.MODELS:
             depth = len({key.split(".")[2] for key in found if key.startswith("decoder.blocks.")})

@@ -239,7 +239,10 @@ def check_kind(path: str, name: str, kind: str, key: str = "") -> None:
 
 
 def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> None:
-    """Load the weights of a checkpoint (those under `key`) into a model; RunError if any name or shape differs."""
+    """Load the weights of a checkpoint (those under `key`) into a model.
+
+    Raises RunError: any name or shape differs, or a weight is not finite.
+    """
     weights, own = model_weights(read_checkpoint(path), path, key), model.state_dict()
     wrong = list(_misshapen(weights, own).values())
     wrong += [f"{name} is missing there" for name in own if name not in weights]
@@ -249,6 +252,7 @@ def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> No
             f"{path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more); check --model, "
             "--decoder_depth and the target"
         )
+    _check_finite(weights, path)
     model.load_state_dict(weights)
     logger.info("loaded %d tensors from %s", len(weights), path)
 
@@ -266,7 +270,7 @@ def encoder_prefix(weights: Weights, path: str | Path = "checkpoint", prefix: st
     if usual := [prefix + name for name in USUAL_PREFIXES if prefix + name in found]:
         return usual[0]
     if len(found) > 1:
-        raise RunError(f"{path} holds several encoders: choose one with --model_prefix ({_names(found)})")
+        raise RunError(f"{path} holds several encoders, {_names(found)}: name one (--model_prefix), or save it alone")
     return found[0] if found else prefix
 
 
@@ -283,7 +287,7 @@ def load_encoder(
         key: see model_weights.
         prefix: see encoder_prefix.
     Raises:
-        RunError: unreadable, of another size, or without an encoder.
+        RunError: unreadable, of another size, without an encoder, or a weight is not finite.
     """
     everything, own = model_weights(read_checkpoint(path), path, key), model.state_dict()
     prefix = encoder_prefix(everything, path, prefix)
@@ -302,6 +306,7 @@ def load_encoder(
     left = [name for name in everything if name.removeprefix(prefix) not in fitting]
     if need_head and new:
         raise RunError(f"{path} lacks {', '.join(new[:4])}; it is not fine-tuned for this number of classes")
+    _check_finite(fitting, path)
     model.load_state_dict(fitting, strict=False)
     logger.info("%s: loaded %d tensors; new here: %s; left out: %s", path, len(fitting), _names(new), _names(left))
 
@@ -310,6 +315,13 @@ def _misshapen(weights: Weights, own: Weights) -> dict[str, str]:
     """Map the name of each weight whose shape differs from the model's own to a message."""
     pairs = {name: (list(weights[name].shape), list(own[name].shape)) for name in own if name in weights}
     return {name: f"{name} is {there} there, {here} here" for name, (there, here) in pairs.items() if there != here}
+
+
+def _check_finite(weights: Weights, path: str | Path) -> None:
+    """Raise RunError if a weight is NaN or infinite."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise RunError(f"{path}: {name} has values that are NaN or infinite; use an earlier checkpoint of that run")
 
 
 def _names(names: list[str]) -> str:

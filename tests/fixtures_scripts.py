@@ -77,18 +77,20 @@ exit "$(<"$request/code")"
 
 def answer(request):
     """Run the command of a request in as many processes as it asks for."""
-    words = (request / "arguments").read_text().split("\0")[:-1]
-    program, options = program_of(words)
-    processes = int(launcher_option(words, "--nproc_per_node")) if "--nproc_per_node" in words else 1
-    code = Started(list(jobs_of(program.name, options, request, processes))).end(900).code
-    (request / "draft").write_text(str(abs(code)))
-    (request / "draft").rename(request / "code")
+    words, code = (request / "arguments").read_text().split("\0")[:-1], 1
+    try:
+        program, options = program_of(words)
+        processes = int(launcher_option(words, "--nproc_per_node")) if "--nproc_per_node" in words else 1
+        code = Started(list(jobs_of(program.name, options, request, processes))).end(900).code
+    finally:  # else the script would wait for ever
+        (request / "draft").write_text(str(abs(code)))
+        (request / "draft").rename(request / "code")
 
 
 @contextmanager
 def programs_served(folder):
     """Variables with which scripts start their programs, by python or torchrun, in processes of the fork server."""
-    requests, stop = folder / "requests", threading.Event()
+    requests, stop, answers = folder / "requests", threading.Event(), []
     requests.mkdir()
     write_stubs(folder / "served", "python", "torchrun", text=SERVED)
 
@@ -97,7 +99,7 @@ def programs_served(folder):
             while not stop.is_set():
                 for ready in requests.glob("*/ready"):
                     ready.unlink()
-                    pool.submit(answer, ready.parent)
+                    answers.append(pool.submit(answer, ready.parent))
                 time.sleep(0.01)
 
     thread = threading.Thread(target=serve)
@@ -106,6 +108,8 @@ def programs_served(folder):
     yield {"PATH": path, "REQUESTS": str(requests)}
     stop.set()
     thread.join()
+    for answered in answers:
+        answered.result()
 
 
 def check_defaults(args, recipe):

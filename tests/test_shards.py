@@ -166,16 +166,38 @@ def test_a_shard_that_is_cut_off_is_not_indexed(tmp_path, cut):
     assert not (tmp_path / "s.idx").exists()
 
 
-def test_hidden_files_are_left_out_and_sparse_ones_refused(tmp_path):
+def test_hidden_files_are_left_out(tmp_path):
     """macOS puts a file ._x.mp4 beside x.mp4; it has no key."""
     (tmp_path / "x.mp4").write_bytes(bytes(700))
     names = ["x.mp4", "._x.mp4", "a/x.mp4", "a/._x.mp4"]
     shard = make_shard(tmp_path / "s.tar", {name: tmp_path / "x.mp4" for name in names})
     assert [member.name for member in shards.members_of(shard)] == ["x.mp4", "a/x.mp4"]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ("--sparse", "x.mp4 is a link or a sparse file; pack the shard without"),
+        ("", "y.mp4 is a link or a sparse file; pack the shard without .* with --dereference"),
+        ("--hard-dereference", "z.mp4 is a link or a sparse file"),
+        ("--gzip", "cannot be read as a tar file .compressed; unpack it first"),
+        ("--hard-dereference --dereference", ""),
+    ],
+)
+def test_what_cannot_be_read_in_place_is_not_indexed(tmp_path, options, said):
+    """A sparse file, a hard link, a symbolic link, a compressed shard."""
+    (tmp_path / "x.mp4").write_bytes(bytes(700))
     os.truncate(tmp_path / "x.mp4", 1 << 20)
-    subprocess.run(["tar", "--sparse", "-cf", tmp_path / "t.tar", "-C", tmp_path, "x.mp4"], check=True)
-    with pytest.raises(RunError, match=r"t\.tar: x\.mp4 is stored as a sparse file; pack the shard without"):
-        index_shards.main([str(tmp_path / "t.tar")])
+    os.link(tmp_path / "x.mp4", tmp_path / "y.mp4")
+    (tmp_path / "z.mp4").symlink_to("x.mp4")
+    shard = str(tmp_path / "t.tar")
+    subprocess.run(["tar", *options.split(), "-cf", shard, "-C", tmp_path, "x.mp4", "y.mp4", "z.mp4"], check=True)
+    if said:
+        with pytest.raises(RunError, match=rf"^{shard}: {said}"):
+            index_shards.main([shard])
+    else:
+        index_shards.main([shard])
+        assert [member.size for member in shards.members_of(shard)] == [1 << 20] * 3
 
 
 def test_memory_and_open_files_are_bounded(tmp_path, clips):

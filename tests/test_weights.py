@@ -1,6 +1,7 @@
 """Reading weights: nothing in a file is run, damage is noticed, names of others are known."""
 
 import argparse
+import math
 import os
 import pickle
 import re
@@ -243,8 +244,18 @@ def test_of_several_encoders_the_usual_one_or_the_chosen_one(tmp_path, caplog):
             new = vit_tiny_patch16_224(num_classes=0)
             load_encoder(new, tmp_path / "x.pth", prefix=prefix)
             assert torch.equal(new.state_dict()[first], wanted.state_dict()[first])
-    with pytest.raises(RunError, match=r"x.pth holds several encoders: .*--model_prefix \(model.encoder., ema.model"):
+    with pytest.raises(RunError, match=r"x.pth holds several encoders, model.encoder., ema.model.*--model_prefix"):
         load_encoder(new, tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("load, where", [(load_encoder, "blocks.1.mlp.fc2.weight"), (load_strictly, "head.bias")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, load, where, value):
+    weights = vit_tiny_patch16_224(num_classes=3).state_dict()
+    weights[where].view(-1)[-1] = value
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    with pytest.raises(RunError, match=f"x.pth: {where} has values that are NaN or infinite"):
+        load(vit_tiny_patch16_224(num_classes=3), tmp_path / "x.pth")
 
 
 def test_a_deeper_model_is_refused(tmp_path):

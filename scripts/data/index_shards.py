@@ -16,6 +16,7 @@ from shards import VERSION, Member, ShardError, index_path
 from utils import run_main, write_whole
 
 BLOCK = tarfile.BLOCKSIZE
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
 
 
 def key_of(name: str) -> str:
@@ -27,11 +28,14 @@ def key_of(name: str) -> str:
 def scan(shard: str) -> list[Member]:
     """List the files in a tar file by reading all its headers, but no hidden ones (macOS adds ``._x.mp4`` to x.mp4).
 
-    Raises ShardError: no tar file, cut off, or with a sparse file, whose bytes are not those in the tar file.
+    Raises ShardError: no tar file, compressed, cut off, or with a file whose bytes are not in it as they are.
     """
     try:
+        with open(shard, "rb") as file:
+            if file.read(4).startswith(COMPRESSED):
+                raise tarfile.ReadError("compressed; unpack it first")
         with tarfile.open(shard, "r:") as tar:
-            files = [info for info in tar if info.isreg() and not os.path.basename(info.name).startswith(".")]
+            files = [info for info in tar if not info.isdir() and not os.path.basename(info.name).startswith(".")]
             end = tar.offset
         with open(shard, "rb") as file:
             file.seek(end)  # where tarfile stopped
@@ -40,8 +44,9 @@ def scan(shard: str) -> list[Member]:
         raise ShardError(f"{shard}: cannot be read as a tar file ({getattr(error, 'strerror', 0) or error})") from error
     if not whole:
         raise ShardError(f"{shard}: the tar file is cut off: it has no end mark after {len(files)} members")
-    if sparse := next((info.name for info in files if info.issparse()), ""):
-        raise ShardError(f"{shard}: {sparse} is stored as a sparse file; pack the shard without tar's --sparse")
+    if odd := next((info.name for info in files if not info.isreg() or info.issparse()), ""):
+        remedy = "pack the shard without tar's --sparse, and with --dereference --hard-dereference"
+        raise ShardError(f"{shard}: {odd} is a link or a sparse file; {remedy}")
     return [Member(info.name.removeprefix("./"), info.offset_data, info.size) for info in files]
 
 
