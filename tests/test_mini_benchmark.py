@@ -134,7 +134,7 @@ def test_what_is_done_is_not_done_again_and_a_row_of_ones_own_is_one_more(benchm
 
 
 def test_tables_come_from_logs(tmp_path, capsys):
-    for seed, values in enumerate(((40, 50), (44, 56), (48, 62))):
+    for seed, values in {1: (40, 50), 2: (44, 56), 10: (48, 62)}.items():
         for column, value in zip(("motion", "object"), values):
             lines = {"train_loss": 1.0}, {"test_acc1": value, "test_videos": 400}
             write_log(tmp_path / f"seed-{seed}" / "stage1" / column, *lines)
@@ -147,7 +147,7 @@ def test_tables_come_from_logs(tmp_path, capsys):
     assert document.read_text().startswith("before\n") and document.read_text().endswith("after\n")
     assert "old" not in document.read_text() and picture.stat().st_size > 1000
     with open(tmp_path / "results.csv") as file:
-        assert list(csv.reader(file))[1:3] == [["stage1", "motion", "0", "40.000"], ["stage1", "motion", "1", "44.000"]]
+        assert list(csv.reader(file))[1:3] == [["stage1", "motion", "1", "40.000"], ["stage1", "motion", "2", "44.000"]]
 
 
 def test_the_quickstart_gives_standard_errors_and_names_a_run_that_is_not_done(tmp_path, capsys):

@@ -38,6 +38,7 @@ COLUMNS = {  # folder → heading
     "count": "count, fine-tuned",
 }
 CHANCE = {"motion": 12.5, "object": 5.0, "count": 25.0}
+Scores = dict[str, dict[str, dict[int, float]]]  # row → column → seed → test accuracy in percent
 BEGIN, END = "<!-- table: written by scripts/mini/results.py -->", "<!-- end of table -->"
 
 
@@ -74,30 +75,32 @@ def quickstart_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def collect(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Row → column → test accuracies of all seeds; rows in the order of ROWS."""
+def collect(folder: Path) -> Scores:
+    """Read the scores of all rows, which come in the order of ROWS."""
+    seeds = sorted(int(path.name.removeprefix("seed-")) for path in folder.glob("seed-*"))
     found = sorted({path.name for path in folder.glob("seed-*/*") if path.is_dir()})
-    scores: dict[str, dict[str, list[float]]] = {}
+    scores: Scores = {}
     for row in sorted(found, key=lambda name: list(ROWS).index(name) if name in ROWS else len(ROWS)):
         for column in COLUMNS:
-            values = [test_score(seed / row / column) for seed in sorted(folder.glob("seed-*"))]
-            scores.setdefault(row, {})[column] = [value[0] for value in values if value]
+            values = {seed: test_score(folder / f"seed-{seed}" / row / column) for seed in seeds}
+            scores.setdefault(row, {})[column] = {seed: value[0] for seed, value in values.items() if value}
     return {row: columns for row, columns in scores.items() if any(columns.values())}
 
 
-def spread(values: list[float]) -> str:
+def spread(seeds: dict[int, float]) -> str:
     """Mean ± standard deviation over seeds; for one seed only the value."""
-    if not values:
-        return ""
-    return f"{values[0]:.1f}" if len(values) == 1 else f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    values = list(seeds.values())
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
-def measured(scores: dict[str, dict[str, list[float]]]) -> dict[str, str]:
+def measured(scores: Scores) -> dict[str, str]:
     """Those of COLUMNS that a row has."""
     return {name: heading for name, heading in COLUMNS.items() if any(columns[name] for columns in scores.values())}
 
 
-def benchmark_table(scores: dict[str, dict[str, list[float]]]) -> str:
+def benchmark_table(scores: Scores) -> str:
     """The scores as a Markdown table."""
     shown = measured(scores)
     lines = ["| test accuracy, % | " + " | ".join(shown.values()) + " |", "|---" * (1 + len(shown)) + "|"]
@@ -111,17 +114,17 @@ def benchmark_table(scores: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
+def write_csv(scores: Scores, path: Path) -> None:
     """Write one line for each row, column and seed."""
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["row", "column", "seed", "test_acc1"])
         for row, columns in scores.items():
             for column, values in columns.items():
-                table.writerows([row, column, seed, f"{value:.3f}"] for seed, value in enumerate(values))
+                table.writerows([row, column, seed, f"{value:.3f}"] for seed, value in values.items())
 
 
-def paint(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
+def paint(scores: Scores, path: Path) -> None:
     """Draw a bar chart for every column, one colour per row, with the standard deviation over seeds."""
     import matplotlib  # imported here because it is slow and tables do not need it
 
@@ -133,7 +136,7 @@ def paint(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
     colours = matplotlib.colormaps["viridis"](np.linspace(0.95, 0.1, len(scores)))
     places = np.arange(len(scores))[::-1]
     for axis, (column, heading) in zip(axes[0], shown.items()):
-        values = [columns[column] or [0.0] for columns in scores.values()]
+        values = [list(columns[column].values()) or [0.0] for columns in scores.values()]
         spreads = [np.std(value, ddof=1) if len(value) > 1 else 0.0 for value in values]
         axis.barh(places, [np.mean(value) for value in values], xerr=spreads, color=colours)
         axis.axvline(CHANCE[column.removesuffix("-probe")], color="0.4", linestyle=":")
