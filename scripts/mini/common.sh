@@ -13,7 +13,7 @@ esac
 : "${PROBE_EPOCHS:=${EPOCHS[1]}}"
 : "${FEW_EPOCHS:=24}" # on 10 labelled clips a class
 MODEL=${SIZE}_patch16_224
-CLIPS=(--input_size "$SIDE" --num_frames 8 --num_workers "$WORKERS")
+CLIPS=(--input_size "$SIDE" --num_frames 8 --num_workers "$WORKERS" --precision "${PRECISION:-auto}")
 declare -A CLASSES=([motion]=8 [object]=20 [count]=4)
 
 # The teacher is a small image network from a Python package; its fourth stage has the student's grid, SIDE / 16.

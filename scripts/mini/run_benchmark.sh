@@ -14,7 +14,8 @@ ALL_ROWS=(scratch pixel-tube pixel-two-stages teacher-tube two-stages two-stages
 rows=("${@:-${ALL_ROWS[@]}}")
 [[ ${2:-} == -* ]] && rows=("$1") # a row of your own
 if [[ ${1:-} != --row ]]; then    # a row inherits these variables
-  read -r gpu cores < <(python -c 'import os, torch; print(int(torch.cuda.is_available()), len(os.sched_getaffinity(0)))')
+  read -r gpu cores bf16 < <(python -c 'import os, torch, optim_factory
+print(int(torch.cuda.is_available()), len(os.sched_getaffinity(0)), int(optim_factory.has_bf16_instructions()))')
 fi
 : "${OUT:=output/mini}"
 : "${SEEDS:=0 1 2}"
@@ -27,8 +28,10 @@ if [[ ${gpu:-} == 1 ]]; then
   : "${WORKERS:=$(((2 * cores + JOBS - 1) / JOBS))}"         # loader processes of each row
 else
   : "${SIZE:=tiny}" "${STEPS:=1500}" "${JOBS:=2}" "${WORKERS:=0}"
+  [[ ${bf16:-} != 1 ]] || : "${PRECISION:=bf16}" # half the time
 fi
-export OUT SEEDS SIDE TESTS OMP_NUM_THREADS SIZE STEPS JOBS WORKERS
+: "${PRECISION:=auto}"
+export OUT SEEDS SIDE TESTS OMP_NUM_THREADS SIZE STEPS JOBS WORKERS PRECISION
 
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
