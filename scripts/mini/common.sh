@@ -11,7 +11,7 @@ case $SIZE in      # videos a step (4 clips of each, 2 masks a clip), labelled c
 esac
 : "${FINETUNE_EPOCHS:=${EPOCHS[0]}}" # on all labelled clips
 : "${PROBE_EPOCHS:=${EPOCHS[1]}}"
-: "${FEW_EPOCHS:=24}" # on 10 labelled clips a class
+FEW=(16 24)                           # on 50 labelled clips a class of motion, and on 10 a class of object
 MODEL=${SIZE}_patch16_224
 CLIPS=(--input_size "$SIDE" --num_frames 8 --num_workers "$WORKERS" --precision "${PRECISION:-auto}")
 declare -A CLASSES=([motion]=8 [object]=20 [count]=4)
@@ -43,15 +43,16 @@ pretrain() {
     --log_interval 100 --seed "$seed" --output_dir "$folder" "$@"
 }
 
-# evaluate FOLDER COLUMN SEED [flags]: fine-tune or probe, and test; skips a finished run. COLUMN is a task of the world
-# (object: with 10 labelled clips a class) or a task and -probe.
+# evaluate FOLDER COLUMN SEED [flags]: fine-tune or probe, and test; skips a finished run. COLUMN is a task of the world,
+# to be learned from all labelled clips, or a task and -few or -probe.
 evaluate() {
-  local folder=$1 column=$2 seed=$3 task=${2%-probe} how=(--epochs "$FINETUNE_EPOCHS")
+  local folder=$1 column=$2 seed=$3 task=${2%-*} how=(--epochs "$FINETUNE_EPOCHS")
   shift 3
   grep -qs test_acc1 "$folder/log.txt" && return
   case $column in
     *-probe) how=(--epochs "$PROBE_EPOCHS" --attentive_probe --probe_lrs 3e-2 1e-2 --probe_wds 0.05) ;;
-    object) how=(--epochs "$FEW_EPOCHS" --samples_per_class 10) ;;
+    motion-few) how=(--epochs "${FEW[0]}" --samples_per_class 50) ;;
+    object-few) how=(--epochs "${FEW[1]}" --samples_per_class 10) ;;
   esac
   python run_class_finetuning.py --data_set custom-unmirrored --nb_classes "${CLASSES[$task]}" --data_path "$WORLD/$task" \
     "${CLIPS[@]}" --sampling_rate 1 --model "vit_$MODEL" --batch_size "$LABELLED" --lr "$(scaled 1e-3 "$LABELLED")" \

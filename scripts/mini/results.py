@@ -32,8 +32,9 @@ ROWS = {  # folder → description; other rows come after these and are called b
 }
 COLUMNS = {  # folder → heading
     "motion": "motion, fine-tuned",
+    "motion-few": "motion, 50 labels a class",
     "motion-probe": "motion, probe",
-    "object": "object, 10 labels a class",
+    "object-few": "object, 10 labels a class",
     "object-probe": "object, probe",
     "count": "count, fine-tuned",
 }
@@ -104,7 +105,7 @@ def benchmark_table(scores: Scores) -> str:
     """The scores as a Markdown table."""
     shown = measured(scores)
     lines = ["| test accuracy, % | " + " | ".join(shown.values()) + " |", "|---" * (1 + len(shown)) + "|"]
-    chance = [f"{CHANCE[column.removesuffix('-probe')]:g}" for column in shown]
+    chance = [f"{CHANCE[column.partition('-')[0]]:g}" for column in shown]
     lines.append("| chance | " + " | ".join(chance) + " |")
     for row, columns in scores.items():
         cells = [spread(columns[column]) for column in shown]
@@ -139,7 +140,7 @@ def paint(scores: Scores, path: Path) -> None:
         values = [list(columns[column].values()) or [0.0] for columns in scores.values()]
         spreads = [np.std(value, ddof=1) if len(value) > 1 else 0.0 for value in values]
         axis.barh(places, [np.mean(value) for value in values], xerr=spreads, color=colours)
-        axis.axvline(CHANCE[column.removesuffix("-probe")], color="0.4", linestyle=":")
+        axis.axvline(CHANCE[column.partition("-")[0]], color="0.4", linestyle=":")
         axis.set(title=heading, xlabel="test accuracy, %", xlim=(0, 100))
     axes[0, 0].set_yticks(places, [ROWS.get(row, row) for row in scores])
     figure.savefig(path, dpi=110)
