@@ -30,7 +30,6 @@ else
   : "${SIZE:=tiny}" "${STEPS:=1500}" "${JOBS:=2}" "${WORKERS:=0}"
   [[ ${bf16:-} != 1 ]] || : "${PRECISION:=bf16}" # half the time
 fi
-: "${PRECISION:=auto}"
 export OUT SEEDS SIDE TESTS OMP_NUM_THREADS SIZE STEPS JOBS WORKERS PRECISION
 
 mkdir -p "$OUT"
