@@ -12,7 +12,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "mini"))
 import make_world
-from make_world import COUNTS, FRAMES, MOTIONS, SIZES, SPLITS, TASKS, motion_track
+from make_world import COMPOSITIONS, COUNTS, FRAMES, MOTIONS, SIZES, SPLITS, TASKS, motion_track
 
 from object_overlay import find_objects
 from video_reader import read_frames
@@ -29,7 +29,7 @@ def world(tmp_path_factory):
 
 
 def test_labelled_lists(world):
-    for task, classes in zip(TASKS, (8, 20, 4)):
+    for task, classes in zip(TASKS, (8, 20, 4, 4)):
         assert len((world / task / "classes.txt").read_text().splitlines()) == classes
         for split, number in zip(SPLITS, (20, 4, 4)):
             videos = video_list(str(world / task / f"{split}.csv"), classes)
@@ -116,6 +116,31 @@ def test_position_and_size_of_a_frame_tell_nothing_of_the_motion():
             size = (np.log([sizes[t] for _, sizes in tracks]) - low) / (high - low)
             worst = min(worst, *(stats.kstest(values, "uniform").pvalue for values in (x, y, size)))
     assert worst > 1e-3 / 192  # Bonferroni
+
+
+def test_compositions_are_what_they_are_called():
+    """A goes the same way in all classes; only what happens from its arrival on differs."""
+    on_top = np.zeros(len(COMPOSITIONS))
+    for seed in range(100):
+        of_class = []
+        for label in range(len(COMPOSITIONS)):
+            tracks = make_world.composition_tracks(np.random.default_rng(seed), label)
+            upper_is_a = np.abs(np.diff(tracks[1][0][:2], axis=0)).max() > 1e-9  # B rests at first
+            (a, a_size), (b, b_size) = tracks[:: -1 if upper_is_a else 1]
+            on_top[label] += upper_is_a
+            steps = [(np.diff(centres, axis=0) + 0.5) % 1 - 0.5 for centres in (a, b)]
+            between = (b - a + 0.5) % 1 - 0.5
+            touching = 0.9 * (a_size + b_size)[0] / 2
+            of_class.append((a, b, *steps, np.hypot(*between.T) / touching))
+        (a, b, way, _, distance), behind, (_, _, _, push, pushed_at), (_, _, _, dodge, dodged_at) = of_class
+        assert all(np.array_equal(a, other[0]) and np.array_equal(b[0], other[1][0]) for other in of_class)
+        assert np.array_equal(b, behind[1]) and np.ptp(b, axis=0).max() == 0
+        assert distance[0] > 1 and distance.min() < 0.8, "A passes over B or under it"
+        assert pushed_at.min() > 1 - 1e-9 and np.allclose(pushed_at[-3:], 1), "A pushes B at the distance of contact"
+        np.testing.assert_allclose(push[-2:], way[-2:])
+        np.testing.assert_allclose(np.hypot(*dodge[-2:].T), np.hypot(*way[-2:].T))
+        assert np.abs((dodge * way).sum(axis=1)).max() < 1e-9 and dodged_at.min() > 0.5**0.5 - 1e-9
+    assert on_top[0] == 100 and on_top[1] == 0 and 30 < on_top[2] < 70 and 30 < on_top[3] < 70
 
 
 def test_a_classifier_of_single_frames_is_at_chance():

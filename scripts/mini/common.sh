@@ -14,7 +14,7 @@ esac
 FEW=(16 24)                           # on 50 labelled clips a class of motion, and on 10 a class of object
 MODEL=${SIZE}_patch16_224
 CLIPS=(--input_size "$SIDE" --num_frames 8 --num_workers "$WORKERS" --precision "${PRECISION:-auto}")
-declare -A CLASSES=([motion]=8 [object]=20 [count]=4)
+declare -A CLASSES=([motion]=8 [object]=20 [count]=4 [composition]=4)
 
 # The teacher is a small image network from a Python package; its fourth stage has the student's grid, SIDE / 16.
 demo_teacher() { # demo_teacher FILE: writes the file and sets TEACHER

@@ -10,13 +10,15 @@ and labelled clips show only these. The output depends only on the seed:
     pretrain/train.csv, pretrain/black.csv       lists of them; the second has as many black clips
     objects/<category>/<name>.png                objects for the overlay, with CREDITS.txt
     unseen/<category>/<name>.png                 objects of the labelled clips
-    motion/, object/, count/                     labelled clips: videos/, train.csv, val.csv, test.csv, classes.txt
+    motion/, object/, count/, composition/       labelled clips: videos/, train.csv, val.csv, test.csv, classes.txt
 
-In a labelled clip an object moves over a still image. The classes of motion are kinds of motion, which no single frame
-shows: position and size wrap around (an object that leaves on the right enters on the left, one that has reached the
-largest size continues at the smallest), so both are uniformly distributed in every frame of every class. The classes of
-object are 20 objects; those of count are how often the object passes over the same path. Lengths are fractions of
---side, the side of a labelled clip in pixels, so that worlds of different sides differ in resolution alone.
+In a labelled clip an object moves over a still image. The classes of motion are kinds of motion, which no single
+frame shows: position and size wrap around (an object that leaves on the right enters on the left, one that has
+reached the largest size continues at the smallest), so both are uniformly distributed in every frame of every class.
+The classes of object are 20 objects; those of count are how often the object passes over the same path. Those of
+composition are what an object A does with a resting object B; A alone does not tell, and B alone only whether it
+stays at rest. Lengths are fractions of --side, the side of a labelled clip in pixels, so that worlds of different
+sides differ in resolution alone.
 """
 
 import argparse
@@ -54,7 +56,8 @@ SIZES = (0.28, 0.63)  # of an object: geometric mean of its width and height
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 COUNTS = ("once", "twice", "three times", "four times")
 NUM_OBJECT_CLASSES = 20
-TASKS = ("motion", "object", "count")
+COMPOSITIONS = ("A passes in front of B", "A passes behind B", "A pushes B", "B gets out of the way of A")
+TASKS = ("motion", "object", "count", "composition")
 Track = tuple[np.ndarray, np.ndarray]  # centres [T, 2] (x, y) and sizes [T], in pixels or as fractions of the side
 
 CREDITS = """The pictures in this folder and in ../unseen are OpenMoji emojis, drawn from the font in the Python package
@@ -198,6 +201,26 @@ def count_track(rng: np.random.Generator, label: int) -> Track:
     return middle + along[:, None] * way, np.full(FRAMES, np.exp(rng.uniform(*np.log((0.22, 0.44)))))
 
 
+def composition_tracks(rng: np.random.Generator, label: int) -> tuple[Track, Track]:
+    """Tracks of two objects of class COMPOSITIONS[label], in fractions, the lower one first.
+
+    A moves in a straight line and arrives at B after a quarter to half of the time, in every class alike. B rests until
+    then; afterwards it moves as fast as A, ahead of A or at a right angle, or stays.
+    """
+    sizes = np.exp(rng.uniform(*np.log((0.18, 0.3)), 2))
+    start, angle = rng.random(2), rng.uniform(0, 2 * np.pi)
+    travel, arrival, side = rng.uniform(0.7, 0.95), rng.uniform(0.25, 0.5), rng.choice((-1, 1))
+    ahead = np.array([np.cos(angle), np.sin(angle)])
+    aside = side * np.array([-ahead[1], ahead[0]])
+    gone = travel * np.arange(FRAMES)[:, None] / (FRAMES - 1)
+    since = np.maximum(gone - travel * arrival, 0)
+    rest = start + (travel * arrival + 0.9 * sizes.mean()) * ahead
+    a = (start + gone * ahead) % 1, np.full(FRAMES, sizes[0])
+    b = (rest + since * (np.zeros(2), np.zeros(2), ahead, aside)[label]) % 1, np.full(FRAMES, sizes[1])
+    a_on_top = rng.random() < 0.5 if label > 1 else label == 0
+    return (b, a) if a_on_top else (a, b)
+
+
 # Clips ----------------------------------------------------------------------------------------------------------
 
 
@@ -212,26 +235,36 @@ def labelled_clip(
 ) -> np.ndarray:
     """A clip of class `label` over a frame of `background`, uint8 ``[FRAMES, side, side, 3]``."""
     frames = np.repeat(cut_window(rng, background, 1, side), FRAMES, axis=0)
-    sprite = sprites[label if task == "object" else rng.integers(len(sprites))]
-    if rng.random() < 0.5:
-        sprite = np.ascontiguousarray(sprite[:, ::-1])
+
+    def draw_sprite(number: int) -> np.ndarray:
+        return np.ascontiguousarray(sprites[number][:, :: -1 if rng.random() < 0.5 else 1])
+
     if task == "object":
-        (centres, sizes), angle = object_track(rng, side), int(rng.integers(-20, 21))
+        pasted = [(draw_sprite(label), object_track(rng, side), int(rng.integers(-20, 21)))]
+    elif task == "composition":
+        lower_and_upper = rng.choice(len(sprites), 2, replace=False)
+        tracks = composition_tracks(rng, label)
+        pasted = [(draw_sprite(number), track, 0) for number, track in zip(lower_and_upper, tracks)]
     else:
-        (centres, sizes), angle = (motion_track if task == "motion" else count_track)(rng, label), 0
-    paste_round(frames, sprite, (side * centres, side * sizes), angle)
+        sprite = draw_sprite(rng.integers(len(sprites)))
+        pasted = [(sprite, (motion_track if task == "motion" else count_track)(rng, label), 0)]
+    for sprite, (centres, sizes), angle in pasted:
+        paste_round(frames, sprite, (side * centres, side * sizes), angle)
     return frames
 
 
-def write_pretraining(output: Path, videos: list[np.ndarray], num_clips: int, seed: int, side: int) -> Iterator[None]:
-    """Write the clips and lists of pretraining; yields after each clip."""
+def write_pretraining(
+    output: Path, videos: list[np.ndarray], num_clips: int, seed: int, side: int, still: bool = False
+) -> Iterator[None]:
+    """Write the clips and lists of pretraining, `still` clips of one frame each repeated; yields after each clip."""
     side, black = round(PRETRAIN_SCALE * side), output / "videos" / "black.mp4"
     paths = [output / "videos" / f"pretrain-{number:04d}.mp4" for number in range(num_clips)]
     (output / "videos").mkdir(parents=True, exist_ok=True)
     (output / "pretrain").mkdir(exist_ok=True)
     for number, path in enumerate(paths):
         rng = np.random.default_rng((seed, 2, number))
-        write_video(path, cut_window(rng, part(videos, number, "train"), PRETRAIN_FRAMES, side))
+        frames = cut_window(rng, part(videos, number, "train"), 1 if still else PRETRAIN_FRAMES, side)
+        write_video(path, np.broadcast_to(frames, (PRETRAIN_FRAMES, *frames.shape[1:])))
         yield
     write_video(black, np.zeros((PRETRAIN_FRAMES, side, side, 3), np.uint8))
     (output / "pretrain" / "train.csv").write_text("".join(f"{path} -1\n" for path in paths))
@@ -247,7 +280,8 @@ def write_task(
         chosen = np.random.default_rng((seed, 3)).choice(len(unseen), NUM_OBJECT_CLASSES, replace=False)
         unseen = [unseen[index] for index in sorted(chosen)]
     sprites = [read_object(str(path), 4 * side) for path in unseen]
-    classes = {"motion": MOTIONS, "count": COUNTS, "object": [path.stem for path in unseen]}[task]
+    names = {"motion": MOTIONS, "count": COUNTS, "composition": COMPOSITIONS}
+    classes = names.get(task) or [path.stem for path in unseen]
     for place, split in enumerate(SPLITS):
         lines = []
         for number in range(counts[split]):
@@ -270,6 +304,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrain_clips", type=int, default=800, help="clips for pretraining (default 800)")
     for split, number in zip(SPLITS, (1600, 200, 400)):
         parser.add_argument(f"--{split}_clips", type=int, default=number, help="of each task (default %(default)s)")
+    parser.add_argument("--still", action="store_true", help="pretraining clips do not move: one frame each, repeated")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to write (default all)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives another world (default 0)")
     args = parser.parse_args(argv)
@@ -294,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     videos = [read_video(name, 2 * args.side) for name in VIDEOS]
     unseen = sorted((output / "unseen").glob("*/*.png"))
     counts = {split: getattr(args, f"{split}_clips") for split in SPLITS}
-    writers = {"pretrain": write_pretraining(output, videos, args.pretrain_clips, args.seed, args.side)}
+    writers = {"pretrain": write_pretraining(output, videos, args.pretrain_clips, args.seed, args.side, args.still)}
     for task in args.tasks:
         writers[task] = write_task(output, task, videos, unseen, counts, args.seed, args.side)
     total = args.pretrain_clips + len(args.tasks) * sum(counts.values())

@@ -37,8 +37,9 @@ COLUMNS = {  # folder → heading
     "object-few": "object, 10 labels a class",
     "object-probe": "object, probe",
     "count": "count, fine-tuned",
+    "composition": "composition, fine-tuned",
 }
-CHANCE = {"motion": 12.5, "object": 5.0, "count": 25.0}
+CHANCE = {"motion": 12.5, "object": 5.0, "count": 25.0, "composition": 25.0}
 Scores = dict[str, dict[str, dict[int, float]]]  # row → column → seed → test accuracy in percent
 BEGIN, END = "<!-- table: written by scripts/mini/results.py -->", "<!-- end of table -->"
 
