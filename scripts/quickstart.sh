@@ -40,6 +40,33 @@ echo "the world: cutting clips and drawing objects"
 # shellcheck disable=SC2086 # several options
 python scripts/mini/make_world.py "$WORLD" --side "$SIDE" --tasks motion count --seed "$SEED" $WORLD_OPTIONS
 
+# in_background FUNCTION: run it on the second core, with its output in a file; it ends when this script does.
+in_background() {
+  set -m # a process group of its own
+  "$1" >"$DIR/$1.txt" 2>&1 &
+  set +m
+  background=$!
+  trap 'kill -- "-$background" 2>/dev/null || true' EXIT
+}
+
+# finish FUNCTION: wait for it.
+finish() {
+  wait "$background" || { tail -n 3 "$DIR/$1.txt" >&2; exit 1; }
+}
+
+scratch() {
+  evaluate "$DIR/scratch" motion "$SEED" --num_workers 0
+  FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count-scratch" count "$SEED" --num_workers 0
+}
+
+counting() {
+  FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count" count "$SEED" --num_workers 0 --finetune "$stage2"
+  python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
+}
+
+echo "in the background: both tasks from scratch (output: $DIR/scratch.txt)"
+in_background scratch
+
 echo "stage 1: moving objects, and a mask that follows them"
 pretrain "$DIR/stage1" "$SEED" "$STAGE1_STEPS" "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}"
 stage1=$CHECKPOINT
@@ -48,21 +75,13 @@ echo "stage 2: natural clips, a tube mask, starting from stage 1's weights"
 pretrain "$DIR/stage2" "$SEED" "$STAGE2_STEPS" "${TEACHER[@]}" --mask_type tube --first_stage_path "$stage1"
 stage2=$CHECKPOINT
 
-# compare FOLDER SCRATCH COLUMN: fine-tune from stage 2 and, in the background and quietly, from scratch; a core each.
-compare() {
-  evaluate "$DIR/$2" "$3" "$SEED" --num_workers 0 >"$DIR/$2.txt" 2>&1 &
-  evaluate "$DIR/$1" "$3" "$SEED" --num_workers 0 --finetune "$stage2"
-  wait $! || { tail -n 3 "$DIR/$2.txt" >&2; exit 1; }
-}
+finish scratch
+echo "in the background: fine-tuning stage 2's encoder on counting, and pictures (output: $DIR/counting.txt)"
+in_background counting
 
-echo "fine-tuning on motion: stage 2's encoder, and beside it the same model from scratch (its output: $DIR/scratch.txt)"
-compare finetuned scratch motion
-
-echo "fine-tuning on counting, in the same way ($DIR/count-scratch.txt)"
-FINETUNE_EPOCHS=$COUNT_EPOCHS compare count count-scratch count
-
-echo "picture"
-python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
+echo "fine-tuning it on motion"
+evaluate "$DIR/finetuned" motion "$SEED" --num_workers 0 --finetune "$stage2"
+finish counting
 
 python scripts/mini/results.py quickstart "$DIR" | tee "$DIR/results.md"
 cat <<DONE
