@@ -12,7 +12,7 @@ set -euo pipefail
 : "${STAGE1_STEPS:=600}"
 : "${STAGE2_STEPS:=200}"
 : "${FINETUNE_EPOCHS:=5}" # on motion
-: "${COUNT_EPOCHS:=4}"
+: "${COUNT_EPOCHS:=3}"
 : "${WORLD_OPTIONS:=--val_clips 40}" # of scripts/mini/make_world.py
 : "${QUICKSTART_DIR:=quickstart}"
 : "${OMP_NUM_THREADS:=1}" # threads per run; the matrices are too small for more
@@ -40,32 +40,20 @@ echo "the world: cutting clips and drawing objects"
 # shellcheck disable=SC2086 # several options
 python scripts/mini/make_world.py "$WORLD" --side "$SIDE" --tasks motion count --seed "$SEED" $WORLD_OPTIONS
 
-# in_background FUNCTION: run it on the second core, with its output in a file; it ends when this script does.
-in_background() {
-  set -m # a process group of its own
-  "$1" >"$DIR/$1.txt" 2>&1 &
-  set +m
-  background=$!
-  trap 'kill -- "-$background" 2>/dev/null || true' EXIT
-}
-
-# finish FUNCTION: wait for it.
-finish() {
-  wait "$background" || { tail -n 3 "$DIR/$1.txt" >&2; exit 1; }
-}
-
-scratch() {
+# What the second core does meanwhile: training from scratch and, once stage 2 is done, counting.
+second_core() {
   evaluate "$DIR/scratch" motion "$SEED" --num_workers 0
   FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count-scratch" count "$SEED" --num_workers 0
+  plan "$DIR/stage2" "$STAGE2_STEPS"
+  until [[ -f $CHECKPOINT ]]; do sleep 1; done
+  FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count" count "$SEED" --num_workers 0 --finetune "$CHECKPOINT"
 }
 
-counting() {
-  FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count" count "$SEED" --num_workers 0 --finetune "$stage2"
-  python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
-}
-
-echo "in the background: both tasks from scratch (output: $DIR/scratch.txt)"
-in_background scratch
+echo "in the background: both tasks from scratch, later counting from stage 2 (output: $DIR/second_core.txt)"
+set -m # a process group of its own, to be ended with this script
+second_core >"$DIR/second_core.txt" 2>&1 &
+set +m
+trap 'kill -- "-$!" 2>/dev/null || true' EXIT
 
 echo "stage 1: moving objects, and a mask that follows them"
 pretrain "$DIR/stage1" "$SEED" "$STAGE1_STEPS" "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}"
@@ -75,13 +63,14 @@ echo "stage 2: natural clips, a tube mask, starting from stage 1's weights"
 pretrain "$DIR/stage2" "$SEED" "$STAGE2_STEPS" "${TEACHER[@]}" --mask_type tube --first_stage_path "$stage1"
 stage2=$CHECKPOINT
 
-finish scratch
-echo "in the background: fine-tuning stage 2's encoder on counting, and pictures (output: $DIR/counting.txt)"
-in_background counting
-
-echo "fine-tuning it on motion"
+echo "fine-tuning on motion, from stage 2's encoder"
 evaluate "$DIR/finetuned" motion "$SEED" --num_workers 0 --finetune "$stage2"
-finish counting
+
+echo "pictures"
+python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
+
+echo "waiting for the background"
+wait $! || { tail -n 3 "$DIR/second_core.txt" >&2; exit 1; }
 
 python scripts/mini/results.py quickstart "$DIR" | tee "$DIR/results.md"
 cat <<DONE

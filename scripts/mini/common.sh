@@ -32,17 +32,23 @@ TRAJECTORY=(--mask_type tubelet --sub_mask_type tube+traj_mask)
 # scaled RATE BATCH: the value of --lr (for 256 clips) that gives RATE with BATCH clips a step.
 scaled() { awk "BEGIN { print $1 * 256 / $2 }"; }
 
+# plan FOLDER STEPS: sets PRETRAIN_EPOCHS, whole ones, of a pretraining run, and CHECKPOINT, its last.
+plan() {
+  PRETRAIN_EPOCHS=$(($2 * VIDEOS / $(wc -l <"$WORLD/pretrain/train.csv")))
+  PRETRAIN_EPOCHS=$((PRETRAIN_EPOCHS > 0 ? PRETRAIN_EPOCHS : 1))
+  CHECKPOINT=$1/checkpoint-$((PRETRAIN_EPOCHS - 1)).pth
+}
+
 # pretrain FOLDER SEED STEPS [flags]: skips a finished run, sets CHECKPOINT. STEPS is rounded to whole epochs.
 pretrain() {
-  local folder=$1 seed=$2 epochs=$(($3 * VIDEOS / $(wc -l <"$WORLD/pretrain/train.csv"))) batch=$((VIDEOS * 8))
+  local folder=$1 seed=$2 batch=$((VIDEOS * 8))
+  plan "$folder" "$3"
   shift 3
-  epochs=$((epochs > 0 ? epochs : 1))
-  CHECKPOINT=$folder/checkpoint-$((epochs - 1)).pth
   [[ -f $CHECKPOINT ]] && return
   python run_smile_pretraining.py --data_path "$WORLD/pretrain/train.csv" "${CLIPS[@]}" --sampling_rate 2 \
     --model "pretrain_videomae_$MODEL" --decoder_depth "$DECODER_DEPTH" --mask_ratio 0.9 --multiple_sampling \
     --num_sample 4 --batch_size "$batch" --lr "$(scaled 6e-4 "$batch")" --min_lr "$(scaled 6e-6 "$batch")" \
-    --warmup_steps "$WARM_UP" --epochs "$epochs" --save_ckpt_freq "$epochs" --save_ckpt_minutes 0 \
+    --warmup_steps "$WARM_UP" --epochs "$PRETRAIN_EPOCHS" --save_ckpt_freq "$PRETRAIN_EPOCHS" --save_ckpt_minutes 0 \
     --log_interval 100 --seed "$seed" --output_dir "$folder" "$@"
 }
 
