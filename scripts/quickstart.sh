@@ -40,16 +40,19 @@ echo "the world: cutting clips and drawing objects"
 # shellcheck disable=SC2086 # several options
 python scripts/mini/make_world.py "$WORLD" --side "$SIDE" --tasks motion count --seed "$SEED" $WORLD_OPTIONS
 
-# What the second core does meanwhile: training from scratch and, once stage 2 is done, counting.
+plan "$DIR/stage1" "$STAGE1_STEPS" && stage1=$CHECKPOINT
+plan "$DIR/stage2" "$STAGE2_STEPS" && stage2=$CHECKPOINT
+
+# What the second core does meanwhile: training from scratch and, once stage 2 is done, counting and pictures.
 second_core() {
   evaluate "$DIR/scratch" motion "$SEED" --num_workers 0
   FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count-scratch" count "$SEED" --num_workers 0
-  plan "$DIR/stage2" "$STAGE2_STEPS"
-  until [[ -f $CHECKPOINT ]]; do sleep 1; done
-  FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count" count "$SEED" --num_workers 0 --finetune "$CHECKPOINT"
+  until [[ -f $stage2 ]]; do sleep 1; done
+  FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count" count "$SEED" --num_workers 0 --finetune "$stage2"
+  python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
 }
 
-echo "in the background: both tasks from scratch, later counting from stage 2 (output: $DIR/second_core.txt)"
+echo "in the background: both tasks from scratch, later counting and pictures (output: $DIR/second_core.txt)"
 set -m # a process group of its own, to be ended with this script
 second_core >"$DIR/second_core.txt" 2>&1 &
 set +m
@@ -57,19 +60,13 @@ trap 'kill -- "-$!" 2>/dev/null || true' EXIT
 
 echo "stage 1: moving objects, and a mask that follows them"
 pretrain "$DIR/stage1" "$SEED" "$STAGE1_STEPS" "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}"
-stage1=$CHECKPOINT
 
 echo "stage 2: natural clips, a tube mask, starting from stage 1's weights"
 pretrain "$DIR/stage2" "$SEED" "$STAGE2_STEPS" "${TEACHER[@]}" --mask_type tube --first_stage_path "$stage1"
-stage2=$CHECKPOINT
 
 echo "fine-tuning on motion, from stage 2's encoder"
 evaluate "$DIR/finetuned" motion "$SEED" --num_workers 0 --finetune "$stage2"
 
-echo "pictures"
-python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
-
-echo "waiting for the background"
 wait $! || { tail -n 3 "$DIR/second_core.txt" >&2; exit 1; }
 
 python scripts/mini/results.py quickstart "$DIR" | tee "$DIR/results.md"
