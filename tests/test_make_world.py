@@ -9,6 +9,7 @@ import pytest
 from fixtures_video import video_list
 from PIL import Image
 from scipy import stats
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "mini"))
 import make_world
@@ -141,6 +142,31 @@ def test_compositions_are_what_they_are_called():
         np.testing.assert_allclose(np.hypot(*dodge[-2:].T), np.hypot(*way[-2:].T))
         assert np.abs((dodge * way).sum(axis=1)).max() < 1e-9 and dodged_at.min() > 0.5**0.5 - 1e-9
     assert on_top[0] == 100 and on_top[1] == 0 and 30 < on_top[2] < 70 and 30 < on_top[3] < 70
+
+
+def test_neither_an_object_nor_a_frame_tells_a_composition():
+    """With perfect knowledge of A's way, of B's way, or of both positions, sizes and the order in a single frame."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(4000) % len(COMPOSITIONS)
+    tracks = [make_world.composition_tracks(rng, label) for label in labels]
+    centres, sizes = (np.array([[track[part] for track in pair] for pair in tracks]) for part in (0, 1))
+    steps = (np.diff(centres, axis=2) + 0.5) % 1 - 0.5
+    rests = np.abs(steps[:, :, 0]).max(axis=2) < 1e-9
+    assert (rests.sum(axis=1) == 1).all()
+    between = (centres[:, 1] - centres[:, 0] + 0.5) % 1 - 0.5
+
+    def right(features):
+        features = features.reshape(len(labels), -1)
+        model = HistGradientBoostingClassifier(random_state=0).fit(features[:3000], labels[:3000])
+        return model.score(features[3000:], labels[3000:])
+
+    error = 0.5 / 1000**0.5
+    assert right(steps[~rests]) < 0.25 + 4 * error, "A"
+    assert right(steps[rests]) < 0.5 + 4 * error, "B: whether it stays"
+    for t in (0, FRAMES // 2, FRAMES - 1):
+        distance = np.linalg.norm(between[:, t], axis=1, keepdims=True)
+        frame = np.concatenate([between[:, t], distance, sizes[:, :, t]], axis=1)
+        assert right(frame) < (0.25 if t == 0 else 0.75) + 4 * error, "in front of or behind is never told"
 
 
 def test_a_classifier_of_single_frames_is_at_chance():
