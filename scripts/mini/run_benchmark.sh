@@ -20,8 +20,8 @@ fi
 : "${OUT:=output/mini}"
 : "${SEEDS:=0 1 2}"
 : "${SIDE:=112}" # of the clips, pixels
-: "${WORLD_OPTIONS:=--pretrain_clips 600 --test_clips 800}" # of scripts/mini/make_world.py
-: "${TESTS:=motion motion-few motion-probe object-few object-probe count}" # columns
+: "${WORLD_OPTIONS:=--tasks motion object count --pretrain_clips 600 --test_clips 800}" # of make_world.py
+: "${TESTS:=motion motion-few motion-probe object-few object-probe count}"             # columns; also composition
 : "${OMP_NUM_THREADS:=1}"
 if [[ ${gpu:-} == 1 ]]; then
   : "${SIZE:=small}" "${STEPS:=2220}" "${JOBS:=${#rows[@]}}" # of the student; of pretraining; rows side by side
