@@ -40,8 +40,10 @@ echo "the world: cutting clips and drawing objects"
 # shellcheck disable=SC2086 # several options
 python scripts/mini/make_world.py "$WORLD" --side "$SIDE" --tasks motion count --seed "$SEED" $WORLD_OPTIONS
 
-plan "$DIR/stage1" "$STAGE1_STEPS" && stage1=$CHECKPOINT
-plan "$DIR/stage2" "$STAGE2_STEPS" && stage2=$CHECKPOINT
+plan "$DIR/stage1" "$STAGE1_STEPS"
+stage1=$CHECKPOINT
+plan "$DIR/stage2" "$STAGE2_STEPS"
+stage2=$CHECKPOINT
 
 # What the second core does meanwhile: training from scratch and, once stage 2 is done, counting and pictures.
 second_core() {

@@ -88,9 +88,14 @@ def test_a_world_depends_on_its_seed_alone_and_is_not_made_twice(world, tmp_path
         make_world.main([str(world), "--train_clips", "30"])
 
 
+def shortest(difference):
+    """Differences of positions, the shortest way around."""
+    return (difference + 0.5) % 1 - 0.5
+
+
 def named_motion(centres, sizes):
     """The class of a track, read off its steps by hand."""
-    steps = (np.diff(centres, axis=0) + 0.5) % 1 - 0.5
+    steps = shortest(np.diff(centres, axis=0))
     if np.ptp(sizes) > 1e-6:
         return "growing" if np.median(np.diff(sizes)) > 0 else "shrinking"
     turn = np.cross(np.pad(steps[:-1], ((0, 0), (0, 1))), np.pad(steps[1:], ((0, 0), (0, 1))))[:, 2]
@@ -141,8 +146,8 @@ def test_compositions_are_what_they_are_called():
             upper_is_a = np.abs(np.diff(tracks[1][0][:2], axis=0)).max() > 1e-9  # B rests at first
             (a, a_size), (b, b_size) = tracks[:: -1 if upper_is_a else 1]
             on_top[label] += upper_is_a
-            steps = [(np.diff(centres, axis=0) + 0.5) % 1 - 0.5 for centres in (a, b)]
-            between = (b - a + 0.5) % 1 - 0.5
+            steps = [shortest(np.diff(centres, axis=0)) for centres in (a, b)]
+            between = shortest(b - a)
             touching = 0.9 * (a_size + b_size)[0] / 2
             of_class.append((a, b, *steps, np.hypot(*between.T) / touching))
         (a, b, way, _, distance), behind, (_, _, _, push, pushed_at), (_, _, _, dodge, dodged_at) = of_class
@@ -162,10 +167,10 @@ def test_neither_an_object_nor_a_frame_tells_a_composition():
     labels = np.arange(4000) % len(COMPOSITIONS)
     tracks = [make_world.composition_tracks(rng, label) for label in labels]
     centres, sizes = (np.array([[track[part] for track in pair] for pair in tracks]) for part in (0, 1))
-    steps = (np.diff(centres, axis=2) + 0.5) % 1 - 0.5
+    steps = shortest(np.diff(centres, axis=2))
     rests = np.abs(steps[:, :, 0]).max(axis=2) < 1e-9
     assert (rests.sum(axis=1) == 1).all()
-    between = (centres[:, 1] - centres[:, 0] + 0.5) % 1 - 0.5
+    between = shortest(centres[:, 1] - centres[:, 0])
 
     def right(features):
         features = features.reshape(len(labels), -1)

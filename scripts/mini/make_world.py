@@ -279,8 +279,8 @@ def write_task(
         chosen = np.random.default_rng((seed, 3)).choice(len(unseen), NUM_OBJECT_CLASSES, replace=False)
         unseen = [unseen[index] for index in sorted(chosen)]
     sprites = [read_object(str(path), 4 * side) for path in unseen]
-    names = {"motion": MOTIONS, "count": COUNTS, "composition": COMPOSITIONS}
-    classes = names.get(task) or [path.stem for path in unseen]
+    objects = [path.stem for path in unseen]
+    classes = {"motion": MOTIONS, "object": objects, "count": COUNTS, "composition": COMPOSITIONS}[task]
     for place, split in enumerate(SPLITS):
         lines = []
         for number in range(counts[split]):
