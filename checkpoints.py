@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from optim_factory import Stepper
-from utils import RunError, broadcast, logger, rank, write_whole
+from utils import RunError, broadcast, first_line, last_line, logger, rank, write_atomically
 from weights import read_checkpoint
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint: its file and contents
@@ -28,9 +28,9 @@ MAX_FAILED_SAVES = 3  # in a row
 LOCK_SECONDS = 10.0  # a run that is replaced may still be ending
 
 
-def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; see utils.write_whole."""
-    write_whole(path, lambda file: torch.save(checkpoint, file))
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; see utils.write_atomically."""
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 class CheckpointWriter:
@@ -59,10 +59,10 @@ class CheckpointWriter:
         if name == LATEST or NUMBERED.fullmatch(name):  # can be resumed from
             self.last_save = time.monotonic()
         try:
-            write_atomically(checkpoint(), self.folder / name)
+            save_checkpoint(checkpoint(), self.folder / name)
         except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
             self.failures += 1
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if self.failures >= MAX_FAILED_SAVES:
                 raise RunError(
                     f"{self.folder / name}: {self.failures} saves in a row failed ({reason}); free space "
@@ -97,8 +97,8 @@ def lock_folder(folder: str) -> TextIO:
             return file
         except OSError as error:
             if time.monotonic() > deadline:
-                told = f"--output_dir {folder}: another run is writing there; stop it or choose another folder"
-                raise RunError(told) from error
+                message = f"--output_dir {folder}: another run is writing there; stop it or choose another folder"
+                raise RunError(message) from error
             time.sleep(0.2)
 
 
@@ -159,8 +159,8 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> Found | None:
         others = _resumable(folder) if auto_resume and folder else []
         chosen = max([*named, *others], key=resume_point, default=None)  # of equally far ones the first
         if named and chosen and chosen is not named[0]:
-            told = "%s has gone further than --resume %s: it wins; --no_auto_resume goes back"
-            logger.warning(told, chosen[0], resume)
+            message = "resuming from %s, which is further along than --resume %s (--no_auto_resume: from that)"
+            logger.warning(message, chosen[0], resume)
     path = broadcast(chosen and chosen[0])
     return chosen or (path and (path, read_checkpoint(path)))
 
@@ -169,7 +169,7 @@ def restore(found: Found, contents: dict[str, Any], stepper: Stepper, samples_pe
     """Load a run's checkpoint into the stepper and those `contents` that have a load_state_dict.
 
     Raises:
-        RunError: of another model or program, or within an epoch with another number of samples a step.
+        RunError: of another model or program, or within an epoch with another number of samples per step.
     """
     path, state = found
     position = Position(*resume_point(found), state.get("meter"))
@@ -181,7 +181,7 @@ def restore(found: Found, contents: dict[str, Any], stepper: Stepper, samples_pe
         )
     if state["step"] and state["samples_per_step"] != samples_per_step:
         raise RunError(
-            f"{path} lies inside an epoch with {state['samples_per_step']} videos a step, now there are "
+            f"{path} was saved within an epoch of {state['samples_per_step']} videos per step, this run has "
             f"{samples_per_step}: keep GPUs x batch_size x update_freq as they were"
         )
     kept = [name for name, value in contents.items() if hasattr(value, "load_state_dict")]
@@ -194,6 +194,6 @@ def restore(found: Found, contents: dict[str, Any], stepper: Stepper, samples_pe
         if not isinstance(position.meter, dict):
             raise ValueError("its meter holds no sums")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is of another run ({str(error).splitlines()[-1].strip()[:200]})") from error
+        raise RunError(f"{path} is of another run ({last_line(error)[:200]})") from error
     logger.info("resuming from %s at epoch %d, step %d", path, position.epoch, position.step)
     return position

@@ -54,7 +54,7 @@ class VideoCheck:
         command = [sys.executable, CHECK_PROGRAM, str(size), reader, *self.paths]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Wait for the process, as long as there is time, and warn of what it found."""
         try:
             answers, _ = self.process.communicate(timeout=max(0, self.end - time.monotonic()))
@@ -62,15 +62,15 @@ class VideoCheck:
         except subprocess.TimeoutExpired:
             self.process.kill()
             answers, _ = self.process.communicate()
-            lost = f"{self.seconds:g} s were not enough to come to its end (slow storage, or the decoder hangs on it)"
+            lost = f"not read within {self.seconds:g} s (slow storage, or the decoder hangs)"
         found = [json.loads(line) for line in answers.splitlines()]
         if self.process.returncode and len(found) < len(self.paths):
             found.append(["", lost])
         for what, reasons in zip(("give wrong frames", "are slow to load"), zip(*found)):
             if bad := [f"{path}: {reason}" for path, reason in zip(self.paths, reasons) if reason]:
                 logger.warning(
-                    "%s: %d of %d videos looked at %s, such as %s. scripts/data/check_videos.py finds all of them, "
-                    "scripts/data/resize_videos.py mends them (DATASET.md)",
+                    "%s: %d of %d checked videos %s, for example %s. scripts/data/check_videos.py finds all of them, "
+                    "scripts/data/resize_videos.py re-encodes them (DATASET.md)",
                     *(self.source, len(bad), len(found), what, bad[0]),
                 )
 
@@ -96,7 +96,7 @@ class Sample(TypedDict):
 class Batch(TypedDict):
     """Samples stacked; B = samples times views."""
 
-    clips: torch.Tensor  # uint8 [B, 3, T, H, W], colour innermost in memory
+    clips: torch.Tensor  # uint8 [B, 3, T, H, W], memory format channels_last_3d
     masks: NotRequired[torch.Tensor]  # bool [B, N]
     objects: NotRequired[torch.Tensor]  # bool [B, N]
     labels: NotRequired[torch.Tensor]  # int64 [B], or float [B, C]

@@ -15,7 +15,7 @@ import torch
 
 from datasets import Key, Sample, VideoDataset, VideoStream, read_or_replace, sample_rng
 from lists import VideoList, read_lines, read_list, read_text
-from metrics import SeveralLabels
+from metrics import MultiLabelTask
 from video_reader import Clip, InexactError, Span, VideoError, open_video, read_clip
 from video_transforms_finetune import TrainAugmentation, long_side_crop, short_side_resize
 
@@ -31,9 +31,9 @@ class DataSet:
 
     Args:
         num_classes: None if the user gives it.
-        flip: mirror half of the training clips; not where left and right are labels.
+        flip: mirror half of the training clips; False where classes depend on left and right.
         test_segments, test_crops: views of the test, in time and in space.
-        multi_label: a video shows several classes, each for some seconds. Lists of `custom` may, without it.
+        multi_label: videos have several classes, each with its seconds. Those of `custom` may, although it is False.
         combine: mean | max: how the test combines the scores of the views.
         ending: suffix of list names in place of ``.csv``, in a folder that has such lists.
         train_videos: length of the list that SEVERE draws a subset from; 0: SEVERE draws none.
@@ -84,7 +84,7 @@ DATA_SETS = {  # classes, sampling, flip, views in time, views in space
 # Lists ----------------------------------------------------------------------------------------------------------
 
 
-def find_several(paths: list[str]) -> str:
+def find_multi_label(paths: list[str]) -> str:
     """Return the place of the first line of these lists whose label has the multi-label form; '' if there is none."""
     for path in filter(os.path.isfile, paths):
         try:
@@ -101,11 +101,11 @@ class ActionList:
     """A list with labels in seconds, as Charades has them, for scripts that label clips themselves."""
 
     def __init__(self, path: str, num_classes: int, data_root: str = ""):
-        self.task = SeveralLabels(num_classes=num_classes, needs_seconds=True)
+        self.task = MultiLabelTask(num_classes=num_classes, needs_seconds=True)
         self.videos = read_list(path, self.task.parse_label, data_root)
 
     def clip_label(self, index: int, clip: Clip) -> np.ndarray:
-        """See SeveralLabels.clip_label."""
+        """See MultiLabelTask.clip_label."""
         return self.task.clip_label(self.videos, index, clip)
 
 
@@ -354,7 +354,7 @@ class WindowReader(ViewReader):
 
 
 def as_views(clips: list[np.ndarray]) -> torch.Tensor:
-    """Stack clips uint8 ``[T, H, W, 3]`` to ``[V, 3, T, H, W]``, colour innermost in memory."""
+    """Stack clips uint8 ``[T, H, W, 3]`` to ``[V, 3, T, H, W]``, memory format channels_last_3d."""
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
 
 

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from optim_factory import DTYPES, Stepper, spread_badness
-from utils import RunError, barrier, broadcast, rank, reduce_sum, world_size
+from optim_factory import DTYPES, Stepper, propagate_non_finite
+from utils import RunError, barrier, broadcast, first_line, rank, reduce_sum, world_size
 from weights import read_checkpoint
 
 FOLDER = "deepspeed"  # of OUTPUT_DIR
@@ -56,7 +56,7 @@ class DeepSpeedStepper(Stepper):
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.model.backward(spread_badness(loss))
+        self.model.backward(propagate_non_finite(loss))
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()  # only counts the micro-batch
 
@@ -108,8 +108,8 @@ class DeepSpeedStepper(Stepper):
             with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
                 self.model.load_checkpoint(str(path.parent / FOLDER), tag=tag)
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise RunError(f"{path.parent / FOLDER / tag}: cannot be read by DeepSpeed ({reason[:200]})") from error
+            reason = first_line(error)[:200]
+            raise RunError(f"{path.parent / FOLDER / tag}: cannot be read by DeepSpeed ({reason})") from error
         finally:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         self.model.optimizer.clip_grad = self.clip_grad or 0.0  # not that of the checkpoint
@@ -143,7 +143,7 @@ def with_deepspeed(stepper: Stepper, zero_stage: int, batch_size: int, output_di
 
     Args:
         stepper: its model must not be wrapped in DDP, and is changed; its optimizer must be one of ELEMENTWISE.
-        batch_size: clips a process and forward pass.
+        batch_size: clips per process and forward pass.
     """
     os.environ.setdefault("DS_ACCELERATOR", stepper.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")

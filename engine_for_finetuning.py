@@ -53,7 +53,9 @@ class BatchAugmentation:
     mixup: Mixup | None = None
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns:
+        """Augment a batch on the device.
+
+        Returns:
         clips float ``[B, 3, T, H, W]``, labels int64 ``[B]`` (several: float ``[B, num_classes]``), and what to
         learn: these, or soft ``[B, num_classes]``.
         """

@@ -143,7 +143,7 @@ def warn_of_unreadable(scores: list[VideoScore], videos: VideoList, effect: str)
 # Metrics and files ----------------------------------------------------------------------------------------------
 
 
-def judge(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> dict[str, float]:
+def compute_metrics(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> dict[str, float]:
     """Compute the metrics of a list, the same in all processes, from the scores that each of them has.
 
     Args:
@@ -193,8 +193,8 @@ def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir:
     if len(videos) == 1:
         for label in np.argsort(-combined[0])[:TOP]:
             print(f"{combined[0, label]:.4f}  {names[label]}")
-    told = "%d videos: likeliest classes in %s, scores of all %d classes in predictions.npz beside it"
-    logger.info(told, len(videos), os.path.join(output_dir, "predictions.csv"), task.num_classes)
+    message = "%d videos: most probable classes in %s, scores of all %d classes in predictions.npz beside it"
+    logger.info(message, len(videos), os.path.join(output_dir, "predictions.csv"), task.num_classes)
 
 
 def write_test(
@@ -257,20 +257,22 @@ class Evaluator:
         """Compute metrics on centre clips; of probes, those of the best one, whose index the model keeps."""
         scores = self.outputs(model, videos, self.val_views, "validation", self.task.probabilities)
         if not isinstance(model, ProbedEncoder):
-            return judge(scores, videos, self.task)
-        found = [judge([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.rates))]
+            return compute_metrics(scores, videos, self.task)
+        found = [
+            compute_metrics([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.rates))
+        ]
         best = max(range(len(found)), key=lambda p: found[p][self.task.metric])
         model.best.fill_(best)
         return found[best] | {"probe_lr": model.rates[best][0], "probe_wd": model.rates[best][1]}
 
-    def test(self, model: nn.Module, videos: VideoList, labelled: bool = True) -> int:
+    def test(self, model: nn.Module, videos: VideoList, labelled: bool = True) -> None:
         """Test on all views, or predict the classes of videos that are not `labelled`; see report."""
         scores = self.outputs(model, videos, self.test_views, "test", self.task.probabilities)
         if isinstance(model, ProbedEncoder):
             scores = [score.of_probe(int(model.best)) for score in scores]
-        return self.report(scores, videos, labelled)
+        self.report(scores, videos, labelled)
 
-    def knn(self, encoder: TokenEncoder, k: int, train: VideoList, test: VideoList) -> int:
+    def knn(self, encoder: TokenEncoder, k: int, train: VideoList, test: VideoList) -> None:
         """Test by a vote of the `k` nearest training videos, compared by the mean tokens of centre clips; see report.
 
         Raises:
@@ -288,16 +290,15 @@ class Evaluator:
         labels = torch.from_numpy(self.task.targets(train.labels[[score.index for score in known]]))
         votes = nearest_neighbours(bank, labels, asked, k, self.task.num_classes).numpy()
         judged = [VideoScore(score.index, vote[None]) for score, vote in zip(seen, votes)]
-        return self.report([score for score in queries if score.error] + judged, test)
+        self.report([score for score in queries if score.error] + judged, test)
 
-    def report(self, scores: list[VideoScore], videos: VideoList, labelled: bool = True) -> int:
-        """Write and log metrics from this process's scores, or predictions if there are no labels; returns 0."""
+    def report(self, scores: list[VideoScore], videos: VideoList, labelled: bool = True) -> None:
+        """Write and log metrics from this process's scores, or predictions if there are no labels."""
         if labelled and not self.task.unlabelled(videos):
-            metrics = judge(scores, videos, self.task, self.output_dir)
+            metrics = compute_metrics(scores, videos, self.task, self.output_dir)
             logger.info("test: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
             log_test(self.output_dir, metrics)
-            return 0
+            return
         if labelled:
             logger.info("%s: its videos have no label (-1), so there are predictions and no accuracy", videos.source)
         predict(scores, videos, self.task, self.output_dir)
-        return 0

@@ -21,7 +21,7 @@ dependencies = ["einops", "huggingface_hub", "numpy", "safetensors", "timm", "to
 # Files of this project that are needed, each after those that it imports.
 _FILES = ("utils", "weights", "modeling_finetune", "modeling_pretrain")
 _LOCK = vars(torch.hub).setdefault("_smile_lock", threading.RLock())  # each torch.hub.load executes this file anew
-_CLIP = ("num_frames", "sampling_rate", "input_size", "data_set")
+_CLIP_OPTIONS = ("num_frames", "sampling_rate", "input_size", "data_set")
 
 
 def _import_apart() -> list[types.ModuleType]:
@@ -81,7 +81,7 @@ def _entry_point(name: str, build: functools.partial) -> collections.abc.Callabl
             model = build(**kwargs)
             _weights.load_encoder(model, path, need_head=0 < classes == wanted)
         stored = _weights.stored_options(checkpoint)
-        model.trained_with = {option: stored[option] for option in _CLIP if option in stored}
+        model.trained_with = {option: stored[option] for option in _CLIP_OPTIONS if option in stored}
         return model
 
     def entry_point(checkpoint: str = "", **kwargs) -> torch.nn.Module:

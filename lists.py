@@ -178,7 +178,7 @@ def read_lines(path: str) -> Iterator[tuple[list[int], list[bytes], list[bytes]]
 
 
 def read_list(path: str, parse_label: Callable[[str], int | str | bytes], data_root: str = "") -> VideoList:
-    """Read a list file, with ``path label`` a line, separated by the line's last spaces.
+    """Read a list file, with ``path label`` on each line, separated by the line's last spaces.
 
     Args:
         parse_label: converts the text of a label to the number or text to keep; raises ValueError if it is invalid.

@@ -112,7 +112,7 @@ def _balance(rng: np.random.Generator, mask: np.ndarray, under: np.ndarray, targ
 
 @dataclass(frozen=True)
 class MaskGenerator:
-    """The masks of a run: checks the settings once, then draws one mask a clip.
+    """The masks of a run: checks the settings once, then draws one mask per clip.
 
     Raises:
         ValueError: a ratio that hides no token or every token, or an unknown type.

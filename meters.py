@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from datasets import Batch, ChunkSampler
 from lists import VideoList
-from utils import RunError, logger, rank, world_size
+from utils import RunError, last_line, logger, rank, world_size
 
 MAX_NON_FINITE = 10  # steps in a row
 
@@ -156,8 +156,8 @@ class StepMeter:
             dist.all_gather_object(parts, sources)
             sources = [source for part in parts for source in part]
         self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
-        told = "non-finite loss or gradient, step skipped (%d so far); its samples: %s"
-        logger.warning(told, self.skipped, ", ".join(sources))
+        message = "non-finite loss or gradient, step skipped (%d so far); its samples: %s"
+        logger.warning(message, self.skipped, ", ".join(sources))
 
     def _console(self, step: int, values: dict[str, float]) -> None:
         left = (self.epochs - self.epoch) * self.steps_per_epoch - step - 1
@@ -203,7 +203,7 @@ class BadFiles:
             yield batch
 
     def check(self, bad: float, videos: float) -> None:
-        """Raise RunError if too large a part of the videos could not be read."""
+        """Raise RunError if too large a fraction of the videos could not be read."""
         if bad > self.max_fraction * videos:
             first = "; ".join(f"{path}: {reason}" for path, reason in list(self.noted.items())[:3])
             raise RunError(
@@ -225,11 +225,6 @@ class BadFiles:
                     file.write(f"{path}\t{reason}".replace("\n", " ") + "\n")
         except OSError as error:
             logger.warning("could not write to %s (%s)", self.file, error.strerror)
-
-
-def last_line(error: Exception) -> str:
-    """Return the last line of a message, which may follow a worker's traceback; without a message the error's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoList, hung: int = 1) -> RunError:

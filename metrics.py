@@ -96,7 +96,11 @@ def class_label(text: str, num_classes: int = 0) -> int:
         ValueError: not a number, or not in [0, num_classes) if this is not 0.
     """
     if not re.fullmatch(r"-?[0-9]+", text):
-        hint = "; several labels a video need --data_set Charades or custom" if re.fullmatch(r"[\d,:.-]+", text) else ""
+        hint = (
+            "; videos with several labels need --data_set Charades or custom"
+            if re.fullmatch(r"[\d,:.-]+", text)
+            else ""
+        )
         raise ValueError(f"label {text!r} is not a whole number{hint}")
     number = int(text)
     if abs(number) > MAX_LABEL or (num_classes and not 0 <= number < num_classes):
@@ -132,7 +136,7 @@ def label_classes(text: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Task:
-    """Single-label task: softmax, cross-entropy, accuracy; SeveralLabels overrides it.
+    """Single-label task: softmax, cross-entropy, accuracy; MultiLabelTask overrides it.
 
     Args:
         combine: mean | max: how the scores of a video's views become one.
@@ -189,7 +193,7 @@ class Task:
         """Loss of each clip ``[B]``, from logits ``[B, C]`` and `targets`."""
         return F.cross_entropy(logits, labels, reduction="none")
 
-    def while_training(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def train_metrics(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute what is logged beside the loss, from logits ``[B, C]``, or ``[B, P, C]`` of P probes."""
         right = logits.argmax(dim=-1).movedim(0, -1) == labels  # [B], or [P, B]; mixed clips count by their own label
         return {"acc1": right.float().mean() * 100}
@@ -209,7 +213,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class SeveralLabels(Task):
+class MultiLabelTask(Task):
     """Multi-label task, labels ``[n, C]`` of 0 and 1: sigmoid, binary cross-entropy, mAP."""
 
     needs_seconds: bool = False  # of each label of a list
@@ -228,14 +232,14 @@ class SeveralLabels(Task):
         """Return the multi-hot label of the classes from the first to the last frame of a clip, float32 ``[C]``.
 
         Raises:
-            RunError: labels have seconds, and the video has neither time stamps nor a frame rate.
+            RunError: labels have seconds, and the video has neither timestamps nor a frame rate.
         """
         actions = read_actions(os.fsdecode(videos.labels[index]))
         if np.isinf(actions[:, 1]).all():
             return self.seen(actions)
         if not np.isfinite(clip.seconds).all():
             remedy = "scripts/data/resize_videos.py writes them"
-            raise RunError(f"{videos.path(index)} has no time stamps, which labels in seconds need; {remedy}")
+            raise RunError(f"{videos.path(index)} has no timestamps, which labels in seconds need; {remedy}")
         return self.seen(actions, clip.seconds[0], clip.seconds[-1])
 
     def seen(self, actions: np.ndarray, start: float = -np.inf, end: float = np.inf) -> np.ndarray:
@@ -253,7 +257,7 @@ class SeveralLabels(Task):
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=-1)
 
-    def while_training(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def train_metrics(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
 
     def measure(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -54,20 +54,18 @@ class LayerNorm(nn.LayerNorm):
         return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
 
 
-def token_grid(
-    num_frames: int, height: int, width: int, patch_size: int = PATCH_SIZE, tubelet_size: int = TUBELET_SIZE
-) -> tuple[int, int, int]:
+def token_grid(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
     """Token grid (t, h, w) of a clip.
 
     Raises:
         ValueError: a side that the patch or tubelet does not divide.
     """
-    if num_frames % tubelet_size or num_frames < tubelet_size:
-        raise ValueError(f"num_frames {num_frames} is not divisible by the tubelet size {tubelet_size}")
+    if num_frames % TUBELET_SIZE or num_frames < TUBELET_SIZE:
+        raise ValueError(f"num_frames {num_frames} is not divisible by the tubelet size {TUBELET_SIZE}")
     for side in (height, width):
-        if side % patch_size or side < patch_size:
-            raise ValueError(f"input_size {side} is not divisible by the patch size {patch_size}")
-    return num_frames // tubelet_size, height // patch_size, width // patch_size
+        if side % PATCH_SIZE or side < PATCH_SIZE:
+            raise ValueError(f"input_size {side} is not divisible by the patch size {PATCH_SIZE}")
+    return num_frames // TUBELET_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
 
 
 def channel_stats(norm: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,10 +109,10 @@ class TubeletEmbed(nn.Module):
     product, which is faster and can be applied to some of the tubelets only.
     """
 
-    def __init__(self, embed_dim: int, in_chans: int = 3):
+    def __init__(self, embed_dim: int):
         super().__init__()
         kernel = (TUBELET_SIZE, PATCH_SIZE, PATCH_SIZE)
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
+        self.proj = nn.Conv3d(3, embed_dim, kernel_size=kernel, stride=kernel)
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, 3, T, H, W]`` → pixels of each tubelet in the order of the kernel, ``[B, N, 3·2·16·16]``."""

@@ -115,8 +115,8 @@ class PretrainVisionTransformer(nn.Module):
 
         Args:
             x: ``[B, 3, T, H, W]``, ImageNet-normalised.
-            mask: bool ``[R·B, N]``, True = hidden; R masks a clip, row r·B + b belongs to clip b.
-            num_masked: hidden tokens a row, if known (spares a device synchronisation).
+            mask: bool ``[R·B, N]``, True = hidden; R masks per clip, row r·B + b belongs to clip b.
+            num_masked: hidden tokens per row, if known (spares a device synchronisation).
         Returns:
             ``[R·B, N_masked, decoder_num_classes]``, in token order.
         Raises:

@@ -22,6 +22,7 @@ from open_clip.model import resize_pos_embed
 from timm.layers import to_2tuple
 
 from modeling_finetune import NORMS, PATCH_SIZE, TUBELET_SIZE, channel_stats
+from utils import first_line, last_line
 
 TARGET_TYPES = ("clip", "dino_v1", "timm", "pixel")
 DINO_MODELS = {"dino_s": "vit_small_patch16_224.dino", "dino_b": "vit_base_patch16_224.dino"}
@@ -65,7 +66,7 @@ class PixelTarget(nn.Module):
 class FusedAttention(nn.Module):
     """nn.MultiheadAttention, computed by scaled_dot_product_attention.
 
-    The original is as fast, but not compiled: then it leaves its fast path, and copies its weights for each token.
+    Without torch.compile the original is as fast. Compiled, it leaves its fast path and copies its weights per token.
     """
 
     def __init__(self, attention: nn.MultiheadAttention):
@@ -129,7 +130,7 @@ class FrameTeacher(FrameTower):
         with torch.inference_mode():
             maps = self.feature_maps(torch.zeros(1, 3, *image_size))
         if maps.ndim != 4 or maps.shape[2] * maps.shape[3] < 2:  # equal tokens would be normalised to nothing
-            raise ValueError(f"features {list(maps.shape[1:])} of frames of {image_size} pixels are no map")
+            raise ValueError(f"features {list(maps.shape[1:])} of frames of {image_size} pixels are not a spatial map")
         self.out_dim = maps.shape[1]
 
     def compile(self, **options) -> None:
@@ -184,12 +185,6 @@ def creating(weights: str) -> Iterator[None]:
                 f"weights {weights}: could not be fetched or loaded ({first_line(error)}); "
                 "download the weights elsewhere and give the file's path"
             ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a message, and the next if that is only a heading."""
-    lines = (str(error) or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
 
 
 # open_clip ------------------------------------------------------------------------------------------------------
@@ -272,7 +267,7 @@ def load_clip(model: str, weights: str, image_size: int | None = None, needs_pro
             resize_pos_embed(state, clip)
             missing, unknown = clip.load_state_dict(state, strict=False)
         except RuntimeError as error:
-            raise ValueError(f"weights {weights}: of another model ({str(error).splitlines()[-1].strip()})") from error
+            raise ValueError(f"weights {weights}: of another model ({last_line(error)})") from error
         needed = {f"visual.{key}" for key in clip.visual.state_dict() if key != "proj" or needs_projection}
         if unknown or needed.intersection(missing):
             lacking = sorted(needed.intersection(missing))
@@ -356,7 +351,7 @@ def build_teacher(
     if target == "clip":
         found = load_clip(model, weights, image_size)
         if not (hasattr(found.tower, "trunk") or hasattr(found.tower, "transformer")):
-            raise ValueError(f"model {model}: its image tower is no vision transformer")
+            raise ValueError(f"model {model}: its image tower is not a vision transformer")
         for block in found.tower.modules():
             if isinstance(block, open_clip.transformer.ResidualAttentionBlock) and block.attn.batch_first:
                 block.attn = FusedAttention(block.attn)
@@ -367,6 +362,6 @@ def build_teacher(
     try:
         teacher = FrameTeacher(found.tower, found.image_size, stats, grid, stage=stage)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # what towers without a map do
-        raise ValueError(f"model {model}: gives no map of stage {stage} ({first_line(error)})") from error
+        raise ValueError(f"model {model}: has no spatial map at stage {stage} ({first_line(error)})") from error
     teacher.tower.to(dtype)
     return teacher

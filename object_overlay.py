@@ -39,7 +39,7 @@ def find_objects(objects_path: str, objects_list: str | None = None) -> list[str
 
     Args:
         objects_path: a folder, or a tar file with its index beside it (shards.py), or a folder in a tar file.
-        objects_list: optional text file with one such relative path a line; narrows the search to these.
+        objects_list: optional text file with one such relative path per line; narrows the search to these.
     Raises:
         ValueError: no such folder, nothing found, or a listed path that leaves the folder.
     """

@@ -109,7 +109,7 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def spread_badness(loss: torch.Tensor) -> torch.Tensor:
+def propagate_non_finite(loss: torch.Tensor) -> torch.Tensor:
     """Return the loss; if it is not finite, its gradient will not be either (that of an infinite loss may be)."""
     return loss * (1 + 0 * loss.detach())
 
@@ -153,7 +153,7 @@ class Stepper:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of a micro-batch."""
-        self.scaler.scale(spread_badness(loss) / self.update_freq).backward()
+        self.scaler.scale(propagate_non_finite(loss) / self.update_freq).backward()
 
     def sync(self, micro_batch: int) -> AbstractContextManager:
         """Return the context of forward and backward: gradients are averaged over processes in the last micro-batch."""

@@ -41,7 +41,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> Callable[..., argpars
     add("--pin_mem", action="store_true", default=True, help="page-locked memory for batches")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
     add("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
-    add("--max_bad_fraction", type=float, default=0.05, help="stop if a larger part of the videos is unreadable")
+    add("--max_bad_fraction", type=float, default=0.05, help="stop if a larger fraction of the videos is unreadable")
     return add
 
 
@@ -67,8 +67,8 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> Callable[..., ar
     return add
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
-    """Add the option group `run`; returns its `add_argument`."""
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the option group `run`."""
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="folder for checkpoints, log.txt and bad_clips.txt; empty: none")
     add("--log_dir", default="", help="TensorBoard folder; empty: none")
@@ -84,7 +84,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> Callable[..., argparse
     add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
-    return add
 
 
 # Options of VideoMAE's and SMILE's scripts that have no effect here, accepted so that those scripts run unchanged:
@@ -99,7 +98,7 @@ ONE_VALUE = {
     "--num_outputs": ("1", "there is one head"),
     "--normlize_target": ("True", "targets are always normalised"),
 }
-REFUSED = {"--use_cls": "the encoder has no class token", "--no_save_ckpt": "leave out --output_dir to save nothing"}
+REFUSED = {"--use_cls": "the encoder has no class token", "--no_save_ckpt": "omit --output_dir to save nothing"}
 
 
 class Ignored(argparse.Action):
@@ -127,14 +126,24 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return parser.parse_args(argv, argparse.Namespace(given=given, not_needed=[]))
 
 
-CLIP = ("num_frames", "sampling_rate", "input_size")
+CLIP_OPTIONS = ("num_frames", "sampling_rate", "input_size")
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr", "min_lr",
              "warmup_lr", "warmup_epochs", "warmup_steps", "epochs", "layer_decay")  # fmt: skip
-RESUMED = (*CLIP, "seed", "data_set", "num_sample", "target_type", "mask_type", "mask_ratio", "drop_path", *OPTIMIZER)
+RESUMED = (
+    *CLIP_OPTIONS,
+    "seed",
+    "data_set",
+    "num_sample",
+    "target_type",
+    "mask_type",
+    "mask_ratio",
+    "drop_path",
+    *OPTIMIZER,
+)
 
 
 def trained_with(path: str) -> dict[str, Any]:
-    """Read the options of the run that wrote a checkpoint, `model` being its encoder's; {} of another program."""
+    """Read the options of the run that wrote a checkpoint, with `model` the encoder; {} if another program wrote it."""
     stored = dict(stored_options(read_checkpoint(path, whole=False)))
     if "model" in stored:
         stored["model"] = stored["model"].replace("pretrain_videomae_", "vit_")
@@ -142,22 +151,22 @@ def trained_with(path: str) -> dict[str, Any]:
 
 
 def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Set the options `names` that were not given to those of the run that wrote `source`; log what differs."""
+    """Take the options `names` that were not given from `stored`, of the run that wrote `source`; log what differs."""
     taken = {name: stored[name] for name in names if name in stored and name not in args.given}
     new = [f"--{name} {value}" for name, value in taken.items() if getattr(args, name) != value]
     vars(args).update(taken)
     if new:
         logger.info("as %s was trained: %s", source, ", ".join(new))
-    tell_differences(args, stored, source, names)
+    warn_differences(args, stored, source, names)
 
 
-def tell_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
+def warn_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
     """Warn of the options `names` that differ from those of the run that wrote the checkpoint `source`."""
     here = vars(args)
     others = [name for name in names if name in stored and name in here and stored[name] != here[name]]
     if others:
-        told = ", ".join(f"--{name} {stored[name]} (here {here[name]})" for name in others)
-        logger.warning("%s was trained with %s", source, told)
+        text = ", ".join(f"--{name} {stored[name]} (here {here[name]})" for name in others)
+        logger.warning("%s was trained with %s", source, text)
 
 
 class Problems:
@@ -201,7 +210,7 @@ class Problems:
         paths = {name: path for name in names if (path := getattr(self.args, name)) and not os.access(path, os.R_OK)}
         self.found += [f"--{name} {path}: no such file, or not readable" for name, path in paths.items()]
 
-    def tell(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise RunError if there are any."""
         if self.found:
             raise RunError("\n       ".join(self.found))
@@ -258,9 +267,9 @@ def run_program(
     utils.run_main(main)
 
 
-def look_at(videos: VideoList, args: argparse.Namespace) -> Callable[[], None]:
+def start_video_check(videos: VideoList, args: argparse.Namespace) -> Callable[[], None]:
     """Start checking some videos in the background, in the first process; call the result to log what was found."""
-    return VideoCheck(videos, args.input_size, args.reader).tell if rank() == 0 else lambda: None
+    return VideoCheck(videos, args.input_size, args.reader).report if rank() == 0 else lambda: None
 
 
 def make_sampler(args: argparse.Namespace, dataset: VideoDataset, chunk: int) -> ChunkSampler:
@@ -296,9 +305,9 @@ def start(
     position, model = Position(args.start_epoch), contents["model"]
     if found := find_resume(args.output_dir, args.resume, args.auto_resume):
         position = restore(found, contents, stepper, sampler.samples_per_step)
-        tell_differences(args, stored_options(found[1]), str(found[0]), RESUMED)
+        warn_differences(args, stored_options(found[1]), str(found[0]), RESUMED)
         if first_weights:
-            logger.warning("--first_stage_path was for the start of this run, which has gone further: resuming wins")
+            logger.warning("--first_stage_path is ignored: the run resumes from its own checkpoint")
     elif first_weights:
         load_strictly(model, first_weights)
     if args.compile:

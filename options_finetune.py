@@ -10,10 +10,10 @@ from typing import Any
 
 import options
 from checkpoints import best_of
-from datasets_finetune import DATA_SETS, find_several, read_class_names
+from datasets_finetune import DATA_SETS, find_multi_label, read_class_names
 from deepspeed_stepper import ELEMENTWISE
 from lists import VIDEO_SUFFIXES, VideoList, any_label, find_files, frames_in, list_of, read_list, why_missing
-from metrics import SeveralLabels, Task
+from metrics import MultiLabelTask, Task
 from modeling_finetune import MODELS, token_grid
 from modeling_image import find_encoder
 from options import Problems
@@ -52,13 +52,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--aa", default="rand-m7-n4-mstd0.5-inc1", help="timm RandAugment policy; '' for none")
     filters, operations = ("bilinear", "bicubic", "random"), "interpolation of RandAugment's geometric operations"
     add("--train_interpolation", choices=filters, default="bicubic", help=operations)
-    add("--crop_area", type=float, default=0.25, help="smallest share of the frame in a random crop")
+    add("--crop_area", type=float, default=0.25, help="smallest fraction of the frame in a random crop")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
-    weights = "of the loss; balanced: the inverse of a class's number of videos, 1 on average over the videos"
+    weights = "of the loss; balanced: inverse class frequency, with mean 1 over the videos"
     add("--class_weights", choices=("none", "balanced"), default="none", help=weights)
     add("--mixup", type=float, default=0.8, help="alpha; 0: off")
     add("--cutmix", type=float, default=1.0, help="alpha; 0: off")
-    add("--cutmix_minmax", type=float, nargs=2, help="share of the side pasted, in place of alpha")
+    add("--cutmix_minmax", type=float, nargs=2, help="fraction of the side pasted, in place of alpha")
     add("--mixup_prob", type=float, default=1.0, help="probability of Mixup or CutMix")
     add("--mixup_switch_prob", type=float, default=0.5, help="probability of CutMix, if both are on")
     add("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="granularity of the draw")
@@ -117,7 +117,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_run_arguments(parser)
     add = parser.add_argument_group("DeepSpeed").add_argument
     add("--enable_deepspeed", action="store_true", help="fine-tune with DeepSpeed in place of DDP")
-    stages = "what processes share out: 1 optimizer state, 2 gradients too; 0 (nothing) becomes 1"
+    stages = "what is sharded: 1 optimizer state, 2 also gradients; 0 (nothing) becomes 1"
     add("--zero_stage", type=int, choices=(0, 1, 2), default=0, help=stages)
     is_file = lambda word: word.lower().endswith(VIDEO_SUFFIXES) or os.path.isfile(word)
     argv = sys.argv[1:] if argv is None else argv
@@ -125,7 +125,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = options.parse(parser, argv)
     data_set = DATA_SETS[args.data_set]
     lists = [data_set.list_path(args.data_path, name) for name in (data_set.train_list, "val.csv", "test.csv")]
-    args.several_labels = find_several(lists) if args.data_path and not data_set.num_classes else ""
+    args.several_labels = find_multi_label(lists) if args.data_path and not data_set.num_classes else ""
     return args
 
 
@@ -160,7 +160,7 @@ def task(args: argparse.Namespace) -> Task:
     data_set, classes = DATA_SETS[args.data_set], num_classes(args)
     combine = args.combine_views or data_set.combine
     if multi_label(args):
-        return SeveralLabels(combine, classes, needs_seconds=data_set.multi_label)
+        return MultiLabelTask(combine, classes, needs_seconds=data_set.multi_label)
     return Task(combine, classes)
 
 
@@ -179,10 +179,10 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
     data_set = DATA_SETS.get(stored.get("data_set", ""))
     if not (evaluates or args.knn > 0):
         by_stride = "segments" not in {DATA_SETS[args.data_set].sampling, data_set and data_set.sampling}
-        clip = [name for name in options.CLIP if by_stride or name != "sampling_rate"]
-        options.tell_differences(args, stored, path, clip)
+        clip = [name for name in options.CLIP_OPTIONS if by_stride or name != "sampling_rate"]
+        options.warn_differences(args, stored, path, clip)
         return
-    names = ["model", *options.CLIP, *(HOW_TRAINED if evaluates else ())]
+    names = ["model", *options.CLIP_OPTIONS, *(HOW_TRAINED if evaluates else ())]
     if data_set:
         names.append("data_set")
         if not DATA_SETS[args.data_set if "data_set" in args.given else stored["data_set"]].num_classes:
@@ -259,7 +259,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
             problems.attempt(check_list, args, name)
     name, side, odd = args.data_set, args.short_side_size, args.batch_size * args.num_sample % 2 == 1
     other = f"--nb_classes {args.nb_classes}: {name} has {known} classes; other lists are --data_set custom"
-    several, draws = f"but {name} has several labels a video", args.samples_per_class or args.examples
+    several, draws = f"but videos of {name} have several labels", args.samples_per_class or args.examples
     weighted, uneven = args.class_weights != "none", odd and mixes(args)
     problems.add(
         {
@@ -267,8 +267,8 @@ def find_problems(args: argparse.Namespace) -> Problems:
             f"--data_set {name} needs --nb_classes": not num_classes(args),
             other: wrong_number,
             f"--samples_per_class and --examples draw class by class, {several}": multi_label(args) and draws,
-            f"--class_weights {args.class_weights}: for one class a video, {several}": multi_label(args) and weighted,
-            f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips a batch": uneven,
+            f"--class_weights {args.class_weights}: for one class per video, {several}": multi_label(args) and weighted,
+            f"--batch_size {args.batch_size}: Mixup and CutMix need an even number of clips per batch": uneven,
         }
     )
     problems.add(contradictions(args))
@@ -279,21 +279,21 @@ def contradictions(args: argparse.Namespace) -> dict[str, Any]:
     """Map messages about options that exclude or need each other to whether they apply."""
     probe, head, knn, evaluates = is_probe(args), args.learn == "head", args.knn, args.eval or args.predict
     few, weights = args.samples_per_class or args.num_train_videos, args.finetune or args.encoder or args.eval
-    cut, used, tests = args.enable_deepspeed and args.opt not in ELEMENTWISE, probe or knn, evaluates or knn
-    two = "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: leave one"
-    rates = "probes take lr and weight decay from --probe_lrs and --probe_wds; leave --lr and --weight_decay"
-    subset = "--examples draws by a rule of its own: leave --samples_per_class and --num_train_videos"
+    used, tests = probe or knn, evaluates or knn
     return {
-        subset: args.examples and few,
-        "--dry_run tries a training step: leave it with --eval, --predict and --knn": args.dry_run and tests,
+        "--examples draws by a rule of its own: omit --samples_per_class and --num_train_videos": args.examples and few,
+        "--dry_run tries a training step: omit it with --eval, --predict and --knn": args.dry_run and tests,
         "--linear_probe and --attentive_probe: choose one": args.linear_probe and args.attentive_probe,
         "--knn is a test of its own: give it without --eval, --predict and probes": knn and (evaluates or probe),
         "a frozen encoder needs weights: give --finetune, or --encoder": (head or used) and not weights,
-        "--learn head fine-tunes the classifier: leave --linear_probe, --attentive_probe and --knn": head and used,
+        "--learn head fine-tunes the classifier: omit --linear_probe, --attentive_probe and --knn": head and used,
         f"--opt {args.opt}: DeepSpeed cuts weights into flat pieces, which is known to be right for "
-        f"{', '.join(ELEMENTWISE)} only; leave --enable_deepspeed": cut,
+        f"{', '.join(ELEMENTWISE)} only; omit --enable_deepspeed": args.enable_deepspeed
+        and args.opt not in ELEMENTWISE,
         f"--encoder {args.encoder}: add --linear_probe, --attentive_probe or --knn": args.encoder and not used,
-        two: args.encoder and args.finetune and not evaluates,
-        "--clip_grad would couple the probes that are trained side by side: leave it": probe and args.clip_grad,
-        rates: probe and min(args.weight_decay, args.lr) <= 0,
+        "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: omit "
+        "one": args.encoder and args.finetune and not evaluates,
+        "--clip_grad would couple the probes that are trained side by side: omit it": probe and args.clip_grad,
+        "probes take lr and weight decay from --probe_lrs and --probe_wds; omit --lr and --weight_decay": probe
+        and min(args.weight_decay, args.lr) <= 0,
     }

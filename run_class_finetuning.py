@@ -139,7 +139,7 @@ def build_loss(
     return loss, BatchAugmentation(norm, eraser, mixup)
 
 
-def waited_enough(args: argparse.Namespace, best: Best, epoch: int) -> bool:
+def patience_exhausted(args: argparse.Namespace, best: Best, epoch: int) -> bool:
     """Whether the last --patience validations up to `epoch` were no better than those before."""
     return best.epoch >= 0 and 0 < args.patience <= (epoch - best.epoch) // args.val_freq
 
@@ -149,7 +149,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
     output_dir = options.run_options(args).output_dir
     with utils.user_errors():
         dataset, val_videos = build_train_set(args), read_data_list(args, "val.csv")
-        report = options.look_at(dataset.videos, args)
+        report = options.start_video_check(dataset.videos, args)
         sampler = options.make_sampler(args, dataset, args.batch_size)
         if isinstance(model, ProbedEncoder):
             groups = model.parameter_groups(args.lr, args.weight_decay)
@@ -163,7 +163,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
     best, total_batch = Best(evaluator.task.metric), options.total_batch(args)  # videos, as VideoMAE scales rates
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
     logger.info(
-        "total batch %d videos (%d clips of each), %d steps an epoch, %d epochs, lr %.3g, %s on %s",
+        "total batch %d videos (%d clips of each), %d steps per epoch, %d epochs, lr %.3g, %s on %s",
         *(total_batch, args.num_sample, sampler.steps_per_epoch, args.epochs),
         *(args.lr * total_batch / 256, stepper.precision, device),
     )
@@ -171,12 +171,12 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
     criterion, augment = build_loss(args, channel_stats("imagenet", device), dataset.videos.labels)
     report()
     with run:
-        if not run.position.step and waited_enough(args, best, run.position.epoch - 1):
+        if not run.position.step and patience_exhausted(args, best, run.position.epoch - 1):
             run.stop_epoch = run.position.epoch  # it had stopped early
         for epoch in run.epochs():
-            train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.while_training, ema)
+            train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.train_metrics, ema)
             skipped = args.disable_eval_during_finetuning or (epoch.index + 1) % args.val_freq > 0
-            if (epoch.is_last or not skipped) and epoch.secure():
+            if (epoch.is_last or not skipped) and epoch.save_before_validation():
                 share_buffers(model)
                 if ema:
                     share_buffers(ema.module)
@@ -184,7 +184,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
                 best.update(epoch, metrics)
                 shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in evaluator.task.shown)
                 logger.info("validation: %s  (best %.2f in epoch %d)", shown, best.value, best.epoch)
-                epoch.is_last |= waited_enough(args, best, epoch.index)
+                epoch.is_last |= patience_exhausted(args, best, epoch.index)
     stepper.close(output_dir)
     return run.exit_code
 
@@ -207,12 +207,12 @@ def check(args: argparse.Namespace) -> None:
     """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     follow_checkpoint(args)
-    find_problems(args).tell()
+    find_problems(args).raise_if_any()
     if args.enable_deepspeed and args.zero_stage == 0:
-        logger.info("--zero_stage 0 shares nothing out, as DDP: using stage 1")
+        logger.info("--zero_stage 0 shards nothing, like DDP: using stage 1")
         args.zero_stage = 1
     if args.several_labels:
-        logger.info("several labels a video (%s): binary cross-entropy, mean average precision", args.several_labels)
+        logger.info("multi-label (%s): binary cross-entropy, mean average precision", args.several_labels)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
@@ -223,17 +223,19 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         videos = predict_videos(args) if args.predict else read_data_list(args, "test.csv")
     encoder = model.encoder if isinstance(model, ProbedEncoder) else model
     if args.eval or args.predict:
-        report = options.look_at(videos, args) if args.eval else None
+        report = options.start_video_check(videos, args) if args.eval else None
         load_for_test(args, model, args.finetune or best_of(args.output_dir), args.model_key, args.model_prefix)
         if report:
             report()
-        return evaluator.test(model, videos, labelled=not args.predict)
+        evaluator.test(model, videos, labelled=not args.predict)
+        return 0
     if args.finetune:
         load_encoder(encoder, args.finetune, key=args.model_key, prefix=args.model_prefix)
     if args.knn:
         with utils.user_errors():
             neighbours = train_videos(args)
-        return evaluator.knn(encoder, args.knn, neighbours, videos)
+        evaluator.knn(encoder, args.knn, neighbours, videos)
+        return 0
     code = train(args, device, model, evaluator)
     if code == 0 and not args.dry_run:
         utils.barrier()  # the first process may still be writing the best checkpoint
@@ -241,7 +243,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             load_for_test(args, model, best)
         elif args.output_dir:
             logger.warning("no %s in %s: testing the last weights", BEST, args.output_dir)
-        code = evaluator.test(model, videos)
+        evaluator.test(model, videos)
     return code
 
 

@@ -31,14 +31,15 @@ from metrics import VideoScore
 from modeling_finetune import MODELS, token_grid
 from modeling_probe import Features
 from optim_factory import DTYPES, pick_precision
-from options import add_data_arguments, follow, look_at, make_parser, parse, run_program, trained_with
+from options import add_data_arguments, follow, make_parser, parse, run_program, start_video_check, trained_with
 from utils import RunError, logger
 from weights import check_kind, load_encoder, local_path
 
 # Options that must not change when a run is resumed.
-CLIP = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
+VIEW_OPTIONS = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
 UNCHANGED = (
-    "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds", *CLIP
+    "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds",
+    *VIEW_OPTIONS,
 )  # fmt: skip
 WHOLE = re.compile("-?[0-9]{1,18}")
 COLUMNS = ("video", "path", "label", "file", "row", "start", "end", "rate", "frames", "error")
@@ -83,7 +84,7 @@ def check(args: argparse.Namespace) -> None:
         stored = trained_with(checkpoint)
         if stored.get("data_set") in DATA_SETS:
             stored["sampling"] = DATA_SETS[stored["data_set"]].sampling
-        follow(args, stored, checkpoint, ("model", *CLIP))
+        follow(args, stored, checkpoint, ("model", *VIEW_OPTIONS))
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
             raise RunError(f"--{name} is missing")
@@ -93,7 +94,7 @@ def check(args: argparse.Namespace) -> None:
     if args.stride < 0 or args.stride_seconds < 0 or (args.stride and args.stride_seconds):
         raise RunError("--stride and --stride_seconds: give one of them, above 0")
     if is_windows(args) and (args.num_segment, args.num_crop, args.sampling, args.format) != (1, 1, "dense", "npy"):
-        raise RunError("--stride: windows are dense and central, in .npy files; leave out the options of views")
+        raise RunError("--stride: windows are dense and central, in .npy files; omit the options of views")
     check_kind(checkpoint, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     with utils.user_errors("--"):
         token_grid(args.num_frames, args.input_size, args.input_size)
@@ -144,11 +145,11 @@ def write_shard(path: Path, videos: VideoList, scores: list[VideoScore], shape: 
         rows.append([score.index, *named(videos, score.index), path.name, row, *shown, score.error])
     write_table(part_of(path, windows=False), rows)
     if path.suffix == ".npy":
-        utils.write_whole(path, lambda file: np.save(file, features))
+        utils.write_atomically(path, lambda file: np.save(file, features))
         return
     paths, labels = zip(*(named(videos, score.index) for score in scores))
     numbers = np.array(labels, np.int64) if all(map(WHOLE.fullmatch, labels)) else labels
-    utils.write_whole(path, lambda file: np.savez(file, features=features, labels=numbers, paths=paths))
+    utils.write_atomically(path, lambda file: np.savez(file, features=features, labels=numbers, paths=paths))
 
 
 def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore, dtype: str) -> None:
@@ -158,7 +159,7 @@ def write_windows(path: Path, folder: Path, videos: VideoList, score: VideoScore
     rows = [[*known, str(path.relative_to(folder)), row, *span, ""] for row, span in enumerate(score.spans)]
     write_table(part_of(path, windows=True), rows or [[*known, *[""] * 6, score.error]])
     if not score.error:
-        utils.write_whole(path, lambda file: np.save(file, score.views.astype(dtype)))
+        utils.write_atomically(path, lambda file: np.save(file, score.views.astype(dtype)))
 
 
 def named(videos: VideoList, index: int) -> tuple[str, str]:
@@ -242,7 +243,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     load_encoder(encoder, checkpoint)
     utils.barrier()  # the first process has made the folder
     check_unchanged(args, encoder, pick_precision(args.precision, device))
-    report = look_at(videos, args)
+    report = start_video_check(videos, args)
     model = Features(encoder, args.features).to(device)
     report()
     files = extract(args, videos, model, device)

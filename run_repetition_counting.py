@@ -162,7 +162,7 @@ def find_problems(args: argparse.Namespace) -> options.Problems:
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     for name in ("val",) if args.eval else ("train", "val"):
         problems.attempt(read_split, args, name)
-    problems.add({"--dry_run tries a training step: leave it out with --eval": args.eval and args.dry_run})
+    problems.add({"--dry_run tries a training step: omit it with --eval": args.eval and args.dry_run})
     return problems
 
 
@@ -186,7 +186,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
     with options.start(args, dataset, sampler, stepper, contents, "", collate_segments, dynamic=None) as run:
         for epoch in run.epochs():
             train_one_epoch(stepper, epoch, args.num_frames, args.refine_steps)
-            if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.secure():
+            if (epoch.is_last or (epoch.index + 1) % args.val_freq == 0) and epoch.save_before_validation():
                 _, metrics = count_all(args, model, device)
                 best.update(epoch, metrics)
                 shown = (metrics["mae"], metrics["obo"], best.value, best.epoch)
@@ -204,9 +204,9 @@ def check(args: argparse.Namespace) -> None:
     args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     weights = weights_to_load(args)
     if os.path.exists(weights):
-        compare = options.follow if args.eval else options.tell_differences
+        compare = options.follow if args.eval else options.warn_differences
         compare(args, options.trained_with(weights), weights, (*["model"] * args.eval, "num_frames", "input_size"))
-    find_problems(args).tell()
+    find_problems(args).raise_if_any()
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:

@@ -18,7 +18,7 @@ from datasets import ChunkSampler, PretrainDataset, find_images
 from engine_for_pretraining import train_one_epoch
 from lists import VideoList, any_label, list_of, read_list
 from masking_generator import MASK_TYPES, SUB_MASK_TYPES, MaskGenerator
-from modeling_finetune import PATCH_SIZE, TUBELET_SIZE, channel_stats, token_grid
+from modeling_finetune import channel_stats, token_grid
 from modeling_pretrain import MODELS
 from modeling_teacher import DINO_MODELS, TARGET_TYPES, TEACHER_NORMS, PixelTarget, check_timm_weights
 from object_overlay import MOTION_TYPES, SCALES, ObjectLibrary, ObjectOverlay, find_objects
@@ -36,10 +36,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.make_parser("SMILE pretraining", __doc__)
 
     add = options.add_data_arguments(parser)
-    add("--data_path", default="", help="list, `path label` a line; of --background image a folder")
+    add("--data_path", default="", help="list, one `path label` per line; of --background image a folder")
     add("--background", choices=BACKGROUNDS, default="video", help="source of the base clip")
     add("--epoch_size", type=int, default=0, help="clips per epoch, of --background black and noise")
-    add("--pan", type=float, default=0.0, help="share of its short side that an image or frame moves")
+    add("--pan", type=float, default=0.0, help="how far an image or frame moves, as a fraction of its short side")
     add("--num_sample", type=int, default=1, help="clips (crop, overlay, mask) per decoded window")
 
     add = parser.add_argument_group("overlay (stage 1)").add_argument
@@ -54,9 +54,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("mask").add_argument
     add("--mask_type", choices=MASK_TYPES, default="tube", help="tubelet follows the pasted objects")
-    add("--sub_mask_type", choices=SUB_MASK_TYPES, default="tube+traj_mask", help="of tubelet")
-    add("--mask_ratio", type=float, default=0.8, help="part of the tokens hidden from the encoder")
-    add("--traj_unmask_ratio", type=float, default=0.1, help="part of the object tokens left visible")
+    add("--sub_mask_type", choices=SUB_MASK_TYPES, default="tube+traj_mask", help="variant of tubelet")
+    add("--mask_ratio", type=float, default=0.8, help="fraction of the tokens hidden from the encoder")
+    add("--traj_unmask_ratio", type=float, default=0.1, help="fraction of the object tokens left visible")
     add("--multiple_sampling", action="store_true", help="train each clip with two masks")
 
     add = parser.add_argument_group("model").add_argument
@@ -68,12 +68,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("teacher").add_argument
     add("--target_type", choices=TARGET_TYPES, default="clip", help="what is reconstructed")
-    add("--distillation_teacher", choices=("clip_b", *DINO_MODELS), default="clip_b", help="dino_*: of dino_v1")
+    add("--distillation_teacher", choices=("clip_b", *DINO_MODELS), default="clip_b", help="dino_*: for dino_v1")
     add("--clip_model", default="ViT-B-16", help="open_clip model")
     add("--clip_weights", default="openai", help="open_clip tag, local file, or `random` for tests")
     add("--dino_weights", default="timm", help="`timm` to fetch them, local file, or `random`")
     dinov2 = "vit_small_patch14_reg4_dinov2.lvd142m"
-    add("--teacher_model", default=dinov2, help="timm model, of target timm")
+    add("--teacher_model", default=dinov2, help="model of --target_type timm")
     weights = "`timm` to fetch the model's own, hf-hub:OWNER/NAME, local file, or `random`"
     add("--teacher_weights", default="timm", help=weights)
     add("--teacher_stage", type=int, default=-1, help="which of its intermediate features; -1: last")
@@ -115,7 +115,8 @@ def find_problems(args: argparse.Namespace) -> Problems:
             f"--traj_unmask_ratio {unmask}: must lie between 0 and 1": not 0 <= unmask <= 1,
             "--mask_type tubelet follows pasted objects: add --add_tubelets": overlaid,
             "--use_objects pastes them only with --add_tubelets: add it": args.use_objects and not args.add_tubelets,
-            f"--epoch_size: an epoch of --background {kind} is its list": args.epoch_size and kind not in GENERATED,
+            f"--epoch_size: an epoch of --background {kind} is all of --data_path": args.epoch_size
+            and kind not in GENERATED,
             f"--pan {args.pan}: must lie between 0 and 0.5": not 0 <= args.pan <= 0.5,
             f"--pan moves an image or frame, not --background {kind}": args.pan > 0 and kind not in ("image", "frame"),
             f"--scales {min(args.scales)}: must be at least 1": min(args.scales) < 1,
@@ -156,8 +157,8 @@ def build_dataset(args: argparse.Namespace) -> PretrainDataset:
                 names = find_objects(args.objects_path, args.objects_list)
             library = ObjectLibrary(args.objects_path, names, max_side=round(320 * args.input_size / 224))
         overlay = ObjectOverlay(size, library, args.motion_type, tuple(args.scales), args.num_rois, args.speed)
-    grid, ratio, patch = token_grid(args.num_frames, *size), args.traj_unmask_ratio, (PATCH_SIZE, PATCH_SIZE)
-    masks = MaskGenerator(args.mask_type, grid, args.mask_ratio, args.sub_mask_type, ratio, patch, TUBELET_SIZE)
+    grid = token_grid(args.num_frames, *size)
+    masks = MaskGenerator(args.mask_type, grid, args.mask_ratio, args.sub_mask_type, args.traj_unmask_ratio)
     source = ClipSource(size, args.num_frames, args.sampling_rate, args.background, args.pan, args.reader)
     return PretrainDataset(read_videos(args), source, masks, overlay, args.num_sample, args.seed)
 
@@ -187,7 +188,7 @@ def describe(args: argparse.Namespace, precision: str, device: torch.device, sam
     batch = (utils.world_size(), args.batch_size, args.update_freq, total, precision, device)
     logger.info("%d process(es) x %d clips x %d accumulated = total batch %d, %s on %s", *batch)
     epoch = (sampler.num_samples, kind, views, sampler.steps_per_epoch, peak, final)
-    logger.info("%d x %s, %d clips of each: %d steps an epoch; lr %.3g falling to %.3g", *epoch)
+    logger.info("%d x %s, %d clips of each: %d steps per epoch; lr %.3g falling to %.3g", *epoch)
     stop = args.stop_epoch or args.epochs
     count = "epochs %d of a schedule of %d: %d in the paper's count, where every clip made of a video counts"
     logger.info(count, stop, args.epochs, stop * views)
@@ -199,14 +200,14 @@ def check(args: argparse.Namespace) -> None:
     """Fetch the weights that are named ``hf://…``, and raise RunError if anything is wrong with the arguments."""
     for name in ("first_stage_path", "resume", "clip_weights"):
         setattr(args, name, local_path(getattr(args, name)))
-    find_problems(args).tell()
+    find_problems(args).raise_if_any()
 
 
 def train(args: argparse.Namespace, device: torch.device) -> int:
     """Build everything, and train; returns the exit code."""
     with utils.user_errors():
         dataset = build_dataset(args)
-        report = options.look_at(dataset.videos, args) if args.background in ("video", "frame") else None
+        report = options.start_video_check(dataset.videos, args) if args.background in ("video", "frame") else None
         sampler = options.make_sampler(args, dataset, args.batch_size // clips_per_video(args))
         teacher = choose_teacher(args, device)
         sizes = {"decoder_depth": args.decoder_depth, "decoder_num_classes": teacher.out_dim}

@@ -24,7 +24,7 @@ import utils
 from datasets import PretrainDataset, sample_rng
 from datasets_finetune import DATA_SETS, clip_indices, read_class_names
 from lists import VideoList, label_text, read_list
-from metrics import SeveralLabels, Task, label_classes
+from metrics import MultiLabelTask, Task, label_classes
 from modeling_finetune import channel_stats, normalize_clips
 from options import make_parser
 from utils import RunError, logger, user_errors
@@ -162,7 +162,7 @@ def classifier_drawer(
     data_set = DATA_SETS[run.data_set]
     videos = read_list(data_set.list_path(str(path.parent), path.name), label_text, run.data_root)
     several = data_set.multi_label or bool(getattr(run, "several_labels", False))
-    task = SeveralLabels() if several else Task()
+    task = MultiLabelTask() if several else Task()
     names = read_class_names(str(path.parent), num_classes) or [f"class {label}" for label in range(num_classes)]
     model = modeling_finetune.MODELS[run.model](num_classes=num_classes)
     load_strictly(model, checkpoint, "model_ema" if getattr(run, "model_ema", False) else "")

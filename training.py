@@ -166,7 +166,7 @@ class Epoch:
         """Whether all steps are done and the run has not been told to stop."""
         return self.run.position.step == self.run.steps_per_epoch and not self.run.stopping
 
-    def secure(self) -> bool:
+    def save_before_validation(self) -> bool:
         """Save before a long operation such as a validation; returns False if told to stop.
 
         From here to the end of the epoch a signal ends the program at once, without losing anything.
@@ -237,7 +237,7 @@ class Run:
         self.control.close()
         if self.stopping:
             place = (self.position.epoch, self.position.step)
-            logger.info("told to stop: saved at epoch %d, step %d; the same command goes on", *place)
+            logger.info("stopped by a signal: saved at epoch %d, step %d; run the same command to resume", *place)
 
     def save_or_stop(self, epoch: Epoch) -> bool:
         """After a step, save if due or if told to stop; returns whether the epoch ends here."""
@@ -259,7 +259,7 @@ class Run:
         if self.stepper.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
         logger.info("dry run: %d steps went well, nothing was written; peak memory %.1f GiB", count, peak)
-        text = "%.4g s a step (median of the last %d), %.1f clips a second: %d steps would take %.2f hours"
+        text = "%.4g s per step (median of the last %d), %.1f clips per second: %d steps would take %.2f hours"
         logger.info(text, step, len(timed), clips / step, steps, steps * step / 3600)
 
     def finish(self, epoch: Epoch) -> None:

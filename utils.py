@@ -46,6 +46,17 @@ def user_errors(prefix: str = "") -> Iterator[None]:
         raise RunError(prefix * isinstance(error, ValueError) + str(error)) from error
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, with the next if it is a heading; without a message the error's name."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of a message, which may follow a worker's traceback; without a message the error's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
 def run_main(function: Any, *args: Any) -> None:
     """Call a program's main function and exit with its code.
 
@@ -61,8 +72,11 @@ def run_main(function: Any, *args: Any) -> None:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        reason = str(error).splitlines()[0][-160:]
-        print(f"error: process {rank()} lost another one, whose own message says why ({reason})", file=sys.stderr)
+        reason = first_line(error)[-160:]
+        print(
+            f"error: process {rank()} lost its connection to another process; see that one's error ({reason})",
+            file=sys.stderr,
+        )
         sys.exit(1)
     finally:
         end_workers()
@@ -172,7 +186,9 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
     local = int(env.get("LOCAL_RANK", 0))
     if gpu:
         if local >= (count := torch.cuda.device_count()):
-            raise RunError(f"local rank {local}, but {count} GPUs: one process a GPU, lower GPUS")
+            raise RunError(
+                f"local rank {local}, but this node has {count} GPUs: start one process per GPU (lower GPUS)"
+            )
         torch.cuda.set_device(local)
         card, built_for = torch.cuda.get_device_properties(local), torch.cuda.get_arch_list()
         if problem := kernel_problem(card.name, (card.major, card.minor), built_for):
@@ -185,7 +201,7 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         store = meeting_place = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=index, world_size=world, timeout=timeout)
         if not gpu:
-            never_freed(dist.group.WORLD)
+            keep_alive(dist.group.WORLD)
     return torch.device("cuda", local) if gpu else torch.device("cpu")
 
 
@@ -211,10 +227,10 @@ def kernel_problem(gpu: str, capability: tuple[int, int], built_for: list[str]) 
 @functools.cache
 def cpu_group() -> Any:
     """Return a Gloo group of all processes, for data in CPU memory; to be called in all of them."""
-    return never_freed(dist.new_group(backend="gloo"))
+    return keep_alive(dist.new_group(backend="gloo"))
 
 
-def never_freed(group: Any) -> Any:
+def keep_alive(group: Any) -> Any:
     """Keep a Gloo group alive until the process ends.
 
     When one is freed, torch 2.5 waits for its threads while holding Python's lock, which they may need: a deadlock.
@@ -258,7 +274,7 @@ def seed_everything(*key: int) -> None:
     random.seed(state)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file beside `path`, flush it to disk, and rename it, so that `path` is complete at any moment."""
     draft = path.with_suffix(".tmp")
     try:

@@ -50,7 +50,7 @@ def wrong_frames(
     Raises:
         VideoError: unreadable.
     """
-    totals, counts = list[int](), list[int]()  # that the reader tells; that a reading ended with, at most `first`
+    totals, counts = list[int](), list[int]()  # frames by the reader; last of each reading, at most `first`
 
     def read(numbers: np.ndarray) -> dict[int, np.ndarray]:
         def choose(total: int) -> np.ndarray:
@@ -78,8 +78,8 @@ def wrong_frames(
         wrong += list(ahead)
     shown = max([shown, *(number + 1 for number, _ in sequence)])
     if set(counts) != {shown}:
-        return f"{max(counts)} frames are counted, {shown} are shown"
-    return f"{len(wrong)} of {len(numbers)} frames are others, such as frame {wrong[0]}" if wrong else ""
+        return f"the reader counts {max(counts)} frames, FFmpeg decodes {shown}"
+    return f"{len(wrong)} of {len(numbers)} compared frames differ, for example frame {wrong[0]}" if wrong else ""
 
 
 def slow_reasons(path: str, size: int = 224) -> list[str]:
@@ -91,7 +91,7 @@ def slow_reasons(path: str, size: int = 224) -> list[str]:
         in_order = video.in_order
     reasons = []
     if in_order:
-        reasons.append("no time stamps to go by: every clip is decoded from the start of the file")
+        reasons.append("no timestamps to go by: every clip is decoded from the start of the file")
     elif gap > MAX_KEY_FRAME_GAP:
         reasons.append(f"one key frame for all its {total} frames" if len(keys) == 1 else f"key frames {gap} apart")
     if min(height, width) > MAX_ENLARGEMENT * size:

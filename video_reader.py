@@ -1,8 +1,8 @@
-"""Frames of a video by index; no other file knows a video decoder.
+"""Frames of a video by index. Data sets and transforms reach video decoders only through this file.
 
 Frame i is the i-th frame that FFmpeg returns when it decodes the file from its start. For most files it is found
-without decoding the others: the time stamps of the packets give the order of the frames, decoding starts at the key
-frame before the wanted one, and frames that no other frame refers to are skipped. If the time stamps do not give that
+without decoding the others: the timestamps of the packets give the order of the frames, decoding starts at the key
+frame before the wanted one, and frames that no other frame refers to are skipped. If the timestamps do not give that
 order (`is_exact`), the file is decoded from its start and the frames are counted.
 """
 
@@ -24,8 +24,8 @@ from shards import ShardError, opened, split
 READERS = ("pyav", "decord")
 NEVER_SKIPS = ("libdav1d",)  # decoders that read skip_frame only when they are opened
 MAX_REORDER = 16  # frames between decoding and display, the limit of H.264 and HEVC
-BROADCAST = ("mpegts", "mpeg")  # formats whose time stamps begin anywhere
-NO_TIMESTAMPS = 0x80  # flag of a format (AVFMT_NOTIMESTAMPS): FFmpeg makes the time stamps up
+BROADCAST = ("mpegts", "mpeg")  # formats whose timestamps begin anywhere
+NO_TIMESTAMPS = 0x80  # flag of a format (AVFMT_NOTIMESTAMPS): FFmpeg makes the timestamps up
 REPEAT_SIZE = 8  # largest MPEG-4 packet without a coded frame (repeats a frame, or belongs to a packed one), bytes
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, IndexError, MemoryError)
 DECORD_CODES = {"-1128613112": "decord has no decoder for this format (AV1?)", "-1381258232": "no video stream"}
@@ -103,7 +103,7 @@ def open_video(path: str, reader: str = "pyav", in_order: bool = False) -> Itera
 
     Args:
         reader: one of READERS.
-        in_order: PyAV decodes and counts all frames, ignoring time stamps.
+        in_order: PyAV decodes and counts all frames, ignoring timestamps.
     Raises:
         VideoError: missing, unreadable, or without frames.
     """
@@ -159,12 +159,11 @@ def holds_no_picture(codec: str, packet: av.Packet) -> bool:
 def list_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
     """Read the packets of a stream to the end of the file, without decoding any."""
     codec, rows, hidden = stream.codec_context.name, [], False
-    odd = codec in ("vp8", "libvpx", "vp9", "libvpx-vp9", "mpeg4", "theora")
     for packet in container.demux(stream):
         if packet.dts is None and packet.pts is None and packet.size == 0:
             continue  # the one that ends the stream
         rows.append((packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
-        hidden |= packet.is_corrupt or packet.size == 0 or (odd and holds_no_picture(codec, packet))
+        hidden |= packet.is_corrupt or holds_no_picture(codec, packet)
     check_whole(stream, len(rows))
     pts, dts, key, shown = zip(*rows) if rows else ((), (), (), ())
     return Packets(np.array(pts, float), np.array(dts, float), np.array(key, bool), np.array(shown, bool), hidden)
@@ -177,10 +176,10 @@ def check_whole(stream: av.VideoStream, num_packets: int) -> None:
 
 
 def is_exact(packets: Packets, has_b_frames: bool) -> bool:
-    """Whether the time stamps of the packets give the order of the frames.
+    """Whether the timestamps of the packets give the order of the frames.
 
-    They do not if one is missing, repeated or decreasing, if the first frame is no key frame or others are shown before
-    it (a decoder drops those), or if a packet holds no frame.
+    They do not if one is missing, repeated or decreasing, if the first frame is not a key frame or others are shown
+    before it (a decoder drops those), or if a packet holds no frame.
     """
     pts, dts = packets.pts, packets.dts[np.isfinite(packets.dts)]
     if packets.hidden or not len(pts) or np.isnan(pts).any() or len(np.unique(pts)) < len(pts):
@@ -220,7 +219,7 @@ class PyAVVideo:
         self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
         self.stream = video_stream(self.container)
         self.stream.codec_context.thread_count = 1
-        # Streams of broadcasting begin at any time; in other files time stamps count from the start.
+        # Streams of broadcasting begin at any time; in other files timestamps count from the start.
         any_start = self.container.format.name in BROADCAST
         self.start = (self.container.start_time or 0) / av.time_base if any_start else 0.0
 
@@ -234,7 +233,7 @@ class PyAVVideo:
         self.open()
 
     def order_is_shown(self, delayed: bool) -> bool:
-        """Whether the decoder returns the first frames in the order of their time stamps.
+        """Whether the decoder returns the first frames in the order of their timestamps.
 
         Only checked if the decoder delays frames although the stamps increase from packet to packet: some programs
         write such stamps for reordered frames.
@@ -325,7 +324,7 @@ class PyAVVideo:
                 if done == len(stamps):
                     return
             elif frame.pts is None or frame.pts > stamps[done]:
-                raise InexactError("frames come in another order than their time stamps")
+                raise InexactError("frames come in another order than their timestamps")
 
     def decode(self, places: np.ndarray, skip: bool) -> Iterator[av.VideoFrame]:
         """Decode the packets at `places` and those they depend on; see sought."""

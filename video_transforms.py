@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from object_overlay import IMAGE_ERRORS, read_image
+from utils import first_line
 from video_reader import Clip, VideoError, read_clip
 
 BACKGROUNDS = ("video", "black", "noise", "image", "frame")
@@ -120,7 +121,7 @@ def read_picture(path: str, side: int) -> np.ndarray:
     try:
         picture = np.ascontiguousarray(read_image(path)[..., :3])
     except IMAGE_ERRORS as error:
-        raise VideoError((str(error) or type(error).__name__).splitlines()[0].replace(path, "it")) from error
+        raise VideoError(first_line(error).replace(path, "it")) from error
     shrink = min(1, side / min(picture.shape[:2]))
     height, width = (round(length * shrink) for length in picture.shape[:2])
     return picture if shrink == 1 else resize(picture[None], height, width)[0]

@@ -22,7 +22,7 @@ def random_resized_box(
 ) -> tuple[int, int, int, int]:
     """Draw a crop box (x, y, width, height) in `frame` (width, height), as torchvision's RandomResizedCrop.
 
-    Its share of the area is uniform in `area`, its aspect ratio log-uniform in `ratio`; after ten draws that do not
+    Its fraction of the area is uniform in `area`, its aspect ratio log-uniform in `ratio`; after ten draws that do not
     fit, it is the largest centred box within `ratio`.
     """
     width, height = frame
@@ -44,9 +44,9 @@ class TrainAugmentation:
         auto_augment: RandAugment policy of timm; empty for none.
         flip: flip with p = .5 (not on SSv2, where left and right are labels).
         interpolation: of RandAugment's geometric operations.
-        min_area: smallest share of the frame's area that a crop keeps.
+        min_area: smallest fraction of the frame's area that a crop keeps.
     Raises:
-        ValueError: a policy that timm does not know, or an invalid share.
+        ValueError: a policy that timm does not know, or an invalid fraction.
     """
 
     def __init__(

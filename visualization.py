@@ -121,8 +121,8 @@ def pretraining_rows(
     errors = np.full(len(mask), np.nan)
     errors[mask] = np.square(predictions - targets[mask]).mean(axis=1)
     rows.append(Row("student's guess\nthe same axes", guessed.reshape(*grid, 3)))
-    # Targets have unit variance over the clip, so that always guessing their mean gives an error of about 1.
-    title, label = f"error, mean {np.nanmean(errors):.2f}\nvisible tokens grey", "squared error\n1: guessing the mean"
+    # Targets have unit variance over the clip, so that always predicting their mean gives an error of about 1.
+    title, label = f"error, mean {np.nanmean(errors):.2f}\nvisible tokens grey", "squared error\n1: predicting the mean"
     return [*rows, Row(title, errors.reshape(grid), 2.0, label)]
 
 

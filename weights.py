@@ -15,7 +15,7 @@ from huggingface_hub import constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-from utils import RunError, logger
+from utils import RunError, first_line, logger
 
 Weights = dict[str, torch.Tensor]
 MODEL_KEYS = ("model", "module", "state_dict", "model_state")
@@ -67,7 +67,7 @@ def local_path(path: str) -> str:
             f"models--{repo.replace('/', '--')} of another machine's cache into this one"
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be fetched ({str(error).splitlines()[0][:160]})") from error
+        raise RunError(f"{path}: cannot be fetched ({first_line(error)[:160]})") from error
 
 
 class _NumpyType:
@@ -245,8 +245,8 @@ def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> No
     """
     weights, own = model_weights(read_checkpoint(path), path, key), model.state_dict()
     wrong = list(_misshapen(weights, own).values())
-    wrong += [f"{name} is missing there" for name in own if name not in weights]
-    wrong += [f"{name} is unknown here" for name in weights if name not in own]
+    wrong += [f"{name} is missing in the checkpoint" for name in own if name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name not in own]
     if wrong:
         raise RunError(
             f"{path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more); check --model, "
@@ -298,8 +298,8 @@ def load_encoder(
     if not any(name.startswith("blocks.") for name in weights):
         wrong = ["no weight of it has a name of this model"]
     body = ("patch_embed.", "blocks.")
-    wrong += [f"{name} is missing there" for name in own if name.startswith(body) and name not in weights]
-    wrong += [f"{name} is unknown here" for name in weights if name.startswith(body) and name not in own]
+    wrong += [f"{name} is missing in the checkpoint" for name in own if name.startswith(body) and name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name.startswith(body) and name not in own]
     if wrong:
         raise RunError(f"{path} does not fit this model: {wrong[0]}; check --model")
     new = [name for name in own if name not in fitting]
@@ -308,13 +308,19 @@ def load_encoder(
         raise RunError(f"{path} lacks {', '.join(new[:4])}; it is not fine-tuned for this number of classes")
     _check_finite(fitting, path)
     model.load_state_dict(fitting, strict=False)
-    logger.info("%s: loaded %d tensors; new here: %s; left out: %s", path, len(fitting), _names(new), _names(left))
+    logger.info(
+        "%s: loaded %d tensors; newly initialised: %s; unused: %s", path, len(fitting), _names(new), _names(left)
+    )
 
 
 def _misshapen(weights: Weights, own: Weights) -> dict[str, str]:
     """Map the name of each weight whose shape differs from the model's own to a message."""
     pairs = {name: (list(weights[name].shape), list(own[name].shape)) for name in own if name in weights}
-    return {name: f"{name} is {there} there, {here} here" for name, (there, here) in pairs.items() if there != here}
+    return {
+        name: f"{name} is {there} in the checkpoint, {here} in the model"
+        for name, (there, here) in pairs.items()
+        if there != here
+    }
 
 
 def _check_finite(weights: Weights, path: str | Path) -> None:

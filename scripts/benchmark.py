@@ -173,7 +173,7 @@ def bench_data(args: argparse.Namespace, folder: Path) -> dict[str, Numbers]:
         means[name] = parts["whole"] + parts["collate"]
         parts["loader processes for 100 videos a second"] = means[name] / 10
         tables[f"videos {name}: CPU milliseconds a clip"] = parts
-        tables[f"videos {name}: loader, clips a second"] = bench_loader(args, kind, objects)
+        tables[f"videos {name}: loader, clips per second"] = bench_loader(args, kind, objects)
     original, copied, packed = (means[name] for name in ("as they are", "prepared", "prepared, in a shard"))
     print(
         f"A GPU that processes 100 videos per second (half of the clips with --multiple_sampling) needs about "
@@ -292,7 +292,7 @@ def time_step(args: argparse.Namespace, precision: str, compiled: bool, straight
     table["TFLOP/s"] = table["TFLOP a step"] / whole * 1e3
     table["TFLOP/s of a large matrix product"] = matmul_peak(device, DTYPES[precision])
     table["% of that"] = 100 * table["TFLOP/s"] / table["TFLOP/s of a large matrix product"]
-    table["clips a second, both masks counted"] = 1e3 * args.batch_size / whole
+    table["clips per second, both masks counted"] = 1e3 * args.batch_size / whole
     table["peak GiB (of the GPU, or else of the process)"] = memory / 2**30
     return table
 

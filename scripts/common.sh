@@ -9,7 +9,8 @@
 : "${MASTER_PORT:=29500}"     # a free port on node 0
 : "${NUM_WORKERS:=10}"        # loader processes per GPU
 : "${LAUNCHER:=torchrun}"     # or srun, inside a Slurm job (scripts/slurm)
-# TOTAL_BATCH: clips per optimizer step, masks counted. Default 256, unless the recipe sets another.
+# TOTAL_BATCH: samples per optimizer step: clips, with each of their masks counted (pretraining), videos (fine-tuning), or
+# segments (counting). Default 256, unless the recipe sets another.
 # MAX_RESTARTS: how often torchrun restarts failed processes, which then resume. Default 3, for tests 0.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

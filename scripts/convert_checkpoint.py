@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import write_atomically
+from checkpoints import save_checkpoint
 from modeling_finetune import PATCH_SIZE, SIZES, TUBELET_SIZE, Size, VisionTransformer, token_grid
 from modeling_pretrain import Encoder, PretrainVisionTransformer, split_tokens
 from utils import RunError, logger, run_main, setup_logging, user_errors
@@ -111,7 +111,7 @@ def load_theirs(folder: Path) -> PreTrainedModel:
 def load(path: Path) -> tuple[nn.Module, Weights, dict[str, Any]]:
     """Load a file of this project, or a folder of transformers: the model, its weights with our names, the checkpoint.
 
-    Raises RunError if it cannot be read, or is no model of this project.
+    Raises RunError if it cannot be read, or is not a model of this project.
     """
     theirs = load_theirs(path) if path.is_dir() else None
     checkpoint = read_checkpoint(path)
@@ -142,7 +142,7 @@ def write_ours(weights: Weights, path: Path) -> None:
     if path.suffix == ".safetensors":
         save_file({name: value.contiguous() for name, value in weights.items()}, path, {"format": "pt"})
     else:
-        write_atomically({"model": weights}, path)
+        save_checkpoint({"model": weights}, path)
 
 
 def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes: list[str]) -> None:
@@ -247,6 +247,8 @@ def main(args: argparse.Namespace) -> None:
         raise RunError(f"{destination}: from a folder to a file, so end it in {', '.join(FILES)}")
     model, weights, checkpoint = load(source)
     if isinstance(model, PreTrainedModel):
+        if classes:
+            raise RunError("--classes: a folder of transformers has its own names of classes")
         frames, side, classes = read_config(model, source)
     else:
         trained = checkpoint.get("args")

@@ -37,7 +37,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--mask_ratio", type=float, default=0.8)
     parser.add_argument("--gpu_memory", type=float, nargs="+", default=[32, 40, 80], help="of the GPUs, GiB")
-    parser.add_argument("--reserve", type=float, default=0.1, help="share of the memory to leave free")
+    parser.add_argument("--reserve", type=float, default=0.1, help="fraction of the memory to leave free")
     return parser.parse_args(argv)
 
 

@@ -9,7 +9,7 @@ from utils import RunError
 
 
 def read_log(path: Path) -> list[dict]:
-    """Read the lines of a log; a last line that was cut off is ignored. Raises RunError if it is no log."""
+    """Read the lines of a log; a last line that was cut off is ignored. Raises RunError if it is not a log."""
     lines, found = path.read_text().splitlines(), []
     for number, line in enumerate(lines, 1):
         try:

@@ -122,7 +122,7 @@ def test_small_images_stay_as_they_are(pictures):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4])
-def test_a_picture_glides_evenly_as_far_as_it_is_told(share):
+def test_a_picture_glides_evenly_as_far_as_it_is_reported(share):
     """Red is the column and green the row of a picture, so that every pixel tells where it is from."""
     y, x = np.mgrid[0:150, 0:200]
     picture = np.stack([x, y, 0 * x], axis=2).astype(np.uint8)
@@ -166,10 +166,13 @@ def test_pan_moves_the_clips(pictures):
         ("--background noise --epoch_size 4 --pan 0.1", "--pan moves an image or frame, not --background noise"),
         ("--background black --epoch_size 4 --pan 0.9", "--pan 0.9: must lie between"),
         ("--background black --epoch_size 4 --speed -1", "--speed -1.0: must not be negative"),
-        ("--data_path {t}/list.csv --epoch_size 9", "--epoch_size: an epoch of --background video is its list"),
+        (
+            "--data_path {t}/list.csv --epoch_size 9",
+            "--epoch_size: an epoch of --background video is all of --data_path",
+        ),
     ],
 )
-def test_wrong_options_are_told(words, message, clips, tmp_path):
+def test_wrong_options_are_reported(words, message, clips, tmp_path):
     write_list(tmp_path / "list.csv", clips.values())
     words = [*OPTIONS.split(), *words.format(t=tmp_path).split()]
     problems = run_smile_pretraining.find_problems(run_smile_pretraining.get_args(words)).found

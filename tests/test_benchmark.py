@@ -112,7 +112,7 @@ def test_benchmark_of_a_step_compares_with_the_released_way(tables_of):
     ours, released = tables["fp32"], tables["straightforward released"]
     assert released["whole / straightforward"] == 1 and ours["teacher"] > 0
     assert ours["whole / straightforward"] == pytest.approx(ours["whole"] / released["whole"])
-    assert ours["clips a second, both masks counted"] == pytest.approx(2000 / ours["whole"])
+    assert ours["clips per second, both masks counted"] == pytest.approx(2000 / ours["whole"])
 
 
 def test_benchmark_of_the_data_writes_its_numbers(tables_of):

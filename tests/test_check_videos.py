@@ -45,7 +45,7 @@ def test_slow_reasons(odd_videos):
     assert reasons.pop("large.mp4") == ["960 x 576 pixels for clips of 224"]
     assert slow_reasons(str(videos["large.mp4"]), 288) == [] != slow_reasons(str(videos["large.mp4"]), 287)
     [reason] = reasons.pop("broken stamps.mp4")
-    assert reason == "no time stamps to go by: every clip is decoded from the start of the file"
+    assert reason == "no timestamps to go by: every clip is decoded from the start of the file"
     assert set(map(tuple, reasons.values())) == {()} and len(reasons) >= 3
 
 
@@ -156,21 +156,24 @@ def test_no_readable_video_is_an_error_and_the_list_is_not_overwritten(broken, t
 def warnings_of(tmp_path, caplog, videos, seconds=60):
     """What a VideoCheck of these videos has to tell."""
     with caplog.at_level(logging.WARNING, "smile"):
-        VideoCheck(video_list(write_list(tmp_path / "look.csv", videos)), 224, seconds=seconds).tell()
+        VideoCheck(video_list(write_list(tmp_path / "look.csv", videos)), 224, seconds=seconds).report()
     return caplog.messages
 
 
-def test_slow_videos_are_told_at_the_start(odd_videos, broken, tmp_path, caplog):
+def test_slow_videos_are_reported_at_the_start(odd_videos, broken, tmp_path, caplog):
     videos, _ = odd_videos
     assert warnings_of(tmp_path, caplog, [videos["plain.mp4"]] * 3 + [broken["missing"]]) == []
     slow = [videos["one key.mp4"], videos["broken stamps.mp4"]]
     (message,) = warnings_of(tmp_path, caplog, [videos["plain.mp4"], *slow])
     first = f"{videos['one key.mp4']}: one key frame for all its 160 frames"
-    assert f"look.csv: 2 of 3 videos looked at are slow to load, such as {first}. " in message
+    assert f"look.csv: 2 of 3 checked videos are slow to load, for example {first}. " in message
     assert "scripts/data/resize_videos.py" in message
 
 
 def test_a_video_on_which_the_decoder_hangs_does_not_stop_the_start(odd_videos, tmp_path, caplog):
     """As no file that hangs is at hand, there is no time to read any."""
     (message,) = warnings_of(tmp_path, caplog, [odd_videos[0]["plain.mp4"]] * 2, seconds=0)
-    assert f"1 of 1 videos looked at are slow to load, such as {odd_videos[0]['plain.mp4']}: 0 s were not" in message
+    assert (
+        f"1 of 1 checked videos are slow to load, for example {odd_videos[0]['plain.mp4']}: not read within 0 s"
+        in message
+    )

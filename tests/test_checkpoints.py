@@ -14,7 +14,7 @@ from fixtures_video import in_child
 from test_weights import flip_a_bit, tiny
 
 import checkpoints
-from checkpoints import LATEST, CheckpointWriter, find_resume, lock_folder, restore, write_atomically
+from checkpoints import LATEST, CheckpointWriter, find_resume, lock_folder, restore, save_checkpoint
 from optim_factory import Stepper
 from training import Best
 from utils import RunError
@@ -71,7 +71,7 @@ def test_a_failed_save_is_reported(tmp_path, caplog):
 def save_for_ever(path):
     torch.set_num_threads(1)
     for number in range(10**6):
-        write_atomically({"value": torch.full((500_000,), float(number))}, path)
+        save_checkpoint({"value": torch.full((500_000,), float(number))}, path)
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
@@ -158,7 +158,7 @@ def test_the_furthest_of_a_named_checkpoint_and_the_folder_wins(tmp_path, caplog
     named = tmp_path / "other" / "checkpoint-5.pth"
     path, state = find_resume(str(tmp_path), str(named), auto)
     assert state["epoch"] == epoch and (path == named) == (epoch == 5)
-    assert (f"checkpoint-6.pth has gone further than --resume {named}" in caplog.text) == (epoch == 6)
+    assert (f"checkpoint-6.pth, which is further along than --resume {named}" in caplog.text) == (epoch == 6)
 
 
 # One run a folder -----------------------------------------------------------------------------------------------

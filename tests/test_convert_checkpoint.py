@@ -197,7 +197,7 @@ def test_the_programs_load_their_files_and_folders(models, folders, tmp_path, fo
     assert same(student.state_dict(), models["pixels"].state_dict())
 
 
-def test_a_folder_without_weights_is_told(tmp_path):
+def test_a_folder_without_weights_is_reported(tmp_path):
     with pytest.raises(RunError, match=r"a folder without model\*.safetensors or .*; name a checkpoint file in it"):
         read_checkpoint(tmp_path)
 
@@ -298,7 +298,7 @@ def test_other_refusals(files, folders, tmp_path):
     refuses(tmp_path, "Missing key", tmp_path / "damaged.pth", new)
 
 
-def test_another_normalisation_is_told(folders, tmp_path, capsys):
+def test_another_normalisation_is_reported(folders, tmp_path, capsys):
     VideoMAEForVideoClassification(their_config()).save_pretrained(tmp_path / "theirs")
     VideoMAEImageProcessor(image_mean=[0.5, 0.5, 0.5]).save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours.pth")

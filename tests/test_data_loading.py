@@ -228,7 +228,7 @@ def raises(error):
 
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset by peer"), RuntimeError("boom")])
-def test_any_failure_of_a_loader_is_told_in_one_line(traps, error):
+def test_any_failure_of_a_loader_is_reported_in_one_line(traps, error):
     """A connection that breaks, too, whose EOFError comes without a word."""
     order, batches = traps({0: lambda: raises(error)}, num_workers=0, timeout=0)
     with pytest.raises(RunError, match="data loader failed") as told:

@@ -55,7 +55,7 @@ def signalled(owner, name, count, number):
 
 SIGTERM_IN_STEP_2 = functools.partial(signalled, "deepspeed_stepper:DeepSpeedStepper", "step", 2, signal.SIGTERM)
 # DeepSpeed's files are written by then, the .pth is not
-SIGKILL_IN_SAVE_2 = functools.partial(signalled, "checkpoints", "write_atomically", 2, signal.SIGKILL)
+SIGKILL_IN_SAVE_2 = functools.partial(signalled, "checkpoints", "save_checkpoint", 2, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

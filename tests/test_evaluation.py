@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from fixtures_video import video_list
 
-from evaluation import gather_scores, judge
+from evaluation import compute_metrics, gather_scores
 from metrics import Task, VideoScore, accuracy, combine_views, in_top_k
 
 
@@ -97,7 +97,7 @@ def judged(tmp_path):
 
 def test_metrics_and_counts_are_given_and_predictions_written(judged, tmp_path):
     scores, videos, labels, views, mean = judged
-    metrics = judge(scores, videos, Task(num_classes=7), str(tmp_path))
+    metrics = compute_metrics(scores, videos, Task(num_classes=7), str(tmp_path))
     assert (metrics.pop("videos"), metrics.pop("views"), metrics.pop("unreadable")) == (12, 60, 2)
     assert metrics == pytest.approx(accuracy_by_hand(mean, labels))
     with np.load(tmp_path / "test_predictions.npz", allow_pickle=False) as file:
@@ -113,7 +113,7 @@ def test_metrics_and_counts_are_given_and_predictions_written(judged, tmp_path):
 @pytest.mark.parametrize("names", [None, [f"class {c}, so called" for c in range(7)]])
 def test_a_table_by_class_is_written(judged, tmp_path, names):
     scores, videos, labels, _, mean = judged
-    judge(scores, videos, Task(num_classes=7, names=names), str(tmp_path))
+    compute_metrics(scores, videos, Task(num_classes=7, names=names), str(tmp_path))
     with open(tmp_path / "test_per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == ["0", "1", "2", "4", "5", "6"]
@@ -129,7 +129,7 @@ def test_videos_of_the_same_name_in_two_folders_are_two(tmp_path):
     videos = make_list(tmp_path, [0, 1, 1], ["a/1.mp4", "b/1.mp4", "a/1.mp4"])  # and one is listed twice
     views = np.eye(2, dtype=np.float32)
     scores = [VideoScore(i, views[[label]]) for i, label in enumerate([0, 1, 0])]
-    metrics = judge(scores, videos, Task(num_classes=2), str(tmp_path))
+    metrics = compute_metrics(scores, videos, Task(num_classes=2), str(tmp_path))
     assert metrics["videos"] == 3 and metrics["acc1"] == pytest.approx(200 / 3)
     with np.load(tmp_path / "test_predictions.npz") as file:
         assert file["video"].tolist() == ["/videos/a/1.mp4", "/videos/b/1.mp4", "/videos/a/1.mp4"]
@@ -138,7 +138,7 @@ def test_videos_of_the_same_name_in_two_folders_are_two(tmp_path):
 def test_a_list_of_which_nothing_can_be_read(tmp_path):
     videos = make_list(tmp_path, [0, 1])
     scores = [VideoScore(i, np.empty(0, np.float32), "no such file") for i in range(2)]
-    metrics = judge(scores, videos, Task(num_classes=6), str(tmp_path))
+    metrics = compute_metrics(scores, videos, Task(num_classes=6), str(tmp_path))
     assert metrics == {"acc1": 0, "class_acc1": 0, "acc5": 0, "class_acc5": 0, "videos": 2, "views": 0, "unreadable": 2}
 
 
@@ -150,7 +150,9 @@ def judge_share(rank, world, folder, scores, videos, pipe):
     everywhere = [score.index for score in gather_scores(scores[rank::world], everywhere=True)]
     first = [score.index for score in gather_scores(scores[rank::world])]
     (folder / str(rank)).mkdir()
-    pipe.send((judge(scores[rank::world], videos, Task(num_classes=7), str(folder / str(rank))), everywhere, first))
+    pipe.send(
+        (compute_metrics(scores[rank::world], videos, Task(num_classes=7), str(folder / str(rank))), everywhere, first)
+    )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -159,7 +161,7 @@ def judge_share(rank, world, folder, scores, videos, pipe):
 def test_processes_together_find_what_one_finds(judged, tmp_path, world):
     """12 videos; world 5 does not divide them."""
     scores, videos, *_ = judged
-    alone = judge(scores, videos, Task(num_classes=7))
+    alone = compute_metrics(scores, videos, Task(num_classes=7))
     fork = multiprocessing.get_context("fork")
     pipes = [fork.Pipe(duplex=False) for _ in range(world)]
     processes = [

@@ -108,7 +108,7 @@ def test_other_paths_stay_as_they_are(path):
 
 
 @pytest.mark.parametrize("path", "hf:// hf://model.pth hf://owner/repo hf://owner/repo/ hf:owner/repo/x.pth".split())
-def test_what_is_no_name_of_a_file_is_told(path):
+def test_what_is_no_name_of_a_file_is_reported(path):
     with pytest.raises(RunError, match="write hf://owner/repo/path"):
         local_path(path)
 

@@ -10,7 +10,7 @@ import pytest
 from fixtures_video import video_list, write_list
 
 import lists
-from datasets_finetune import find_several
+from datasets_finetune import find_multi_label
 from lists import label_text, read_list, read_text
 from metrics import class_label, label_classes, read_actions
 from run_smile_pretraining import get_args, read_videos
@@ -116,7 +116,7 @@ def list_with_missing(clips, folder, total, missing):
     return video_list(str(folder / "some.csv"), data_root="/videos")
 
 
-def test_missing_files_are_told_by_list_line_path_and_remedy(clips, tmp_path):
+def test_missing_files_are_reported_by_list_line_path_and_remedy(clips, tmp_path):
     videos = list_with_missing(clips, tmp_path, 10, {3, 7})
     said = r"some.csv, line 5: no such file: /videos/gone 3.mp4 \(2 of 10 .* --max_bad_fraction 0.1.*; .* --data_root"
     with pytest.raises(ValueError, match=f"^{tmp_path}/{said}"):
@@ -137,7 +137,7 @@ def test_a_long_list_is_looked_through_evenly(clips, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{clip}", "{clip} 20", "{root}/frames 5 25"])
-def test_a_folder_of_frames_is_told_with_the_command_that_makes_a_video(tmp_path, line):
+def test_a_folder_of_frames_is_reported_with_the_command_that_makes_a_video(tmp_path, line):
     clip = tmp_path / "frames" / "a clip's"
     clip.mkdir(parents=True)
     for number in range(1, 21):
@@ -189,4 +189,4 @@ def test_the_forms_of_labels(tmp_path):
     for number, text in enumerate(["a 1\n", "b 0\n\nc 1:0-1\n", "d 1,2\n"]):
         (tmp_path / f"{number}.csv").write_text(text)
     paths = [str(tmp_path / name) for name in ("none.csv", "0.csv", "1.csv", "2.csv")]
-    assert find_several(paths[:2]) == "" and find_several(paths) == f"{tmp_path}/1.csv, line 3: 1:0-1"
+    assert find_multi_label(paths[:2]) == "" and find_multi_label(paths) == f"{tmp_path}/1.csv, line 3: 1:0-1"

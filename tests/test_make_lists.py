@@ -378,12 +378,12 @@ def test_paths_are_absolute_and_training_reads_them(make, tmp_path, capsys):
         ("ucf101", UCF | {"trainlist01.txt": "YoYo/v.avi 2\n"}, "trainlist01.txt, line 1: the number 2 is not that of"),
         *(("charades", charades_files([("Y", action)]), "train.csv, line 3: ") for action in NO_ACTIONS),
         ("charades", charades_files([]) | {"Charades_v1_train.csv": CUT}, "ends before the column 'actions'"),
-        ("kinetics", {"train.csv": "id,class\n", "val.csv": ""}, "no column 'label' in its head"),
+        ("kinetics", {"train.csv": "id,class\n", "val.csv": ""}, "no column 'label' in its header"),
         ("hmdb51", {"wave_test_split1.txt": "a.avi 3 \n"}, "wave_test_split1.txt, line 1: 3 is not 0"),
         ("hmdb51", {"wave_test_split1.txt": "b.avi 1 \n"}, "not one video .* b.avi: missing"),
         ("diving48", {"Diving48_vocab.json": "[["}, "no JSON file"),
         ("finegym", {"gym99_train.txt": "x 99\n", "gym99_val.txt": ""}, r"line 1: label 99 is not in \[0, 99\)"),
-        ("finegym", {"gym99_train.txt": "x y\n", "gym99_val.txt": ""}, "line 1: 'y' is no whole number"),
+        ("finegym", {"gym99_train.txt": "x y\n", "gym99_val.txt": ""}, "line 1: 'y' is not a whole number"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(make, data_set, files, message):

@@ -110,7 +110,7 @@ def test_frame_features_are_timms_own(name, tmp_path):
         ("open_clip/convnext_tiny", "", "weights openai: no such file"),
     ],
 )
-def test_names_that_mean_nothing_are_told(name, weights, message):
+def test_names_that_mean_nothing_are_reported(name, weights, message):
     with pytest.raises(ValueError, match=message):
         find_encoder(name, weights)
     assert find_encoder("ViT-B-16", "") == ("open_clip", "ViT-B-16", "openai")
@@ -139,14 +139,14 @@ def test_an_image_model_goes_through_the_same_program(run, custom, tmp_path):
     [
         ("--encoder test_vit", "--encoder test_vit: add --linear_probe"),
         ("--encoder ViT-X --knn 1", "--encoder_model ViT-X: not a model"),
-        ("--encoder test_vit --encoder_weights random --knn 1 --finetune {b}", "leave one"),
+        ("--encoder test_vit --encoder_weights random --knn 1 --finetune {b}", "omit one"),
         ("--encoder test_vit --learn head", "--encoder test_vit: add --linear_probe"),
         ("--learn head --knn 1 --finetune {b}", "--learn head fine-tunes the classifier: leave"),
         ("--learn head", "a frozen encoder needs weights"),
         ("--enable_deepspeed --opt lamb", "--opt lamb: DeepSpeed cuts weights into flat pieces"),
     ],
 )
-def test_what_does_not_go_together_is_told(data, tmp_path, options, message):
+def test_what_does_not_go_together_is_reported(data, tmp_path, options, message):
     torch.save({"model": {"blocks.0.attn.qkv.weight": torch.zeros(1)}}, tmp_path / "b.pth")
     words = options.format(b=tmp_path / "b.pth").split()
     [problem] = find_problems(get_args([*TINY, *PLAIN, *CUSTOM, "--data_path", str(data), *words])).found

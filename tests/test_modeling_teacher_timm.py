@@ -73,8 +73,8 @@ def test_own_statistics():
     [
         ("vit_of_nobody", "random", -1, "model vit_of_nobody: not among timm's models"),
         ("resnet18", "/no/such/file", -1, "weights /no/such/file: no such file"),
-        ("resnet18", "random", 7, "model resnet18: gives no map of stage 7"),
-        ("resnet18", "random", -1, "model resnet18: gives no map of stage -1 .*1, 1"),  # of 32 pixels
+        ("resnet18", "random", 7, "model resnet18: has no spatial map at stage 7"),
+        ("resnet18", "random", -1, "model resnet18: has no spatial map at stage -1 .*1, 1"),  # of 32 pixels
     ],
 )
 def test_a_teacher_that_cannot_be_is_refused_in_one_line(name, weights, stage, message):

@@ -123,7 +123,7 @@ def bad_files(folder):
     return {"transparent.png", "truncated.png", "text.png"}
 
 
-def test_unusable_images_are_skipped_and_told_once(tmp_path):
+def test_unusable_images_are_skipped_and_reported_once(tmp_path):
     bad = bad_files(tmp_path)
     write(tmp_path, "good/red.png", solid(255, 0, 0, 255))
     write(tmp_path, "good/one.png", solid(255, 0, 0, 255, size=(1, 1)))

@@ -10,7 +10,7 @@ from fixtures_pictures import check_texts
 from fixtures_video import video_list
 from PIL import Image
 
-from evaluation import judge
+from evaluation import compute_metrics
 from meters import RunLog
 from metrics import Task, VideoScore
 from utils import RunError
@@ -42,7 +42,9 @@ def tested(tmp_path):
     scores = [VideoScore(i, views[i]) for i in range(40)]
     scores[4] = scores[9] = VideoScore(0, np.empty((0, 3), np.float32), "no such file")
     scores = [VideoScore(i, score.views, score.error) for i, score in enumerate(scores)]
-    metrics = judge(scores, video_list(str(folder / "test.csv")), Task(num_classes=3, names=CLASSES), str(folder))
+    metrics = compute_metrics(
+        scores, video_list(str(folder / "test.csv")), Task(num_classes=3, names=CLASSES), str(folder)
+    )
     return folder, labels, views.mean(axis=1), metrics
 
 

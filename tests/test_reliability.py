@@ -118,7 +118,9 @@ def test_one_of_two_ranks_is_killed(list_file, tmp_path):
     os.kill(run.ranks()[1], signal.SIGKILL)
     assert run.wait(300) == 0, run.text()[-3000:]
     [resumed] = run.find("resuming from")
-    assert len(run.find("error: process 0 lost another one")) == 1 and not run.find("in run_main"), run.text()
+    assert len(run.find("error: process 0 lost its connection to another process")) == 1 and not run.find(
+        "in run_main"
+    ), run.text()
     assert "checkpoint-latest.pth at epoch 0" in resumed and list(run.steps())[-1] == (1, 7)
 
 

@@ -141,7 +141,7 @@ def test_small_videos_keep_their_size_and_odd_sizes_become_even(resize, tmp_path
     ("change", "message"),
     [
         ({"stamps": [Fraction(n, 25) for n in range(39)]}, "has 40 frames, not 39"),
-        ({"stamps": [Fraction(n, 24) for n in range(40)]}, "other time stamps"),
+        ({"stamps": [Fraction(n, 24) for n in range(40)]}, "other timestamps"),
         ({"size": (96, 160)}, "160 x 96 pixels, not 96 x 160"),
         ({"settings": Settings(key_frames=3)}, "fewer key frames"),
         ({"kept": {9: 30}}, "other pictures"),

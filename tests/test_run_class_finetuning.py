@@ -97,7 +97,7 @@ def test_two_processes_train_as_one_that_accumulates(run, custom, tmp_path):
     assert one.code == 0 and two.codes == [0, 0], one.all + two.all
     logs = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     same_curves(*logs, but=["train_acc1"], rel=1e-3, abs=1e-4)
-    assert all("total batch 4 videos (2 clips of each), 1 steps an epoch" in found.out for found in (one, two))
+    assert all("total batch 4 videos (2 clips of each), 1 steps per epoch" in found.out for found in (one, two))
     weights = [read(tmp_path / name / "checkpoint-1.pth")["model"] for name in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], atol=1e-4, rtol=1e-2, msg=name)
@@ -377,7 +377,7 @@ def test_sigmas_linear_probe(run, custom, trained, tmp_path):
     options = [*custom, *TINY, *PLAIN, *recipe, "--batch_size", 3, "--lr", 25.6, "--warmup_epochs", 0]
     found = run(*options, "--finetune", trained.best, "--epochs", 1)
     assert found.code == 0, found.all
-    assert "total batch 3 videos (2 clips of each), 2 steps an epoch, 1 epochs, lr 0.3," in found.out
+    assert "total batch 3 videos (2 clips of each), 2 steps per epoch, 1 epochs, lr 0.3," in found.out
     kept, source = (read(path)["model"] for path in (tmp_path / "run" / "checkpoint-best.pth", trained.best))
     assert kept.keys() == source.keys()
     learned = {name for name in kept if not torch.equal(kept[name], source[name])}

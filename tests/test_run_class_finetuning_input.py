@@ -44,7 +44,7 @@ def test_weights_are_read_under_every_prefix(prefix, tmp_path, caplog):
         load_encoder(model, path, need_head=True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in source.items())
     [message] = caplog.messages
-    assert f"{path}: loaded {len(source)} tensors; new here: none; left out: none" == message
+    assert f"{path}: loaded {len(source)} tensors; newly initialised: none; unused: none" == message
 
 
 def test_of_a_pretraining_checkpoint_the_encoder_is_taken(tmp_path, caplog):
@@ -56,8 +56,8 @@ def test_of_a_pretraining_checkpoint_the_encoder_is_taken(tmp_path, caplog):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name] if name.startswith(("head", "fc_norm")) else source[f"encoder.{name}"])
     [message] = caplog.messages
-    assert "new here: fc_norm.weight, fc_norm.bias, head.weight, head.bias;" in message
-    left_out = message.partition("left out: ")[2].split(", ")
+    assert "newly initialised: fc_norm.weight, fc_norm.bias, head.weight, head.bias;" in message
+    left_out = message.partition("unused: ")[2].split(", ")
     assert sorted(left_out) == ["decoder.norm.weight", "encoder.norm.bias", "encoder.norm.weight", "mask_token"]
 
 
@@ -65,7 +65,7 @@ def test_a_head_of_another_size_is_dropped(tmp_path, caplog):
     torch.save(TINY(num_classes=7).state_dict(), tmp_path / "model.pth")
     with caplog.at_level("INFO", "smile"):
         load_encoder(TINY(num_classes=5), tmp_path / "model.pth")
-    assert "new here: head.weight, head.bias; left out: head.weight, head.bias" in caplog.messages[0]
+    assert "newly initialised: head.weight, head.bias; unused: head.weight, head.bias" in caplog.messages[0]
     with pytest.raises(RunError, match="lacks head.weight, head.bias; it is not fine-tuned for this number of classes"):
         load_encoder(TINY(num_classes=5), tmp_path / "model.pth", need_head=True)
 
@@ -73,7 +73,7 @@ def test_a_head_of_another_size_is_dropped(tmp_path, caplog):
 def test_part_of_an_encoder_is_refused(tmp_path):
     weights = TINY(num_classes=5).state_dict()
     torch.save({key: weights[key] for key in weights if not key.startswith("blocks.3")}, tmp_path / "model.pth")
-    with pytest.raises(RunError, match="does not fit this model: blocks.3.norm1.weight is missing there"):
+    with pytest.raises(RunError, match="does not fit this model: blocks.3.norm1.weight is missing in the checkpoint"):
         load_encoder(TINY(num_classes=5), tmp_path / "model.pth")
 
 
@@ -186,7 +186,7 @@ def test_processes_say_it_once(run, traps, tmp_path):
     assert found.codes == [1, 1] and found.all.count("error: ") == 1 and "Traceback" not in found.all, found.all
 
 
-def test_a_mistake_that_another_process_alone_sees_is_told(run, custom, tmp_path):
+def test_a_mistake_that_another_process_alone_sees_is_reported(run, custom, tmp_path):
     """As when a folder is missing on the second node."""
     found = run(*custom, *TRAIN, processes=2, others=["--data_path", tmp_path])
     assert 0 not in found.codes and "Traceback" not in found.all, found.all

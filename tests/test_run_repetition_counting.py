@@ -98,7 +98,7 @@ def test_eval_gives_the_same_counts_in_one_process_and_in_two(run, repetitions, 
             assert float(row["counted"]) == pytest.approx(float(known["counted"]), abs=0.002)
 
 
-def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(start, count, trained, tmp_path):
+def test_a_run_that_was_reported_to_stop_goes_on_as_if_it_had_not(start, count, trained, tmp_path):
     """The signal comes after a step, or in the validation that follows."""
     folder = tmp_path / "run"
     process = start("--save_ckpt_freq", "1", "--output_dir", folder)
@@ -219,14 +219,14 @@ def label_with(**change):
         ({"label": np.eye(3)}, "not an annotation of UCFRep"),
     ],
 )
-def test_an_annotation_with_wrong_contents_is_told(tmp_path, content, message):
+def test_an_annotation_with_wrong_contents_is_reported(tmp_path, content, message):
     savemat(tmp_path / "a.mat", content)
     with pytest.raises(ValueError, match=rf"a\.mat: .*{message}") as error:
         read_annotation(tmp_path / "a.mat", "a.avi")
     assert "\n" not in str(error.value)
 
 
-def test_every_byte_matters_or_is_told(repetitions, tmp_path):
+def test_every_byte_matters_or_is_reported(repetitions, tmp_path):
     """Cut off anywhere, a file is refused with a ValueError and nothing else."""
     whole = next((repetitions.annotations / "val").glob("*.mat")).read_bytes()
     for length in range(0, len(whole), 37):
@@ -235,7 +235,7 @@ def test_every_byte_matters_or_is_told(repetitions, tmp_path):
             read_annotation(tmp_path / "cut.mat", "")
 
 
-def test_missing_videos_and_folders_are_told(count, repetitions, tmp_path):
+def test_missing_videos_and_folders_are_reported(count, repetitions, tmp_path):
     found = count("--data_root", tmp_path)
     wanted = f"{repetitions.annotations}/train: 6 of 6 videos are not in --data_root {tmp_path}, the first: v_"
     assert found.code == 1 and wanted in found.err and found.err.count("\n") == 2, found.all
@@ -253,7 +253,7 @@ def test_a_video_that_cannot_be_read_is_named(count, repetitions, tmp_path):
         assert found.code == 1 and errors_of(found) == [f"error: {victim}: {NO_VIDEO}"], found.all
 
 
-def test_nothing_to_test_is_told(count, tmp_path):
+def test_nothing_to_test_is_reported(count, tmp_path):
     found = count("--eval", "--output_dir", tmp_path / "none")
     assert found.code == 1 and "nothing to test: give --finetune" in found.err
 
@@ -311,7 +311,7 @@ def test_squares_keep_the_aspect_ratio():
     assert (pad_to_square(frame.transpose(1, 0, 2), 32) == square.transpose(1, 0, 2)).all()
 
 
-def test_a_video_much_shorter_than_its_annotation_is_told(clips, tmp_path):
+def test_a_video_much_shorter_than_its_annotation_is_reported(clips, tmp_path):
     write_annotation(tmp_path / "a.mat", [1, 20, 43], 1, 43)
     annotation = read_annotation(tmp_path / "a.mat", str(clips["bikes.mp4"]))  # 40 frames: the last is repeated
     frames = read_segment(annotation, 30, 42, 32, "pyav")

@@ -63,7 +63,7 @@ def test_what_a_run_logs(reference):
         assert all(np.isfinite(line[name]) for name in names)
     assert 0.5 < log[1]["train_loss"] < log[0]["train_loss"] < 4  # it learns
     assert "1 process(es) x 4 clips x 2 accumulated = total batch 8, fp32 on cpu" in reference.out
-    assert f"2 clips of each: {STEPS} steps an epoch" in reference.out
+    assert f"2 clips of each: {STEPS} steps per epoch" in reference.out
     assert "epochs 2 of a schedule of 3: 4 in the paper's count" in reference.out
     lines = [line for line in reference.out.splitlines() if f"/{STEPS}]" in line]
     assert len(lines) == EPOCHS * STEPS
@@ -158,15 +158,15 @@ def test_a_run_killed_in_mid_epoch_goes_on_from_the_latest_file_and_tar_files(st
     assert same_as(reference, tmp_path)
 
 
-def test_a_run_that_is_told_to_stop_saves_itself_and_goes_on_exactly(start, data_args, reference, tmp_path):
+def test_a_run_that_is_reported_to_stop_saves_itself_and_goes_on_exactly(start, data_args, reference, tmp_path):
     command = [*TINY, *TRAIN, *data_args, "--output_dir", tmp_path]
     result = stopped(start, signal.SIGTERM, f"epoch 1 [2/{STEPS}]", tmp_path, *command, "--update_freq", 2)
     assert result.code == 85 and "Traceback" not in result.err and "error: " not in result.err
     state = read_checkpoint(tmp_path / LATEST)
     assert state["epoch"] == 1 and 2 <= state["step"] < STEPS
-    assert f"told to stop: saved at epoch 1, step {state['step']}" in result.out
+    assert f"stopped by a signal: saved at epoch 1, step {state['step']}" in result.out
     other = start(*command, "--update_freq", 1).end()
-    assert other.code == 1 and "lies inside an epoch with 4 videos a step, now there are 2" in other.err
+    assert other.code == 1 and "was saved within an epoch of 4 videos per step, this run has 2" in other.err
     again = start(*command, "--update_freq", 2).end()
     assert again.code == 0 and f"{LATEST} at epoch 1, step {state['step']}" in again.out
     assert same_as(reference, tmp_path) and not (tmp_path / LATEST).exists()
@@ -208,7 +208,7 @@ def test_a_signal_to_the_whole_process_group_is_survived(start, data_args, tmp_p
     run.wait_for("epoch 1 [2/")
     os.killpg(run.pid, number)
     result = run.end()
-    assert result.code == 85 and "told to stop: saved at epoch" in result.out, result.err[-500:]
+    assert result.code == 85 and "stopped by a signal: saved at epoch" in result.out, result.err[-500:]
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(start, data_args, tmp_path):
@@ -287,7 +287,7 @@ def test_a_dry_run_times_its_last_steps_and_writes_nothing(start, data_args, ref
     result = start(*TINY, *TRAIN, *data_args, *long, "--dry_run", *folders).end()
     assert result.code == 0 and "dry run: 5 steps went well" in result.out and list(tmp_path.iterdir()) == []
     times = [float(time) for time in re.findall(r"loss .* step_time ([\d.e-]+)", result.out)]
-    said = re.search(r"([\d.]+) s a step \(.* last 3\), ([\d.]+) clips .*: (\d+) steps .* ([\d.]+) hours", result.out)
+    said = re.search(r"([\d.]+) s per step \(.* last 3\), ([\d.]+) clips .*: (\d+) steps .* ([\d.]+) hours", result.out)
     step, speed, steps, hours = (float(number) for number in said.groups())
     assert len(times) == 5 and step == pytest.approx(sorted(times[2:])[1])  # the first two start things up
     assert speed == pytest.approx(4 * 2 / step, rel=1e-2) and steps == 50000 * STEPS

@@ -56,7 +56,7 @@ def wrong_files(tmp_path):
 
 
 @pytest.mark.parametrize("options", WRONG)
-def test_each_wrong_input_is_told_by_its_name(options, data_args, wrong_files):
+def test_each_wrong_input_is_reported_by_its_name(options, data_args, wrong_files):
     words = [word.format(t=wrong_files) for word in options.split(" ")]
     [problem] = find_problems(get_args(argv_of(data_args, *words))).found
     assert WRONG[options].format(t=wrong_files) in problem and "\n" not in problem
@@ -71,7 +71,7 @@ def test_right_input_has_no_problems(data_args, objects_folder, tmp_path):
     assert problem == "--mask_type tubelet follows pasted objects: add --add_tubelets"
 
 
-def test_all_problems_are_told_at_once(start, wrong_files):
+def test_all_problems_are_reported_at_once(start, wrong_files):
     wrong = "--mask_ratio 1.2 --add_tubelets --use_objects --first_stage_path x.pth".split()
     paths = {"--data_path": "label.csv", "--objects_path": "none", "--output_dir": "run"}
     result = start(*TINY, *wrong, *(word for flag, name in paths.items() for word in (flag, wrong_files / name))).end()
@@ -82,10 +82,10 @@ def test_all_problems_are_told_at_once(start, wrong_files):
     assert not (wrong_files / "run").exists()
 
 
-def test_slow_videos_are_told_once_at_the_start(start, odd_videos, tmp_path):
+def test_slow_videos_are_reported_once_at_the_start(start, odd_videos, tmp_path):
     path = write_list(tmp_path / "list.csv", [odd_videos[0]["one key.mp4"]] * 4)
     result = start(*TINY, *TRAIN, "--data_path", path, "--dry_run").end()
-    assert result.code == 0 and result.out.count("4 of 4 videos looked at are slow to load, such as") == 1, result.err
+    assert result.code == 0 and result.out.count("4 of 4 checked videos are slow to load, for example") == 1, result.err
 
 
 LATER = {  # options: a pattern; {ref}: a checkpoint

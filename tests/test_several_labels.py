@@ -15,9 +15,9 @@ from fixtures_video import source_frames, video_list, write_lines, write_mp4
 from sklearn.metrics import average_precision_score
 
 from datasets_finetune import FinetuneDataset, dense_indices
-from evaluation import judge
+from evaluation import compute_metrics
 from lists import read_list
-from metrics import SeveralLabels, VideoScore, average_precision, read_actions
+from metrics import MultiLabelTask, VideoScore, average_precision, read_actions
 from modeling_finetune import MODELS
 from modeling_probe import ProbeLoss, nearest_neighbours
 from options_finetune import find_problems, get_args, read_data_list, task
@@ -37,7 +37,7 @@ def multi_hot(*classes, num_classes=157):
 
 def action_list(path, num_classes, data_root=""):
     """A list whose labels have seconds, and its task."""
-    task = SeveralLabels("max", num_classes, needs_seconds=True)
+    task = MultiLabelTask("max", num_classes, needs_seconds=True)
     return read_list(path, task.parse_label, data_root), task
 
 
@@ -69,7 +69,7 @@ def test_a_wrong_class_and_a_wrong_order_are_named(tmp_path):
         action_list(write_lines(tmp_path / "list.csv", ["a.mp4 3:1-2,157:0-1"]), 157)
     with pytest.raises(ValueError, match=r"list.csv, line 1: 3:2-1.5 ends before it starts"):
         action_list(write_lines(tmp_path / "list.csv", ["a.mp4 3:2-1.5"]), 157)
-    with pytest.raises(ValueError, match=r"line 1: label '92:.*' is not a whole number; several labels a video"):
+    with pytest.raises(ValueError, match=r"line 1: label '92:.*' is not a whole number; videos with several"):
         video_list(write_lines(tmp_path / "list.csv", LINES), 157)
 
 
@@ -111,7 +111,7 @@ def test_the_form_of_custom_lists_decides(clips, tmp_path, labels):
     for name, texts in (("train.csv", ["1", labels]), ("val.csv", ["1", "0"]), ("test.csv", ["-1", "-1"])):
         write_lines(tmp_path / name, [f"{path} {text}" for path, text in zip(names, texts)])
     args = get_args(["--data_set", "custom", "--nb_classes", "3", "--data_path", str(tmp_path), *PLAIN])
-    assert isinstance(task(args), SeveralLabels) and find_problems(args).found == []
+    assert isinstance(task(args), MultiLabelTask) and find_problems(args).found == []
     assert args.several_labels == f"{tmp_path}/train.csv, line 2: {labels}"
     assert task(args).targets(read_data_list(args, "val.csv").labels).tolist() == [[0, 1, 0], [1, 0, 0]]
     sample = build_train_set(args)[0, 1]
@@ -163,8 +163,8 @@ def judged(tmp_path):
 @pytest.mark.parametrize("combine", ["max", "mean"])
 def test_the_mean_over_classes_equals_that_of_scikit_learn(judged, tmp_path, combine):
     videos, scores, labels, views = judged
-    task = SeveralLabels(combine, 12, [f"class {c}" for c in range(12)])
-    metrics = judge(scores, videos, task, str(tmp_path))
+    task = MultiLabelTask(combine, 12, [f"class {c}" for c in range(12)])
+    metrics = compute_metrics(scores, videos, task, str(tmp_path))
     combined = getattr(views, combine)(axis=1)
     combined[[2, 9, 20]] = -1
     seen = [c for c in range(12) if labels[:, c].any()]
@@ -187,7 +187,7 @@ def test_the_mean_over_classes_equals_that_of_scikit_learn(judged, tmp_path, com
 def test_the_loss_of_probes_is_the_sum_of_their_own_and_neighbours_vote_for_all_their_classes():
     logits, labels = torch.randn(6, 3, 5), (torch.rand(6, 5) < 0.4).float()
     expected = sum(F.binary_cross_entropy_with_logits(logits[:, p], labels) for p in range(3))
-    torch.testing.assert_close(ProbeLoss(SeveralLabels().losses)(logits, labels), expected)
+    torch.testing.assert_close(ProbeLoss(MultiLabelTask().losses)(logits, labels), expected)
     rng = np.random.default_rng(0)
     train, test, labels = rng.normal(size=(40, 6)), rng.normal(size=(5, 6)), (rng.random((40, 7)) < 0.3).astype(float)
     ours = nearest_neighbours(*map(torch.from_numpy, (train, labels, test)), 9, 7).numpy()

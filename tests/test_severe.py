@@ -136,7 +136,7 @@ def test_the_draw_is_the_benchmarks(tmp_path, caplog, data_set, classes, smalles
     assert f"train.csv has {videos - 1} videos, SEVERE draws from {videos}: not its subset" in caplog.text
 
 
-def test_a_missing_video_is_told_before_the_draw(severe, severe_data, tmp_path):
+def test_a_missing_video_is_reported_before_the_draw(severe, severe_data, tmp_path):
     """Though --max_bad_fraction would have let it pass."""
     folder = Path(shutil.copytree(severe_data["UCF101"], tmp_path / "UCF101"))
     lines = (folder / "train.csv").read_text().splitlines()

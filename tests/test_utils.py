@@ -133,7 +133,7 @@ def test_two_processes_decide_alike(pair):
         assert kept == [torch.nn.Linear(2, 1).weight.tolist()] * 2  # a loss that is bad in one is no step for any
 
 
-def test_an_error_of_any_process_is_told(pair):
+def test_an_error_of_any_process_is_reported(pair):
     assert 0 not in pair[1] and pair[2].count("error: only process 1 saw it") == 1
 
 

@@ -142,11 +142,11 @@ def test_packets_that_are_falsely_marked_as_key_frames(tmp_path):
     assert wrong_frames(path, np.random.default_rng(0)) == ""
 
 
-def test_frames_that_ffmpeg_leaves_out_are_told_if_only_some_readings_notice(tmp_path):
+def test_frames_that_ffmpeg_leaves_out_are_reported_if_only_some_readings_notice(tmp_path):
     lossy = Kind("", "mp4", "libx265", {"x265-params": "log-level=none"}, 12, change=lambda number, _: number % 17 != 9)
     path = write(tmp_path / "v.mp4", lossy, 100)
     for seed in range(4):
-        assert "frames are counted" in wrong_frames(path, np.random.default_rng(seed))
+        assert "the reader counts" in wrong_frames(path, np.random.default_rng(seed))
 
 
 def test_all_programs_read_the_same_of_several_streams(tmp_path):

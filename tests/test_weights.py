@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import write_atomically
+from checkpoints import save_checkpoint
 from modeling_finetune import vit_tiny_patch16_224
 from modeling_pretrain import pretrain_videomae_tiny_patch16_224
 from utils import RunError
@@ -27,7 +27,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     model = tiny()
     args = argparse.Namespace(lr=1e-3, opt_betas=[0.9, 0.95], first_stage_path="", clip_grad=None)
     content = {"model": model.state_dict(), "epoch": 7, "args": args, "meter": {"sums": {"loss": 0.1}}}
-    write_atomically(content, tmp_path / "x.pth")
+    save_checkpoint(content, tmp_path / "x.pth")
     back = read_checkpoint(tmp_path / "x.pth")
     assert back["args"] == args and back["epoch"] == 7 and back["meter"] == content["meter"]
     assert all(torch.equal(back["model"][name], value) for name, value in model.state_dict().items())
@@ -87,7 +87,7 @@ def test_numbers_of_an_older_numpy_are_read(tmp_path):
     assert read_checkpoint(tmp_path / "x.pth")["best"] == 81.5
 
 
-def test_what_is_refused_is_told_with_a_remedy_that_works(tmp_path, monkeypatch):
+def test_what_is_refused_is_reported_with_a_remedy_that_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights, path = tiny().state_dict(), tmp_path / "x.pth"
     for name, value in (("pathlib.", Path("x")), ("argparse.Action", argparse.Namespace(a=argparse.Action("x", "y")))):
@@ -200,9 +200,9 @@ def test_load_strictly_loads_all(tmp_path, caplog):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"0.weight": (5, 3)}, r"0.weight is \[5, 3\] there, \[4, 3\] here \(and 0 more\)"),
-        ({"1.bias": None}, r"1.bias is missing there \(and 0 more\)"),
-        ({"head.bias": (2,), "x": (1,)}, r"head.bias is unknown here \(and 1 m.*"),
+        ({"0.weight": (5, 3)}, r"0.weight is \[5, 3\] in the checkpoint, \[4, 3\] in the model \(and 0 more\)"),
+        ({"1.bias": None}, r"1.bias is missing in the checkpoint \(and 0 more\)"),
+        ({"head.bias": (2,), "x": (1,)}, r"head.bias is not in the model \(and 1 m.*"),
     ],
 )
 def test_load_strictly_says_what_does_not_fit_and_changes_nothing(tmp_path, change, message):
@@ -262,5 +262,5 @@ def test_a_deeper_model_is_refused(tmp_path):
     weights = vit_tiny_patch16_224(num_classes=3).state_dict()
     last = {name: value for name, value in weights.items() if name.startswith("blocks.3.")}
     torch.save(weights | {name.replace(".3.", ".4.", 1): value for name, value in last.items()}, tmp_path / "x.pth")
-    with pytest.raises(RunError, match="x.pth does not fit this model: blocks.4.norm1.weight is unknown here"):
+    with pytest.raises(RunError, match="x.pth does not fit this model: blocks.4.norm1.weight is not in the model"):
         load_encoder(vit_tiny_patch16_224(num_classes=3), tmp_path / "x.pth")

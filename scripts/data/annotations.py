@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools import Problem, RunError, read_lines, read_text
+from data_tools import Problem, read_lines, read_text
 
 from lists import VIDEO_SUFFIXES
+from utils import RunError
 
 # Parts of Gym-99 that the SEVERE benchmark uses: leaps and jumps on the floor, circles on the uneven bars.
 GYM_PARTS = {"fx-s1": range(6, 17), "ub-s1": range(74, 89)}
@@ -56,7 +57,7 @@ def find_file(folder: str, *patterns: str) -> Path:
 def whole_number(text: str, where: str) -> int:
     """Parse a number of an annotation file; `where` names its place in the error."""
     if not re.fullmatch(r"\d+", text):
-        raise RunError(f"{where}: {text[:80]!r} is no whole number")
+        raise RunError(f"{where}: {text[:80]!r} is not a whole number")
     return int(text)
 
 
@@ -91,11 +92,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """Read a CSV file with a head: place (for errors) and values of each row, without surrounding spaces."""
+    """Read a CSV file with a header row: place (for errors) and values of each row, without surrounding spaces."""
     rows = csv.DictReader(io.StringIO(read_text(path)), skipinitialspace=True)
-    head, found = rows.fieldnames or (), []
-    if missing := [name for name in columns if name not in head]:
-        raise RunError(f"{path}: no column {missing[0]!r} in its head ({','.join(head)[:80]})")
+    header, found = rows.fieldnames or (), []
+    if missing := [name for name in columns if name not in header]:
+        raise RunError(f"{path}: no column {missing[0]!r} in its header ({','.join(header)[:80]})")
     for row in rows:
         where = f"{path}, line {rows.line_num}"
         if short := [name for name in columns if row[name] is None]:

@@ -21,28 +21,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data_tools import (
-    RunError,
-    add_work_options,
-    new_parser,
-    positive,
-    read_list,
-    status,
-    write_list,
-    write_table,
-    write_text,
-)
+from data_tools import add_work_options, new_parser, positive, read_list, status, write_list, write_table, write_text
 from processes import connect, from_first, in_processes, share, to_first
 
 from lists import why_missing
-from utils import rank, run_main
+from utils import RunError, rank, run_main
 from video_check import slow_reasons, wrong_frames
 from video_reader import READERS, VideoError
 
 PLACES = 16  # frames of each video that are compared
 REMEDIES = {
     ".bad.tsv": "",
-    ".wrong.tsv": "scripts/data/resize_videos.py writes a file that every reader reads right",
+    ".wrong.tsv": "scripts/data/resize_videos.py writes a file that every reader decodes correctly",
     ".slow.tsv": "make it fast with scripts/data/resize_videos.py",
 }
 
@@ -156,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         if rows:
             print(f"{args.output.with_suffix(suffix)}: the first: {rows[0][1]}: {rows[0][2]}")
     if wrong or slow:
-        print(f"to mend them: python scripts/data/resize_videos.py {args.list} --output FOLDER")
+        print(f"to re-encode them: python scripts/data/resize_videos.py {args.list} --output FOLDER")
     if not good:
         raise RunError(f"{args.list}: not one of its videos can be read; relative paths start from --data_root")
     write_list(args.output, good)

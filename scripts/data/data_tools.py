@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lists
 from shards import find, split
-from utils import RunError, rank, user_errors, write_whole
+from utils import RunError, rank, user_errors, write_atomically
 
 LOCK_WAIT, POLL = 20.0, 0.05  # seconds
 
@@ -165,15 +165,15 @@ def without_suffixes(paths: Sequence[str]) -> list[str]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
-def write_table(path: Path, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write rows separated by tabs under a line of heads; without rows, remove the file."""
+def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write rows separated by tabs under a header; without rows, remove the file."""
     if not rows:
         path.unlink(missing_ok=True)
         return
-    clean = [[re.sub(r"\s+", " ", str(cell)) for cell in row] for row in (heads, *rows)]
+    clean = [[re.sub(r"\s+", " ", str(cell)) for cell in row] for row in (header, *rows)]
     write_text(path, "".join("\t".join(row) + "\n" for row in clean))
 
 

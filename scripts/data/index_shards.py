@@ -10,10 +10,10 @@ import tarfile
 from itertools import groupby
 from pathlib import Path
 
-from data_tools import RunError, new_parser
+from data_tools import new_parser
 
 from shards import VERSION, Member, ShardError, index_path
-from utils import run_main, write_whole
+from utils import RunError, run_main, write_atomically
 
 BLOCK = tarfile.BLOCKSIZE
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
@@ -59,7 +59,7 @@ def write_index(shard: str, members: list[Member]) -> None:
     lines = [" ".join(f"{suffix(name)} {start} {size} {name}" for name, start, size in row) for row in rows]
     text = "".join(f"{line}\n" for line in (f"{VERSION.decode()} {len(rows)}", *lines))
     try:
-        write_whole(Path(index_path(shard)), lambda file: file.write(os.fsencode(text)))
+        write_atomically(Path(index_path(shard)), lambda file: file.write(os.fsencode(text)))
     except OSError as error:
         raise ShardError(
             f"{index_path(shard)}: cannot be written ({error.strerror}); where the shards lie in a folder of others, "

@@ -5,7 +5,7 @@
 Written below --output:
     train-000000.tar, .idx    shards in the layout of WebDataset: NAME.mp4 (as it is), NAME.cls (the label's text)
     *.csv                     the lists, with paths that run through the shards; every program takes them as it is
-    members.jsonl             source, label, shard and name of each video, a JSON list a line
+    members.jsonl             source, label, shard and name of each video, a JSON list per line
     failed.tsv                the videos that could not be read, and why
 --workers processes write a shard each, compare it with its sources byte by byte, and then give it its name. The same
 command, started again, writes what is missing; videos that are new in the lists or failed before go into new shards.

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from data_tools import (
-    RunError,
     Unusable,
     add_work_options,
     is_made,
@@ -38,7 +37,7 @@ from PIL import Image
 from processes import make_all
 
 from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects
-from utils import rank, run_main
+from utils import RunError, rank, run_main
 
 VISIBLE = 16  # alpha from which a pixel counts as part of the object
 POOLS = "LVIS_instance_pools.json"
@@ -53,7 +52,7 @@ class Settings:
     min_side: int = 24  # pixels; an object with a shorter side is dropped
     max_side: int = 320  # pixels; a longer one is shrunk to it
     min_fill: float = 0.05  # part of its box that the object must fill
-    keep_opaque: bool = False  # keep images without a transparent pixel, which are no cut-outs
+    keep_opaque: bool = False  # keep images without a transparent pixel, which are not cut-outs
     mask_values: str = "alpha"  # 0 to 255; or "ids": 0 is the background, other values one object each
 
 

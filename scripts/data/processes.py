@@ -23,7 +23,7 @@ import torch.distributed as dist
 from data_tools import Unusable, output_folder
 from tqdm import tqdm
 
-from utils import EXIT_REQUEUE, STOP_SIGNALS, init_distributed, leave_on_signal, never_freed, rank, world_size
+from utils import EXIT_REQUEUE, STOP_SIGNALS, init_distributed, keep_alive, leave_on_signal, rank, world_size
 
 T = TypeVar("T")
 FORK = multiprocessing.get_context("fork")
@@ -126,7 +126,7 @@ def connect() -> None:
 @functools.cache
 def patient_group() -> Any:
     """All processes; the first request must be made by all of them."""
-    return never_freed(dist.new_group(backend="gloo", timeout=PATIENCE))
+    return keep_alive(dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def wait_for(operation: Callable[[], None]) -> None:

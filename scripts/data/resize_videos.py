@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 from data_tools import (
-    RunError,
     common_folder,
     is_made,
     list_parser,
@@ -33,7 +32,7 @@ from processes import make_all
 from video_writing import USUAL_RATE, Settings, Written, write_resized
 
 from shards import problem_of
-from utils import rank, run_main
+from utils import RunError, rank, run_main
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         psnr, minutes = [written.psnr for written in made], sum(written.seconds for written in made) / 60
         print(f"made now: {len(made)}, {minutes:.1f} minutes, PSNR {min(psnr):.1f} to {max(psnr):.1f} dB")
     if guessed := sum(written.guessed_rate for written in made):
-        print(f"{guessed} have no time stamps and no frame rate: {USUAL_RATE} frames a second were taken")
+        print(f"{guessed} have no timestamps and no frame rate: {USUAL_RATE} frames per second were assumed")
     if failed:
         print(f"{len(failed)} failed, the first: {': '.join(failed[0])} (see {args.output}/failed.tsv)")
     place = lambda target: str(target.relative_to(videos)) if args.relative else os.path.abspath(target)

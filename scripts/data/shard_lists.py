@@ -9,12 +9,13 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from data_tools import Found, Line, RunError, fits_a_list
+from data_tools import Found, Line, fits_a_list
 from index_shards import key_of, scan, write_index
 from tqdm.contrib.concurrent import thread_map
 
 from lists import VIDEO_SUFFIXES
 from shards import Member, ShardError, index_path, members_of, read_member
+from utils import RunError
 
 NONE = "-1"  # label of a video that has none
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder

@@ -1,6 +1,6 @@
 """Make one video small and quick to read at random places: decode, shrink, encode as H.264, verify the result.
 
-Time stamps are those of the source, moved to start at 0; if they cannot be right, the frame rate gives them.
+Timestamps are those of the source, moved to start at 0; if they cannot be right, the frame rate gives them.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from video_reader import VideoError, check_whole, read_frames, upright, video_st
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 TICK = Fraction(1, 90000)  # seconds; fine enough for any source's stamps
-USUAL_RATE = Fraction(25)  # frames a second, for a source that does not say
+USUAL_RATE = Fraction(25)  # frames per second, for a source that does not say
 MIN_PSNR = 20.0  # dB; below it a picture is another one, not a bad one
 MIN_SIDE = 16
 
 
 class WrongTimes(Unusable):
-    """A source has time stamps that cannot be right."""
+    """A source has timestamps that cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Written:
 
     seconds: float
     psnr: float  # dB, of some frames, to the source resized the same way
-    guessed_rate: bool  # the source has neither time stamps nor a frame rate
+    guessed_rate: bool  # the source has neither timestamps nor a frame rate
 
 
 @dataclass(frozen=True)
 class Timing:
     """Times of the frames of a video."""
 
-    rate: Fraction  # frames a second
-    trusted: bool  # each packet has a time stamp of its own, and these are used instead of `rate`
+    rate: Fraction  # frames per second
+    trusted: bool  # each packet has a timestamp of its own, and these are used instead of `rate`
     guessed: bool  # `rate` is used, and is USUAL_RATE, as the file names no credible one
 
 
@@ -83,7 +83,7 @@ def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple
         second, lasts = number / timing.rate, 1 / timing.rate
         if timing.trusted:
             if frame.pts is None:
-                raise WrongTimes(f"frame {number} has no time stamp")
+                raise WrongTimes(f"frame {number} has no timestamp")
             first = first if number else frame.pts
             second = (frame.pts - first) * frame.time_base
             lasts = frame.duration * frame.time_base or lasts
@@ -150,7 +150,7 @@ def encode(
             if (frame.width, frame.height) != (stream.width, stream.height):
                 raise Unusable(f"the picture changes its size at frame {number}")
             if stamps and second - stamps[-1] < TICK:
-                raise WrongTimes(f"the time stamps go back at frame {number}")
+                raise WrongTimes(f"the timestamps go back at frame {number}")
             stamps.append(second)
             if number & (number - 1) == 0:
                 kept[number] = pixels(frame)
@@ -197,7 +197,7 @@ def verify(
     if len(packets) != len(stamps):
         raise Unusable(f"the result has {len(packets)} frames, not {len(stamps)}")
     if max(abs(time - stamp) for time, stamp in zip(times, stamps)) > Fraction(1, 1000) or len(set(times)) < len(times):
-        raise Unusable("the result has other time stamps than the source")
+        raise Unusable("the result has other timestamps than the source")
     if np.diff([*keys, len(packets)]).max() > settings.key_frames:
         raise Unusable("the result has fewer key frames than asked for")
     try:

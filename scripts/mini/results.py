@@ -73,7 +73,7 @@ def quickstart_table(folder: Path) -> str:
             sys.exit(f"error: {folder / name / 'log.txt'} holds no test score: start scripts/quickstart.sh again")
         lines.append(f"| {label} | **{score[0]:.1f}** | {standard_error(*score):.1f} | {score[1]} | {chance:g} |")
     losses = [read_log(folder / stage / "log.txt")[-1]["train_loss"] for stage in ("stage1", "stage2")]
-    lines += ["", f"Loss {losses[0]:.2f} after stage 1, {losses[1]:.2f} after stage 2; 1: guessing the mean."]
+    lines += ["", f"Loss {losses[0]:.2f} after stage 1, {losses[1]:.2f} after stage 2; 1: predicting the mean."]
     return "\n".join(lines)
 
 

@@ -27,16 +27,8 @@ declare -A FOLDERS=([ssv2]=SSV2 [gym99]=GYM99 [ucf101_1k]=UCF101 [gym99_1k]=GYM9
   [ucf_rc]="UCF_RC UCF_RC_VIDEOS" [charades]=CHARADES)
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if ! command -v torchrun >/dev/null; then
-  PATH=$HERE/../../.venv/bin:$PATH # as common.sh
-fi
-die() {
-  echo "error: $*" >&2
-  exit 1
-}
-
-[[ -e $MODEL_PATH || $MODEL_PATH == hf://* ]] ||
-  die "MODEL_PATH=$MODEL_PATH: no such file (edit the top of $0, or set MODEL_PATH)"
+source "$HERE/../common.sh"
+require_paths MODEL_PATH
 for cell in $CELLS; do
   [[ -n ${FOLDERS[$cell]:-} ]] || die "CELLS: no cell $cell; there are ${!FOLDERS[*]}"
 done
@@ -66,7 +58,7 @@ run_cell() {
   DATA_PATH=${!name} DATA_ROOT=$UCF_RC_VIDEOS OUTPUT_DIR=$folder MODEL_PATH=$MODEL_PATH \
     bash "$HERE/$cell.sh" $options "$@" 2>&1 | tee "$folder/output.txt" || code=${PIPESTATUS[0]}
   if ((code == 85)); then # utils.EXIT_REQUEUE
-    echo "$cell: told to stop; the same command goes on"
+    echo "$cell: stopped by a signal; run the same command to resume"
     exit "$code"
   fi
   if ((code != 0)); then
