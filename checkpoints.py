@@ -165,11 +165,13 @@ def find_resume(folder: str, resume: str, auto_resume: bool) -> Found | None:
     return chosen or (path and (path, read_checkpoint(path)))
 
 
-def restore(found: Found, contents: dict[str, Any], stepper: Stepper, samples_per_step: int) -> Position:
+def restore(found: Found, contents: dict[str, Any], stepper: Stepper, layout: dict[str, int]) -> Position:
     """Load a run's checkpoint into the stepper and those `contents` that have a load_state_dict.
 
+    Args:
+        layout: see ChunkSampler.layout.
     Raises:
-        RunError: of another model or program, or within an epoch with another number of samples per step.
+        RunError: of another model or program, or within an epoch of another layout.
     """
     path, state = found
     position = Position(*resume_point(found), state.get("meter"))
@@ -179,11 +181,15 @@ def restore(found: Found, contents: dict[str, Any], stepper: Stepper, samples_pe
             f"{path} holds weights only, nothing to resume from (it lacks {', '.join(sorted(missing))}); "
             "start from its weights with --first_stage_path or --finetune"
         )
-    if state["step"] and state["samples_per_step"] != samples_per_step:
-        raise RunError(
-            f"{path} was saved within an epoch of {state['samples_per_step']} videos per step, this run has "
-            f"{samples_per_step}: keep GPUs x batch_size x update_freq as they were"
-        )
+    changed = {name: (state[name], value) for name, value in layout.items() if state.get(name, value) != value}
+    if changed:
+        text = ", ".join(f"{name} {then} (here {here})" for name, (then, here) in changed.items())
+        if state["step"]:
+            raise RunError(
+                f"{path} was saved within an epoch with {text}: keep the number of videos in the list, and GPUs x "
+                "batch_size x update_freq, until that epoch ends"
+            )
+        logger.warning("%s was saved with %s", path, text)
     kept = [name for name, value in contents.items() if hasattr(value, "load_state_dict")]
     if lacking := [name for name in kept if name not in state]:
         raise RunError(f"{path} lacks {', '.join(lacking)}: it is of another program, or of a run without --model_ema")

@@ -152,10 +152,11 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text(encoding_of(path))
 
 
-def read_lines(path: str) -> Iterator[tuple[list[int], list[bytes], list[bytes]]]:
+def read_lines(path: str, labelled: bool = True) -> Iterator[tuple[list[int], list[bytes], list[bytes]]]:
     """Yield numbers (from 1), paths and labels of some thousand lines of a list at a time, without blank lines.
 
-    Raises ValueError if it is not a text file, or a line, named by its number, is not ``path label``.
+    If not `labelled`, a line that is one word or ends like the name of a video is a path, with the label -1. Raises
+    ValueError if it is not a text file, or a line, named by its number, is not ``path label``.
     """
     first = 1
     with text_errors(path, "a list, a text file"), open(path, encoding=encoding_of(path)) as file:
@@ -168,6 +169,9 @@ def read_lines(path: str) -> Iterator[tuple[list[int], list[bytes], list[bytes]]
             lines = [line for line in lines if line]
             labels = [line.rsplit(None, 1)[-1] for line in lines]
             paths = [line[: -len(label)].rstrip() for line, label in zip(lines, labels)]
+            for i, label in enumerate(() if labelled else labels):
+                if not paths[i] or label.lower().endswith(tuple(map(str.encode, VIDEO_SUFFIXES))):
+                    paths[i], labels[i] = lines[i], b"-1"
             if b"" in paths:
                 bad = paths.index(b"")
                 line = os.fsdecode(lines[bad])[:80]
@@ -177,10 +181,13 @@ def read_lines(path: str) -> Iterator[tuple[list[int], list[bytes], list[bytes]]
             first += text.count("\n")
 
 
-def read_list(path: str, parse_label: Callable[[str], int | str | bytes], data_root: str = "") -> VideoList:
+def read_list(
+    path: str, parse_label: Callable[[str], int | str | bytes], data_root: str = "", labelled: bool = True
+) -> VideoList:
     """Read a list file, with ``path label`` on each line, separated by the line's last spaces.
 
     Args:
+        labelled: False if lines may have no label, see read_lines.
         parse_label: converts the text of a label to the number or text to keep; raises ValueError if it is invalid.
     Raises:
         ValueError: no such file, empty, or a line, named by its number, that is not ``path label``.
@@ -188,7 +195,7 @@ def read_list(path: str, parse_label: Callable[[str], int | str | bytes], data_r
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such list file")
     count, width = 0, 1
-    for _, names, _ in read_lines(path):
+    for _, names, _ in read_lines(path, labelled):
         count, width = count + len(names), max(width, *map(len, names))
     if not count:
         raise ValueError(f"{path}: the list is empty")
@@ -200,7 +207,7 @@ def read_list(path: str, parse_label: Callable[[str], int | str | bytes], data_r
 
     paths, lines, labels = np.empty(count, f"S{width}"), np.empty(count, np.int32), list[np.ndarray]()
     done = 0
-    for numbers, names, texts in read_lines(path):
+    for numbers, names, texts in read_lines(path, labelled):
         part = slice(done, done + len(names))
         paths[part], lines[part], done = names, numbers, part.stop
         values = []

@@ -19,7 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from shards import ShardError, names_below, opened, problem_of, split
 
@@ -65,15 +65,15 @@ def find_objects(objects_path: str, objects_list: str | None = None) -> list[str
 
 
 def read_image(path: str) -> np.ndarray:
-    """Open an image as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``; one without alpha is opaque.
+    """Open an image, upright, as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``; one without alpha is opaque.
 
     Raises:
         IMAGE_ERRORS: unreadable, or too large.
     """
     with opened(path) as source, Image.open(source) as file:
-        image: Image.Image = file
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
-            raise ValueError(f"{image.width} x {image.height} pixels: too large")
+        if file.width * file.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
+            raise ValueError(f"{file.width} x {file.height} pixels: too large")
+        image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         return np.array(image.convert("RGBA").convert("RGBa"))

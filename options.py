@@ -129,17 +129,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 CLIP_OPTIONS = ("num_frames", "sampling_rate", "input_size")
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr", "min_lr",
              "warmup_lr", "warmup_epochs", "warmup_steps", "epochs", "layer_decay")  # fmt: skip
-RESUMED = (
-    *CLIP_OPTIONS,
-    "seed",
-    "data_set",
-    "num_sample",
-    "target_type",
-    "mask_type",
-    "mask_ratio",
-    "drop_path",
-    *OPTIMIZER,
-)
+STARTS = ("first_stage_path", "finetune")
+# Options that a resumed run may change without a warning: they do not change what it computes, or only its tests.
+FREE = {"output_dir", "log_dir", "log_interval", "save_ckpt_freq", "save_ckpt_minutes", "save_ckpt_steps", "resume",
+        "auto_resume", "start_epoch", "stop_epoch", "device", "precision", "compile", "dry_run", "num_workers",
+        "pin_mem", "worker_timeout", "max_bad_fraction", "data_root", "use_checkpoint", "batch_size",
+        "update_freq", "given", "not_needed", "several_labels", "val_freq", "patience",
+        "disable_eval_during_finetuning", "short_side_size", "test_num_segment", "test_num_crop",
+        "combine_views", "enable_deepspeed", "zero_stage", "refine_steps", "max_frames"}  # fmt: skip
 
 
 def trained_with(path: str) -> dict[str, Any]:
@@ -167,6 +164,17 @@ def warn_differences(args: argparse.Namespace, stored: dict[str, Any], source: s
     if others:
         text = ", ".join(f"--{name} {stored[name]} (here {here[name]})" for name in others)
         logger.warning("%s was trained with %s", source, text)
+
+
+def check_start(args: argparse.Namespace, stored: dict[str, Any], source: str) -> None:
+    """Raise RunError if a run that is resumed without --resume started from other weights than the ones named now."""
+    for name in STARTS:
+        then, now = stored.get(name), getattr(args, name, "")
+        if then is not None and now and not args.resume and os.path.realpath(then) != os.path.realpath(now):
+            raise RunError(
+                f"{source} is of a run that started from {then or 'random weights'}, not from --{name} {now}: choose "
+                f"another --output_dir, or add --resume {source} if that file has only moved"
+            )
 
 
 class Problems:
@@ -228,6 +236,9 @@ def build_stepper(
     lr, warmup_lr, min_lr = (rate * total_batch(args) / 256 for rate in (args.lr, args.warmup_lr, args.min_lr))
     total = args.epochs * steps_per_epoch
     warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
+    if warmup >= total:
+        remedy = "lower --warmup_epochs or --warmup_steps"
+        logger.warning("the warm-up (%d steps) is not shorter than the schedule (%d steps): %s", warmup, total, remedy)
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     rates = (
         lambda step: cosine_schedule(step, lr, min_lr, total, warmup, warmup_lr),
@@ -304,10 +315,10 @@ def start(
     """
     position, model = Position(args.start_epoch), contents["model"]
     if found := find_resume(args.output_dir, args.resume, args.auto_resume):
-        position = restore(found, contents, stepper, sampler.samples_per_step)
-        warn_differences(args, stored_options(found[1]), str(found[0]), RESUMED)
-        if first_weights:
-            logger.warning("--first_stage_path is ignored: the run resumes from its own checkpoint")
+        position = restore(found, contents, stepper, sampler.layout)
+        stored, source = stored_options(found[1]), str(found[0])
+        check_start(args, stored, source)
+        warn_differences(args, stored, source, sorted(vars(args).keys() - FREE))
     elif first_weights:
         load_strictly(model, first_weights)
     if args.compile:

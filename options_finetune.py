@@ -18,6 +18,7 @@ from modeling_finetune import MODELS, token_grid
 from modeling_image import find_encoder
 from options import Problems
 from shards import problem_of
+from utils import logger
 from video_transforms_finetune import TrainAugmentation
 from weights import check_kind
 
@@ -182,6 +183,9 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
         clip = [name for name in options.CLIP_OPTIONS if by_stride or name != "sampling_rate"]
         options.warn_differences(args, stored, path, clip)
         return
+    if not stored:
+        used = ", ".join(f"--{name} {getattr(args, name)}" for name in options.CLIP_OPTIONS)
+        logger.info("%s does not say how it was trained; using %s", path, used)
     names = ["model", *options.CLIP_OPTIONS, *(HOW_TRAINED if evaluates else ())]
     if data_set:
         names.append("data_set")
@@ -211,7 +215,7 @@ def predict_videos(args: argparse.Namespace) -> VideoList:
         elif problem_of(name):
             raise ValueError(f"--predict {name}: {why_missing(name)}")
         elif name.lower().endswith(LIST_SUFFIXES):
-            videos = read_list(name, any_label, args.data_root)
+            videos = read_list(name, any_label, args.data_root, labelled=False)
             videos.check_files(args.max_bad_fraction)
             paths += [videos.path(index) for index in range(len(videos))]
         else:

@@ -282,7 +282,7 @@ class Run:
     def save(self, name: str, epoch: int, step: int, meter: dict[str, Any]) -> bool:
         """Save a checkpoint `step` steps into `epoch`, or at its end if 0; returns whether it was written."""
         self.stepper.save_shards(self.options.output_dir, name)
-        place = {"epoch": epoch, "step": step, "meter": meter, "samples_per_step": self.sampler.samples_per_step}
+        place = {"epoch": epoch, "step": step, "meter": meter, **self.sampler.layout}
 
         def checkpoint() -> dict[str, Any]:
             held = dict(self.contents)

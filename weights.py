@@ -4,6 +4,7 @@ Files are read with weights_only=True, so no code in them is executed. (CLIP fil
 """
 
 import argparse
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from huggingface_hub import constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from utils import RunError, first_line, logger
 
@@ -133,7 +134,7 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         with open(path, "rb") as file:
             start = file.read(64)
         if start[8:9] == b"{":  # of safetensors, whatever its name: the length of a header in JSON, then the header
-            return {"model": load_file(path)}
+            return _read_safetensors(path)
         zipped = zipfile.is_zipfile(path)
         if zipped and whole:
             with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
@@ -149,6 +150,14 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise RunError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Read a safetensors file, and the options in its metadata if scripts/convert_checkpoint.py wrote it."""
+    with safe_open(path, "pt") as file:
+        weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    args = json.loads(metadata.get("args", "{}"))
+    return {"model": weights} | ({"args": argparse.Namespace(**args)} if args else {})
 
 
 def _unreadable(path: Path, start: bytes, error: Exception) -> str:

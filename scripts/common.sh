@@ -73,5 +73,5 @@ finetune() {
 evaluate() {
   require_paths DATA_PATH MODEL_PATH
   : "${MAX_RESTARTS:=0}" # a failed test would fail again
-  launch run_class_finetuning.py --eval --data_path "$DATA_PATH" --finetune "$MODEL_PATH" --num_frames 16 "$@"
+  launch run_class_finetuning.py --eval --data_path "$DATA_PATH" --finetune "$MODEL_PATH" "$@"
 }

@@ -12,6 +12,7 @@ VideoMAEModel, and its decoder is saved in a separate file, so that it can be co
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -39,14 +40,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints import save_checkpoint
 from modeling_finetune import PATCH_SIZE, SIZES, TUBELET_SIZE, Size, VisionTransformer, token_grid
 from modeling_pretrain import Encoder, PretrainVisionTransformer, split_tokens
+from options import CLIP_OPTIONS
 from utils import RunError, logger, run_main, setup_logging, user_errors
-from weights import THEIR_MODULES, THEIR_PARTS, Weights, local_path, model_weights, read_checkpoint
+from weights import THEIR_MODULES, THEIR_PARTS, Weights, local_path, model_weights, read_checkpoint, stored_options
 
 FILES = (".pth", ".pt", ".safetensors")
 DECODER = "smile_decoder.safetensors"  # next to a VideoMAEModel, with our names
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 KINDS = {kind.__name__: kind for kind in (VideoMAEForVideoClassification, VideoMAEForPreTraining, VideoMAEModel)}
 PIXELS = 3 * TUBELET_SIZE * PATCH_SIZE**2
+# Options of a run that its weights are used with, and the one by which weights.stored_options knows this project's.
+KEPT = (*CLIP_OPTIONS, "model", "data_set", "nb_classes", "several_labels", "max_bad_fraction")
 MODULES = {ours: theirs for theirs, ours in THEIR_MODULES.items()}
 PARTS = {ours: theirs for theirs, ours in THEIR_PARTS.items()}  # of a block
 
@@ -137,12 +141,14 @@ def read_config(model: PreTrainedModel, folder: Path) -> tuple[int, int, list[st
     return config.num_frames, side if isinstance(side, int) else side[0], [] if names == placeholders else names
 
 
-def write_ours(weights: Weights, path: Path) -> None:
-    """Write weights as a checkpoint."""
+def write_ours(weights: Weights, path: Path, options: dict[str, Any]) -> None:
+    """Write weights as a checkpoint, with the options of KEPT from those of the run."""
+    kept = {name: options[name] for name in KEPT if name in options}
     if path.suffix == ".safetensors":
-        save_file({name: value.contiguous() for name, value in weights.items()}, path, {"format": "pt"})
+        metadata = {"format": "pt"} | ({"args": json.dumps(kept)} if kept else {})
+        save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
     else:
-        save_checkpoint({"model": weights}, path)
+        save_checkpoint({"model": weights} | ({"args": argparse.Namespace(**kept)} if kept else {}), path)
 
 
 def write_theirs(weights: Weights, folder: Path, frames: int, side: int, classes: list[str]) -> None:
@@ -260,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
     with user_errors(), TemporaryDirectory(dir=destination.parent) as folder:
         draft = Path(folder) / destination.name
         if draft.suffix in FILES:
-            write_ours(weights, draft)
+            write_ours(weights, draft, stored_options(checkpoint))
         else:
             write_theirs(weights, draft, frames, side, classes)
         gap = difference(model, load(draft)[0], frames, side)

@@ -113,6 +113,15 @@ def test_images_of_a_folder(pictures):
         assert all("broken.png" in path and "\n" not in why and path not in why for path, why in sample["bad"])
 
 
+def test_a_photo_is_seen_upright(tmp_path):
+    """An orientation of 6 in EXIF: the camera was turned, so the picture is to be turned right."""
+    pixels, turned = np.zeros((40, 80, 3), np.uint8), Image.Exif()
+    pixels[:, :40] = 255
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=turned)
+    assert np.array_equal(read_picture(str(tmp_path / "photo.png"), 80), np.rot90(pixels, -1))
+
+
 def test_small_images_stay_as_they_are(pictures):
     path = str(pictures / "a" / "small.PNG")
     np.testing.assert_array_equal(read_picture(path, 70), np.asarray(Image.open(path)))
@@ -122,7 +131,7 @@ def test_small_images_stay_as_they_are(pictures):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4])
-def test_a_picture_glides_evenly_as_far_as_it_is_reported(share):
+def test_a_picture_glides_evenly_by_its_share(share):
     """Red is the column and green the row of a picture, so that every pixel tells where it is from."""
     y, x = np.mgrid[0:150, 0:200]
     picture = np.stack([x, y, 0 * x], axis=2).astype(np.uint8)

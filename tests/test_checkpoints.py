@@ -199,11 +199,11 @@ def test_a_run_with_averaged_weights_resumes_both(tmp_path):
     state = {"model": saved.state_dict(), "model_ema": ema.state_dict(), **build(saved).state(), **place}
     model, average = tiny(), tiny()
     contents = {"model": model, "model_ema": average, "args": args}
-    assert restore((tmp_path / "x.pth", state), contents, build(model), 4).step == 2
+    assert restore((tmp_path / "x.pth", state), contents, build(model), {"samples_per_step": 4}).step == 2
     assert torch.equal(model[0].weight, saved[0].weight) and torch.equal(average[0].weight, ema[0].weight)
     del state["model_ema"]
     with pytest.raises(RunError, match="lacks model_ema: .* without --model_ema"):
-        restore((tmp_path / "x.pth", state), contents, build(model), 4)
+        restore((tmp_path / "x.pth", state), contents, build(model), {"samples_per_step": 4})
 
 
 @pytest.mark.parametrize("worst, best, epoch", [(-1.0, 5, 2), (float("inf"), 2, 1)])

@@ -23,6 +23,8 @@ from transformers import (
 
 from modeling_finetune import SIZES, VisionTransformer, channel_stats, normalize_clips
 from modeling_pretrain import PretrainVisionTransformer
+from options import trained_with
+from options_finetune import get_args
 from utils import RunError
 from weights import check_kind, load_encoder, load_strictly, model_weights, read_checkpoint
 
@@ -250,6 +252,27 @@ def test_safetensors_and_back(models, files, tmp_path):
         assert same(weights_of(tmp_path / name), models["features"].state_dict())
 
 
+def test_a_file_in_another_format_is_tested_as_the_first_one(files, tmp_path):
+    """It keeps what a test takes from it, but no paths of the machine, and of averaged weights the average."""
+    checkpoint = torch.load(files / "classifier.pth", weights_only=False)
+    run = get_args("--data_set UCF101 --data_path /data --output_dir out --finetune start.pth --model_ema".split())
+    vars(run).update(num_frames=FRAMES, input_size=SIDE, sampling_rate=3, nb_classes=101)
+    average = {name: value + 1 for name, value in checkpoint["model"].items()}
+    torch.save(checkpoint | {"args": run, "model_ema": average}, tmp_path / "run.pth")
+    convert(tmp_path / "run.pth", tmp_path / "there.safetensors")
+    convert(tmp_path / "there.safetensors", tmp_path / "back.pth")
+    for name in ("there.safetensors", "back.pth"):
+        path = str(tmp_path / name)
+        kept = trained_with(path)
+        assert (kept["num_frames"], kept["sampling_rate"], kept["input_size"], kept["data_set"]) == (
+            FRAMES,
+            3,
+            SIDE,
+            "UCF101",
+        )
+        assert not {"data_path", "output_dir", "finetune"} & kept.keys() and same(weights_of(path), average)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -289,6 +312,9 @@ def test_other_refusals(files, folders, tmp_path):
     (tmp_path / "empty").mkdir()
     new = tmp_path / "new"
     refuses(tmp_path, "--classes names 2 classes, the head has 3", source, new, "--classes", tmp_path / "two.txt")
+    refuses(
+        tmp_path, "has its own names", folders / "classifier", tmp_path / "n.pth", "--classes", tmp_path / "two.txt"
+    )
     refuses(tmp_path, "already there", source, tmp_path / "empty")
     refuses(tmp_path, "from a folder to a file", folders / "pixels", new)
     refuses(tmp_path, "no config.json", tmp_path / "empty", tmp_path / "new.pth")

@@ -206,6 +206,38 @@ def test_an_unreadable_video_is_an_error_not_another_video(clips, broken, tmp_pa
         dataset.read_views(str(broken["missing"]))
 
 
+def frames_that_decode(path):
+    """What FFmpeg shows of a damaged file: packets that do not decode are dropped."""
+    with av.open(str(path)) as container:
+        for packet in container.demux(video=0):
+            try:
+                yield from (frame.to_ndarray(format="rgb24") for frame in packet.decode())
+            except av.error.InvalidDataError:
+                continue
+
+
+@pytest.mark.parametrize("views", [(2, 3), (5, 1)])
+def test_a_video_with_a_damaged_end_is_tested_on_the_frames_that_are_left(tmp_path, views):
+    """FFmpeg drops the last frames, which the packets still announce."""
+    path, (segments, crops) = tmp_path / "damaged.mp4", views
+    write_mp4(path, source_frames("bikes", 0, 120, (96, 64)))
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    with open(path, "r+b") as file:
+        for place, size in packets[-10:]:
+            file.seek(place)
+            file.write(bytes(size))
+    frames = np.stack(list(frames_that_decode(path)))
+    assert 100 < len(frames) < 120
+    wanted = dense_views_by_hand(len(frames), 16, 4, segments)
+    expected = np.stack([square(frames[part], 48, crop, crops) for part in wanted for crop in range(crops)])
+    [sample] = EvalDataset(
+        video_list(write_list(tmp_path / "l.csv", [path], 0)), [0], ViewReader("dense", *views, 48, 16, 4), 16
+    )
+    assert sample["error"] == ""
+    assert np.abs(sample["views"].numpy().transpose(0, 2, 3, 4, 1).astype(int) - expected).max() <= 1
+
+
 # Labelled samples -----------------------------------------------------------------------------------------------
 
 

@@ -214,7 +214,7 @@ def test_autocast_ends_with_the_forward_pass(dataset):
     assert seen == [True, False, False] * 2
 
 
-def test_a_dead_worker_is_reported_of_wherever_torch_speaks_of_it(dataset):
+def test_a_dead_worker_is_reported_wherever_torch_notices_it(dataset):
     """Torch raises from a signal handler, here in the middle of the engine."""
     run = run_of(dataset, stepper_of(student_of(PixelTarget())), 4)
     with pytest.raises(RunError, match="data loader failed") as told, run:

@@ -13,6 +13,8 @@ import lists
 from datasets_finetune import find_multi_label
 from lists import label_text, read_list, read_text
 from metrics import class_label, label_classes, read_actions
+from options_finetune import get_args as get_finetuning_args
+from options_finetune import predict_videos
 from run_smile_pretraining import get_args, read_videos
 
 pytest_plugins = "fixtures_video"
@@ -175,6 +177,17 @@ def test_labels_that_are_not_needed_may_be_anything(tmp_path):
     assert videos.labels.tolist() == [-1] * 4
     read_list(str(tmp_path / "list.csv"), label_text).write(str(tmp_path / "again.csv"))
     assert (tmp_path / "again.csv").read_text() == (tmp_path / "list.csv").read_text()
+
+
+def test_a_list_to_predict_needs_no_labels(tmp_path, monkeypatch):
+    """With spaces in paths, and labels or not, line by line."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a.mp4", "my clip.MP4", "b.webm", "c d.avi"]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text("a.mp4\nmy clip.MP4\nb.webm 3\nc d.avi -1\n")
+    videos = predict_videos(get_finetuning_args(["--predict", "list.txt"]))
+    assert [videos.path(i) for i in range(4)] == names
 
 
 def test_the_forms_of_labels(tmp_path):

@@ -141,7 +141,7 @@ def test_an_image_model_goes_through_the_same_program(run, custom, tmp_path):
         ("--encoder ViT-X --knn 1", "--encoder_model ViT-X: not a model"),
         ("--encoder test_vit --encoder_weights random --knn 1 --finetune {b}", "omit one"),
         ("--encoder test_vit --learn head", "--encoder test_vit: add --linear_probe"),
-        ("--learn head --knn 1 --finetune {b}", "--learn head fine-tunes the classifier: leave"),
+        ("--learn head --knn 1 --finetune {b}", "--learn head fine-tunes the classifier: omit"),
         ("--learn head", "a frozen encoder needs weights"),
         ("--enable_deepspeed --opt lamb", "--opt lamb: DeepSpeed cuts weights into flat pieces"),
     ],

@@ -90,7 +90,7 @@ def test_gaussian_path_extents_and_places(frame, unit, low, high):
         assert kstest(place, "uniform").pvalue > P_VALUE
 
 
-def test_gaussian_path_is_as_smooth_as_reported():
+def test_gaussian_path_is_as_smooth_as_described():
     rng = np.random.default_rng(0)
 
     def told():
@@ -130,7 +130,7 @@ def test_linear_path_starts_anywhere_and_keeps_the_first_box_inside(unit):
 
 
 @pytest.mark.parametrize("unit", [1.0, 0.5])
-def test_linear_path_steps_as_reported(unit):
+def test_linear_path_steps_as_described(unit):
     """In a frame so large that no step is clipped."""
     rng = np.random.default_rng(0)
     paths = np.stack([linear_path(rng, 16, np.array([20.0, 20.0]), (10**7, 10**7), unit) for _ in range(2000)]) / unit
@@ -163,7 +163,7 @@ def method_sizes(rng, draws, scales, unit, whole_centres):
 
 @pytest.mark.parametrize("side", [224, 112])
 @pytest.mark.parametrize("motion", ["gaussian", "linear"])
-def test_first_box_has_the_size_reported(side, motion):
+def test_first_box_has_the_size_described(side, motion):
     sizes, rng = tracks(ObjectOverlay((side, side), None, motion), 2, 2500)[0][:, 0], np.random.default_rng(1)
     told = method_sizes(rng, 5000, [32, 48, 56, 64, 96, 128], side / 224, whole_centres=motion == "gaussian")
     for measure in (lambda s: s[:, 0], lambda s: s[:, 1], lambda s: s[:, 0] * s[:, 1], lambda s: s[:, 0] / s[:, 1]):

@@ -212,6 +212,28 @@ def test_our_own_shards_get_their_lists_again(data, tmp_path):
     assert lists_of(tmp_path) == {**packed, "test": packed["val"]}
 
 
+def test_names_with_dots_are_videos_of_their_own(clips, tmp_path):
+    """WebDataset takes them for parts of one sample, so a label belongs to the video of its name, or to all of them."""
+    clip, numbers = clips["short.mp4"].read_bytes(), range(3)
+    own = [
+        (f"scene.{n:03}.{end}", clip if end == "mp4" else f"{n}".encode()) for n in numbers for end in ("mp4", "cls")
+    ]
+    common = [("day.left.mp4", clip), ("day.right.mp4", clip), ("day.cls", b"7")]
+    one = [
+        ("night.x264.mp4", clip),
+        ("night.label.cls", b"8"),
+        ("some.1.mp4", clip),
+        ("some.2.mp4", clip),
+        ("some.1.cls", b"9"),
+    ]
+    write_tar(tmp_path / "in" / "a.tar", [*own, *common, *one])
+    labels = {f"scene.{n:03}": str(n) for n in numbers} | {"day.left": "7", "day.right": "7", "night.x264": "8"}
+    labels |= {"some.1": "9", "some.2": "-1"}
+    assert lists_of(tmp_path, "--relative") == {
+        "train": [(f"a.tar/{name}.mp4", label) for name, label in labels.items()]
+    }
+
+
 def test_shards_that_are_wrong_are_named_and_the_others_listed(clips, tmp_path):
     clip = clips["short.mp4"].read_bytes()
     for name in ("good", "cut", "cut-later"):

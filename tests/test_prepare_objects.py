@@ -95,6 +95,32 @@ def test_small_categories_are_left_out(prepare, pin):
     assert dropped["bat_(animal)"] == dropped["projectile"] == "1 in the category, fewer than --min_per_category"
 
 
+def test_the_folder_holds_what_the_list_names(prepare, pin, tmp_path):
+    """So OBJECTS_PATH needs no list: also after other options."""
+    images = lambda: sorted(
+        str(path.relative_to(tmp_path / "out" / "images")) for path in tmp_path.glob("out/images/*/*")
+    )
+    lines, _, _ = prepare("cutouts", pin)
+    assert images() == lines and "projectile/1.png" in lines
+    lines, _, text = prepare("cutouts", pin, "--exclude", "projectile", "--min_per_category", 2)
+    assert (
+        images() == lines == ["aerosol_can/0.png", "aerosol_can/3.png"] and "2 objects that are not in the list" in text
+    )
+    assert prepare("cutouts", pin)[0] == images() and len(images()) == 4
+
+
+def test_turned_images_are_turned_upright(prepare, tmp_path):
+    """As cameras store them: 6 of EXIF's orientations means a quarter turn, of which a mask of the same size knows."""
+    pixels, orientation = cutout(90, 60, (10, 20, 80, 50)), Image.Exif()
+    orientation[0x0112] = 6
+    root = tmp_path / "objects" / "thing"
+    root.mkdir(parents=True)
+    Image.fromarray(pixels).save(root / "turned.png", exif=orientation)
+    assert prepare("cutouts", root.parent)[0] == ["thing/turned.png"]
+    made = saved(tmp_path / "out" / "images" / "thing" / "turned.png")
+    assert np.array_equal(made, np.rot90(pixels[20:50, 10:80], -1))
+
+
 def test_what_is_dropped_and_why(prepare, tmp_path):
     root = tmp_path / "objects" / "thing"
     good = cutout(64, 64, (10, 10, 50, 50))

@@ -175,9 +175,33 @@ def test_a_resume_tells_what_is_new_about_clips_and_optimizer(run, custom, train
     last = trained.folder / f"checkpoint-{EPOCHS - 1}.pth"
     found = run(*custom, *TRAIN, "--epochs", EPOCHS, "--resume", last, *new)
     assert found.code == 0 and f"resuming from {last}" in found.out, found.all
-    told = "--sampling_rate 2 (here 3), --drop_path 0.0 (here 0.2), --opt_betas [0.9, 0.999] (here [0.8, 0.99]), "
-    told += "--layer_decay 1.0 (here 0.9)"
+    told = "--drop_path 0.0 (here 0.2), --layer_decay 1.0 (here 0.9), --opt_betas [0.9, 0.999] (here [0.8, 0.99]), "
+    told += "--sampling_rate 2 (here 3)"
     assert f"{last} was trained with {told}\n" in found.out
+
+
+def test_a_folder_with_a_run_from_other_weights_is_not_resumed(run, custom, trained, tmp_path):
+    """Else the test would be of the first model; --resume names the run, so that its start may have moved."""
+    start, moved = tmp_path / "start.pth", tmp_path / "moved.pth"
+    shutil.copy(trained.best, start)
+    shutil.copy(trained.best, moved)
+    options = [*custom, *TRAIN, "--epochs", 1, "--output_dir", tmp_path / "run"]
+    assert (first := run(*options, "--finetune", start)).code == 0, first.all
+    last, same, other = tmp_path / "run" / "checkpoint-0.pth", run(*options, "--finetune", start), run(*options)
+    assert same.code == other.code == 0 and f"resuming from {last}" in same.out and f"resuming from {last}" in other.out
+    refused = run(*options, "--finetune", moved)
+    text = (
+        f"error: {last} is of a run that started from {start}, not from --finetune {moved}: choose another --output_dir"
+    )
+    assert refused.code == 1 and text in refused.err, refused.all
+    named = run(*options, "--finetune", moved, "--resume", last)
+    assert named.code == 0 and f"was trained with --finetune {start} (here {moved})\n" in named.out, named.all
+
+
+def test_a_warm_up_as_long_as_the_run_is_reported(run, custom):
+    long, short = (run(*custom, *TRAIN, "--epochs", 2, "--warmup_epochs", n, "--dry_run") for n in (2, 1))
+    text = "the warm-up (4 steps) is not shorter than the schedule (4 steps): lower --warmup_epochs"
+    assert long.code == short.code == 0 and text in long.out and "the warm-up" not in short.out, long.all
 
 
 def note_buffers(folder):

@@ -98,7 +98,7 @@ def test_eval_gives_the_same_counts_in_one_process_and_in_two(run, repetitions, 
             assert float(row["counted"]) == pytest.approx(float(known["counted"]), abs=0.002)
 
 
-def test_a_run_that_was_reported_to_stop_goes_on_as_if_it_had_not(start, count, trained, tmp_path):
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(start, count, trained, tmp_path):
     """The signal comes after a step, or in the validation that follows."""
     folder = tmp_path / "run"
     process = start("--save_ckpt_freq", "1", "--output_dir", folder)

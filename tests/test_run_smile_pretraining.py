@@ -158,7 +158,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_from_the_latest_file_and_tar_files(st
     assert same_as(reference, tmp_path)
 
 
-def test_a_run_that_is_reported_to_stop_saves_itself_and_goes_on_exactly(start, data_args, reference, tmp_path):
+def test_a_run_that_is_stopped_saves_itself_and_goes_on_exactly(start, data_args, reference, tmp_path):
     command = [*TINY, *TRAIN, *data_args, "--output_dir", tmp_path]
     result = stopped(start, signal.SIGTERM, f"epoch 1 [2/{STEPS}]", tmp_path, *command, "--update_freq", 2)
     assert result.code == 85 and "Traceback" not in result.err and "error: " not in result.err
@@ -166,7 +166,7 @@ def test_a_run_that_is_reported_to_stop_saves_itself_and_goes_on_exactly(start, 
     assert state["epoch"] == 1 and 2 <= state["step"] < STEPS
     assert f"stopped by a signal: saved at epoch 1, step {state['step']}" in result.out
     other = start(*command, "--update_freq", 1).end()
-    assert other.code == 1 and "was saved within an epoch of 4 videos per step, this run has 2" in other.err
+    assert other.code == 1 and "within an epoch with samples_per_step 4 (here 2): keep" in other.err
     again = start(*command, "--update_freq", 2).end()
     assert again.code == 0 and f"{LATEST} at epoch 1, step {state['step']}" in again.out
     assert same_as(reference, tmp_path) and not (tmp_path / LATEST).exists()
@@ -239,8 +239,24 @@ def test_stage_2_starts_with_the_weights_of_stage_1(start, data_args, reference,
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {STEPS}
     assert log_of(tmp_path)[0]["train_loss"] > 0
     result = start(*command, *"--epochs 2 --lr 0.05".split()).end()  # and then it trains
-    assert result.code == 0 and "resuming wins" in result.out  # its own checkpoint goes before stage 1's
+    assert result.code == 0 and f"resuming from {tmp_path / 'checkpoint-0.pth'}" in result.out  # not from stage 1's
     assert largest_difference(last_weights(tmp_path), last_weights(reference.folder)) > 1e-4
+
+
+def test_stage_2_does_not_go_on_with_that_of_another_stage_1(start, data_args, reference, tmp_path):
+    """Nor does a run change its clips and masks without a word."""
+    first, other = tmp_path / "first.pth", tmp_path / "other.pth"
+    shutil.copy(reference.folder / "checkpoint-1.pth", first)
+    shutil.copy(reference.folder / "checkpoint-0.pth", other)
+    options = [*"--batch_size 4 --lr 0 --min_lr 0 --epochs 2 --output_dir".split(), tmp_path]
+    command = [*TINY, *data_args[:2], *options, "--mask_type", "tube", "--first_stage_path"]
+    assert (result := start(*command, first, "--stop_epoch", 1).end()).code == 0, result.err
+    refused = start(*command, other).end()
+    assert refused.code == 1 and f"started from {first}, not from --first_stage_path {other}" in refused.err
+    assert "was trained with" not in refused.out
+    changed = start(*command, first, "--traj_unmask_ratio", 0.2, "--num_rois", 1, "--num_workers", 1).end()
+    text = "was trained with --num_rois 2 (here 1), --traj_unmask_ratio 0.1 (here 0.2)\n"
+    assert changed.code == 0 and text in changed.out, changed.err
 
 
 # Without natural video ------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def figures(folder):
     return {cell: log_of(folder / cell)[-1] for cell in CELLS if (folder / cell / "log.txt").exists()}
 
 
-def test_all_cells_run_to_the_table(severe, tmp_path):
+def test_all_cells_run_to_the_table(severe, severe_data, tmp_path):
     found = severe("run_all.sh", *TINY, **OPTIONS)
     assert found.code == 0 and "without a result" not in found.out, found.out + found.err
     tests, table = figures(tmp_path / "out"), found.table[-15:]
@@ -61,6 +61,9 @@ def test_all_cells_run_to_the_table(severe, tmp_path):
 
     again = severe("run_all.sh", *TINY, **OPTIONS)  # nothing is left to do
     assert again.code == 0 and again.out.count(": done, in ") == 8 and again.table == found.table[-15:]
+    shutil.copy(severe_data["MODEL_PATH"], tmp_path / "other.pth")  # not to be given the figures of the first one
+    other = severe("run_all.sh", *TINY, **OPTIONS, MODEL_PATH=str(tmp_path / "other.pth"))
+    assert other.code == 1 and f"not of {tmp_path / 'other.pth'}: choose another OUTPUT_DIR" in other.err
 
 
 def test_cells_are_tried_without_writing(severe, tmp_path):

@@ -54,7 +54,7 @@ def test_rand_augment_equals_timm_on_every_frame(size):
     assert changed > 15
 
 
-def test_a_crop_keeps_as_much_as_it_is_reported():
+def test_a_crop_keeps_the_smallest_area_given():
     frames = textured(2, 64, 64)
     rng, whole = np.random.default_rng(0), TrainAugmentation(64, "", False, min_area=1)
     assert np.array_equal(whole(rng, frames), frames), "only the whole square has all of the area"

@@ -8,8 +8,8 @@ cutouts  RGBA images ``<category>/<name>``. A file LVIS_instance_pools.json besi
 masks    images, and masks of the same name in another folder; flat or ``<category>/<name>``.
 
 Written below --output: images/<category>/<name>.png, cropped to the visible part; object_instances.txt, a line for each
-(--objects_path OUTPUT/images --objects_list OUTPUT/object_instances.txt); dropped.tsv with what was left out, and why.
-The same command, started again, writes what is missing.
+(--objects_path OUTPUT/images); dropped.tsv with what was left out, and why. Started again, the command writes what is
+missing; with other options, it also removes the objects that these drop.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from data_tools import (
     write_table,
     write_text,
 )
-from PIL import Image
+from PIL import Image, ImageOps
 from processes import make_all
 
 from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects
@@ -142,11 +142,11 @@ def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
 
 
 def read_image(job: Job) -> Image.Image:
-    """Read an image as RGBA; raises Unusable or IMAGE_ERRORS if it has neither an alpha channel nor a mask."""
+    """Read an image, upright, as RGBA; raises IMAGE_ERRORS, or Unusable if it has neither alpha channel nor mask."""
     with Image.open(job.image) as image:
         if not job.mask and "A" not in image.getbands() and "transparency" not in image.info:
             raise Unusable("no transparency: not a cut-out")
-        return image.convert("RGBA")
+        return ImageOps.exif_transpose(image).convert("RGBA")
 
 
 def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, Image.Image]:
@@ -221,6 +221,14 @@ def instances(made: list[Path], min_per_category: int) -> tuple[list[str], list[
     return sorted(kept), few
 
 
+def remove_others(folder: Path, lines: list[str]) -> int:
+    """Remove the objects ``<category>/<name>.png`` that are not in `lines`; returns their number."""
+    others = set(folder.glob("*/*.png")) - {folder / line for line in lines}
+    for path in others:
+        path.unlink()
+    return len(others)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prepare all objects; print the counts."""
     args = get_args(argv)
@@ -242,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     if not lines:
         first = (dropped + few or [("no image", "all are excluded")])[0]
         raise RunError(f"{args.images}: no usable object; the first: {': '.join(first)}")
+    if removed := remove_others(args.output / "images", lines):
+        print(f"{args.output / 'images'}: {removed} objects that are not in the list removed")
     path = args.output / "object_instances.txt"
     write_text(path, "".join(f"{line}\n" for line in lines))
     print(f"{path}: {len(lines)} objects of {len({line.partition('/')[0] for line in lines})} categories")

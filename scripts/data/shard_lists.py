@@ -31,12 +31,22 @@ def members_on_disk(shard: str) -> list[Member]:
     return members
 
 
-def label_of(files: dict[str, Member], descriptor: int, field: str) -> str:
-    """The text of a sample's label: its .cls, or this field of its .json; -1 if it has none.
+def videos_in(files: dict[str, Member]) -> list[str]:
+    """The names of the videos in a sample."""
+    return [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
 
-    `files` are its members by their suffixes. Raises ValueError if the label is neither a number nor a name.
+
+def label_of(video: str, files: dict[str, Member], descriptor: int, field: str) -> str:
+    """The text of a video's label: its .cls, or this field of its .json; -1 if it has none.
+
+    `files` are the members of its sample by name. A label belongs to the video of the same name, or, if it is named
+    like the sample, to all its videos. Raises ValueError if the label is neither a number nor a name.
     """
-    member = files.get(".json" if field else ".cls")
+    suffix, stem = (".json" if field else ".cls"), os.path.splitext(video)[0]
+    labels = {root: files[name] for name in files for root, end in [os.path.splitext(name)] if end.lower() == suffix}
+    member = labels.get(stem) or labels.get(key_of(video))
+    if member is None and len(videos_in(files)) == 1:
+        member = next(iter(labels.values()), None)
     if member is None:
         return NONE
     data = os.pread(descriptor, member.size, member.start)
@@ -58,24 +68,26 @@ def list_shard(shard: str, root: str, field: str) -> Found:
         return Found({name: []}, Counter(), [(name, "shards that cannot be read", shard, str(error))])
     counts = Counter(member.name for member in members)
     for member in members:
-        files = samples.setdefault(key_of(member.name), {})
-        files.setdefault(os.path.splitext(member.name)[1].lower(), member)
+        samples.setdefault(key_of(member.name), {}).setdefault(member.name, member)
+    wanted = 0
     with open(os.path.join(root, shard), "rb") as file:
         for key, files in samples.items():
-            video = next((files[suffix] for suffix in files if suffix in VIDEO_SUFFIXES), None)
-            path = f"{shard}/{video.name if video else key}"  # names may begin with a slash
-            if not video:
-                problems.append(("samples without a video", path, " ".join(files)))
-            elif counts[video.name] > 1:
-                problems.append(("several members of one name", path, f"{counts[video.name]} members"))
-            elif not fits_a_list(path):
-                problems.append(("a name that no list can hold", repr(path), ""))
-            else:
-                try:
-                    lines.append(Line(path, label_of(files, file.fileno(), field)))
-                except (ValueError, AttributeError) as error:
-                    problems.append(("labels that cannot be read", path, str(error)))
-    return Found({name: lines}, Counter({name: len(samples)}), [(name, *problem) for problem in problems])
+            videos = videos_in(files)
+            wanted += max(1, len(videos))
+            if not videos:
+                problems.append(("samples without a video", f"{shard}/{key}", " ".join(files)))
+            for video in videos:
+                path = f"{shard}/{video}"  # names may begin with a slash
+                if counts[video] > 1:
+                    problems.append(("several members of one name", path, f"{counts[video]} members"))
+                elif not fits_a_list(path):
+                    problems.append(("a name that no list can hold", repr(path), ""))
+                else:
+                    try:
+                        lines.append(Line(path, label_of(video, files, file.fileno(), field)))
+                    except (ValueError, AttributeError) as error:
+                        problems.append(("labels that cannot be read", path, str(error)))
+    return Found({name: lines}, Counter({name: wanted}), [(name, *problem) for problem in problems])
 
 
 def from_shards(root: str, shards: list[str], label_field: str, workers: int) -> Found:

@@ -2,7 +2,7 @@
 # SMILE stage 2, ViT-B on Kinetics-400: natural clips, tube mask, starting from stage 1's weights, CLIP target.
 #
 # 150 epochs after the 150 of stage 1: the paper's "600 epochs" model (it counts both masks of a clip).
-# For "1200 epochs": STOP_EPOCH=200 and FIRST_STAGE_CKPT=.../checkpoint-399.pth.
+# For "1200 epochs": STOP_EPOCH=200, FIRST_STAGE_CKPT=.../checkpoint-399.pth, and another OUTPUT_DIR.
 # Last checkpoint: checkpoint-149.pth (epochs count from 0).
 set -euo pipefail
 

@@ -31,14 +31,21 @@ source "$HERE/../common.sh"
 require_paths MODEL_PATH
 for cell in $CELLS; do
   [[ -n ${FOLDERS[$cell]:-} ]] || die "CELLS: no cell $cell; there are ${!FOLDERS[*]}"
+  model=$OUTPUT_DIR/$cell/model_path.txt # of a finished cell
+  [[ ! -e $model || $(<"$model") == "$MODEL_PATH" ]] ||
+    die "$OUTPUT_DIR/$cell is of MODEL_PATH=$(<"$model"), not of $MODEL_PATH: choose another OUTPUT_DIR"
 done
+
+is_done() {
+  grep -qsE '"test_(acc1|map|mae)"' "$1/log.txt"
+}
 
 # run_cell CELL [options]: runs its script unless it is done; sets `note` if there is no result.
 run_cell() {
   local cell=$1 folder=$OUTPUT_DIR/$1 name code=0 options
   shift
   note=
-  if grep -qsE '"test_(acc1|map|mae)"' "$folder/log.txt"; then
+  if is_done "$folder"; then
     echo "$cell: done, in $folder"
     return
   fi
@@ -64,6 +71,9 @@ run_cell() {
   if ((code != 0)); then
     note="failed, $(grep -m1 -o 'error: .*' "$folder/output.txt" || echo "code $code, see $folder/output.txt")"
     echo "$cell: $note"
+  fi
+  if is_done "$folder"; then
+    echo "$MODEL_PATH" >"$folder/model_path.txt"
   fi
 }
 

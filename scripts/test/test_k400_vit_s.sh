@@ -8,4 +8,4 @@ set -euo pipefail
 : "${GPUS:=4}"                            # per node; for several nodes see scripts/common.sh
 
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-evaluate --data_set Kinetics-400 --model vit_small_patch16_224 --sampling_rate 4 "$@"
+evaluate --data_set Kinetics-400 --model vit_small_patch16_224 "$@"
