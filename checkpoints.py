@@ -181,15 +181,16 @@ def restore(found: Found, contents: dict[str, Any], stepper: Stepper, layout: di
             f"{path} holds weights only, nothing to resume from (it lacks {', '.join(sorted(missing))}); "
             "start from its weights with --first_stage_path or --finetune"
         )
-    changed = {name: (state[name], value) for name, value in layout.items() if state.get(name, value) != value}
-    if changed:
-        text = ", ".join(f"{name} {then} (here {here})" for name, (then, here) in changed.items())
+    then = layout | {name: state[name] for name in layout if name in state}
+    if then != layout:
+        text = "{num_samples} samples, {samples_per_step} per step"
+        change = f"{text.format(**then)} (here {text.format(**layout)})"
         if state["step"]:
             raise RunError(
-                f"{path} was saved within an epoch with {text}: keep the number of videos in the list, and GPUs x "
-                "batch_size x update_freq, until that epoch ends"
+                f"{path} was saved within an epoch of {change}: keep the list, and GPUs x batch_size x update_freq, "
+                "until that epoch ends, or choose another --output_dir for a new run"
             )
-        logger.warning("%s was saved with %s", path, text)
+        logger.warning("%s was saved after an epoch of %s", path, change)
     kept = [name for name, value in contents.items() if hasattr(value, "load_state_dict")]
     if lacking := [name for name in kept if name not in state]:
         raise RunError(f"{path} lacks {', '.join(lacking)}: it is of another program, or of a run without --model_ema")

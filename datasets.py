@@ -234,8 +234,8 @@ class ChunkSampler(Sampler[list[Key]]):
 
     @property
     def layout(self) -> dict[str, int]:
-        """What must stay the same until an epoch ends, so that the rest of it holds the videos that are left."""
-        return {"num_videos": self.num_samples, "samples_per_step": self.samples_per_step}
+        """What must stay the same until an epoch ends, so that the rest of it holds the samples that are left."""
+        return {"num_samples": self.num_samples, "samples_per_step": self.samples_per_step}
 
     def set_position(self, epoch: int, step: int = 0) -> None:
         """Start the next pass at an optimizer step of an epoch."""

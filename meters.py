@@ -237,7 +237,7 @@ def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoL
     hangs = "timed out" in str(error)
     loading = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
     lost = ", ".join(videos.path(index) for indices in loading for index in indices)
-    remedy = "rename the file, so that it is skipped, or raise --worker_timeout if storage is slow"
+    remedy = "replace it by an empty file, which is skipped, or raise --worker_timeout if storage is slow"
     return RunError(f"the data loader failed ({last_line(error)}) on one of: {lost}; {remedy}")
 
 

@@ -64,6 +64,14 @@ def find_objects(objects_path: str, objects_list: str | None = None) -> list[str
     return sorted(found)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says, if that can be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data fail in many ways, and say nothing about the pixels
+        return image
+
+
 def read_image(path: str) -> np.ndarray:
     """Open an image, upright, as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``; one without alpha is opaque.
 
@@ -73,7 +81,7 @@ def read_image(path: str) -> np.ndarray:
     with opened(path) as source, Image.open(source) as file:
         if file.width * file.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
             raise ValueError(f"{file.width} x {file.height} pixels: too large")
-        image = ImageOps.exif_transpose(file)
+        image = upright(file)
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         return np.array(image.convert("RGBA").convert("RGBa"))

@@ -20,7 +20,7 @@ from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule, dis
 from training import Run, RunOptions
 from utils import RunError, logger, rank, user_errors, world_size
 from video_reader import READERS
-from weights import load_strictly, read_checkpoint, stored_options
+from weights import fingerprint, load_strictly, read_checkpoint, stored_options
 
 
 def make_parser(title: str, text: str) -> argparse.ArgumentParser:
@@ -136,7 +136,7 @@ FREE = {"output_dir", "log_dir", "log_interval", "save_ckpt_freq", "save_ckpt_mi
         "pin_mem", "worker_timeout", "max_bad_fraction", "data_root", "use_checkpoint", "batch_size",
         "update_freq", "given", "not_needed", "several_labels", "val_freq", "patience",
         "disable_eval_during_finetuning", "short_side_size", "test_num_segment", "test_num_crop",
-        "combine_views", "enable_deepspeed", "zero_stage", "refine_steps", "max_frames"}  # fmt: skip
+        "combine_views", "enable_deepspeed", "zero_stage", *STARTS}  # fmt: skip
 
 
 def trained_with(path: str) -> dict[str, Any]:
@@ -167,14 +167,16 @@ def warn_differences(args: argparse.Namespace, stored: dict[str, Any], source: s
 
 
 def check_start(args: argparse.Namespace, stored: dict[str, Any], source: str) -> None:
-    """Raise RunError if a run that is resumed without --resume started from other weights than the ones named now."""
-    for name in STARTS:
-        then, now = stored.get(name), getattr(args, name, "")
-        if then is not None and now and not args.resume and os.path.realpath(then) != os.path.realpath(now):
-            raise RunError(
-                f"{source} is of a run that started from {then or 'random weights'}, not from --{name} {now}: choose "
-                f"another --output_dir, or add --resume {source} if that file has only moved"
-            )
+    """Note in `args` which weights the run starts from; `stored` are the options of the run that it resumes, if any.
+
+    Raises RunError if that run started from others, wherever their files were.
+    """
+    path, before = next((path for name in STARTS if (path := getattr(args, name, ""))), ""), stored.get("start_weights")
+    now = fingerprint(path) if path else before or ""
+    if before is not None and before != now:
+        first = next((stored[name] for name in STARTS if stored.get(name)), "") or "random weights"
+        raise RunError(f"{source} is of a run that started from {first}, not from {path}: choose another --output_dir")
+    args.start_weights = now
 
 
 class Problems:
@@ -315,12 +317,14 @@ def start(
     """
     position, model = Position(args.start_epoch), contents["model"]
     if found := find_resume(args.output_dir, args.resume, args.auto_resume):
-        position = restore(found, contents, stepper, sampler.layout)
         stored, source = stored_options(found[1]), str(found[0])
         check_start(args, stored, source)
+        position = restore(found, contents, stepper, sampler.layout)
         warn_differences(args, stored, source, sorted(vars(args).keys() - FREE))
-    elif first_weights:
-        load_strictly(model, first_weights)
+    else:
+        check_start(args, {}, "")
+        if first_weights:
+            load_strictly(model, first_weights)
     if args.compile:
         model.compile(dynamic=dynamic)
     if stepper.model is model:  # DeepSpeed has wrapped it otherwise

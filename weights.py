@@ -4,7 +4,9 @@ Files are read with weights_only=True, so no code in them is executed. (CLIP fil
 """
 
 import argparse
+import hashlib
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -156,7 +158,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     """Read a safetensors file, and the options in its metadata if scripts/convert_checkpoint.py wrote it."""
     with safe_open(path, "pt") as file:
         weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    args = json.loads(metadata.get("args", "{}"))
+    args = json.loads(metadata.get("smile_args", "{}"))
     return {"model": weights} | ({"args": argparse.Namespace(**args)} if args else {})
 
 
@@ -239,6 +241,15 @@ def from_transformers(theirs: Weights) -> Weights:
             ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in three])
     inside = ("patch_embed.", "blocks.", "norm.")
     return {encoder * name.startswith(inside) + name: value for name, value in ours.items()}
+
+
+def fingerprint(path: str | Path) -> str:
+    """Return a hash of the size and the beginning of a checkpoint file, or of those in a folder of transformers."""
+    found, path = hashlib.sha256(), Path(path)
+    for file in sorted(path.glob("*.*")) if path.is_dir() else [path]:
+        with open(file, "rb") as opened:
+            found.update(b"%d" % os.fstat(opened.fileno()).st_size + opened.read(1 << 24))
+    return found.hexdigest()[:16]
 
 
 def check_kind(path: str, name: str, kind: str, key: str = "") -> None:

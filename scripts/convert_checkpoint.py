@@ -145,7 +145,7 @@ def write_ours(weights: Weights, path: Path, options: dict[str, Any]) -> None:
     """Write weights as a checkpoint, with the options of KEPT from those of the run."""
     kept = {name: options[name] for name in KEPT if name in options}
     if path.suffix == ".safetensors":
-        metadata = {"format": "pt"} | ({"args": json.dumps(kept)} if kept else {})
+        metadata = {"format": "pt"} | ({"smile_args": json.dumps(kept)} if kept else {})
         save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
     else:
         save_checkpoint({"model": weights} | ({"args": argparse.Namespace(**kept)} if kept else {}), path)

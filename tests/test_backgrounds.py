@@ -122,6 +122,22 @@ def test_a_photo_is_seen_upright(tmp_path):
     assert np.array_equal(read_picture(str(tmp_path / "photo.png"), 80), np.rot90(pixels, -1))
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+def test_damaged_exif_data_spoil_no_photo(tmp_path):
+    """Pillow fails on them in several ways, also when it only turns the image."""
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x8769] = 6, "a photo", {0x9003: "2020:01:01 00:00:00"}
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
+    data = (tmp_path / "photo.jpg").read_bytes()
+    start, length = data.index(b"Exif"), len(exif.tobytes())
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in rng.integers(start + 6, start + length, 3):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "damaged.jpg").write_bytes(damaged)
+        assert sorted(read_picture(str(tmp_path / "damaged.jpg"), 80).shape) == [3, 40, 80]
+
+
 def test_small_images_stay_as_they_are(pictures):
     path = str(pictures / "a" / "small.PNG")
     np.testing.assert_array_equal(read_picture(path, 70), np.asarray(Image.open(path)))

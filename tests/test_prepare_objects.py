@@ -96,21 +96,27 @@ def test_small_categories_are_left_out(prepare, pin):
 
 
 def test_the_folder_holds_what_the_list_names(prepare, pin, tmp_path):
-    """So OBJECTS_PATH needs no list: also after other options."""
-    images = lambda: sorted(
-        str(path.relative_to(tmp_path / "out" / "images")) for path in tmp_path.glob("out/images/*/*")
-    )
-    lines, _, _ = prepare("cutouts", pin)
-    assert images() == lines and "projectile/1.png" in lines
+    """So OBJECTS_PATH needs no list; objects of other runs stay, and are named."""
+    images = lambda: sorted("/".join(path.parts[-2:]) for path in tmp_path.glob("out/images/*/*"))
     lines, _, text = prepare("cutouts", pin, "--exclude", "projectile", "--min_per_category", 2)
-    assert (
-        images() == lines == ["aerosol_can/0.png", "aerosol_can/3.png"] and "2 objects that are not in the list" in text
-    )
+    assert images() == lines == ["aerosol_can/0.png", "aerosol_can/3.png"] and "not in the list" not in text
     assert prepare("cutouts", pin)[0] == images() and len(images()) == 4
+    lines, _, text = prepare("cutouts", pin, "--exclude", "projectile")
+    assert len(lines) == 3 and len(images()) == 4
+    assert f"1 objects are not in the list, such as {tmp_path / 'out' / 'images' / 'projectile' / '1.png'}" in text
+
+
+def test_no_source_is_removed(prepare, pin, tmp_path):
+    """Where images are prepared in their own folder."""
+    (tmp_path / "out").symlink_to(pin)
+    (pin / "LVIS_instance_pools.json").unlink()
+    before = sorted(pin.glob("images/*/*"))
+    lines, _, _ = prepare("cutouts", tmp_path / "out", "--min_per_category", 2)
+    assert len(lines) == 2 and sorted(pin.glob("images/*/*")) == before and len(before) == 4
 
 
 def test_turned_images_are_turned_upright(prepare, tmp_path):
-    """As cameras store them: 6 of EXIF's orientations means a quarter turn, of which a mask of the same size knows."""
+    """As cameras store them: 6 of EXIF's orientations means a quarter turn."""
     pixels, orientation = cutout(90, 60, (10, 20, 80, 50)), Image.Exif()
     orientation[0x0112] = 6
     root = tmp_path / "objects" / "thing"

@@ -9,7 +9,7 @@ masks    images, and masks of the same name in another folder; flat or ``<catego
 
 Written below --output: images/<category>/<name>.png, cropped to the visible part; object_instances.txt, a line for each
 (--objects_path OUTPUT/images); dropped.tsv with what was left out, and why. Started again, the command writes what is
-missing; with other options, it also removes the objects that these drop.
+missing.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from data_tools import (
     write_table,
     write_text,
 )
-from PIL import Image, ImageOps
+from PIL import Image
 from processes import make_all
 
-from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects
+from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects, upright
 from utils import RunError, rank, run_main
 
 VISIBLE = 16  # alpha from which a pixel counts as part of the object
@@ -142,11 +142,11 @@ def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
 
 
 def read_image(job: Job) -> Image.Image:
-    """Read an image, upright, as RGBA; raises IMAGE_ERRORS, or Unusable if it has neither alpha channel nor mask."""
+    """Read an image as RGBA, upright if no mask belongs to its pixels. Raises IMAGE_ERRORS, or Unusable if opaque."""
     with Image.open(job.image) as image:
         if not job.mask and "A" not in image.getbands() and "transparency" not in image.info:
             raise Unusable("no transparency: not a cut-out")
-        return ImageOps.exif_transpose(image).convert("RGBA")
+        return (image if job.mask else upright(image)).convert("RGBA")
 
 
 def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, Image.Image]:
@@ -221,12 +221,15 @@ def instances(made: list[Path], min_per_category: int) -> tuple[list[str], list[
     return sorted(kept), few
 
 
-def remove_others(folder: Path, lines: list[str]) -> int:
-    """Remove the objects ``<category>/<name>.png`` that are not in `lines`; returns their number."""
-    others = set(folder.glob("*/*.png")) - {folder / line for line in lines}
-    for path in others:
-        path.unlink()
-    return len(others)
+def remove_few(made: list[Path], folder: Path, lines: list[str], jobs: list[Job]) -> None:
+    """Remove the objects that were `made` in `folder` but are not in `lines`, except sources; warn of other objects."""
+    wanted, sources = {folder / line for line in lines}, {os.path.realpath(job.image) for job in jobs}
+    for path in set(made) - wanted:
+        if os.path.realpath(path) not in sources:
+            path.unlink()
+    if others := sorted(set(folder.glob("*/*.png")) - wanted):
+        remedy = "give --objects_list, or remove them"
+        print(f"{folder}: {len(others)} objects are not in the list, such as {others[0]}: {remedy}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -250,8 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     if not lines:
         first = (dropped + few or [("no image", "all are excluded")])[0]
         raise RunError(f"{args.images}: no usable object; the first: {': '.join(first)}")
-    if removed := remove_others(args.output / "images", lines):
-        print(f"{args.output / 'images'}: {removed} objects that are not in the list removed")
+    remove_few(made, args.output / "images", lines, jobs)
     path = args.output / "object_instances.txt"
     write_text(path, "".join(f"{line}\n" for line in lines))
     print(f"{path}: {len(lines)} objects of {len({line.partition('/')[0] for line in lines})} categories")

@@ -29,11 +29,12 @@ declare -A FOLDERS=([ssv2]=SSV2 [gym99]=GYM99 [ucf101_1k]=UCF101 [gym99_1k]=GYM9
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../common.sh"
 require_paths MODEL_PATH
+[[ $MODEL_PATH == hf://* ]] || MODEL_PATH=$(realpath "$MODEL_PATH")
 for cell in $CELLS; do
   [[ -n ${FOLDERS[$cell]:-} ]] || die "CELLS: no cell $cell; there are ${!FOLDERS[*]}"
   model=$OUTPUT_DIR/$cell/model_path.txt # of a finished cell
   [[ ! -e $model || $(<"$model") == "$MODEL_PATH" ]] ||
-    die "$OUTPUT_DIR/$cell is of MODEL_PATH=$(<"$model"), not of $MODEL_PATH: choose another OUTPUT_DIR"
+    die "$OUTPUT_DIR/$cell is of MODEL_PATH=$(<"$model"), not of $MODEL_PATH: choose another OUTPUT_DIR (or remove $model)"
 done
 
 is_done() {
