@@ -21,6 +21,7 @@ from video_transforms_finetune import TrainAugmentation, long_side_crop, short_s
 
 SEVERE_SEED = 99999
 SAMPLINGS = ("dense", "segments")  # frames `stride` apart, or one of each equal segment
+FEW_VIEWS = 16  # in time; as many are kept in memory until all of them are read
 
 # Data sets ------------------------------------------------------------------------------------------------------
 
@@ -293,7 +294,7 @@ class ViewReader:
         """
         given, views = 0, self.views_of(path, in_order=False)
         try:
-            if self.segments:  # the few of a test: all or none, as a later one may fail
+            if 0 < self.segments <= FEW_VIEWS:  # all or none, as a later one may fail
                 views = iter(list(views))
             for view in views:
                 given += 1

@@ -1,5 +1,6 @@
 """The reader of frames against FFmpeg's own sequence, in containers and codecs of all kinds, and in odd files."""
 
+import re
 import subprocess
 import sys
 import weakref
@@ -178,7 +179,7 @@ def test_decord_reads_ordinary_files_alike_and_is_found_wrong_elsewhere(clips, t
     ours, theirs = (read_clip(str(clips["bikes.mp4"]), choose, reader) for reader in ("pyav", "decord"))
     assert (ours.frames == theirs.frames).all() and np.allclose(ours.seconds, theirs.seconds, atol=1e-6)
     path = write(tmp_path / "v.mp4", next(kind for kind in KINDS if "cut by stream copy" in kind.title))
-    assert "frames are" in wrong_frames(path, np.random.default_rng(0), "decord")
+    assert re.search("frames differ|the reader counts", wrong_frames(path, np.random.default_rng(0), "decord"))
 
 
 def test_decord_is_imported_only_for_its_reader(clips):
