@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing
+import re
 import resource
 import signal
 import time
@@ -15,6 +16,7 @@ from test_weights import flip_a_bit, tiny
 
 import checkpoints
 from checkpoints import LATEST, CheckpointWriter, find_resume, lock_folder, restore, save_checkpoint
+from datasets import ChunkSampler
 from optim_factory import Stepper
 from training import Best
 from utils import RunError
@@ -197,13 +199,32 @@ def test_a_run_with_averaged_weights_resumes_both(tmp_path):
     build = lambda model: Stepper(model, torch.optim.SGD(model.parameters()), *rest)
     place = {"epoch": 0, "step": 2, "samples_per_step": 4, "meter": {}, "args": args}
     state = {"model": saved.state_dict(), "model_ema": ema.state_dict(), **build(saved).state(), **place}
-    model, average = tiny(), tiny()
+    model, average, layout = tiny(), tiny(), {"num_samples": 8, "samples_per_step": 4}
     contents = {"model": model, "model_ema": average, "args": args}
-    assert restore((tmp_path / "x.pth", state), contents, build(model), {"samples_per_step": 4}).step == 2
+    assert restore((tmp_path / "x.pth", state), contents, build(model), layout).step == 2
     assert torch.equal(model[0].weight, saved[0].weight) and torch.equal(average[0].weight, ema[0].weight)
     del state["model_ema"]
     with pytest.raises(RunError, match="lacks model_ema: .* without --model_ema"):
-        restore((tmp_path / "x.pth", state), contents, build(model), {"samples_per_step": 4})
+        restore((tmp_path / "x.pth", state), contents, build(model), layout)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("layout", [ChunkSampler(7, 2).layout, ChunkSampler(8, 4).layout])
+def test_another_list_or_batch_resumes_only_between_epochs(tmp_path, caplog, layout, step):
+    """Within one, the permutation of the list would be another, or steps would be repeated."""
+    model = tiny()
+    rest = torch.device("cpu"), "fp32", 1, lambda step: 0.1, lambda step: 0.1
+    build = lambda: Stepper(model, torch.optim.SGD(model.parameters()), *rest)
+    place = {"epoch": 3, "step": step, "meter": {}, **ChunkSampler(8, 2).layout}
+    state, path = {"model": model.state_dict(), **build().state(), **place}, tmp_path / "x.pth"
+    resume = lambda layout: restore((path, state), {"model": model}, build(), layout)
+    assert resume(ChunkSampler(8, 1, 2).layout).step == step and "was saved" not in caplog.text
+    here = "8 samples, 2 per step (here {num_samples} samples, {samples_per_step} per step)".format(**layout)
+    if step:
+        with pytest.raises(RunError, match=re.escape(f"x.pth was saved within an epoch of {here}: keep the list")):
+            resume(layout)
+    else:
+        assert resume(layout).epoch == 4 and f"x.pth was saved after an epoch of {here}" in caplog.text
 
 
 @pytest.mark.parametrize("worst, best, epoch", [(-1.0, 5, 2), (float("inf"), 2, 1)])

@@ -173,7 +173,7 @@ def test_scores_are_softmax_of_normalised_views_in_eval_mode(evaluator, model, v
 
 
 def test_a_test_reports_what_its_files_hold(evaluator, model, videos, tmp_path):
-    assert evaluator.test(model, videos) == 0
+    evaluator.test(model, videos)
     with np.load(tmp_path / "test_predictions.npz") as file:
         right = file["scores"].argmax(axis=1) == file["label"]
         right[3] = False

@@ -51,7 +51,7 @@ def restored(state, path):
     """Put a checkpoint's contents back into a fresh model and optimizer; returns the position."""
     model, optimizer = mutants.tiny()
     stepper = Stepper(model, optimizer, torch.device("cpu"), "fp32", 1, lambda step: 0.1, lambda step: 0.1)
-    return restore((path, state), {"model": model}, stepper, {"samples_per_step": 4})
+    return restore((path, state), {"model": model}, stepper, {"num_samples": 8, "samples_per_step": 4})
 
 
 def test_weights_of_another_model(tmp_path, figure):
