@@ -316,15 +316,14 @@ def start(
         dynamic: see torch.compile.
     """
     position, model = Position(args.start_epoch), contents["model"]
-    if found := find_resume(args.output_dir, args.resume, args.auto_resume):
-        stored, source = stored_options(found[1]), str(found[0])
-        check_start(args, stored, source)
+    found = find_resume(args.output_dir, args.resume, args.auto_resume)
+    stored, source = (stored_options(found[1]), str(found[0])) if found else ({}, "")
+    check_start(args, stored, source)
+    if found:
         position = restore(found, contents, stepper, sampler.layout)
         warn_differences(args, stored, source, sorted(vars(args).keys() - FREE))
-    else:
-        check_start(args, {}, "")
-        if first_weights:
-            load_strictly(model, first_weights)
+    elif first_weights:
+        load_strictly(model, first_weights)
     if args.compile:
         model.compile(dynamic=dynamic)
     if stepper.model is model:  # DeepSpeed has wrapped it otherwise

@@ -111,6 +111,11 @@ for _core in ("numpy.core", "numpy._core"):
     ALLOWED.append(_called(f"{_core}.multiarray._reconstruct", lambda *_: _NumpyArray()))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Find the files of a folder of transformers that hold its weights; [] if there are none."""
+    return next(filter(None, (sorted(folder.glob(names)) for names in FOLDER_FILES)), [])
+
+
 def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     """Read a .pth or .safetensors file, or a folder of transformers, to the CPU without executing code in it.
 
@@ -124,7 +129,7 @@ def read_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        parts = next(filter(None, (sorted(path.glob(names)) for names in FOLDER_FILES)), [])
+        parts = weight_files(path)
         if not parts:
             raise RunError(f"{path}: a folder without {' or '.join(FOLDER_FILES)}; name a checkpoint file in it")
         read = [read_checkpoint(part, whole) for part in parts]
@@ -246,7 +251,7 @@ def from_transformers(theirs: Weights) -> Weights:
 def fingerprint(path: str | Path) -> str:
     """Return a hash of the size and the beginning of a checkpoint file, or of those in a folder of transformers."""
     found, path = hashlib.sha256(), Path(path)
-    for file in sorted(path.glob("*.*")) if path.is_dir() else [path]:
+    for file in weight_files(path) if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             found.update(b"%d" % os.fstat(opened.fileno()).st_size + opened.read(1 << 24))
     return found.hexdigest()[:16]

@@ -31,21 +31,15 @@ def members_on_disk(shard: str) -> list[Member]:
     return members
 
 
-def videos_in(files: dict[str, Member]) -> list[str]:
-    """The names of the videos in a sample."""
-    return [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
-
-
-def label_of(video: str, files: dict[str, Member], descriptor: int, field: str) -> str:
+def label_of(video: str, alone: bool, labels: dict[str, Member], descriptor: int, field: str) -> str:
     """The text of a video's label: its .cls, or this field of its .json; -1 if it has none.
 
-    `files` are the members of its sample by name. A label belongs to the video of the same name, or, if it is named
-    like the sample, to all its videos. Raises ValueError if the label is neither a number nor a name.
+    `labels` are the label files of its sample, by their names without suffix. One belongs to the video of the same name
+    or, if it is named like the sample or the video is `alone` in it, to all videos of the sample. Raises ValueError if
+    the label is neither a number nor a name.
     """
-    suffix, stem = (".json" if field else ".cls"), os.path.splitext(video)[0]
-    labels = {root: files[name] for name in files for root, end in [os.path.splitext(name)] if end.lower() == suffix}
-    member = labels.get(stem) or labels.get(key_of(video))
-    if member is None and len(videos_in(files)) == 1:
+    member = labels.get(os.path.splitext(video)[0]) or labels.get(key_of(video))
+    if member is None and alone:
         member = next(iter(labels.values()), None)
     if member is None:
         return NONE
@@ -69,10 +63,12 @@ def list_shard(shard: str, root: str, field: str) -> Found:
     counts = Counter(member.name for member in members)
     for member in members:
         samples.setdefault(key_of(member.name), {}).setdefault(member.name, member)
-    wanted = 0
+    wanted, suffix = 0, ".json" if field else ".cls"
     with open(os.path.join(root, shard), "rb") as file:
         for key, files in samples.items():
-            videos = videos_in(files)
+            ends = {member: os.path.splitext(member) for member in files}
+            videos = [member for member, (_, end) in ends.items() if end.lower() in VIDEO_SUFFIXES]
+            labels = {stem: files[member] for member, (stem, end) in ends.items() if end.lower() == suffix}
             wanted += max(1, len(videos))
             if not videos:
                 problems.append(("samples without a video", f"{shard}/{key}", " ".join(files)))
@@ -84,7 +80,7 @@ def list_shard(shard: str, root: str, field: str) -> Found:
                     problems.append(("a name that no list can hold", repr(path), ""))
                 else:
                     try:
-                        lines.append(Line(path, label_of(video, files, file.fileno(), field)))
+                        lines.append(Line(path, label_of(video, len(videos) == 1, labels, file.fileno(), field)))
                     except (ValueError, AttributeError) as error:
                         problems.append(("labels that cannot be read", path, str(error)))
     return Found({name: lines}, Counter({name: wanted}), [(name, *problem) for problem in problems])
