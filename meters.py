@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import math
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -234,6 +235,7 @@ def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoL
         issued: videos of each batch that is being loaded, the one that is waited for first.
         hung: how many of the first batches may hold the video on which a worker hangs.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for each further worker that ends
     hangs = "timed out" in str(error)
     loading = itertools.islice(issued, hung if hangs else None)  # one that died need not be the one waited for
     lost = ", ".join(videos.path(index) for indices in loading for index in indices)

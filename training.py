@@ -12,7 +12,6 @@ handled here, between iterations. Do not `break` out of the loops: logging and s
 """
 
 import resource
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -213,10 +212,11 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Name the videos of a loader worker that died, which torch reports from a signal handler at any moment."""
-        self.log.close()
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may report the same worker again
-            raise loader_failure(error, self.sampler.issued, self.videos) from error
+        try:
+            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+                raise loader_failure(error, self.sampler.issued, self.videos) from error
+        finally:
+            self.log.close()
 
     @property
     def exit_code(self) -> int:

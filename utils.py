@@ -60,7 +60,7 @@ def last_line(error: Exception) -> str:
 def run_main(function: Any, *args: Any) -> None:
     """Call a program's main function and exit with its code.
 
-    The code is 1, after a one-line message, on RunError or if another process was lost; EXIT_REQUEUE if told to stop.
+    The code is 1, after a one-line message, on RunError or if a process was lost; EXIT_REQUEUE if told to stop.
     """
     leave_on_signal()
     try:
@@ -70,13 +70,14 @@ def run_main(function: Any, *args: Any) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
-            raise
         reason = first_line(error)[-160:]
-        print(
-            f"error: process {rank()} lost its connection to another process; see that one's error ({reason})",
-            file=sys.stderr,
-        )
+        if "DataLoader worker" in str(error):  # raised by torch's signal handler, wherever the program was
+            problem = f"the data loader failed ({reason}); if memory ran out, use fewer --num_workers"
+        elif isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            problem = f"process {rank()} lost its connection to another process; see that one's error ({reason})"
+        else:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
     finally:
         end_workers()

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,21 @@ def test_an_average_of_the_weights_is_validated_and_tested(run, custom, trained,
     again = run(*custom, *TRAIN, "--eval", "--finetune", folder / "checkpoint-best.pth", "--output_dir", folder)
     metrics = test_metrics_of(log_of(folder))
     assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1]
+
+
+def test_workers_that_are_killed_end_a_test_with_one_line(start_program, data, trained, tmp_path):
+    """For example by the kernel, out of memory; torch reports it from a signal handler, wherever the program is."""
+    (tmp_path / "test.csv").write_text(100 * (data / "train.csv").read_text())
+    argv = [*TINY, *CUSTOM, "--data_path", tmp_path, "--eval", "--finetune", trained.best, "--num_workers", 2]
+    run = start_program(NAME, *argv)
+    run.wait_for("test begins")
+    while not (workers := Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()):
+        assert run.processes[0].is_alive()
+    for pid in workers:
+        os.kill(int(pid), signal.SIGKILL)
+    ended = run.end()
+    lines = [line for line in ended.err.splitlines() if line.startswith("error: the data loader failed (DataLoader")]
+    assert ended.code == 1 and len(lines) == 1 and "Traceback" not in ended.err, ended.err[-1000:]
 
 
 SEEN = ["--num_workers", "0", "--test_num_segment", "2", "--test_num_crop", "3"]  # what does not belong to the training
