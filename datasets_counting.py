@@ -10,7 +10,7 @@ import torch
 from scipy.io import loadmat
 
 from datasets import Key, VideoDataset, VideoStream, sample_rng
-from lists import VideoList, list_of
+from lists import VIDEO_SUFFIXES, VideoList, list_of
 from modeling_counting import MIN_CYCLES
 from utils import RunError
 from video_reader import VideoError, read_clip
@@ -69,7 +69,8 @@ def read_annotations(folder: str, root: str) -> VideoList:
     files = sorted(Path(folder).glob("*.mat"))
     if not files:
         raise ValueError(f"{folder}: no annotations there (*.mat)")
-    videos = {path.stem: str(path) for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))}
+    found = [path for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))]
+    videos = {path.stem: str(path) for path in found if path.suffix.lower() in VIDEO_SUFFIXES}
     missing = [file.stem for file in files if file.stem not in videos]
     if missing:
         raise ValueError(

@@ -72,6 +72,13 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def to_rgba(image: Image.Image) -> Image.Image:
+    """Convert to RGBA of 8 bits."""
+    if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGBA")
+
+
 def read_image(path: str) -> np.ndarray:
     """Open an image, upright, as RGBA with premultiplied alpha, uint8 ``[h, w, 4]``; one without alpha is opaque.
 
@@ -81,10 +88,7 @@ def read_image(path: str) -> np.ndarray:
     with opened(path) as source, Image.open(source) as file:
         if file.width * file.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
             raise ValueError(f"{file.width} x {file.height} pixels: too large")
-        image = upright(file)
-        if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        return np.array(image.convert("RGBA").convert("RGBa"))
+        return np.array(to_rgba(upright(file)).convert("RGBa"))
 
 
 def read_object(path: str, max_side: int) -> np.ndarray:

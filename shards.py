@@ -73,8 +73,13 @@ def places(text: bytes, name: bytes) -> Iterator[tuple[int, int]]:
 
 def members_of(shard: str) -> list[Member]:
     """List the members in the index of a shard. Raises ShardError."""
+    return members_in(os.fsdecode(read_index(shard)))
+
+
+def members_in(index: str) -> list[Member]:
+    """List the members in the text of an index."""
     members = []
-    for line in os.fsdecode(read_index(shard)).split("\n")[1:]:
+    for line in index.split("\n")[1:]:
         row = re.split(r"(?:^| )(\S+) (\d+) (\d+) (?=\S)", line)  # names may contain spaces
         for start, size, name in zip(row[2::4], row[3::4], row[4::4]):
             members.append(Member(name.removeprefix("./"), int(start), int(size)))

@@ -10,10 +10,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.frame import PictureType
@@ -23,6 +25,7 @@ from shards import ShardError, opened, split
 
 READERS = ("pyav", "decord")
 NEVER_SKIPS = ("libdav1d",)  # decoders that read skip_frame only when they are opened
+MAX_REPEATED = 0.1  # fraction of the frames whose time may be that of the frame before
 MAX_REORDER = 16  # frames between decoding and display, the limit of H.264 and HEVC
 BROADCAST = ("mpegts", "mpeg")  # formats whose timestamps begin anywhere
 NO_TIMESTAMPS = 0x80  # flag of a format (AVFMT_NOTIMESTAMPS): FFmpeg makes the timestamps up
@@ -190,6 +193,17 @@ def is_exact(packets: Packets, has_b_frames: bool) -> bool:
     return bool((pts[depth:] > np.maximum.accumulate(pts)[:-depth]).all())
 
 
+def start_of(container: InputContainer) -> Fraction:
+    """Return the timestamp that counts as 0, in seconds: only streams of broadcasting begin at any time."""
+    return Fraction(container.start_time or 0, av.time_base) if container.format.name in BROADCAST else Fraction(0)
+
+
+def can_be_right(times: np.ndarray) -> bool:
+    """Whether these can be the times of frames ``[total]``: none goes back, and few are repeated."""
+    steps = np.diff(times)
+    return bool((steps >= 0).all() and (steps == 0).sum() <= MAX_REPEATED * len(times))
+
+
 class PyAVVideo:
     """A video opened by PyAV; see open_video. `seconds` ``[total]`` are the presentation times of its frames."""
 
@@ -201,7 +215,9 @@ class PyAVVideo:
                 self.packets = list_packets(self.container, self.stream)
                 delayed = bool(self.stream.codec_context.has_b_frames)
                 made_up = bool(self.container.format.flags & NO_TIMESTAMPS)
-                self.in_order = made_up or not is_exact(self.packets, delayed) or not self.order_is_shown(delayed)
+                palette = self.stream.codec_context.pix_fmt == "pal8"  # only the first packet may carry it
+                exact = not made_up and not palette and is_exact(self.packets, delayed)
+                self.in_order = not exact or not self.order_is_shown(delayed)
             if self.in_order:
                 self.seconds = self.count_frames()
             else:
@@ -219,9 +235,7 @@ class PyAVVideo:
         self.container = self.opened.enter_context(av.open(source, "r", metadata_errors="replace"))
         self.stream = video_stream(self.container)
         self.stream.codec_context.thread_count = 1
-        # Streams of broadcasting begin at any time; in other files timestamps count from the start.
-        any_start = self.container.format.name in BROADCAST
-        self.start = (self.container.start_time or 0) / av.time_base if any_start else 0.0
+        self.start = float(start_of(self.container))
 
     def close(self) -> None:
         """Close the file."""
@@ -248,7 +262,7 @@ class PyAVVideo:
         """Decode all frames to count them; returns their presentation times ``[total]``."""
         self.reopen()
         times = [frame.time for frame in decoded(self.container.demux(self.stream))]
-        if None not in times and (np.diff(times) > 0).all():
+        if None not in times and can_be_right(np.array(times, float)):
             return np.array(times, float) - self.start
         rate = float(self.stream.average_rate or 0)
         return np.arange(len(times)) / rate if rate else np.full(len(times), np.nan)
@@ -361,12 +375,20 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     return upright(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), frame)
 
 
+def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
+    """Return how a frame is to be shown, ``[2, 2]``: (x, y) @ matrix is the place on the screen. None: as it is."""
+    try:
+        side_data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV 18 knows no kind that FFmpeg 8 has added, such as Exif; this is without mirroring
+        cos, sin = (round(f(np.deg2rad(frame.rotation))) for f in (np.cos, np.sin))
+        return np.array([[cos, -sin], [sin, cos]]) if frame.rotation else None
+    return np.frombuffer(bytes(side_data), np.int32).reshape(3, 3)[:2, :2] if isinstance(side_data, SideData) else None
+
+
 def upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     """Turn by quarters and mirror the pixels ``[H, W, 3]`` of a frame, as players do."""
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if not isinstance(side_data, SideData):
+    if (matrix := display_matrix(frame)) is None:
         return picture
-    matrix = np.frombuffer(bytes(side_data), np.int32).reshape(3, 3)[:2, :2]  # (x, y) @ matrix: place on the screen
     if abs(matrix[0, 1]) > abs(matrix[0, 0]):  # rows become columns
         picture, matrix = picture.transpose(1, 0, 2), matrix[::-1]
     across, down = np.where(np.diag(matrix) < 0, -1, 1)

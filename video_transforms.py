@@ -59,7 +59,7 @@ def multi_scale_box(
         size: (width, height) of the output.
     """
     short = min(frame)
-    sides = [int(short * scale) for scale in CROP_SCALES]
+    sides = [max(1, int(short * scale)) for scale in CROP_SCALES]
     widths, heights = ([min(out if abs(side - out) < 3 else side, short) for side in sides] for out in size)
     shapes = [(w, h) for i, w in enumerate(widths) for j, h in enumerate(heights) if abs(i - j) <= 1]
     w, h = shapes[rng.integers(len(shapes))]
@@ -135,6 +135,8 @@ def glide(rng: np.random.Generator, picture: np.ndarray, num_frames: int, share:
     """
     angle = rng.uniform(0, 2 * np.pi)
     reach = share * min(picture.shape[:2]) * np.array([np.sin(angle), np.cos(angle)])  # down, right
-    height, width = np.array(picture.shape[:2]) - np.ceil(abs(reach)).astype(int)
+    size = np.array(picture.shape[:2])
+    height, width = window = np.maximum(1, size - np.ceil(abs(reach)).astype(int))
     moved = np.rint(np.linspace(0, 1, num_frames)[:, None] * reach - np.minimum(reach, 0)).astype(int)
+    moved = np.minimum(moved, size - window)  # a single row or column does not move
     return np.stack([picture[y : y + height, x : x + width] for y, x in moved])

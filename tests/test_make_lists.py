@@ -304,6 +304,13 @@ def test_folder_with_splits(make):
     assert classes == ["a cat", "dog"] and problems == [("val.csv", "classes without a video in it", "a cat")]
 
 
+def test_split_folders_in_capitals(make):
+    videos = ["Training/a/1.mp4", "Training/b/2.mp4", "Validation/a/3.mp4", "Validation/b/4.mp4", "TEST/a/5.mp4"]
+    lists, classes, problems, _ = make("folder", videos=videos)
+    assert [len(lists[f"{split}.csv"]) for split in ("train", "val", "test")] == [2, 2, 1] and not problems
+    assert classes == ["a", "b"]
+
+
 def test_folder_without_val_draws_it_from_train(make):
     videos = [f"{split}/{name}/{number}.m2ts" for split in ("train", "test") for name in "ab" for number in range(4)]
     lists, _, problems, _ = make("folder", videos=videos)
@@ -344,6 +351,7 @@ def test_folder_without_splits_draws_a_part_of_each_class(make):
         (["cat/1.mp4", "2.mp4"], "2.mp4 is in no class folder"),
         (["train/cat/1.mp4", "other/2.mp4"], "other/2.mp4 is in none of train/"),
         (["readme.txt"], "no videos below it"),
+        (["clips/cat/1.mp4", "clips/dog/2.mp4"], "all videos are in one class folder, clips/"),
     ],
 )
 def test_a_folder_of_another_form_is_refused(make, videos, message):

@@ -212,6 +212,18 @@ def test_our_own_shards_get_their_lists_again(data, tmp_path):
     assert lists_of(tmp_path) == {**packed, "test": packed["val"]}
 
 
+def test_a_shard_that_has_grown_is_indexed_anew(clips, tmp_path):
+    clip = clips["short.mp4"].read_bytes()
+    for count in (2, 3):
+        write_tar(tmp_path / "in" / "a.tar", [(f"{number}.mp4", clip) for number in range(count)])
+        assert lists_of(tmp_path, "--relative") == {"train": [(f"a.tar/{n}.mp4", "-1") for n in range(count)]}
+    index = tmp_path / "in" / "a.idx"
+    index.chmod(0o444)
+    before = index.stat()
+    lists_of(tmp_path)
+    assert index.stat().st_ino == before.st_ino  # not written again
+
+
 def test_names_with_dots_are_videos_of_their_own(clips, tmp_path):
     """WebDataset takes them for parts of one sample, so a label belongs to the video of its name, or to all of them."""
     clip, numbers = clips["short.mp4"].read_bytes(), range(3)

@@ -163,13 +163,17 @@ def test_images_with_soft_masks(prepare, tmp_path):
     save(tmp_path / "masks" / "dog" / "a.bmp.png", mask)
     save(tmp_path / "images" / "alone.png", image)  # in no folder: of one category
     save(tmp_path / "masks" / "alone.png", mask)
+    deep = Image.fromarray(image[..., 0].astype(np.uint16) * 256)
+    deep.save(tmp_path / "images" / "deep.png")
+    save(tmp_path / "masks" / "deep.png", mask)
     save(tmp_path / "images" / "no mask.png", image)
     save(tmp_path / "images" / "other size.png", image)
     save(tmp_path / "masks" / "other size.png", mask[:40])
     save(tmp_path / "images" / "numbers.png", image)
     save(tmp_path / "masks" / "numbers.png", mask // 128)
     lines, dropped, _ = prepare("masks", tmp_path / "images", tmp_path / "masks")
-    assert lines == ["dog/a.bmp.png", "object/alone.png"]
+    assert lines == ["dog/a.bmp.png", "object/alone.png", "object/deep.png"]
+    assert np.array_equal(saved(tmp_path / "out" / "images" / lines[2])[..., 1], image[20:60, 30:90, 0])
     expected = np.dstack([image, mask])[20:60, 30:90]
     assert np.array_equal(saved(tmp_path / "out" / "images" / lines[0]), expected)
     assert dropped["images/other size.png"] == "the mask has 100 x 40 pixels, the image 100 x 80"
@@ -230,11 +234,15 @@ def test_killed_it_goes_on(prepare, tmp_path):
         ("cutouts {}/PIN --pools {}/away.json", "is not <category>/<name>"),
         ("cutouts {}/PIN --min_side 300", "no usable object; the first: .*/0.png: too small"),
         ("masks {}/PIN {}/none", "have no image and mask of the same name in common"),
+        ("masks {}/twice {}/twice", "1.jpg and .*1.png: images must differ in more than the suffix"),
+        ("masks {}/void {}/void --mask_values ids", "1.png: the mask has no ids but 0 and 255"),
     ],
 )
 def test_what_is_wrong_is_named(prepare, pin, tmp_path, options, message):
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "away.json").write_text(json.dumps({"x": ["*/a/images/../../secret.png"]}))
     (pin / "images" / "aerosol_can" / "3.png").unlink()
+    for path in ("twice/1.png", "twice/1.jpg", "void/1.png"):
+        save(tmp_path / path, np.full((80, 80), 255, np.uint8))
     with pytest.raises(RunError, match=message):
         prepare(*[option.format(tmp_path) for option in options.split()])

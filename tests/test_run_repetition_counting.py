@@ -279,7 +279,9 @@ def test_every_number_of_cycles_is_as_likely():
 
 
 def test_a_segment_has_the_frames_that_the_annotation_names(repetitions):
-    """Against another decoder; half of them mirrored."""
+    """Against another decoder; half of them mirrored; a file beside a video that only shares its name is none."""
+    for video in repetitions.videos.glob("*/*.avi"):
+        video.with_suffix(".txt").write_text("notes")
     videos = read_annotations(str(repetitions.annotations / "train"), str(repetitions.videos))
     dataset = TrainSegments(videos, per_video=3, max_frames=40, side=64, seed=0)
     assert len(dataset) == 18

@@ -80,12 +80,13 @@ def test_an_index_has_the_form_of_wds2idx(tmp_path):
 
 def test_names_of_any_kind(tmp_path):
     """Long ones and those that are not ASCII have headers of their own in a tar file; spaces stand in the index too."""
-    names = ["ab/x.mp4", "b/x.mp4", "x.mp4", "b/x.mp4x", "with two  spaces/x 1 2.mp4", "é" * 60 + "/ü.mp4", "d" * 300]
+    names = ["ab/x.mp4", "b/x.mp4", "x.mp4", "b/x.mp4x", "with two  spaces/x 1 2.mp4", "Mr. Bean.mp4", "Mr. Smith.mp4"]
+    names += ["v1.2 x.mp4", "v1.5 x.mp4", "é" * 60 + "/ü.mp4", "d" * 300]
     for number, name in enumerate(names):
         (tmp_path / str(number)).write_bytes(name.encode() + b" %d" % number)
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         shard = tmp_path / f"{form}.tar"
-        held = names[:5] if form == tarfile.USTAR_FORMAT else names
+        held = names[:9] if form == tarfile.USTAR_FORMAT else names
         with tarfile.open(shard, "w", format=form) as tar:
             for number, name in enumerate(held):
                 tar.add(tmp_path / str(number), f"./{name}")
@@ -95,6 +96,14 @@ def test_names_of_any_kind(tmp_path):
             with shards.open_file(f"{shard}/{name}") as file:
                 assert file.read() == name.encode() + b" %d" % number
         assert shards.names_below(f"{shard}/b") == ["x.mp4", "x.mp4x"]
+
+
+def test_a_name_that_looks_like_an_index_is_refused(tmp_path):
+    (tmp_path / "a take 1 2 x.mp4").write_bytes(b"x")
+    subprocess.run(["tar", "-cf", "s.tar", "a take 1 2 x.mp4"], cwd=tmp_path, check=True)
+    with pytest.raises(RunError, match="s.tar: no index can hold the name 'a take 1 2 x.mp4'"):
+        index_shards.main([str(tmp_path / "s.tar")])
+    assert not (tmp_path / "s.idx").exists()
 
 
 def test_a_folder_whose_name_ends_in_tar_is_a_folder(tmp_path, clips):

@@ -1,5 +1,6 @@
 """The reader of frames against FFmpeg's own sequence, in containers and codecs of all kinds, and in odd files."""
 
+import io
 import re
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import resize_videos
 from av.stream import Disposition
 from fixtures_data_tools import set_matrix
 from fixtures_kinds import KINDS, Kind, number_of, picture, write_kind
-from fixtures_video import ROOT, decode_all
+from fixtures_video import ROOT, decode_all, write_list
+from PIL import Image
 
 from datasets_finetune import ActionList, ViewReader, WindowReader
 from video_check import wrong_frames
@@ -110,6 +112,44 @@ def test_turned_and_mirrored_videos_are_read_as_they_are_shown(matrix, shown, cl
     path.write_bytes(clips["bunny.mp4"].read_bytes())
     set_matrix(path, *matrix)
     assert np.array_equal(read_frames(str(path), np.arange), shown(decode_all(clips["bunny.mp4"])))
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mov"])
+def test_a_palette_that_only_the_first_packet_carries(suffix, tmp_path):
+    """As in uncompressed grey files of ImageJ."""
+    palette = np.stack([np.full(256, 255), *[np.arange(256)] * 3], axis=1).astype(np.uint8)  # alpha, red, green, blue
+    with av.open(str(tmp_path / f"v.{suffix}"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "pal8"
+        for number in range(40):
+            grey = np.ascontiguousarray(picture(number)[..., 1])
+            frame = av.VideoFrame.from_ndarray((grey, palette), "pal8")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert check(str(tmp_path / f"v.{suffix}")) == 40
+    assert [number_of(frame) for frame in read_frames(str(tmp_path / f"v.{suffix}"), np.arange)] == list(range(40))
+
+
+@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_frames_with_exif_are_read_upright(orientation, turns, tmp_path):
+    """Photographs of a camera, made a video without encoding them anew."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with av.open(str(tmp_path / "v.mov"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuvj420p"
+        for number in range(10):
+            file = io.BytesIO()
+            Image.fromarray(picture(number)).save(file, "JPEG", quality=95, exif=exif)
+            packet = av.Packet(file.getvalue())
+            packet.stream, packet.is_keyframe = stream, True
+            packet.pts, packet.dts, packet.time_base = number, number, Fraction(1, 25)
+            container.mux(packet)
+    frames = read_frames(str(tmp_path / "v.mov"), np.arange)
+    assert [number_of(np.rot90(frame, -turns)) for frame in frames] == list(range(10))
+    resize_videos.main([write_list(tmp_path / "l.csv", [tmp_path / "v.mov"]), "--output", str(tmp_path / "out")])
+    assert read_frames(str(tmp_path / "out" / "videos" / "v.mp4"), np.arange).shape == frames.shape
 
 
 def test_a_cover_picture_is_no_video(tmp_path):

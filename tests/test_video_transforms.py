@@ -85,6 +85,18 @@ def test_resize_is_bilinear_like_pil(clips, height, width):
     assert error.mean() <= 1 and error.max() <= 3
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 50), (2, 2), (3, 1000)])
+@pytest.mark.parametrize("pan", [0, 0.3, 0.9])
+def test_tiny_pictures_are_cropped_too(height, width, pan, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "p.png")
+    source, out = ClipSource((64, 48), 4, kind="image", pan=pan), np.zeros((4, 48, 64, 3), np.uint8)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        source.crop(rng, source.read(rng, str(tmp_path / "p.png")).frames, out)
+        assert set(np.unique(out)) <= set(range(int(picture.min()), int(picture.max()) + 1)) and out.any()
+
+
 def test_the_crop_is_the_same_in_every_frame_and_what_the_box_says(clips):
     frames = decode_all(clips["upright.mp4"])[:6]  # 112 wide, 144 high
     for seed in range(20):

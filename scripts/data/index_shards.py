@@ -6,23 +6,38 @@
 """
 
 import os
+import re
 import tarfile
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 from data_tools import new_parser
 
-from shards import VERSION, Member, ShardError, index_path
+from shards import VERSION, Member, ShardError, index_path, members_in, read_index
 from utils import RunError, run_main, write_atomically
 
 BLOCK = tarfile.BLOCKSIZE
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
 
 
+def goes_on(shard: str, members: list[Member]) -> bool:
+    """Return whether a tar file has more after these members; raises OSError."""
+    end = max((one.start + one.size for one in members), default=0)
+    with open(shard, "rb") as file:
+        file.seek(-(-end // BLOCK) * BLOCK)
+        return any(file.read(BLOCK))
+
+
 def key_of(name: str) -> str:
     """Return the key that members of one sample share, as in WebDataset: the name up to the first dot after folders."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
+
+
+def suffix_of(name: str) -> str:
+    """Return what follows the key in a member's name; ``-`` if that is nothing or, as no index allows, has spaces."""
+    suffix = name[len(key_of(name)) + 1 :]
+    return "-" if not suffix or re.search(r"\s", suffix) else suffix
 
 
 def scan(shard: str) -> list[Member]:
@@ -55,9 +70,10 @@ def write_index(shard: str, members: list[Member]) -> None:
     if wrong := [member.name for member in members if "\n" in member.name]:
         raise ShardError(f"{shard}: no index can hold the name {wrong[0]!r}")
     rows = [list(run) for _, run in groupby(members, key=lambda member: key_of(member.name))]
-    suffix = lambda name: name[len(key_of(name)) + 1 :] or "-"
-    lines = [" ".join(f"{suffix(name)} {start} {size} {name}" for name, start, size in row) for row in rows]
+    lines = [" ".join(f"{suffix_of(name)} {start} {size} {name}" for name, start, size in row) for row in rows]
     text = "".join(f"{line}\n" for line in (f"{VERSION.decode()} {len(rows)}", *lines))
+    if lost := [one.name for one, read in zip_longest(members, members_in(text)) if one and one != read]:
+        raise ShardError(f"{shard}: no index can hold the name {lost[0]!r}: it has two numbers after a space")
     try:
         write_atomically(Path(index_path(shard)), lambda file: file.write(os.fsencode(text)))
     except OSError as error:
@@ -65,6 +81,7 @@ def write_index(shard: str, members: list[Member]) -> None:
             f"{index_path(shard)}: cannot be written ({error.strerror}); where the shards lie in a folder of others, "
             "make a folder of links to them, and use that"
         ) from error
+    read_index.cache_clear()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -196,7 +196,7 @@ def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: 
     if unlabelled:
         lines = {"train.csv": [Line(video, "-1") for video in held]}
         return Found(lines, Counter({"train.csv": len(videos)}), problems)
-    first = lambda video: Path(video).parts[0]
+    first = lambda video: Path(video).parts[0].lower()
     has_splits = any(first(video) in SPLITS for video in held)
     for video in held:
         if has_splits and first(video) not in SPLITS:
@@ -205,6 +205,8 @@ def from_folder(videos: list[str], unlabelled: bool, val_fraction: float, seed: 
             raise RunError(f"{video} is in no class folder; for videos without classes add --unlabelled")
     class_of = lambda video: Path(video).parts[has_splits]
     classes = sorted(set(map(class_of, held)))
+    if len(classes) == 1:
+        raise RunError(f"all videos are in one class folder, {classes[0]}/; without classes add --unlabelled")
     numbers = {name: str(number) for number, name in enumerate(classes)}
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for video in held:

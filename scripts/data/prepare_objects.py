@@ -36,7 +36,7 @@ from data_tools import (
 from PIL import Image
 from processes import make_all
 
-from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects, upright
+from object_overlay import IMAGE_ERRORS, IMAGE_SUFFIXES, find_objects, to_rgba, upright
 from utils import RunError, rank, run_main
 
 VISIBLE = 16  # alpha from which a pixel counts as part of the object
@@ -127,8 +127,12 @@ def mask_jobs(images: str, masks: str, output: Path) -> list[Job]:
     """List the images that have a mask. Raises RunError if there are none."""
 
     def files(folder: str) -> dict[Path, str]:
-        found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        return {path.relative_to(folder).with_suffix(""): str(path) for path in found}
+        found: dict[Path, str] = {}
+        for path in sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+            other = found.setdefault(path.relative_to(folder).with_suffix(""), str(path))
+            if other != str(path):
+                raise RunError(f"{other} and {path}: images must differ in more than the suffix; rename one")
+        return found
 
     of_images, of_masks = files(images), files(masks)
     target = lambda name: output / "images" / ("_".join(name.parent.parts) or FLAT) / name.name
@@ -146,7 +150,7 @@ def read_image(job: Job) -> Image.Image:
     with Image.open(job.image) as image:
         if not job.mask and "A" not in image.getbands() and "transparency" not in image.info:
             raise Unusable("no transparency: not a cut-out")
-        return (image if job.mask else upright(image)).convert("RGBA")
+        return to_rgba(image if job.mask else upright(image))
 
 
 def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, Image.Image]:
@@ -157,6 +161,8 @@ def read_masks(job: Job, size: tuple[int, int], mask_values: str) -> dict[str, I
         if mask_values == "ids":
             values = np.array(mask if mask.mode in ("P", "L") else mask.convert("I"))
             ids = [value for value in np.unique(values) if value not in (0, VOID)]
+            if not ids:
+                raise Unusable(f"the mask has no ids but 0 and {VOID}, which stand for no object")
             return {f"_{value}": Image.fromarray(np.uint8(255) * (values == value)) for value in ids}
         alpha = mask.convert("L")
     if alpha.getextrema()[1] < 128:

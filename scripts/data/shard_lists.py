@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from data_tools import Found, Line, fits_a_list
-from index_shards import key_of, scan, write_index
+from index_shards import goes_on, key_of, scan, write_index
 from tqdm.contrib.concurrent import thread_map
 
 from lists import VIDEO_SUFFIXES
@@ -18,16 +18,22 @@ from shards import Member, ShardError, index_path, members_of, read_member
 from utils import RunError
 
 NONE = "-1"  # label of a video that has none
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder
+SPLITS = {  # by folder
+    **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"},
+    **{"test": "test", "testing": "test"},
+}
 
 
 def members_on_disk(shard: str) -> list[Member]:
-    """Members of a shard by its index, which is written if there is none. Raises ShardError."""
+    """Members of a shard by its index, which is written if there is none or the shard has grown. Raises ShardError."""
     if not os.path.exists(index_path(shard)):
         write_index(shard, scan(shard))
     members = members_of(shard)
     if members:
         read_member(shard, max(members, key=lambda member: member.start))
+    if goes_on(shard, members) and (found := scan(shard)) != members:
+        write_index(shard, found)
+        return found
     return members
 
 

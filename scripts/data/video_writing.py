@@ -1,6 +1,6 @@
 """Make one video small and quick to read at random places: decode, shrink, encode as H.264, verify the result.
 
-Timestamps are those of the source, moved to start at 0; if they cannot be right, the frame rate gives them.
+Timestamps are those of the source, as video_reader.py counts them; if they cannot be right, the frame rate gives them.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,16 @@ from data_tools import Unusable
 
 from shards import opened, problem_of
 from video_check import ffmpeg_frames, slow_reasons
-from video_reader import VideoError, check_whole, read_frames, upright, video_stream
+from video_reader import (
+    VideoError,
+    can_be_right,
+    check_whole,
+    display_matrix,
+    read_frames,
+    start_of,
+    upright,
+    video_stream,
+)
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 TICK = Fraction(1, 90000)  # seconds; fine enough for any source's stamps
@@ -53,7 +62,8 @@ class Timing:
     """Times of the frames of a video."""
 
     rate: Fraction  # frames per second
-    trusted: bool  # each packet has a timestamp of its own, and these are used instead of `rate`
+    trusted: bool  # each packet has a timestamp, and these are used instead of `rate`
+    start: Fraction  # time that counts as 0, seconds
     guessed: bool  # `rate` is used, and is USUAL_RATE, as the file names no credible one
 
 
@@ -70,25 +80,27 @@ def read_timing(path: str) -> Timing:
         rate = stream.average_rate
         stamps = [packet.pts for packet in container.demux(stream) if packet.size]
         check_whole(stream, len(stamps))
-    trusted = None not in stamps and len(set(stamps)) == len(stamps)
+        start = Fraction(start_of(container))
+    trusted = None not in stamps and can_be_right(np.sort(np.array(stamps, float)))
     credible = bool(rate) and 1 <= rate <= 240
-    return Timing(rate if credible else USUAL_RATE, trusted, not trusted and not credible)
+    return Timing(rate if credible else USUAL_RATE, trusted, start, not trusted and not credible)
 
 
 def resized_frames(path: str, short_side: int, timing: Timing) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
-    """Yield frames shrunk to YUV 4:2:0 and turned upright, the time of each from 0 on, and its duration, in seconds."""
-    first, reformatter = 0, VideoReformatter()
+    """Yield frames shrunk to YUV 4:2:0 and turned upright, with their times, at least 0, and durations, in seconds."""
+    start, reformatter = timing.start, VideoReformatter()
     how = {"interpolation": Interpolation.BICUBIC, "dst_color_range": ColorRange.MPEG, "threads": 1}
     for number, frame in enumerate(ffmpeg_frames(path)):
         second, lasts = number / timing.rate, 1 / timing.rate
         if timing.trusted:
             if frame.pts is None:
                 raise WrongTimes(f"frame {number} has no timestamp")
-            first = first if number else frame.pts
-            second = (frame.pts - first) * frame.time_base
+            second = frame.pts * frame.time_base
+            start = start if number else min(start, second)
+            second -= start
             lasts = frame.duration * frame.time_base or lasts
         small = reformatter.reformat(frame, *even_size(frame.width, frame.height, short_side), "yuv420p", **how)
-        if "DISPLAYMATRIX" in frame.side_data:
+        if display_matrix(frame) is not None:
             small = av.VideoFrame.from_ndarray(upright(pixels(small), frame), "rgb24").reformat(format="yuv420p")
         yield small, second, lasts
 
@@ -122,7 +134,7 @@ def write_resized(source: str, target: str, settings: Settings) -> Written:
     except AV_ERRORS as error:
         raise Unusable(f"{getattr(error, 'strerror', None) or error}"[:200]) from error
     psnr = verify(target, kept, stamps, size, settings)
-    return Written(float(stamps[-1] + 1 / timing.rate), psnr, timing.guessed)
+    return Written(float(stamps[-1] - stamps[0] + 1 / timing.rate), psnr, timing.guessed)
 
 
 def encode(
@@ -136,6 +148,7 @@ def encode(
     kept: dict[int, np.ndarray] = {}
     stamps: list[Fraction] = []
     lasting: dict[int, int] = {}  # by the time of the frame
+    before = Fraction(0)
     with av.open(target, "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=timing.rate)
 
@@ -149,8 +162,11 @@ def encode(
                 configure(stream, frame, settings)
             if (frame.width, frame.height) != (stream.width, stream.height):
                 raise Unusable(f"the picture changes its size at frame {number}")
-            if stamps and second - stamps[-1] < TICK:
+            if second < before:
                 raise WrongTimes(f"the timestamps go back at frame {number}")
+            before = second
+            if stamps and second - stamps[-1] < TICK:  # repeated
+                second = stamps[-1] + 2 * TICK
             stamps.append(second)
             if number & (number - 1) == 0:
                 kept[number] = pixels(frame)
