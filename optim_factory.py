@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import warn_once, world_size
+from utils import first_line, warn_once, world_size
 
 NO_DECAY = ("*mask_token",)  # besides one-dimensional parameters
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,12 +86,20 @@ def build_optimizer(
     eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """Create an optimizer of timm, in its fused form where torch has one. Raises ValueError if timm has no `opt`."""
+    """Create an optimizer of timm, in its fused form where torch has one.
+
+    Raises ValueError if timm has no `opt`, or if it needs other arguments, a GPU or second derivatives.
+    """
     if opt.lower() not in list_optimizers():
         raise ValueError(f"opt {opt}: timm has no such optimizer")
+    if opt.lower() == "adahessian":
+        raise ValueError(f"opt {opt}: needs second derivatives, which are not computed")
     options: dict[str, Any] = {"fused": True} if opt in FUSED else {}
     groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
-    return create_optimizer_v2(groups, opt, lr, 0.0, momentum, betas=betas, eps=eps, **options)
+    try:
+        return create_optimizer_v2(groups, opt, lr, 0.0, momentum, betas=betas, eps=eps, **options)
+    except (AssertionError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"opt {opt}: cannot be used with these options here ({first_line(error)})") from error
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
@@ -212,8 +220,9 @@ class Stepper:
         self.optimizer.load_state_dict(own)
         for parameter, values in self.optimizer.state.items():  # torch does not compare shapes
             for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                if values.get(name) is not None and values[name].shape != parameter.shape:
-                    raise ValueError(f"{name} is {list(values[name].shape)} for a weight {list(parameter.shape)}")
+                value = values.get(name)
+                if value is not None and value.dim() and value.shape != parameter.shape:  # NovoGrad has scalars
+                    raise ValueError(f"{name} is {list(value.shape)} for a weight {list(parameter.shape)}")
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

@@ -80,7 +80,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--auto_resume", action="store_true", default=True, help="resume from the furthest in output_dir")
     add("--no_auto_resume", action="store_false", dest="auto_resume", help="do not")
     add("--seed", type=int, default=0, help="seed of weights, clips and masks")
-    add("--device", default="cuda", help="cuda (where there is one) or cpu")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cuda: where there is one")
     add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
@@ -129,7 +129,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 CLIP_OPTIONS = ("num_frames", "sampling_rate", "input_size")
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr", "min_lr",
              "warmup_lr", "warmup_epochs", "warmup_steps", "epochs", "layer_decay")  # fmt: skip
-STARTS = ("first_stage_path", "finetune")
+STARTS = ("first_stage_path", "finetune", "encoder", "encoder_weights")  # what a run starts from
 # Options that a resumed run may change without a warning: they do not change what it computes, or only its tests.
 FREE = {"output_dir", "log_dir", "log_interval", "save_ckpt_freq", "save_ckpt_minutes", "save_ckpt_steps", "resume",
         "auto_resume", "start_epoch", "stop_epoch", "device", "precision", "compile", "dry_run", "num_workers",
@@ -157,13 +157,14 @@ def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names:
     warn_differences(args, stored, source, names)
 
 
-def warn_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
-    """Warn of the options `names` that differ from those of the run that wrote the checkpoint `source`."""
+def warn_differences(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> str:
+    """Warn of the options `names` that differ from those of the run that wrote `source`; returns the text."""
     here = vars(args)
     others = [name for name in names if name in stored and name in here and stored[name] != here[name]]
-    if others:
-        text = ", ".join(f"--{name} {stored[name]} (here {here[name]})" for name in others)
+    text = ", ".join(f"--{name} {stored[name]} (here {here[name]})" for name in others)
+    if text:
         logger.warning("%s was trained with %s", source, text)
+    return text
 
 
 def check_start(args: argparse.Namespace, stored: dict[str, Any], source: str) -> None:
@@ -171,11 +172,13 @@ def check_start(args: argparse.Namespace, stored: dict[str, Any], source: str) -
 
     Raises RunError if that run started from others, wherever their files were.
     """
-    path, before = next((path for name in STARTS if (path := getattr(args, name, ""))), ""), stored.get("start_weights")
-    now = fingerprint(path) if path else before or ""
+    before, here = stored.get("start_weights"), {name: value for name in STARTS if (value := getattr(args, name, ""))}
+    contents = lambda name, value: fingerprint(value) if name != "encoder" and os.path.exists(value) else value
+    now = " ".join(contents(*start) for start in here.items()) or before or ""
     if before is not None and before != now:
-        first = next((stored[name] for name in STARTS if stored.get(name)), "") or "random weights"
-        raise RunError(f"{source} is of a run that started from {first}, not from {path}: choose another --output_dir")
+        first = " ".join(filter(None, (stored.get(name, "") for name in STARTS))) or "random weights"
+        given = " ".join(here.values())
+        raise RunError(f"{source} is of a run that started from {first}, not from {given}: choose another --output_dir")
     args.start_weights = now
 
 
@@ -321,9 +324,13 @@ def start(
     check_start(args, stored, source)
     if found:
         position = restore(found, contents, stepper, sampler.layout)
-        warn_differences(args, stored, source, sorted(vars(args).keys() - FREE))
+        others = warn_differences(args, stored, source, sorted(vars(args).keys() - FREE))
+        if others and position.epoch >= min(args.stop_epoch or args.epochs, args.epochs):
+            raise RunError(f"{source} is of a finished run with {others}: take another --output_dir or more --epochs")
     elif first_weights:
         load_strictly(model, first_weights)
+    if "best" in contents and args.output_dir and not args.dry_run:
+        contents["best"].check_file(args.output_dir)
     if args.compile:
         model.compile(dynamic=dynamic)
     if stepper.model is model:  # DeepSpeed has wrapped it otherwise

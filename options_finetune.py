@@ -286,6 +286,7 @@ def contradictions(args: argparse.Namespace) -> dict[str, Any]:
     used, tests = probe or knn, evaluates or knn
     return {
         "--examples draws by a rule of its own: omit --samples_per_class and --num_train_videos": args.examples and few,
+        "--resume goes on with a training: name the weights to test with --finetune": args.resume and tests,
         "--dry_run tries a training step: omit it with --eval, --predict and --knn": args.dry_run and tests,
         "--linear_probe and --attentive_probe: choose one": args.linear_probe and args.attentive_probe,
         "--knn is a test of its own: give it without --eval, --predict and probes": knn and (evaluates or probe),

@@ -162,10 +162,11 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
 
     best, total_batch = Best(evaluator.task.metric), options.total_batch(args)  # videos, as VideoMAE scales rates
     contents = {"model": model, "args": args, "best": best} | ({"model_ema": ema.module} if ema else {})
+    rates = args.probe_lrs if isinstance(model, ProbedEncoder) else [args.lr]
     logger.info(
-        "total batch %d videos (%d clips of each), %d steps per epoch, %d epochs, lr %.3g, %s on %s",
+        "total batch %d videos (%d clips of each), %d steps per epoch, %d epochs, lr %s, %s on %s",
         *(total_batch, args.num_sample, sampler.steps_per_epoch, args.epochs),
-        *(args.lr * total_batch / 256, stepper.precision, device),
+        *(", ".join(f"{rate * total_batch / 256:.3g}" for rate in rates), stepper.precision, device),
     )
     run = options.start(args, dataset, sampler, stepper, contents)
     criterion, augment = build_loss(args, channel_stats("imagenet", device), dataset.videos.labels)

@@ -36,7 +36,8 @@ from utils import RunError, logger
 from weights import check_kind, load_encoder, local_path
 
 # Options that must not change when a run is resumed.
-VIEW_OPTIONS = ("num_frames", "sampling_rate", "input_size", "sampling", "num_segment", "num_crop")
+WINDOW_OPTIONS = ("num_frames", "sampling_rate", "input_size")
+VIEW_OPTIONS = (*WINDOW_OPTIONS, "sampling", "num_segment", "num_crop")
 UNCHANGED = (
     "data_root", "checkpoint", "model", "features", "shard_size", "format", "dtype", "stride", "stride_seconds",
     *VIEW_OPTIONS,
@@ -67,7 +68,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--format", choices=("npy", "npz"), default="npy", help="npz: features, labels and paths together")
     add("--dtype", choices=("float32", "float16"), default="float32", help="type of the features")
     add("--batch_size", type=int, default=16, help="views of a video per forward pass")
-    add("--device", default="cuda", help="cuda (where there is one) or cpu")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cuda: where there is one")
     add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     return parse(parser, argv)
 
@@ -84,7 +85,7 @@ def check(args: argparse.Namespace) -> None:
         stored = trained_with(checkpoint)
         if stored.get("data_set") in DATA_SETS:
             stored["sampling"] = DATA_SETS[stored["data_set"]].sampling
-        follow(args, stored, checkpoint, ("model", *VIEW_OPTIONS))
+        follow(args, stored, checkpoint, ("model", *(WINDOW_OPTIONS if is_windows(args) else VIEW_OPTIONS)))
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
             raise RunError(f"--{name} is missing")

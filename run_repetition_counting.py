@@ -162,7 +162,12 @@ def find_problems(args: argparse.Namespace) -> options.Problems:
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE")
     for name in ("val",) if args.eval else ("train", "val"):
         problems.attempt(read_split, args, name)
-    problems.add({"--dry_run tries a training step: omit it with --eval": args.eval and args.dry_run})
+    problems.add(
+        {
+            "--dry_run tries a training step: omit it with --eval": args.eval and args.dry_run,
+            "--resume goes on with a training: name the weights to test with --finetune": args.eval and args.resume,
+        }
+    )
     return problems
 
 

@@ -108,6 +108,9 @@ def find_problems(args: argparse.Namespace) -> Problems:
         problems.attempt(find_objects, args.objects_path, args.objects_list, prefix="--")
     uneven = min(args.num_sample, args.batch_size) < 1 or args.batch_size % max(1, views) > 0
     dino = args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS
+    default = "target_type" not in args.given
+    unused_dino = default and args.distillation_teacher in DINO_MODELS
+    unused_timm = default and any(name.startswith("teacher_") for name in args.given)
     overlaid = args.mask_type == "tubelet" and not args.add_tubelets
     problems.add(
         {
@@ -123,6 +126,11 @@ def find_problems(args: argparse.Namespace) -> Problems:
             f"--batch_size {args.batch_size} is not a multiple of the {views} clips made of each video "
             "(--num_sample, and two masks with --multiple_sampling)": uneven,
             f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}": dino,
+            f"--distillation_teacher {args.distillation_teacher}: add --target_type dino_v1": unused_dino,
+            "--teacher_model and other options --teacher_... are of --target_type timm: add it": unused_timm,
+            "--objects_path: add --use_objects, without which patches of the clips are pasted": args.objects_path
+            and args.add_tubelets
+            and not args.use_objects,
         }
     )
     if args.target_type == "clip":

@@ -31,7 +31,7 @@ from utils import RunError, logger, user_errors
 from video_reader import Clip, VideoError, read_clip
 from video_transforms_finetune import long_side_crop, short_side_resize
 from visualization import Guess, Row, attention_rows, movie, picture, pretraining_rows, write_movie
-from weights import load_strictly, model_weights, read_checkpoint
+from weights import load_strictly, local_path, model_weights, read_checkpoint
 
 
 class Drawing(NamedTuple):
@@ -219,14 +219,15 @@ def main(args: argparse.Namespace) -> int:
     """Draw the samples of every checkpoint. Returns the exit code: 1 if one of them could not be read."""
     device = utils.init_distributed(args.defaults["device"])
     utils.setup_logging()
-    paths = [Path(path).absolute() for path in args.resume]
+    resumed = [local_path(path) for path in args.resume]
+    paths = [Path(path).absolute() for path in resumed]
     names = [f"{path.parent.name}-{path.stem}" for path in paths]
     if len(set(names)) < len(names):
         raise RunError("--resume: two of these checkpoints would give pictures of the same name: draw one at a time")
     with user_errors():
         os.makedirs(args.output_dir, exist_ok=True)
     code = 0
-    for path, name in zip(args.resume or [""], names or ["data"]):
+    for path, name in zip(resumed or [""], names or ["data"]):
         videos, draw = build_drawer(args, path, device)
         for index in args.samples:
             if not 0 <= index < len(videos):

@@ -15,6 +15,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -60,6 +61,7 @@ class Best:
 
     def __init__(self, metric: str, worst: float = -1.0):
         self.metric, self.smaller_wins, self.value, self.epoch = metric, worst > 0, worst, -1
+        self.first = self.state_dict()
 
     def state_dict(self) -> dict[str, float]:
         """Return the state to save in a checkpoint."""
@@ -68,6 +70,18 @@ class Best:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Load the state of a checkpoint."""
         self.value, self.epoch = state[self.metric], int(state["epoch"])
+
+    def check_file(self, folder: str) -> None:
+        """Rename ``checkpoint-best.pth`` in a folder and begin anew, if its weights are not those of this best."""
+        path, other = Path(folder) / checkpoints.BEST, False
+        if utils.rank() == 0 and path.is_file():
+            other = checkpoints.read_checkpoint(path, whole=False).get("best") != self.state_dict()
+        if other:
+            with utils.user_errors():
+                path.replace(aside := path.with_suffix(".other.pth"))
+            logger.warning("%s is not of what this run resumes: renamed to %s", path, aside.name)
+        if utils.broadcast(other):
+            self.load_state_dict(self.first)
 
     def update(self, epoch: "Epoch", metrics: dict[str, float]) -> None:
         """Add the metrics of a validation to the epoch's log, and save the weights if they are the best so far."""

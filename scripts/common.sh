@@ -13,6 +13,7 @@
 # segments (counting). Default 256, unless the recipe sets another.
 # MAX_RESTARTS: how often torchrun restarts failed processes, which then resume. Default 3, for tests 0.
 
+unset CDPATH # with it, cd may go elsewhere, and prints
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Use the environment that quickstart.sh made if no other is active.

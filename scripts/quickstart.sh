@@ -7,6 +7,7 @@
 # resume; remove the folder to start over. SEED=1 selects another seed; CLIP_WEIGHTS=openai (or a file) uses CLIP as the
 # teacher, which is slower.
 set -euo pipefail
+unset CDPATH # with it, cd may go elsewhere, and prints
 : "${CLIP_WEIGHTS:=}"
 : "${SEED:=0}"
 : "${STAGE1_STEPS:=600}"

@@ -13,6 +13,7 @@ has_old_gpu() { # a GPU of compute capability below 7.5
 
 setup_env() {
   local root env stamp wanted log constraints=${CONSTRAINTS-} why=
+  unset CDPATH # with it, cd may go elsewhere, and prints
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   env=${VIRTUAL_ENV:-}
   if [[ -z $env && -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != base ]]; then

@@ -50,6 +50,12 @@ def test_frozen_parameters_are_left_out():
 # Optimizers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("opt", ["adan", "adahessian", "none"])
+def test_optimizers_that_cannot_be_used(opt):
+    with pytest.raises(ValueError, match=f"^opt {opt}: "):
+        build_optimizer(parameter_groups(nn.Linear(3, 2), 0.05), opt, 1e-3)
+
+
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lion", "nadamw", "adafactor", "momentum"])
 def test_optimizers_by_name(opt):
     groups = parameter_groups(nn.Linear(3, 2), 0.05)
@@ -271,10 +277,11 @@ def test_options_of_the_optimizer_are_those_of_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "opt, precision", [*((opt, "fp32") for opt in ("adamw", "sgd", "momentum", "lamb", "lion")), ("adamw", "fp16")]
+    "opt, precision",
+    [*((opt, "fp32") for opt in ("adamw", "sgd", "momentum", "lamb", "lion", "novograd")), ("adamw", "fp16")],
 )
 def test_a_stepper_goes_on_exactly(opt, precision, tmp_path):
-    """Through a file. Lamb counts its steps in the groups, fp16 has a scaler."""
+    """Through a file. Lamb counts its steps in the groups, NovoGrad has a scalar per weight, fp16 has a scaler."""
     one, other = make(opt, precision=precision), make(opt, precision=precision)
     for step in range(7):
         run(one, [data(4, step)])

@@ -3,6 +3,7 @@
 Runs are processes of a fork server (fixtures_finetuning.py).
 """
 
+import argparse
 import csv
 import functools
 import os
@@ -20,8 +21,9 @@ from datasets_finetune import few_shot
 from evaluation import Evaluator
 from meters import RunLog
 from modeling_finetune import MODELS
+from options import check_start
 from options_finetune import get_args, read_data_list
-from utils import EXIT_REQUEUE
+from utils import EXIT_REQUEUE, RunError
 
 pytest_plugins = "fixtures_finetuning"
 CLASSES = np.array(["riding a bike", "a rabbit", "phoning"])
@@ -129,7 +131,7 @@ def test_workers_that_are_killed_end_a_test_with_one_line(start_program, data, t
     """For example by the kernel, out of memory; torch reports it from a signal handler, wherever the program is."""
     (tmp_path / "test.csv").write_text(100 * (data / "train.csv").read_text())
     argv = [*TINY, *CUSTOM, "--data_path", tmp_path, "--eval", "--finetune", trained.best, "--num_workers", 2]
-    run = start_program(NAME, *argv)
+    run = start_program(NAME, *argv, "--worker_timeout", 20)  # while they start, nothing reports their end
     run.wait_for("test begins")
     while not (workers := Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()):
         assert run.processes[0].is_alive()
@@ -185,13 +187,17 @@ def test_fine_tuning_tells_how_clips_differ_from_those_of_pretraining(run, custo
 
 
 def test_a_resume_tells_what_is_new_about_clips_and_optimizer(run, custom, trained, tmp_path):
-    """At the end of the run, so that nothing is left but the test."""
+    """At the end of the run it is refused: the test would be of a model with other options."""
     new = "--sampling_rate 3 --drop_path 0.2 --opt_betas 0.8 0.99 --layer_decay 0.9 --output_dir".split()
     new.append(tmp_path / "run")
     last = trained.folder / f"checkpoint-{EPOCHS - 1}.pth"
     found = run(*custom, *TRAIN, "--epochs", EPOCHS, "--resume", last, *new)
+    text = f"error: {last} is of a finished run with --drop_path 0.0 (here 0.2)"
+    assert found.code == 1 and text in found.err, found.all
+    found = run(*custom, *TRAIN, "--epochs", EPOCHS + 1, "--resume", last, *new)
     assert found.code == 0 and f"resuming from {last}" in found.out, found.all
-    told = "--drop_path 0.0 (here 0.2), --layer_decay 1.0 (here 0.9), --opt_betas [0.9, 0.999] (here [0.8, 0.99]), "
+    told = f"--drop_path 0.0 (here 0.2), --epochs {EPOCHS} (here {EPOCHS + 1}), --layer_decay 1.0 (here 0.9), "
+    told += "--opt_betas [0.9, 0.999] (here [0.8, 0.99]), "
     told += "--sampling_rate 2 (here 3)"
     assert f"{last} was trained with {told}\n" in found.out
 
@@ -212,6 +218,34 @@ def test_a_folder_with_a_run_from_other_weights_is_not_resumed(run, custom, trai
     refused = run(*options, "--finetune", other)
     text = f"error: {last} is of a run that started from {start}, not from {other}: choose another --output_dir"
     assert refused.code == 1 and text in refused.err, refused.all
+
+
+def test_a_run_from_another_encoder_is_another_one(tmp_path):
+    """Weights are compared by their contents, or by their name."""
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"first" if name < "c" else b"other")
+    first = argparse.Namespace(encoder="ViT-B-16", encoder_weights=str(tmp_path / "a"))
+    check_start(first, {}, "")
+    for encoder, weights in (("ViT-B-16", "b"), ("ViT-B-16", "c"), ("ViT-L-14", "a"), ("ViT-B-16", "random")):
+        path = str(tmp_path / weights) if weights < "d" else weights
+        args = argparse.Namespace(encoder=encoder, encoder_weights=path)
+        if (encoder, weights) == ("ViT-B-16", "b"):
+            check_start(args, vars(first), "x.pth")
+        else:
+            with pytest.raises(RunError, match=f"x.pth is of .* from ViT-B-16 .*/a, not from {encoder} {path}: choose"):
+                check_start(args, vars(first), "x.pth")
+
+
+def test_the_best_weights_are_of_the_run_that_is_tested(run, custom, tmp_path):
+    """And not of epochs that were trained before the run went back to an earlier checkpoint."""
+    options = [*custom, *TRAIN, "--epochs", 3, "--output_dir", tmp_path]
+    assert (found := run(*options, "--save_ckpt_freq", 1)).code == 0, found.all
+    best = read(tmp_path / "checkpoint-best.pth")["best"]
+    back = ["--no_auto_resume", "--resume", tmp_path / "checkpoint-0.pth", "--lr", 0, "--min_lr", 0]
+    assert (found := run(*options, *back)).code == 0, found.all
+    kept, now = read(tmp_path / "checkpoint-0.pth")["model"], read(tmp_path / "checkpoint-best.pth")["model"]
+    assert all(torch.equal(now[name], value) for name, value in kept.items())
+    assert (tmp_path / "checkpoint-best.other.pth").exists() == (best["epoch"] > 0)
 
 
 def test_a_warm_up_as_long_as_the_run_is_reported(run, custom):

@@ -101,6 +101,8 @@ def test_clips_are_those_of_the_training(run, encoder, videos, tmp_path):
     np.testing.assert_allclose(features_of(tmp_path / "features")[0], expected, atol=1e-4)
     other = run(*options, "--sampling", "dense", file=NAME)
     assert "was trained with --sampling segments (here dense)" in other.out and other.code == 1  # another folder
+    windows = run(*options, "--stride", 4, "--output_dir", tmp_path / "windows", file=NAME)  # which are dense
+    assert windows.code == 0 and "--sampling segments" not in windows.out, windows.all
 
 
 def test_a_checkpoint_that_was_written_again(run, encoder, videos, tmp_path):

@@ -40,6 +40,8 @@ WRONG = {  # options: what is said; {t}: the folder of wrong files
     "--sampling_rate 0": "--sampling_rate 0: must be at least 1",
     "--epochs 0": "--epochs 0: must be at least 1",
     "--target_type dino_v1": "--target_type dino_v1 needs --distillation_teacher dino_s or dino_b",
+    "--distillation_teacher dino_b": "--distillation_teacher dino_b: add --target_type dino_v1",
+    "--teacher_model resnet18": "--teacher_model and other options --teacher_... are of --target_type timm: add it",
 }
 BY_NAME = """--mask_ratio 1.5, --mask_ratio -0.5, --mask_ratio nan, --mask_ratio 0.1, --first_stage_path {t}/none.pth,
     --resume {t}/none.pth, --batch_size 0, --seed -1, --num_workers -1, --decoder_depth -1,

@@ -3,6 +3,7 @@ table and the picture by themselves.
 """
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def test_all_cells_run_to_the_table(severe, severe_data, tmp_path):
     assert again.code == 0 and again.out.count(": done, in ") == 8 and again.table == found.table[-15:]
     shutil.copy(severe_data["MODEL_PATH"], tmp_path / "other.pth")  # not to be given the figures of the first one
     other = severe("run_all.sh", *TINY, **OPTIONS, MODEL_PATH=str(tmp_path / "other.pth"))
-    assert other.code == 1 and f"not of {tmp_path / 'other.pth'}: choose another OUTPUT_DIR" in other.err
+    assert other.code == 1 and re.search(f"not of {tmp_path / 'other.pth'} .*: choose another OUTPUT_DIR", other.err)
+    other = severe("run_all.sh", *TINY, "--seed", "1", **OPTIONS)
+    assert other.code == 1 and "--seed 1" in other.err and "choose another OUTPUT_DIR" in other.err
 
 
 def test_cells_are_tried_without_writing(severe, tmp_path):

@@ -8,6 +8,8 @@
 # Finished scores are kept and interrupted runs resume. On a GPU all rows of a seed run in parallel, else two. Needs the
 # environment of scripts/quickstart.sh, or requirements*.txt. scripts/mini/results.py makes the table.
 set -euo pipefail
+unset CDPATH # with it, cd may go elsewhere, and prints
+[[ -z ${OUT:-} ]] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 ALL_ROWS=(scratch pixel-tube pixel-two-stages teacher-tube two-stages two-stages-tube stage1 pixel-overlay-tube
   teacher-overlay-tube black teacher)
@@ -103,12 +105,12 @@ trap 'kill $! 2>/dev/null || true' EXIT
 if [[ ${2:-} == -* ]]; then # a row of your own
   for seed in $SEEDS; do
     printf '%s\0' "$seed"
-  done | xargs -0 -P "$JOBS" -I{} bash "$0" --row {} "$@"
+  done | xargs -0 -P "$JOBS" -I{} bash scripts/mini/run_benchmark.sh --row {} "$@"
 else
   for seed in $SEEDS; do
     for row in "${rows[@]}"; do
       printf '%s\n' "$seed $row"
     done
-  done | xargs -P "$JOBS" -L 1 bash "$0" --row
+  done | xargs -P "$JOBS" -L 1 bash scripts/mini/run_benchmark.sh --row
 fi
 python scripts/mini/results.py benchmark "$OUT"

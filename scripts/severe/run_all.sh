@@ -8,6 +8,7 @@
 # OUTPUT_DIR/severe.csv and drawn in OUTPUT_DIR/severe.png. Variables of the cells' scripts (GPUS, BATCH_SIZE, ...) come
 # from the environment; options after the script are passed to all programs: bash scripts/severe/run_all.sh --seed 1
 set -euo pipefail
+unset CDPATH # with it, cd may go elsewhere, and prints
 
 # Folders with train.csv, val.csv, test.csv: SEVERE.md has the commands that write them.
 : "${SSV2:=/path/to/ssv2}"
@@ -30,11 +31,12 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../common.sh"
 require_paths MODEL_PATH
 [[ $MODEL_PATH == hf://* ]] || MODEL_PATH=$(realpath "$MODEL_PATH")
+run="$MODEL_PATH${*:+ $*}${CLASS_OPTIONS:+ $CLASS_OPTIONS}${COUNT_OPTIONS:+ $COUNT_OPTIONS}" # as a finished cell records it
 for cell in $CELLS; do
   [[ -n ${FOLDERS[$cell]:-} ]] || die "CELLS: no cell $cell; there are ${!FOLDERS[*]}"
   model=$OUTPUT_DIR/$cell/model_path.txt # of a finished cell
-  [[ ! -e $model || $(<"$model") == "$MODEL_PATH" ]] ||
-    die "$OUTPUT_DIR/$cell is of MODEL_PATH=$(<"$model"), not of $MODEL_PATH: choose another OUTPUT_DIR (or remove $model)"
+  [[ ! -e $model || $(<"$model") == "$run" ]] ||
+    die "$OUTPUT_DIR/$cell is of MODEL_PATH=$(<"$model"), not of $run: choose another OUTPUT_DIR (or remove $model)"
 done
 
 is_done() {
@@ -74,7 +76,7 @@ run_cell() {
     echo "$cell: $note"
   fi
   if is_done "$folder"; then
-    echo "$MODEL_PATH" >"$folder/model_path.txt"
+    echo "$run" >"$folder/model_path.txt"
   fi
 }
 
