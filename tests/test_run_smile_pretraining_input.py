@@ -40,8 +40,6 @@ WRONG = {  # options: what is said; {t}: the folder of wrong files
     "--sampling_rate 0": "--sampling_rate 0: must be at least 1",
     "--epochs 0": "--epochs 0: must be at least 1",
     "--target_type dino_v1": "--target_type dino_v1 needs --distillation_teacher dino_s or dino_b",
-    "--distillation_teacher dino_b": "--distillation_teacher dino_b: add --target_type dino_v1",
-    "--teacher_model resnet18": "--teacher_model and other options --teacher_... are of --target_type timm: add it",
 }
 BY_NAME = """--mask_ratio 1.5, --mask_ratio -0.5, --mask_ratio nan, --mask_ratio 0.1, --first_stage_path {t}/none.pth,
     --resume {t}/none.pth, --batch_size 0, --seed -1, --num_workers -1, --decoder_depth -1,
@@ -100,6 +98,16 @@ LATER = {  # options: a pattern; {ref}: a checkpoint
     "--target_type clip --clip_model ViT-X": "--clip_model ViT-X: not among",
     "--target_type clip --clip_weights none.pt": "--clip_weights none.pt: no such file",
 }
+
+
+@pytest.mark.parametrize(
+    "options, target", [("--distillation_teacher dino_b", "dino_v1"), ("--teacher_weights x.pth", "timm")]
+)
+def test_a_teacher_that_is_named_is_not_silently_another_one(options, target, data_args):
+    found = find_problems(get_args([*map(str, data_args), *options.split()])).found
+    assert len([problem for problem in found if f"--target_type {target}" in problem]) == 1
+    found = find_problems(get_args([*map(str, data_args), *options.split(), "--target_type", "pixel"])).found
+    assert not found
 
 
 @pytest.mark.parametrize("options", LATER)
