@@ -6,17 +6,19 @@ Runs are processes of a fork server (fixtures_finetuning.py).
 import argparse
 import csv
 import functools
+import itertools
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fixtures_finetuning import CUSTOM, EPOCHS, NAME, PLAIN, TINY, TRAIN, log_of, test_metrics_of
 
+import evaluation
 from datasets_finetune import few_shot
 from evaluation import Evaluator
 from meters import RunLog
@@ -127,19 +129,26 @@ def test_an_average_of_the_weights_is_validated_and_tested(run, custom, trained,
     assert again.code == 0 and len(metrics) == 2 and metrics[0] == metrics[1]
 
 
-def test_workers_that_are_killed_end_a_test_with_one_line(start_program, data, trained, tmp_path):
+def kill_workers_at_view(number):
+    """Have all loader workers die while the program computes a view."""
+    normalize, views = evaluation.normalize_clips, itertools.count(1)
+
+    def kill_and_normalize(*args):
+        if next(views) == number:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        return normalize(*args)
+
+    evaluation.normalize_clips = kill_and_normalize
+
+
+def test_workers_that_are_killed_end_a_test_with_one_line(run, data, trained, tmp_path):
     """For example by the kernel, out of memory; torch reports it from a signal handler, wherever the program is."""
-    (tmp_path / "test.csv").write_text(100 * (data / "train.csv").read_text())
+    (tmp_path / "test.csv").write_text(10 * (data / "train.csv").read_text())
     argv = [*TINY, *CUSTOM, "--data_path", tmp_path, "--eval", "--finetune", trained.best, "--num_workers", 2]
-    run = start_program(NAME, *argv, "--worker_timeout", 20)  # while they start, nothing reports their end
-    run.wait_for("test begins")
-    while not (workers := Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()):
-        assert run.processes[0].is_alive()
-    for pid in workers:
-        os.kill(int(pid), signal.SIGKILL)
-    ended = run.end()
-    lines = [line for line in ended.err.splitlines() if line.startswith("error: the data loader failed (DataLoader")]
-    assert ended.code == 1 and len(lines) == 1 and "Traceback" not in ended.err, ended.err[-1000:]
+    found = run(*argv, before=functools.partial(kill_workers_at_view, 3))
+    lines = [line for line in found.err.splitlines() if line.startswith("error: the data loader failed (DataLoader")]
+    assert found.code == 1 and len(lines) == 1 and "Traceback" not in found.err, found.err[-1000:]
 
 
 SEEN = ["--num_workers", "0", "--test_num_segment", "2", "--test_num_crop", "3"]  # what does not belong to the training
