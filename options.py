@@ -17,7 +17,7 @@ from checkpoints import Position, find_resume, lock_folder, restore
 from datasets import ChunkSampler, VideoCheck, VideoDataset, build_loader, collate
 from lists import VideoList
 from optim_factory import DTYPES, Stepper, build_optimizer, cosine_schedule, distribute, pick_precision
-from training import Run, RunOptions
+from training import Best, Run, RunOptions
 from utils import RunError, logger, rank, user_errors, world_size
 from video_reader import READERS
 from weights import fingerprint, load_strictly, read_checkpoint, stored_options
@@ -173,6 +173,8 @@ def check_start(args: argparse.Namespace, stored: dict[str, Any], source: str) -
     Raises RunError if that run started from others, wherever their files were.
     """
     before, here = stored.get("start_weights"), {name: value for name in STARTS if (value := getattr(args, name, ""))}
+    if before == "" and stored.get("encoder"):  # by an earlier version, which did not note encoders
+        before = None
     contents = lambda name, value: fingerprint(value) if name != "encoder" and os.path.exists(value) else value
     now = " ".join(contents(*start) for start in here.items()) or before or ""
     if before is not None and before != now:
@@ -301,6 +303,17 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     return RunOptions(**values)
 
 
+def is_finished(args: argparse.Namespace, position: Position, best: Best) -> bool:
+    """Whether nothing is left to train, by --epochs and --stop_epoch or by --patience."""
+    stalled = not position.step and patience_exhausted(args, best, position.epoch - 1)
+    return position.epoch >= min(args.stop_epoch or args.epochs, args.epochs) or stalled
+
+
+def patience_exhausted(args: argparse.Namespace, best: Best, epoch: int) -> bool:
+    """Whether the last --patience validations up to `epoch` were no better than those before."""
+    return best.epoch >= 0 and 0 < getattr(args, "patience", 0) <= (epoch - best.epoch) // args.val_freq
+
+
 def start(
     args: argparse.Namespace,
     dataset: VideoDataset,
@@ -325,8 +338,9 @@ def start(
     if found:
         position = restore(found, contents, stepper, sampler.layout)
         others = warn_differences(args, stored, source, sorted(vars(args).keys() - FREE))
-        if others and position.epoch >= min(args.stop_epoch or args.epochs, args.epochs):
-            raise RunError(f"{source} is of a finished run with {others}: take another --output_dir or more --epochs")
+        if others and "best" in contents and is_finished(args, position, contents["best"]):
+            remedy = "take another --output_dir, or raise --epochs (--stop_epoch)"
+            raise RunError(f"{source} is of a finished run with {others}: {remedy}")
     elif first_weights:
         load_strictly(model, first_weights)
     if "best" in contents and args.output_dir and not args.dry_run:

@@ -139,11 +139,6 @@ def build_loss(
     return loss, BatchAugmentation(norm, eraser, mixup)
 
 
-def patience_exhausted(args: argparse.Namespace, best: Best, epoch: int) -> bool:
-    """Whether the last --patience validations up to `epoch` were no better than those before."""
-    return best.epoch >= 0 and 0 < args.patience <= (epoch - best.epoch) // args.val_freq
-
-
 def train(args: argparse.Namespace, device: torch.device, model: nn.Module, evaluator: Evaluator) -> int:
     """Fine-tune or probe `model`, validating as it goes; returns the exit code."""
     output_dir = options.run_options(args).output_dir
@@ -172,7 +167,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
     criterion, augment = build_loss(args, channel_stats("imagenet", device), dataset.videos.labels)
     report()
     with run:
-        if not run.position.step and patience_exhausted(args, best, run.position.epoch - 1):
+        if options.is_finished(args, run.position, best):
             run.stop_epoch = run.position.epoch  # it had stopped early
         for epoch in run.epochs():
             train_one_epoch(stepper.model, criterion, epoch, augment, evaluator.task.train_metrics, ema)
@@ -185,7 +180,7 @@ def train(args: argparse.Namespace, device: torch.device, model: nn.Module, eval
                 best.update(epoch, metrics)
                 shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in evaluator.task.shown)
                 logger.info("validation: %s  (best %.2f in epoch %d)", shown, best.value, best.epoch)
-                epoch.is_last |= patience_exhausted(args, best, epoch.index)
+                epoch.is_last |= options.patience_exhausted(args, best, epoch.index)
     stepper.close(output_dir)
     return run.exit_code
 

@@ -110,7 +110,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     dino = args.target_type == "dino_v1" and args.distillation_teacher not in DINO_MODELS
     default = "target_type" not in args.given
     unused_dino = default and args.distillation_teacher in DINO_MODELS
-    unused_timm = default and any(name.startswith("teacher_") for name in args.given)
+    unused_timm = default and {"teacher_model", "teacher_weights", "teacher_stage"} & set(args.given)
     overlaid = args.mask_type == "tubelet" and not args.add_tubelets
     problems.add(
         {
@@ -127,7 +127,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
             "(--num_sample, and two masks with --multiple_sampling)": uneven,
             f"--target_type dino_v1 needs --distillation_teacher {' or '.join(DINO_MODELS)}": dino,
             f"--distillation_teacher {args.distillation_teacher}: add --target_type dino_v1": unused_dino,
-            "--teacher_model and other options --teacher_... are of --target_type timm: add it": unused_timm,
+            "--teacher_model, --teacher_weights and --teacher_stage are of --target_type timm: add it": unused_timm,
             "--objects_path: add --use_objects, without which patches of the clips are pasted": args.objects_path
             and args.add_tubelets
             and not args.use_objects,

@@ -75,7 +75,10 @@ class Best:
         """Rename ``checkpoint-best.pth`` in a folder and begin anew, if its weights are not those of this best."""
         path, other = Path(folder) / checkpoints.BEST, False
         if utils.rank() == 0 and path.is_file():
-            other = checkpoints.read_checkpoint(path, whole=False).get("best") != self.state_dict()
+            try:
+                other = checkpoints.read_checkpoint(path, whole=False).get("best") != self.state_dict()
+            except utils.RunError:
+                other = True
         if other:
             with utils.user_errors():
                 path.replace(aside := path.with_suffix(".other.pth"))

@@ -3,7 +3,8 @@
 Frame i is the i-th frame that FFmpeg returns when it decodes the file from its start. For most files it is found
 without decoding the others: the timestamps of the packets give the order of the frames, decoding starts at the key
 frame before the wanted one, and frames that no other frame refers to are skipped. If the timestamps do not give that
-order (`is_exact`), the file is decoded from its start and the frames are counted.
+order (`is_exact`), or packets need the file's first one for its palette, the file is decoded from its start and the
+frames are counted.
 """
 
 import os
@@ -379,7 +380,7 @@ def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
     """Return how a frame is to be shown, ``[2, 2]``: (x, y) @ matrix is the place on the screen. None: as it is."""
     try:
         side_data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV 18 knows no kind that FFmpeg 8 has added, such as Exif; this is without mirroring
+    except ValueError:  # PyAV 18 does not know Exif: only turns are known then, and mirrored pictures come out wrong
         cos, sin = (round(f(np.deg2rad(frame.rotation))) for f in (np.cos, np.sin))
         return np.array([[cos, -sin], [sin, cos]]) if frame.rotation else None
     return np.frombuffer(bytes(side_data), np.int32).reshape(3, 3)[:2, :2] if isinstance(side_data, SideData) else None

@@ -7,7 +7,7 @@ import argparse
 import csv
 import functools
 import itertools
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
@@ -135,8 +135,11 @@ def kill_workers_at_view(number):
 
     def kill_and_normalize(*args):
         if next(views) == number:
-            for worker in multiprocessing.active_children():
+            workers = multiprocessing.active_children()
+            for worker in workers:
                 worker.kill()
+            for worker in workers:
+                multiprocessing.connection.wait([worker.sentinel])  # until it has ended
         return normalize(*args)
 
     evaluation.normalize_clips = kill_and_normalize

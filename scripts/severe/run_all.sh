@@ -31,12 +31,21 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../common.sh"
 require_paths MODEL_PATH
 [[ $MODEL_PATH == hf://* ]] || MODEL_PATH=$(realpath "$MODEL_PATH")
-run="$MODEL_PATH${*:+ $*}${CLASS_OPTIONS:+ $CLASS_OPTIONS}${COUNT_OPTIONS:+ $COUNT_OPTIONS}" # as a finished cell records it
+
+# record_of CELL [options]: prints the model and the options of a cell, which model_path.txt holds when it is finished.
+record_of() {
+  local own=$CLASS_OPTIONS
+  [[ $1 != ucf_rc ]] || own=$COUNT_OPTIONS
+  shift
+  echo "$MODEL_PATH${own:+ $own}${*:+ $*}"
+}
+
 for cell in $CELLS; do
   [[ -n ${FOLDERS[$cell]:-} ]] || die "CELLS: no cell $cell; there are ${!FOLDERS[*]}"
   model=$OUTPUT_DIR/$cell/model_path.txt # of a finished cell
-  [[ ! -e $model || $(<"$model") == "$run" ]] ||
-    die "$OUTPUT_DIR/$cell is of MODEL_PATH=$(<"$model"), not of $run: choose another OUTPUT_DIR (or remove $model)"
+  wanted=$(record_of "$cell" "$@")
+  [[ ! -e $model || $(<"$model") == "$wanted" ]] ||
+    die "$OUTPUT_DIR/$cell is of $(<"$model"), not of $wanted: choose another OUTPUT_DIR (or remove $model)"
 done
 
 is_done() {
@@ -76,7 +85,7 @@ run_cell() {
     echo "$cell: $note"
   fi
   if is_done "$folder"; then
-    echo "$run" >"$folder/model_path.txt"
+    record_of "$cell" "$@" >"$folder/model_path.txt"
   fi
 }
 
