@@ -18,8 +18,9 @@ def pytest_addoption(parser):
 
 
 # With pytest-xdist and --no-loadscope-reorder, the files that take longest begin first, so that workers end together.
-SLOW = """learning benchmark severe run_class_finetuning run_smile_pretraining run_repetition_counting deepspeed_stepper
-    hub commands reliability run_feature_extraction mini_benchmark visualization data_loading several_labels""".split()
+SLOW = """learning benchmark severe run_class_finetuning run_class_finetuning_checkpoints run_smile_pretraining
+    run_repetition_counting deepspeed_stepper hub commands reliability run_feature_extraction mini_benchmark
+    visualization data_loading several_labels""".split()
 
 
 def pytest_collection_modifyitems(items):

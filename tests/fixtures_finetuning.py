@@ -5,7 +5,9 @@ A pytest plugin (``pytest_plugins = "fixtures_finetuning"``). No test here: PYTE
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from fixtures_programs import log_of
 from fixtures_video import ROOT, source_frames, write_mp4
 
@@ -20,6 +22,8 @@ LEARN = """--batch_size 3 --num_sample 4 --lr 0.08 --layer_decay 1 --init_scale 
 TRAIN = [*TINY, *PLAIN, *LEARN]
 CUSTOM = ["--data_set", "custom", "--nb_classes", "3"]
 EPOCHS = 20
+CLASSES = np.array(["riding a bike", "a rabbit", "phoning"])
+SEEN = ["--num_workers", "0", "--test_num_segment", "2", "--test_num_crop", "3"]  # what does not belong to the training
 METRICS = ("acc1", "class_acc1", "acc5", "class_acc5", "videos", "views", "unreadable")
 
 
@@ -27,6 +31,10 @@ METRICS = ("acc1", "class_acc1", "acc5", "class_acc5", "videos", "views", "unrea
 def run(start_program):
     """Run the program, or `file`, to its end, in one or more processes: codes, and what they said."""
     return lambda *argv, file=NAME, **how: start_program(file, *argv, **how).end()
+
+
+def read(path):
+    return torch.load(path, map_location="cpu", weights_only=False)
 
 
 def test_metrics_of(log):
