@@ -127,7 +127,7 @@ def read_or_replace(
     Returns:
         the frames, the index they come from, and the bad (path, reason) pairs on the way.
     Raises:
-        RunError: MAX_BAD_IN_A_ROW in a row.
+        RunError: MAX_BAD_IN_A_ROW videos in a row could not be read.
     """
     bad: list[tuple[str, str]] = []
     while len(bad) < MAX_BAD_IN_A_ROW:

@@ -348,6 +348,8 @@ class WindowReader(ViewReader):
         total = len(seconds)
         starts = np.arange(max(total - self.num_frames * self.stride, 0) + 1)
         if self.in_seconds:
+            if not np.isfinite(seconds).all():
+                raise VideoError("its frames have no times, which windows in seconds need")
             moments = seconds[0] + self.every * np.arange(int((seconds[-1] - seconds[0]) / self.every) + 1)
             shown = np.searchsorted(seconds, moments + 1e-6, side="right") - 1  # stamps are rounded
             starts = shown[shown <= starts[-1]]

@@ -82,10 +82,10 @@ def balanced_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:
 
 
 class WeightedCrossEntropy(nn.CrossEntropyLoss):
-    """Weighted loss of each clip, averaged over the number of clips; torch would divide by the sum of their weights.
+    """Cross-entropy averaged over clips; torch would divide by the sum of the weights of their classes.
 
     Args:
-        weight: of the classes, ``[C]``.
+        weight: of the classes, ``[C]``, or None.
     """
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -191,8 +191,8 @@ def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir:
     classes = [str(name) for name in names]
     np.savez(Path(output_dir, "predictions.npz"), video=paths, scores=combined.astype(np.float32), classes=classes)
     if len(videos) == 1:
-        for label in np.argsort(-combined[0])[:TOP]:
-            print(f"{combined[0, label]:.4f}  {names[label]}")
+        for name, score in zip(rows[1][1::2], rows[1][2::2]):
+            print(f"{score}  {name}")
     message = "%d videos: most probable classes in %s, scores of all %d classes in predictions.npz beside it"
     logger.info(message, len(videos), os.path.join(output_dir, "predictions.csv"), task.num_classes)
 
@@ -259,11 +259,11 @@ class Evaluator:
         if not isinstance(model, ProbedEncoder):
             return compute_metrics(scores, videos, self.task)
         found = [
-            compute_metrics([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.rates))
+            compute_metrics([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.lr_wd))
         ]
         best = max(range(len(found)), key=lambda p: found[p][self.task.metric])
         model.best.fill_(best)
-        return found[best] | {"probe_lr": model.rates[best][0], "probe_wd": model.rates[best][1]}
+        return found[best] | {"probe_lr": model.lr_wd[best][0], "probe_wd": model.lr_wd[best][1]}
 
     def test(self, model: nn.Module, videos: VideoList, labelled: bool = True) -> None:
         """Test on all views, or predict the classes of videos that are not `labelled`; see report."""
@@ -300,5 +300,5 @@ class Evaluator:
             log_test(self.output_dir, metrics)
             return
         if labelled:
-            logger.info("%s: its videos have no label (-1), so there are predictions and no accuracy", videos.source)
+            logger.info("%s has no labels (-1): writing predictions, no accuracy", videos.source)
         predict(scores, videos, self.task, self.output_dir)

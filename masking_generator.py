@@ -36,11 +36,11 @@ def tube_mask(rng: np.random.Generator, grid: tuple[int, int, int], ratio: float
 def object_tokens(
     boxes: np.ndarray, grid: tuple[int, int, int], patch_size: tuple[int, int], tubelet_size: int
 ) -> np.ndarray:
-    """Tokens that the moving objects touch.
+    """Tokens of the regions of the moving objects.
 
     A time step covers ``tubelet_size`` frames; an object's region in it spans its boxes in all of them,
-    patches ``floor(min / patch)`` to ``ceil(max / patch)`` *inclusive*. The region therefore extends up to one patch
-    beyond the box to the right and bottom, as in the released models.
+    patches ``floor(min / patch)`` to ``ceil(max / patch)`` *inclusive*. The region therefore has one row
+    and one column of patches more than the box touches, below and to the right, as in the released models.
 
     Args:
         boxes: ``[K, T, 4]`` x1, y1, x2, y2 in pixels; may lie partly or wholly outside the frame.
@@ -78,8 +78,8 @@ def trajectory_mask(
 
     ``tube+traj_mask`` leaves ``int(unmask_ratio * |O|)`` of the object tokens O visible, drawn uniformly;
     ``tube+picked_frame_visible`` leaves O visible in one time step. The count is then balanced to that of the
-    tube mask with single tokens outside O, and inside O only when those run out. So the background is no
-    longer constant over time: about half of its positions flicker. The released models were trained that way.
+    tube mask with single tokens outside O, and inside O only when those run out. So the mask of
+    the background changes over time, at about 40 % of its positions. The released models were trained that way.
 
     Args and returns: see object_tokens; bool ``[N]`` with exactly ``num_masked(grid, ratio)`` True.
     Raises:

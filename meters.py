@@ -134,7 +134,7 @@ class StepMeter:
                 continue
             self.bad_in_a_row = 0
             for name, value in values.items():
-                if math.isfinite(value):  # the norm of a gradient that overflowed in fp16 is not
+                if math.isfinite(value):  # not if a gradient overflowed in fp16, or no object was there
                     self.sums[name] += value
                     self.counts[name] += 1
                     window[name].append(value)

@@ -63,16 +63,16 @@ class ProbedEncoder(nn.Module):
 
     Args:
         kind: linear | attentive.
-        rates: learning rate and weight decay of each probe.
+        lr_wd: learning rate and weight decay of each probe.
     """
 
     def __init__(
-        self, encoder: TokenEncoder, num_heads: int, kind: str, num_classes: int, rates: list[tuple[float, float]]
+        self, encoder: TokenEncoder, num_heads: int, kind: str, num_classes: int, lr_wd: list[tuple[float, float]]
     ):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
-        self.rates = rates
-        self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in rates)
+        self.lr_wd = lr_wd
+        self.probes = nn.ModuleList(PROBES[kind](encoder.embed_dim, num_heads, num_classes) for _ in lr_wd)
         self.best = nn.Buffer(torch.tensor(0))  # index of the probe with the best validation result
 
     def train(self, mode: bool = True) -> "ProbedEncoder":
@@ -90,7 +90,7 @@ class ProbedEncoder(nn.Module):
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """One group per probe, with its rate and decay as multiples of the scheduled `lr` and `weight_decay`."""
         groups = []
-        for probe, (rate, decay) in zip(self.probes, self.rates):
+        for probe, (rate, decay) in zip(self.probes, self.lr_wd):
             scales = {"wd_scale": decay / weight_decay, "lr_scale": rate / lr}
             groups.append({"params": list(probe.parameters()), "weight_decay": decay, **scales})
         return groups

@@ -66,7 +66,7 @@ class PixelTarget(nn.Module):
 class FusedAttention(nn.Module):
     """nn.MultiheadAttention, computed by scaled_dot_product_attention.
 
-    Without torch.compile the original is as fast. Compiled, it leaves its fast path and copies its weights per token.
+    Without torch.compile the original is as fast; compiled, it copies its weights for each token.
     """
 
     def __init__(self, attention: nn.MultiheadAttention):

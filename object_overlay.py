@@ -20,7 +20,9 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+from scipy.ndimage import gaussian_filter1d
 
+from lists import read_text
 from shards import ShardError, names_below, opened, problem_of, split
 
 REFERENCE_SIZE = 224  # pixels; the frame size all constants below are given for
@@ -51,7 +53,10 @@ def find_objects(objects_path: str, objects_list: str | None = None) -> list[str
         raise ValueError(f"objects_path {objects_path}: no such folder (expected <category>/<name>.png below it)")
     source = f"objects_list {objects_list}" if objects_list else f"objects_path {objects_path}"
     if objects_list:
-        found = [line.strip() for line in Path(objects_list).read_text("utf-8-sig").splitlines() if line.strip()]
+        try:
+            found = [line.strip() for line in read_text(objects_list).splitlines() if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"objects_list {error}") from error
         if outside := [name for name in found if os.path.isabs(name) or ".." in Path(name).parts]:
             raise ValueError(f"{source}: {outside[0]!r} leaves the objects folder")
         if found and all(problem_of(os.path.join(objects_path, name)) for name in found[:100]):
@@ -182,16 +187,6 @@ def key_frame_curve(
     return values
 
 
-@lru_cache
-def _gaussian_smoother(points: int, sigma: float) -> np.ndarray:
-    """Compute the ``[points, points]`` matrix of a Gaussian filter cut at 4 sigma, edges reflected (as in SciPy)."""
-    radius = int(4 * sigma + 0.5)
-    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    padded = np.pad(np.eye(points), ((radius, radius), (0, 0)), mode="symmetric")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * radius + 1, axis=0)
-    return windows @ (kernel / kernel.sum())
-
-
 def gaussian_path(
     rng: np.random.Generator, num_frames: int, size: np.ndarray, frame: tuple[int, int], unit: float = 1.0
 ) -> np.ndarray:
@@ -205,11 +200,8 @@ def gaussian_path(
         box centres, whole pixels as float, ``[T, 2]``.
     """
     limits = np.asarray(frame)
-    low = 1 + size / 2
-    room = np.maximum(0, limits - 1 - size / 2 - low)
-    smooth = _gaussian_smoother(PATH_POINTS, PATH_SIGMA) @ (low + room * rng.random((PATH_POINTS, 2)))
-    smooth -= smooth.min(axis=0)
-    smooth /= np.maximum(smooth.max(axis=0), 1e-6)
+    smooth = gaussian_filter1d(rng.random((PATH_POINTS, 2)), PATH_SIGMA, axis=0)
+    smooth = (smooth - smooth.min(axis=0)) / np.ptp(smooth, axis=0)
     least, most = (int(side * unit) for side in PATH_EXTENT)
     extent = min(int(rng.integers(least, max(most, least + 1))), min(frame) - 1)
     path = smooth * extent + rng.integers(0, limits - extent)
@@ -313,7 +305,7 @@ class ObjectOverlay:
         num_rois: objects per clip, K.
         speed: factor on movement, rotation and growth; 0: objects stand still.
     Raises:
-        ValueError: unknown motion.
+        ValueError: unknown motion, no objects, or objects without size.
     """
 
     frame: tuple[int, int]
@@ -326,6 +318,8 @@ class ObjectOverlay:
     def __post_init__(self):
         if self.motion not in MOTION_TYPES:
             raise ValueError(f"unknown motion_type {self.motion!r}, choose from {tuple(MOTION_TYPES)}")
+        if self.num_rois < 1 or min(self.scales) < 1:
+            raise ValueError(f"num_rois {self.num_rois}, scales from {min(self.scales)}: both must be at least 1")
         self.unit = min(self.frame) / REFERENCE_SIZE
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ FUSED = ("adamw", "adam")  # a fused SGD whose first step is skipped has uniniti
 def cosine_schedule(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
     """Return a value at `step`: linear from `start` to `base` over `warmup` steps, then a cosine to `final` at `total`.
 
-    The last step of the warm-up has the value `base` (recipe of MAE and VideoMAE).
+    The last of several warm-up steps has the value `base`, a single one `start` (recipe of MAE and VideoMAE).
     """
     if step < warmup:
         return start + (base - start) * step / max(1, warmup - 1)
@@ -135,8 +135,8 @@ class Stepper:
     device: torch.device
     precision: str
     update_freq: int  # micro-batches per step
-    lr: Callable[[int], float]  # of an optimizer step, counted over the whole run
-    weight_decay: Callable[[int], float]
+    lr_schedule: Callable[[int], float]  # of an optimizer step, counted over the whole run
+    weight_decay_schedule: Callable[[int], float]
     clip_grad: float | None = None  # largest gradient norm; None: no clipping
 
     def __post_init__(self):
@@ -153,7 +153,7 @@ class Stepper:
 
     def schedule(self, step: int) -> dict[str, float]:
         """Set learning rate and weight decay of an optimizer step and return them for the log."""
-        lr, weight_decay = self.lr(step), self.weight_decay(step)
+        lr, weight_decay = self.lr_schedule(step), self.weight_decay_schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = weight_decay * group["wd_scale"]

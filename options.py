@@ -36,10 +36,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> Callable[..., argpars
     add("--num_frames", type=int, default=16, help="frames per clip")
     add("--sampling_rate", type=int, default=4, help="stride of the sampled frames")
     add("--input_size", type=int, default=224, help="height and width of clips, pixels")
-    add("--reader", choices=READERS, default="pyav", help="decoder of the videos; decord: as released")
-    add("--num_workers", type=int, default=10, help="loader processes per GPU")
-    add("--pin_mem", action="store_true", default=True, help="page-locked memory for batches")
-    add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
+    add("--reader", choices=READERS, default="pyav", help="video decoder; the released code uses decord")
+    add("--num_workers", type=int, default=10, help="data loader workers per GPU")
+    add("--pin_mem", action="store_true", default=True, help="load batches into page-locked memory")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="load batches into ordinary memory")
     add("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
     add("--max_bad_fraction", type=float, default=0.05, help="stop if a larger fraction of the videos is unreadable")
     return add
@@ -75,12 +75,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log_interval", type=int, default=10, help="steps between console lines")
     add("--save_ckpt_freq", type=int, default=20, help="epochs between numbered checkpoints")
     add("--save_ckpt_minutes", type=float, default=15, help="minutes between saves of checkpoint-latest.pth; 0: never")
-    add("--save_ckpt_steps", type=int, default=0, help="optimizer steps between them; 0: never")
+    add("--save_ckpt_steps", type=int, default=0, help="steps between saves of checkpoint-latest.pth; 0: never")
     add("--resume", default="", help="checkpoint to resume from")
-    add("--auto_resume", action="store_true", default=True, help="resume from the furthest in output_dir")
-    add("--no_auto_resume", action="store_false", dest="auto_resume", help="do not")
+    add("--auto_resume", action="store_true", default=True, help="resume from the latest checkpoint in output_dir")
+    add("--no_auto_resume", action="store_false", dest="auto_resume", help="ignore checkpoints in output_dir")
     add("--seed", type=int, default=0, help="seed of weights, clips and masks")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cuda: where there is one")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cuda: the CPU if there is no GPU")
     add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: bf16 or fp16 on a GPU, else fp32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--dry_run", action="store_true", help="check everything, time a few steps, write nothing")
@@ -127,8 +127,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 CLIP_OPTIONS = ("num_frames", "sampling_rate", "input_size")
-OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr", "min_lr",
-             "warmup_lr", "warmup_epochs", "warmup_steps", "epochs", "layer_decay")  # fmt: skip
 STARTS = ("first_stage_path", "finetune", "encoder", "encoder_weights")  # what a run starts from
 # Options that a resumed run may change without a warning: they do not change what it computes, or only its tests.
 FREE = {"output_dir", "log_dir", "log_interval", "save_ckpt_freq", "save_ckpt_minutes", "save_ckpt_steps", "resume",

@@ -38,8 +38,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, metavar="NAME", default="vit_base_patch16_224", help=", ".join(MODELS))
     add("--finetune", default="", help="checkpoint to start from, or to test with --eval")
-    add("--model_key", default="", help="key of its weights, such as `model|module`; '': the usual ones")
-    add("--model_prefix", default="", help="prefix of their names, besides the usual encoder.")
+    add("--model_key", default="", help="key of the weights in --finetune, such as `model|module`; '': the usual")
+    add("--model_prefix", default="", help="prefix of the weights' names in --finetune, besides the usual encoder.")
     add("--drop", type=float, default=0.0, help="dropout in the blocks")
     add("--attn_drop_rate", type=float, default=0.0, help="dropout of attention")
     add("--drop_path", type=float, default=0.1, help="stochastic depth rate of the last block")
@@ -81,7 +81,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoder", "--encoder_model", default="", metavar="NAME", help=image)
     weights = "of --encoder: an open_clip tag, `timm`, hf-hub:OWNER/NAME, local file, or `random`; '': openai or timm"
     add("--encoder_weights", default="", help=weights)
-    add("--knn", type=int, default=0, metavar="K", help="test K nearest neighbours instead of training")
+    add("--knn", type=int, default=0, metavar="K", help="classify by the K nearest training videos, without training")
 
     add = parser.add_argument_group("validation and test").add_argument
     add("--eval", action="store_true", help="only test --finetune, or the best of output_dir")
@@ -286,15 +286,16 @@ def contradictions(args: argparse.Namespace) -> dict[str, Any]:
     used, tests = probe or knn, evaluates or knn
     return {
         "--examples draws by a rule of its own: omit --samples_per_class and --num_train_videos": args.examples and few,
-        "--resume goes on with a training: name the weights to test with --finetune": args.resume and tests,
+        "--resume continues training: give the weights to test to --finetune": args.resume and tests,
+        "--linear_probe normalises over the batch: it needs 2 clips or more (--batch_size)": args.linear_probe
+        and args.batch_size * args.num_sample < 2,
         "--dry_run tries a training step: omit it with --eval, --predict and --knn": args.dry_run and tests,
         "--linear_probe and --attentive_probe: choose one": args.linear_probe and args.attentive_probe,
         "--knn is a test of its own: give it without --eval, --predict and probes": knn and (evaluates or probe),
         "a frozen encoder needs weights: give --finetune, or --encoder": (head or used) and not weights,
         "--learn head fine-tunes the classifier: omit --linear_probe, --attentive_probe and --knn": head and used,
-        f"--opt {args.opt}: DeepSpeed cuts weights into flat pieces, which is known to be right for "
-        f"{', '.join(ELEMENTWISE)} only; omit --enable_deepspeed": args.enable_deepspeed
-        and args.opt not in ELEMENTWISE,
+        f"--opt {args.opt}: ZeRO shards flattened weights, so only element-wise optimizers work "
+        f"({', '.join(ELEMENTWISE)}); omit --enable_deepspeed": args.enable_deepspeed and args.opt not in ELEMENTWISE,
         f"--encoder {args.encoder}: add --linear_probe, --attentive_probe or --knn": args.encoder and not used,
         "--finetune starts from a video model, and --encoder is an image model with --encoder_weights: omit "
         "one": args.encoder and args.finetune and not evaluates,

@@ -8,7 +8,6 @@ import os
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 import options
@@ -75,18 +73,19 @@ def train_videos(args: argparse.Namespace) -> VideoList:
     """Read the training list, or draw the subset asked for, which is also written to ``train_subset.csv``."""
     data_set = DATA_SETS[args.data_set]
     videos = read_data_list(args, data_set.train_list)
-    if args.examples and len(videos) != data_set.train_videos:
-        source, total = videos.source, data_set.train_videos or "others"
-        logger.warning("--examples: %s has %d videos, SEVERE draws from %s: not its subset", source, len(videos), total)
     if args.examples:
+        if len(videos) != data_set.train_videos:
+            text = "--examples: %s has %d videos, SEVERE draws from %s: not its subset"
+            logger.warning(text, videos.source, len(videos), data_set.train_videos or "others")
         videos = severe_subset(videos, args.examples, num_classes(args))
     elif args.samples_per_class or args.num_train_videos:
         with utils.user_errors("--"):
             videos = few_shot(videos, args.seed, args.samples_per_class, args.num_train_videos)
-    if args.examples or args.samples_per_class or args.num_train_videos:
-        logger.info("training on %d videos drawn from %s", len(videos), videos.source)
-        if args.output_dir and not args.dry_run and utils.rank() == 0:
-            videos.write(os.path.join(args.output_dir, "train_subset.csv"))
+    else:
+        return videos
+    logger.info("training on %d videos drawn from %s", len(videos), videos.source)
+    if args.output_dir and not args.dry_run and utils.rank() == 0:
+        videos.write(os.path.join(args.output_dir, "train_subset.csv"))
     return videos
 
 
@@ -128,15 +127,13 @@ def build_loss(
         eraser = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=norm[0].device)
     if multi_label(args):
         return nn.BCEWithLogitsLoss(), BatchAugmentation(norm, eraser)
-    mixup, loss = None, cast(nn.Module, LabelSmoothingCrossEntropy(smoothing))
+    mixup = None
     if mixes(args):
         draws = (args.mixup_prob, args.mixup_switch_prob, args.mixup_mode)
         soft = {"label_smoothing": smoothing, "num_classes": num_classes(args)}
-        mixup, loss = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, *draws, **soft), SoftTargetCrossEntropy()
-        smoothing = 0.0  # Mixup's labels are smooth already
-    if weights is not None:
-        loss = WeightedCrossEntropy(weights, label_smoothing=smoothing)
-    return loss, BatchAugmentation(norm, eraser, mixup)
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, *draws, **soft)
+        smoothing = 0.0  # Mixup's labels are smoothed already
+    return WeightedCrossEntropy(weights, label_smoothing=smoothing), BatchAugmentation(norm, eraser, mixup)
 
 
 def train(args: argparse.Namespace, device: torch.device, model: nn.Module, evaluator: Evaluator) -> int:
@@ -201,7 +198,8 @@ def load_for_test(args: argparse.Namespace, model: nn.Module, path: str, key: st
 
 def check(args: argparse.Namespace) -> None:
     """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
-    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
+    for name in ("finetune", "resume", "encoder_weights"):
+        setattr(args, name, local_path(getattr(args, name)))
     follow_checkpoint(args)
     find_problems(args).raise_if_any()
     if args.enable_deepspeed and args.zero_stage == 0:

@@ -41,7 +41,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_frames", type=int, default=16, help="frames of a window; there is one on each side")
     add("--input_size", type=int, default=224, help="height and width of the frames, pixels")
     add("--segments_per_video", type=int, default=10, help="training segments per video and epoch")
-    add("--max_frames", type=int, default=300, help="longest training segment (or two cycles)")
+    add("--max_frames", type=int, default=300, help="frames of the longest training segment; two cycles always fit")
     add("--num_workers", type=int, default=4, help="loader processes per GPU")
     add("--worker_timeout", type=float, default=600, help="seconds to wait for a batch before stopping")
     add("--reader", choices=READERS, default="pyav", help="decoder of the videos")
@@ -165,7 +165,7 @@ def find_problems(args: argparse.Namespace) -> options.Problems:
     problems.add(
         {
             "--dry_run tries a training step: omit it with --eval": args.eval and args.dry_run,
-            "--resume goes on with a training: name the weights to test with --finetune": args.eval and args.resume,
+            "--resume continues training: give the weights to test to --finetune": args.eval and args.resume,
         }
     )
     return problems
@@ -181,7 +181,7 @@ def train(args: argparse.Namespace, device: torch.device, model: RepetitionCount
         groups = parameter_groups(model.encoder, args.weight_decay, args.layer_decay)
         groups += parameter_groups(model.head, args.weight_decay)
         stepper = options.build_stepper(args, model, groups, device, sampler.steps_per_epoch)
-    best = Best("mae", float("inf"))
+    best = Best("mae", smaller_is_better=True)
     contents = {"model": model, "args": args, "best": best}
     logger.info(
         "total batch %d segments, %d batches an epoch with %d steps each, %d epochs, lr %.3g, %s on %s",

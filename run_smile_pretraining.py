@@ -1,8 +1,8 @@
 """Pretrain SMILE: the command line, the model and data built from it, and the loop over epochs.
 
 Stage 1 pastes moving objects (``--add_tubelets --mask_type tubelet``); stage 2 starts from its weights
-(``--first_stage_path``) on natural clips with a tube mask. In these two flags, as in the released code, a tubelet is a
-pasted object with its path; everywhere else it is VideoMAE's: the two frames of a patch that make a token.
+(``--first_stage_path``) on natural clips with a tube mask. In these two flags, named by the released code, a tubelet is
+a pasted object with its path; everywhere else it is VideoMAE's cube of 2 x 16 x 16 pixels that becomes a token.
 scripts/pretrain/ holds the recipes.
 """
 
@@ -29,6 +29,7 @@ from video_transforms import BACKGROUNDS, ClipSource
 from weights import check_kind, local_path
 
 GENERATED = ("black", "noise")  # backgrounds that need no files
+TEACHER_WEIGHTS = ("clip_weights", "dino_weights", "teacher_weights")  # options that may name a file
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -146,7 +147,7 @@ def read_videos(args: argparse.Namespace) -> VideoList:
     """List the videos or images that an epoch is made from; for black and noise, --epoch_size entries."""
     if args.background in GENERATED:
         if args.epoch_size < 1:
-            raise ValueError(f"--background {args.background} needs --epoch_size, clips an epoch")
+            raise ValueError(f"--background {args.background} needs --epoch_size, the number of clips per epoch")
         return list_of(f"--background {args.background}", [args.background] * args.epoch_size)
     if args.background == "image":
         with utils.user_errors("--"):
@@ -198,7 +199,7 @@ def describe(args: argparse.Namespace, precision: str, device: torch.device, sam
     epoch = (sampler.num_samples, kind, views, sampler.steps_per_epoch, peak, final)
     logger.info("%d x %s, %d clips of each: %d steps per epoch; lr %.3g falling to %.3g", *epoch)
     stop = args.stop_epoch or args.epochs
-    count = "epochs %d of a schedule of %d: %d in the paper's count, where every clip made of a video counts"
+    count = "training %d of %d scheduled epochs: %d as the paper counts, where every clip made of a video counts"
     logger.info(count, stop, args.epochs, stop * views)
     if kind == "black" and not args.add_tubelets:
         logger.warning("--background black without --add_tubelets: there is nothing in the clips to be learned")
@@ -206,7 +207,7 @@ def describe(args: argparse.Namespace, precision: str, device: torch.device, sam
 
 def check(args: argparse.Namespace) -> None:
     """Fetch the weights that are named ``hf://…``, and raise RunError if anything is wrong with the arguments."""
-    for name in ("first_stage_path", "resume", "clip_weights"):
+    for name in ("first_stage_path", "resume", *TEACHER_WEIGHTS):
         setattr(args, name, local_path(getattr(args, name)))
     find_problems(args).raise_if_any()
 

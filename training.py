@@ -11,6 +11,7 @@ handled here, between iterations. Do not `break` out of the loops: logging and s
                 step.update()
 """
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -56,11 +57,12 @@ class Best:
     """The best validation so far by one metric, whose weights are in ``checkpoint-best.pth``; saved in checkpoints.
 
     Args:
-        worst: a value worse than all others; if positive, smaller values are better.
+        metric: name of a value that is not negative.
     """
 
-    def __init__(self, metric: str, worst: float = -1.0):
-        self.metric, self.smaller_wins, self.value, self.epoch = metric, worst > 0, worst, -1
+    def __init__(self, metric: str, smaller_is_better: bool = False):
+        self.metric, self.smaller_is_better, self.epoch = metric, smaller_is_better, -1
+        self.value = math.inf if smaller_is_better else -1.0
         self.first = self.state_dict()
 
     def state_dict(self) -> dict[str, float]:
@@ -89,7 +91,7 @@ class Best:
     def update(self, epoch: "Epoch", metrics: dict[str, float]) -> None:
         """Add the metrics of a validation to the epoch's log, and save the weights if they are the best so far."""
         before, value = self.state_dict(), metrics[self.metric]
-        if value < self.value if self.smaller_wins else value > self.value:
+        if value < self.value if self.smaller_is_better else value > self.value:
             self.value, self.epoch = value, epoch.index  # before saving, which saves them too
             if not utils.broadcast(epoch.save(checkpoints.BEST)):
                 self.load_state_dict(before)
@@ -183,7 +185,9 @@ class Epoch:
         return self.run.position.step == self.run.steps_per_epoch and not self.run.stopping
 
     def save_before_validation(self) -> bool:
-        """Save before a long operation such as a validation; returns False if told to stop.
+        """Save before a long operation such as a validation; returns whether to start it.
+
+        Not in a dry run, after an incomplete epoch, or if told to stop.
 
         From here to the end of the epoch a signal ends the program at once, without losing anything.
         """
@@ -253,8 +257,10 @@ class Run:
                 self.finish(epoch)
         self.control.close()
         if self.stopping:
+            kept = self.options.output_dir and not self.writer.failures
+            done, remedy = ("saved", "; run the same command to resume") if kept else ("not saved", "")
             place = (self.position.epoch, self.position.step)
-            logger.info("stopped by a signal: saved at epoch %d, step %d; run the same command to resume", *place)
+            logger.info("stopped by a signal: %s at epoch %d, step %d%s", done, *place, remedy)
 
     def save_or_stop(self, epoch: Epoch) -> bool:
         """After a step, save if due or if told to stop; returns whether the epoch ends here."""
@@ -271,13 +277,13 @@ class Run:
         """Log the memory that a dry run took, and the duration of the whole run at the speed of the last steps."""
         count, timed = len(self.dry_times), self.dry_times[WARM_UP:] or self.dry_times[-1:]
         steps = self.steps_per_epoch * (self.stop_epoch - self.position.epoch) - self.position.step + count
-        step, clips = float(np.median(timed)), self.options.batch_size * self.stepper.update_freq * utils.world_size()
+        step, samples = float(np.median(timed)), self.options.batch_size * self.stepper.update_freq * utils.world_size()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self.stepper.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
         logger.info("dry run: %d steps went well, nothing was written; peak memory %.1f GiB", count, peak)
-        text = "%.4g s per step (median of the last %d), %.1f clips per second: %d steps would take %.2f hours"
-        logger.info(text, step, len(timed), clips / step, steps, steps * step / 3600)
+        text = "%.4g s per step (median of the last %d), %.1f samples per second: %d steps would take %.2f hours"
+        logger.info(text, step, len(timed), samples / step, steps, steps * step / 3600)
 
     def finish(self, epoch: Epoch) -> None:
         """Log and save an epoch, and advance the position."""

@@ -27,7 +27,7 @@ EXIT_REQUEUE = 85  # the run was told to stop and has saved a checkpoint: start 
 PATIENCE = 5.0  # seconds that the first process waits for others that end with an error as well
 
 logger = logging.getLogger("smile")
-meeting_place: dist.Store | None = None  # shared by the processes; set by init_distributed
+shared_store: dist.Store | None = None  # shared by the processes; set by init_distributed
 
 
 class RunError(Exception):
@@ -66,7 +66,7 @@ def run_main(function: Any, *args: Any) -> None:
     try:
         code = function(*args)
     except RunError as error:
-        if first_to_say(str(error)):
+        if should_print(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
@@ -86,16 +86,16 @@ def run_main(function: Any, *args: Any) -> None:
     sys.exit(code or 0)
 
 
-def first_to_say(message: str) -> bool:
+def should_print(message: str) -> bool:
     """Return whether this process prints an error message: of those that end with the same one, the first does."""
-    if meeting_place is None:
+    if shared_store is None:
         return True
     try:
-        first = meeting_place.add(f"said: {message}", 1) == 1
-        ended, patience = meeting_place.add("ended", 1), time.monotonic() + PATIENCE
+        first = shared_store.add(f"said: {message}", 1) == 1
+        ended, patience = shared_store.add("ended", 1), time.monotonic() + PATIENCE
         while rank() == 0 and ended < world_size() and time.monotonic() < patience:  # it may host the store
             time.sleep(0.05)
-            ended = meeting_place.add("ended", 0)
+            ended = shared_store.add("ended", 0)
     except RuntimeError:  # the process that hosted the store has ended
         return True
     return first
@@ -198,8 +198,8 @@ def init_distributed(device: str = "cuda", timeout_minutes: float = 30) -> torch
         timeout = datetime.timedelta(minutes=timeout_minutes)
         store, index, world = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
-        global meeting_place
-        store = meeting_place = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        global shared_store
+        store = shared_store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=index, world_size=world, timeout=timeout)
         if not gpu:
             keep_alive(dist.group.WORLD)

@@ -91,7 +91,7 @@ def slow_reasons(path: str, size: int = 224) -> list[str]:
         in_order = video.in_order
     reasons = []
     if in_order:
-        reasons.append("no timestamps to go by: every clip is decoded from the start of the file")
+        reasons.append("frames cannot be found by timestamps: every clip is decoded from the start of the file")
     elif gap > MAX_KEY_FRAME_GAP:
         reasons.append(f"one key frame for all its {total} frames" if len(keys) == 1 else f"key frames {gap} apart")
     if min(height, width) > MAX_ENLARGEMENT * size:

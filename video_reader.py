@@ -61,25 +61,25 @@ class Span(NamedTuple):
 
 
 Choose = Callable[[int], np.ndarray]  # number of frames → indices [T] of the wanted ones, in any order
-Change = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] → [h, w, 3]
+Transform = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] → [h, w, 3]
 
 
-def read_clip(path: str, choose: Choose, reader: str = "pyav", change: Change = lambda frame: frame) -> Clip:
+def read_clip(path: str, choose: Choose, reader: str = "pyav", transform: Transform = lambda frame: frame) -> Clip:
     """Decode the frames that `choose` picks, repeated ones once.
 
     Args:
         choose: called with the number of frames, and called again if that turns out to be wrong.
         reader: one of READERS.
-        change: applied to each frame as it is decoded, so that only the results are in memory together.
+        transform: applied to each frame as it is decoded, so that only the results are in memory together.
     Raises:
         VideoError: missing, unreadable, or without frames.
     """
     try:
         with open_video(path, reader) as video:
-            return take_clip(video, choose, change)
+            return take_clip(video, choose, transform)
     except InexactError:
         with open_video(path, reader, in_order=True) as video:
-            return take_clip(video, choose, change)
+            return take_clip(video, choose, transform)
 
 
 def read_frames(path: str, choose: Choose, reader: str = "pyav") -> np.ndarray:
@@ -87,12 +87,12 @@ def read_frames(path: str, choose: Choose, reader: str = "pyav") -> np.ndarray:
     return read_clip(path, choose, reader).frames
 
 
-def take_clip(video: "PyAVVideo | DecordVideo", choose: Choose, change: Change) -> Clip:
+def take_clip(video: "PyAVVideo | DecordVideo", choose: Choose, transform: Transform) -> Clip:
     """Decode the frames of an open video that `choose` picks. Raises VideoError."""
     indices = choose(len(video.seconds))
     wanted, back = np.unique(indices, return_inverse=True)
     frames = np.empty(0, np.uint8)
-    for number, frame in enumerate(map(change, video.frames(wanted))):
+    for number, frame in enumerate(map(transform, video.frames(wanted))):
         if number == 0:
             frames = np.empty((len(wanted), *frame.shape), np.uint8)
         if frame.shape != frames.shape[1:]:

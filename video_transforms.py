@@ -51,8 +51,9 @@ def multi_scale_box(
 ) -> tuple[int, int, int, int]:
     """Draw a crop box (x, y, width, height).
 
-    Sides are drawn from CROP_SCALES times the short side, width and height at most one scale apart; a side within
-    3 px of the output's is set to it. The position is one of 13: corners, centre, edge midpoints, quarter points.
+    Sides are drawn from CROP_SCALES times the short side, width and height at most one scale apart; a side that
+    differs from the output's by 1 or 2 px is set to it. The position is one of 13: corners, centre, edge midpoints,
+    quarter points.
 
     Args:
         frame: (width, height) of the video.
@@ -96,11 +97,11 @@ class ClipSource:
             return read_clip(path, choose, self.reader)
         if self.kind == "frame":  # the middle one, in every epoch
             found = read_clip(path, lambda total: np.full(self.num_frames, total // 2), self.reader)
-            return found._replace(frames=glide(rng, found.frames[0], self.num_frames, self.pan))
+            return found._replace(frames=pan_window(rng, found.frames[0], self.num_frames, self.pan))
         side = round(max(self.size) * IMAGE_SHARE)
         picture = read_picture(path, side) if self.kind == "image" else np.zeros((16, 16, 3), np.uint8)
         numbers = np.arange(self.num_frames)
-        return Clip(glide(rng, picture, self.num_frames, self.pan), numbers, np.full(len(numbers), np.nan))
+        return Clip(pan_window(rng, picture, self.num_frames, self.pan), numbers, np.full(len(numbers), np.nan))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -127,14 +128,14 @@ def read_picture(path: str, side: int) -> np.ndarray:
     return picture if shrink == 1 else resize(picture[None], height, width)[0]
 
 
-def glide(rng: np.random.Generator, picture: np.ndarray, num_frames: int, share: float) -> np.ndarray:
-    """Move a window over a picture at constant speed in a random direction, by `share` of its short side in all.
+def pan_window(rng: np.random.Generator, picture: np.ndarray, num_frames: int, pan: float) -> np.ndarray:
+    """Move a window over a picture at constant speed in a random direction, by `pan` of its short side in all.
 
     Returns:
-        uint8 ``[T, h, w, 3]``, the largest windows that fit in ``[H, W, 3]``: the whole picture if `share` is 0.
+        uint8 ``[T, h, w, 3]``, the largest windows that fit in ``[H, W, 3]``: the whole picture if `pan` is 0.
     """
     angle = rng.uniform(0, 2 * np.pi)
-    reach = share * min(picture.shape[:2]) * np.array([np.sin(angle), np.cos(angle)])  # down, right
+    reach = pan * min(picture.shape[:2]) * np.array([np.sin(angle), np.cos(angle)])  # down, right
     size = np.array(picture.shape[:2])
     height, width = window = np.maximum(1, size - np.ceil(abs(reach)).astype(int))
     moved = np.rint(np.linspace(0, 1, num_frames)[:, None] * reach - np.minimum(reach, 0)).astype(int)

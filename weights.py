@@ -181,8 +181,8 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> str:
         said = text.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()[0].split(". In PyTorch")[0]
         return f"{path}: not a readable checkpoint ({said[:120]})"
     return (
-        f"{path}: not a readable checkpoint: it holds a {forbidden[1]}, which could run anything and so is "
-        "not read. If you trust its maker, take the weights out where their program is installed: "
+        f"{path}: not a readable checkpoint: it holds a {forbidden[1]}, which can execute code and "
+        "is not loaded. If you trust its source, extract the weights where its program is installed: "
         'python -c "import torch; '
         f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
         "torch.save({'model': c['model']}, 'weights.pth')\", with its own key for 'model' (print(c.keys())), or "
@@ -273,10 +273,9 @@ def load_strictly(model: torch.nn.Module, path: str | Path, key: str = "") -> No
     wrong += [f"{name} is missing in the checkpoint" for name in own if name not in weights]
     wrong += [f"{name} is not in the model" for name in weights if name not in own]
     if wrong:
-        raise RunError(
-            f"{path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more); check --model, "
-            "--decoder_depth and the target"
-        )
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        remedy = "check --model and the options that set its sizes"
+        raise RunError(f"{path} does not fit this model: {wrong[0]}{more}; {remedy}")
     _check_finite(weights, path)
     model.load_state_dict(weights)
     logger.info("loaded %d tensors from %s", len(weights), path)
@@ -295,7 +294,7 @@ def encoder_prefix(weights: Weights, path: str | Path = "checkpoint", prefix: st
     if usual := [prefix + name for name in USUAL_PREFIXES if prefix + name in found]:
         return usual[0]
     if len(found) > 1:
-        raise RunError(f"{path} holds several encoders, {_names(found)}: name one (--model_prefix), or save it alone")
+        raise RunError(f"{path} holds several encoders, {_names(found)}: select one with --model_prefix")
     return found[0] if found else prefix
 
 
@@ -321,7 +320,7 @@ def load_encoder(
     fitting = {name: weights[name] for name in own if name in weights and name not in other}
     wrong = [text for name, text in other.items() if not name.startswith("head.")]
     if not any(name.startswith("blocks.") for name in weights):
-        wrong = ["no weight of it has a name of this model"]
+        wrong = ["none of its parameters has a name of this model"]
     body = ("patch_embed.", "blocks.")
     wrong += [f"{name} is missing in the checkpoint" for name in own if name.startswith(body) and name not in weights]
     wrong += [f"{name} is not in the model" for name in weights if name.startswith(body) and name not in own]

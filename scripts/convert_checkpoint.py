@@ -38,6 +38,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints import save_checkpoint
+from lists import read_text
 from modeling_finetune import PATCH_SIZE, SIZES, TUBELET_SIZE, Size, VisionTransformer, token_grid
 from modeling_pretrain import Encoder, PretrainVisionTransformer, split_tokens
 from options import CLIP_OPTIONS
@@ -246,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
     if destination.exists():
         raise RunError(f"{destination} is already there; remove it or choose another name")
     with user_errors():
-        classes = Path(args.classes).read_text("utf-8-sig").splitlines() if args.classes else []
+        classes = read_text(args.classes).splitlines() if args.classes else []
         destination.parent.mkdir(parents=True, exist_ok=True)
 
     if source.is_dir() and destination.suffix not in FILES:

@@ -88,8 +88,9 @@ def clip_bytes(clip: Clip) -> int:
 def fixed_bytes(name: str, half: bool, finetune: bool) -> int:
     """Bytes of weights, gradients, two moments, the 16-bit weights of autocast, and in pretraining the teacher."""
     module = modeling_finetune if finetune else modeling_pretrain
+    prefix = "vit" if finetune else "pretrain_videomae"
     with torch.device("meta"):
-        model = module.MODELS[f"{'' if finetune else 'pretrain_videomae_'}{'vit_' * finetune}{name}_patch16_224"]()
+        model = module.MODELS[f"{prefix}_{name}_patch16_224"]()
     weights = sum(parameter.numel() for parameter in model.parameters())
     return weights * (18 if half else 16) + (0 if finetune else TEACHER * (2 if half else 4))
 

@@ -11,7 +11,7 @@ import run_visualization
 from datasets import find_images, sample_rng
 from utils import RunError
 from video_reader import VideoError
-from video_transforms import IMAGE_SHARE, glide, read_picture
+from video_transforms import IMAGE_SHARE, pan_window, read_picture
 
 pytest_plugins = "fixtures_video"
 FRAMES, SIDE = 8, 64
@@ -153,7 +153,7 @@ def test_a_picture_glides_evenly_by_its_share(share):
     picture = np.stack([x, y, 0 * x], axis=2).astype(np.uint8)
     angles = []
     for seed in range(40):
-        frames = glide(np.random.default_rng(seed), picture, 12, share).astype(int)
+        frames = pan_window(np.random.default_rng(seed), picture, 12, share).astype(int)
         corners = frames[:, 0, 0, :2]
         size = np.array(frames.shape[2:0:-1])
         np.testing.assert_array_equal(frames[:, -1, -1, :2], corners + size - 1)  # whole pixels, inside

@@ -45,7 +45,7 @@ def test_slow_reasons(odd_videos):
     assert reasons.pop("large.mp4") == ["960 x 576 pixels for clips of 224"]
     assert slow_reasons(str(videos["large.mp4"]), 288) == [] != slow_reasons(str(videos["large.mp4"]), 287)
     [reason] = reasons.pop("broken stamps.mp4")
-    assert reason == "no timestamps to go by: every clip is decoded from the start of the file"
+    assert reason == "frames cannot be found by timestamps: every clip is decoded from the start of the file"
     assert set(map(tuple, reasons.values())) == {()} and len(reasons) >= 3
 
 

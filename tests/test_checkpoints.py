@@ -227,15 +227,15 @@ def test_another_list_or_batch_resumes_only_between_epochs(tmp_path, caplog, lay
         assert resume(layout).epoch == 4 and f"x.pth was saved after an epoch of {here}" in caplog.text
 
 
-@pytest.mark.parametrize("worst, best, epoch", [(-1.0, 5, 2), (float("inf"), 2, 1)])
-def test_the_best_validation_is_the_last_whose_weights_were_written(worst, best, epoch):
+@pytest.mark.parametrize("smaller_is_better, best, epoch", [(False, 5, 2), (True, 2, 1)])
+def test_the_best_validation_is_the_last_whose_weights_were_written(smaller_is_better, best, epoch):
     """The largest number, or where it is an error the smallest; not that of the epoch with a full disk."""
-    kept = Best("number", worst)
+    kept = Best("number", smaller_is_better)
     for index, (number, room) in enumerate([(3, True), (2, True), (5, True), (9, False), (1, False), (3, True)]):
         shown = {}
         kept.update(SimpleNamespace(index=index, save=lambda name, room=room: room, shown=shown), {"number": number})
         assert shown == {"val_number": number}
     assert kept.state_dict() == {"number": best, "epoch": epoch}
-    again = Best("number", worst)
+    again = Best("number", smaller_is_better)
     again.load_state_dict(kept.state_dict())
     assert (again.value, again.epoch) == (best, epoch)

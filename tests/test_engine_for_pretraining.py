@@ -190,7 +190,7 @@ def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(dataset):
     teacher, losses = PixelTarget(), []
     for precision in ("fp32", "bf16"):
         stepper, seen = stepper_of(student_of(teacher), precision=precision), []
-        stepper.lr = lambda step: seen.append(step) or 1e-3
+        stepper.lr_schedule = lambda step: seen.append(step) or 1e-3
         meter = train(run_of(dataset, stepper, 4, steps=2, epoch=3), teacher, multiple_sampling=True)
         losses.append(meter.averages()["train_loss"])
         assert {value.dtype for value in weights(stepper).values()} == {torch.float32}

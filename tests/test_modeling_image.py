@@ -143,7 +143,7 @@ def test_an_image_model_goes_through_the_same_program(run, custom, tmp_path):
         ("--encoder test_vit --learn head", "--encoder test_vit: add --linear_probe"),
         ("--learn head --knn 1 --finetune {b}", "--learn head fine-tunes the classifier: omit"),
         ("--learn head", "a frozen encoder needs weights"),
-        ("--enable_deepspeed --opt lamb", "--opt lamb: DeepSpeed cuts weights into flat pieces"),
+        ("--enable_deepspeed --opt lamb", "--opt lamb: ZeRO shards flattened weights"),
     ],
 )
 def test_what_does_not_go_together_is_reported(data, tmp_path, options, message):

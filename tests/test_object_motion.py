@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from scipy.stats import ks_2samp, kstest
 
-from object_overlay import ASPECT_RATIOS, SCALES, ObjectOverlay, _gaussian_smoother, fit_sprite, gaussian_path
+from object_overlay import ASPECT_RATIOS, SCALES, ObjectOverlay, fit_sprite, gaussian_path
 
 from object_overlay import key_frame_curve, key_frames, linear_path, paste, read_object  # isort: skip
 
@@ -69,11 +69,19 @@ def test_curves_between_key_frames():
 # ----------------------------------------------------------------------------------------------------------- motion
 
 
-@pytest.mark.parametrize("points, sigma", [(48, 8.0), (20, 3.0), (10, 8.0)])
-def test_gaussian_filter_equals_scipy(points, sigma):
-    series = np.random.default_rng(0).normal(size=(points, 2))
-    expected = gaussian_filter1d(series, sigma, axis=0, mode="reflect")
-    np.testing.assert_allclose(_gaussian_smoother(points, sigma) @ series, expected, atol=1e-12)
+@pytest.mark.parametrize("frame, size", [((224, 224), (50, 30)), ((112, 160), (100, 20))])
+def test_gaussian_path_is_the_smoothed_path_of_the_recipe(frame, size):
+    """Points where the object fits, each the mean of its neighbours by a Gaussian of 8 points, stretched and moved."""
+    for seed in range(20):
+        path = gaussian_path(np.random.default_rng(seed), 48, np.array(size), frame)
+        rng, kernel = np.random.default_rng(seed), np.exp(-0.5 * (np.arange(-32, 33) / 8) ** 2)
+        points = rng.uniform(1 + np.array(size) / 2, np.array(frame) - 1 - np.array(size) / 2, (48, 2))
+        padded = np.pad(points, ((32, 32), (0, 0)), mode="symmetric")
+        smooth = np.array([kernel @ padded[i : i + 65] for i in range(48)]) / kernel.sum()
+        smooth = (smooth - smooth.min(axis=0)) / (smooth.max(axis=0) - smooth.min(axis=0))
+        extent = min(int(rng.integers(40, 180)), min(frame) - 1)
+        expected = smooth * extent + rng.integers(0, np.array(frame) - extent)
+        assert np.abs(path - expected + 0.5).max() <= 0.5 + 1e-9  # truncated to whole pixels
 
 
 @pytest.mark.parametrize("frame, unit, low, high", [((224, 224), 1, 40, 180), ((112, 112), 0.5, 20, 90)])
@@ -357,3 +365,9 @@ def test_speed_is_a_factor_on_all_motion(motion):
     still, _ = tracks(speed=0.0)
     assert still[0] < 1 and still[1] == 0 and still[2] < 0.01
     np.testing.assert_allclose(tracks(speed=0.5)[0] / paper, 0.5, atol=0.12)
+
+
+@pytest.mark.parametrize("wrong", [{"num_rois": 0}, {"scales": (0, 64)}, {"motion": "straight"}])
+def test_an_overlay_without_objects_or_of_unknown_motion_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}|unknown motion_type"):
+        ObjectOverlay((224, 224), None, **wrong)

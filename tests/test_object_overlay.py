@@ -37,6 +37,8 @@ def test_find_objects_lists_images_one_folder_deep(tmp_path):
     assert find_objects(str(tmp_path)) == ["bird/c.jpg", "bird/d.webp", "cat/a.PNG", "cat/b.png"]
     listed = write(tmp_path, "list.txt", b"cat/b.png\n\n  bird/c.jpg \n")
     assert find_objects(str(tmp_path), listed) == ["bird/c.jpg", "cat/b.png"]
+    with pytest.raises(ValueError, match=r"objects_list .*latin.txt"):
+        find_objects(str(tmp_path), write(tmp_path, "latin.txt", "caf\u00e9/b.png\n".encode("latin-1")))
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "cat/../../secret.png", "/etc/secret.png"])

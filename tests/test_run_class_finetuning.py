@@ -294,7 +294,7 @@ def test_predictions_of_files_folders_and_lists(run, custom, trained, data, brok
     assert rows[3] == [str(broken["text"])] and float(rows[0][2]) == pytest.approx(scores[0].max(), abs=1e-4)
     (tmp_path / "test.csv").write_text("".join(f"{path} -1\n" for path in wanted))
     found = run(*argv, tmp_path / "eval", "--eval", "--data_path", tmp_path)
-    assert found.code == 0 and "no label (-1), so there are predictions and no accuracy" in found.all, found.all
+    assert found.code == 0 and "has no labels (-1): writing predictions, no accuracy" in found.all, found.all
     with np.load(tmp_path / "eval" / "predictions.npz") as ours:
         np.testing.assert_allclose(ours["scores"], scores, rtol=1e-4, atol=1e-6)
     (tmp_path / "test.csv").write_text(f"{wanted[0]} 2\n{wanted[1]} -1\n")

@@ -64,7 +64,7 @@ def test_what_a_run_logs(reference):
     assert 0.5 < log[1]["train_loss"] < log[0]["train_loss"] < 4  # it learns
     assert "1 process(es) x 4 clips x 2 accumulated = total batch 8, fp32 on cpu" in reference.out
     assert f"2 clips of each: {STEPS} steps per epoch" in reference.out
-    assert "epochs 2 of a schedule of 3: 4 in the paper's count" in reference.out
+    assert "training 2 of 3 scheduled epochs: 4 as the paper counts" in reference.out
     lines = [line for line in reference.out.splitlines() if f"/{STEPS}]" in line]
     assert len(lines) == EPOCHS * STEPS
     assert all(word in lines[3] for word in ("loss ", "lr ", "grad_norm ", "data_time ", "step_time ", "eta "))
@@ -201,6 +201,14 @@ def test_a_run_in_fp16_goes_on_with_its_loss_scale(start, data_args, tmp_path):
     assert all(np.isfinite(line["train_loss"]) for line in log_of(tmp_path / "b"))
 
 
+def test_a_run_that_saves_nothing_does_not_say_that_it_saved(start, data_args):
+    run = start(*TINY, *TRAIN, *data_args, *LONG)
+    run.wait_for("epoch 0 [2/")
+    os.kill(run.pid, signal.SIGTERM)
+    result = run.end()
+    assert result.code == 85 and "stopped by a signal: not saved at epoch 0" in result.out, result.err[-500:]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_the_whole_process_group_is_survived(start, data_args, tmp_path, number):
     """As Slurm, torchrun and Ctrl-C send it: to the loader's workers too."""
@@ -303,7 +311,7 @@ def test_a_dry_run_times_its_last_steps_and_writes_nothing(start, data_args, ref
     result = start(*TINY, *TRAIN, *data_args, *long, "--dry_run", *folders).end()
     assert result.code == 0 and "dry run: 5 steps went well" in result.out and list(tmp_path.iterdir()) == []
     times = [float(time) for time in re.findall(r"loss .* step_time ([\d.e-]+)", result.out)]
-    said = re.search(r"([\d.]+) s per step \(.* last 3\), ([\d.]+) clips .*: (\d+) steps .* ([\d.]+) hours", result.out)
+    said = re.search(r"([\d.]+) s per step .* last 3\), ([\d.]+) samples .*: (\d+) steps .* ([\d.]+) hours", result.out)
     step, speed, steps, hours = (float(number) for number in said.groups())
     assert len(times) == 5 and step == pytest.approx(sorted(times[2:])[1])  # the first two start things up
     assert speed == pytest.approx(4 * 2 / step, rel=1e-2) and steps == 50000 * STEPS

@@ -20,7 +20,7 @@ PROGRAMS = [name for name in SOURCES if name.startswith("run_")]
 MAY_IMPORT = {
     "masking_generator": set(),
     "shards": set(),
-    "object_overlay": {"shards"},
+    "object_overlay": {"lists", "shards"},
     "modeling_finetune": set(),
     "utils": set(),
     "lists": {"shards"},

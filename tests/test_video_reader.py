@@ -278,6 +278,8 @@ def test_windows_by_seconds_begin_with_the_frame_shown_then(every, first):
     assert reader.frame_indices(np.arange(50) / 25)[:, 0].tolist() == first
     late = np.concatenate([np.arange(25) / 25, 1 + np.arange(5) * 0.2])  # 25 frames a second, then 5
     assert reader.frame_indices(late)[:, 0].tolist() == [shown for shown in first if shown < 22]
+    with pytest.raises(VideoError, match="no times"):
+        reader.frame_indices(np.full(50, np.nan))
 
 
 def test_a_video_shorter_than_a_window_has_one(tmp_path):

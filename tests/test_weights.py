@@ -200,8 +200,8 @@ def test_load_strictly_loads_all(tmp_path, caplog):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"0.weight": (5, 3)}, r"0.weight is \[5, 3\] in the checkpoint, \[4, 3\] in the model \(and 0 more\)"),
-        ({"1.bias": None}, r"1.bias is missing in the checkpoint \(and 0 more\)"),
+        ({"0.weight": (5, 3)}, r"0.weight is \[5, 3\] in the checkpoint, \[4, 3\] in the model"),
+        ({"1.bias": None}, r"1.bias is missing in the checkpoint"),
         ({"head.bias": (2,), "x": (1,)}, r"head.bias is not in the model \(and 1 m.*"),
     ],
 )
