@@ -64,13 +64,16 @@ def read_annotations(folder: str, root: str) -> VideoList:
         root: folder of the videos, at most one folder deep. Names of those folders do not matter: UCF101 itself has
             ``HandstandPushups/v_HandStandPushups_g01_c01.avi``.
     Raises:
-        ValueError: no annotation, an invalid one, or one without video.
+        ValueError: no annotation, an invalid one, or one without video or with two.
     """
     files = sorted(Path(folder).glob("*.mat"))
     if not files:
         raise ValueError(f"{folder}: no annotations there (*.mat)")
     found = [path for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))]
-    videos = {path.stem: str(path) for path in found if path.suffix.lower() in VIDEO_SUFFIXES}
+    videos = dict[str, str]()
+    for path in found:
+        if path.suffix.lower() in VIDEO_SUFFIXES and videos.setdefault(path.stem, str(path)) != str(path):
+            raise ValueError(f"--data_root {root}: two videos of one name, {videos[path.stem]} and {path}")
     missing = [file.stem for file in files if file.stem not in videos]
     if missing:
         raise ValueError(

@@ -22,7 +22,7 @@ from tqdm.contrib.logging import tqdm_logging_redirect
 from datasets import VideoStream, init_worker
 from datasets_finetune import EvalDataset, EvalSample, Span, ViewReader
 from lists import VideoList
-from meters import RunLog, guarded
+from meters import RunLog, check_bad_fraction, guarded
 from metrics import Task, VideoScore, combine_views
 from modeling_finetune import channel_stats, normalize_clips
 from modeling_probe import Features, ProbedEncoder, TokenEncoder, nearest_neighbours
@@ -143,11 +143,14 @@ def warn_of_unreadable(scores: list[VideoScore], videos: VideoList, effect: str)
 # Metrics and files ----------------------------------------------------------------------------------------------
 
 
-def compute_metrics(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "") -> dict[str, float]:
+def compute_metrics(
+    scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str = "", title: str = ""
+) -> dict[str, float]:
     """Compute the metrics of a list, the same in all processes, from the scores that each of them has.
 
     Args:
         output_dir: where the first process writes ``test_predictions.npz`` and ``test_per_class.csv``; empty: nowhere.
+        title: with one, the metrics are logged under it, before files are written.
     Returns:
         those of the task, and the numbers of ``videos``, ``views`` and ``unreadable`` videos.
     """
@@ -158,12 +161,15 @@ def compute_metrics(scores: list[VideoScore], videos: VideoList, task: Task, out
         unreadable = warn_of_unreadable(scores, videos, "counted as wrong")
         views = sum(len(score.views) for score in scores)
         metrics = task.measure(combined, labels) | {"videos": len(scores), "views": views, "unreadable": unreadable}
+        if title:
+            logger.info("%s: %s", title, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            log_test(output_dir, metrics)
         if output_dir:
             write_test(Path(output_dir), scores, combined, labels, videos, task)
     return broadcast(metrics)
 
 
-def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str) -> None:
+def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir: str) -> int:
     """Predict the classes of unlabelled videos from the scores of this process; those of a single video are printed.
 
     The first process writes ``predictions.csv``, the most probable classes of each video, and ``predictions.npz``, the
@@ -171,6 +177,8 @@ def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir:
 
     Args:
         output_dir: where to write them; empty: the current folder.
+    Returns:
+        the number of unreadable videos, in all processes.
     Raises:
         RunError: no video could be read.
     """
@@ -179,8 +187,9 @@ def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir:
     warn_of_unreadable(scores[1:] if failed else scores, videos, "no prediction")
     if reason := broadcast(f"{videos.path(scores[0].index)}: {scores[0].error}" if failed else ""):
         raise RunError(f"{videos.source}: no video could be read, the first: {reason}")
+    unreadable = broadcast(sum(bool(score.error) for score in scores))
     if rank() != 0:
-        return
+        return unreadable
     combined, names = combine_views(scores, task.num_classes, task.combine), task.names or range(task.num_classes)
     paths, places = [videos.path(score.index) for score in scores], range(1, min(TOP, task.num_classes) + 1)
     rows: list[list] = [["path", *(f"{head}{place}" for place in places for head in ("class", "score"))]]
@@ -195,6 +204,7 @@ def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir:
             print(f"{score}  {name}")
     message = "%d videos: most probable classes in %s, scores of all %d classes in predictions.npz beside it"
     logger.info(message, len(videos), os.path.join(output_dir, "predictions.csv"), task.num_classes)
+    return unreadable
 
 
 def write_test(
@@ -217,7 +227,7 @@ def write_test(
 
 def write_table(path: Path, rows: list[list]) -> None:
     """Write a CSV file."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", errors="surrogateescape") as file:  # names of files may be any bytes
         csv.writer(file).writerows(rows)
 
 
@@ -235,6 +245,7 @@ class Evaluator:
         task: meaning, number and names of the classes.
         timeout: seconds to wait for a video before stopping.
         output_dir: where the first process writes the scores of a test; empty: nowhere.
+        max_bad_fraction: of the videos, that may be unreadable; see check.
     """
 
     device: torch.device
@@ -245,6 +256,7 @@ class Evaluator:
     num_workers: int = 0
     timeout: float = 0
     output_dir: str = ""
+    max_bad_fraction: float = 1.0
 
     def outputs(
         self, model: nn.Module, videos: VideoList, views: ViewReader, title: str, finish: Finish | None = None
@@ -257,10 +269,13 @@ class Evaluator:
         """Compute metrics on centre clips; of probes, those of the best one, whose index the model keeps."""
         scores = self.outputs(model, videos, self.val_views, "validation", self.task.probabilities)
         if not isinstance(model, ProbedEncoder):
-            return compute_metrics(scores, videos, self.task)
+            metrics = compute_metrics(scores, videos, self.task)
+            self.check(metrics["unreadable"], metrics["videos"])
+            return metrics
         found = [
             compute_metrics([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.lr_wd))
         ]
+        self.check(found[0]["unreadable"], found[0]["videos"])
         best = max(range(len(found)), key=lambda p: found[p][self.task.metric])
         model.best.fill_(best)
         return found[best] | {"probe_lr": model.lr_wd[best][0], "probe_wd": model.lr_wd[best][1]}
@@ -280,8 +295,9 @@ class Evaluator:
         """
         features = Features(encoder)
         known = gather_scores(self.outputs(features, train, self.val_views, "train features"), everywhere=True)
-        if warn_of_unreadable(known, train, "left out") == len(known):
+        if (unreadable := warn_of_unreadable(known, train, "left out")) == len(known):
             raise RunError(f"{train.source}: none of its {len(train)} videos could be read")
+        self.check(unreadable, len(known))
         known = [score for score in known if not score.error]
         queries = self.outputs(features, test, self.val_views, "test features")
         seen = [score for score in queries if not score.error]
@@ -295,10 +311,14 @@ class Evaluator:
     def report(self, scores: list[VideoScore], videos: VideoList, labelled: bool = True) -> None:
         """Write and log metrics from this process's scores, or predictions if there are no labels."""
         if labelled and not self.task.unlabelled(videos):
-            metrics = compute_metrics(scores, videos, self.task, self.output_dir)
-            logger.info("test: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-            log_test(self.output_dir, metrics)
+            metrics = compute_metrics(scores, videos, self.task, self.output_dir, "test")
+            self.check(metrics["unreadable"], metrics["videos"])
             return
         if labelled:
             logger.info("%s has no labels (-1): writing predictions, no accuracy", videos.source)
-        predict(scores, videos, self.task, self.output_dir)
+        unreadable = predict(scores, videos, self.task, self.output_dir)
+        self.check(unreadable, len(videos))
+
+    def check(self, unreadable: float, videos: float) -> None:
+        """Raise RunError if too many videos could not be read; everything is written by then."""
+        check_bad_fraction(unreadable, videos, self.max_bad_fraction, "they are named above")

@@ -205,12 +205,8 @@ class BadFiles:
 
     def check(self, bad: float, videos: float) -> None:
         """Raise RunError if too large a fraction of the videos could not be read."""
-        if bad > self.max_fraction * videos:
-            first = "; ".join(f"{path}: {reason}" for path, reason in list(self.noted.items())[:3])
-            raise RunError(
-                f"{bad:.0f} of {videos:.0f} videos could not be read, more than --max_bad_fraction "
-                f"{self.max_fraction}; the first: {first}"
-            )
+        first = "; ".join(f"{path}: {reason}" for path, reason in list(self.noted.items())[:3])
+        check_bad_fraction(bad, videos, self.max_fraction, f"the first: {first}")
 
     def note(self, path: str, reason: str) -> None:
         """Write a line, unless another process has written it."""
@@ -226,6 +222,13 @@ class BadFiles:
                     file.write(f"{path}\t{reason}".replace("\n", " ") + "\n")
         except OSError as error:
             logger.warning("could not write to %s (%s)", self.file, error.strerror)
+
+
+def check_bad_fraction(bad: float, videos: float, limit: float, more: str) -> None:
+    """Raise RunError, with `more` in its message, if a larger fraction than `limit` of the videos cannot be read."""
+    if bad > limit * videos:
+        counts = f"{bad:.0f} of {videos:.0f} videos could not be read"
+        raise RunError(f"{counts}, more than --max_bad_fraction {limit}; {more}")
 
 
 def loader_failure(error: Exception, issued: Iterable[list[int]], videos: VideoList, hung: int = 1) -> RunError:

@@ -98,7 +98,7 @@ def class_label(text: str, num_classes: int = 0) -> int:
     if not re.fullmatch(r"-?[0-9]+", text):
         hint = (
             "; videos with several labels need --data_set Charades or custom"
-            if re.fullmatch(r"[\d,:.-]+", text)
+            if re.fullmatch(r"[\d,:.-]*[,:][\d,:.-]*", text)
             else ""
         )
         raise ValueError(f"label {text!r} is not a whole number{hint}")

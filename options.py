@@ -147,6 +147,10 @@ def trained_with(path: str) -> dict[str, Any]:
 
 def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names: Iterable[str]) -> None:
     """Take the options `names` that were not given from `stored`, of the run that wrote `source`; log what differs."""
+    unknown = [name for name in CLIP_OPTIONS if name in names and name not in stored and name not in args.given]
+    if unknown:
+        used = ", ".join(f"--{name} {getattr(args, name)}" for name in unknown)
+        logger.info("%s does not say how it was trained; using %s", source, used)
     taken = {name: stored[name] for name in names if name in stored and name not in args.given}
     new = [f"--{name} {value}" for name, value in taken.items() if getattr(args, name) != value]
     vars(args).update(taken)

@@ -18,7 +18,6 @@ from modeling_finetune import MODELS, token_grid
 from modeling_image import find_encoder
 from options import Problems
 from shards import problem_of
-from utils import logger
 from video_transforms_finetune import TrainAugmentation
 from weights import check_kind
 
@@ -183,9 +182,6 @@ def follow_checkpoint(args: argparse.Namespace) -> None:
         clip = [name for name in options.CLIP_OPTIONS if by_stride or name != "sampling_rate"]
         options.warn_differences(args, stored, path, clip)
         return
-    if not stored:
-        used = ", ".join(f"--{name} {getattr(args, name)}" for name in options.CLIP_OPTIONS)
-        logger.info("%s does not say how it was trained; using %s", path, used)
     names = ["model", *options.CLIP_OPTIONS, *(HOW_TRAINED if evaluates else ())]
     if data_set:
         names.append("data_set")
@@ -259,6 +255,8 @@ def find_problems(args: argparse.Namespace) -> Problems:
         val = [] if args.eval or args.knn else ["val.csv"]
         if args.predict:
             problems.attempt(predict_videos, args)
+            if not args.output_dir and not os.access(".", os.W_OK):
+                problems.add({"--predict writes to the current folder, which is read-only: give --output_dir": True})
         for name in () if args.predict else (*train, *val, "test.csv"):
             problems.attempt(check_list, args, name)
     name, side, odd = args.data_set, args.short_side_size, args.batch_size * args.num_sample % 2 == 1

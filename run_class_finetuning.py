@@ -105,7 +105,8 @@ def build_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator
     centre = ViewReader(data_set.sampling, 0, 1, *frames, 0, args.reader)
     every = ViewReader(data_set.sampling, *views, *frames, args.short_side_size, args.reader)
     precision, known = pick_precision(args.precision, device), replace(task(args), names=class_names(args))
-    return Evaluator(device, precision, centre, every, known, args.num_workers, args.worker_timeout, args.output_dir)
+    loading = (args.num_workers, args.worker_timeout)
+    return Evaluator(device, precision, centre, every, known, *loading, args.output_dir, args.max_bad_fraction)
 
 
 def build_loss(

@@ -15,6 +15,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -27,6 +28,7 @@ import utils
 from datasets_finetune import DATA_SETS, SAMPLINGS, Span, ViewReader, WindowReader
 from evaluation import load_views, score_videos, write_table
 from lists import VideoList, label_text, read_list
+from meters import check_bad_fraction
 from metrics import VideoScore
 from modeling_finetune import MODELS, token_grid
 from modeling_probe import Features
@@ -89,10 +91,12 @@ def check(args: argparse.Namespace) -> None:
     for name in ("data_path", "checkpoint", "output_dir"):
         if not getattr(args, name):
             raise RunError(f"--{name} is missing")
-    for name in ("num_segment", "num_crop", "shard_size", "batch_size", "sampling_rate"):
-        if getattr(args, name) < 1:
-            raise RunError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.stride < 0 or args.stride_seconds < 0 or (args.stride and args.stride_seconds):
+    from_one = ("num_segment", "num_crop", "shard_size", "batch_size", "sampling_rate")
+    for least, names in ((1, from_one), (0, ("num_workers", "worker_timeout"))):
+        for name in names:
+            if not getattr(args, name) >= least:
+                raise RunError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.stride < 0 or not 0 <= args.stride_seconds < math.inf or (args.stride and args.stride_seconds):
         raise RunError("--stride and --stride_seconds: give one of them, above 0")
     if is_windows(args) and (args.num_segment, args.num_crop, args.sampling, args.format) != (1, 1, "dense", "npy"):
         raise RunError("--stride: windows are dense and central, in .npy files; omit the options of views")
@@ -252,11 +256,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     if utils.rank() == 0:
         bad = write_index(args, files)
         logger.info("%s: %d videos, %d of them unreadable", folder / "index.csv", len(videos), len(bad))
-        if len(bad) > args.max_bad_fraction * len(videos):
-            raise RunError(
-                f"{len(bad)} of {len(videos)} videos could not be read, more than --max_bad_fraction "
-                f"{args.max_bad_fraction}; the first: {bad[0][1]}: {bad[0][-1]}"
-            )
+        first = f"the first: {bad[0][1]}: {bad[0][-1]}" if bad else ""
+        check_bad_fraction(len(bad), len(videos), args.max_bad_fraction, first)
     return 0
 
 

@@ -156,11 +156,12 @@ def classifier_drawer(
     run: argparse.Namespace, checkpoint: str, num_classes: int, device: torch.device
 ) -> tuple[VideoList, Drawer]:
     """Return the list (of a folder, its test.csv), and the function that draws the centre clip, as in validation."""
-    if not hasattr(run, "data_set"):
-        raise RunError(f"{checkpoint} does not say how it was fine-tuned: it holds no arguments of the run")
-    path = Path(run.data_path, "test.csv") if os.path.isdir(run.data_path) else Path(run.data_path)
-    data_set = DATA_SETS[run.data_set]
-    videos = read_list(data_set.list_path(str(path.parent), path.name), label_text, run.data_root)
+    if getattr(run, "data_set", "") not in DATA_SETS or run.model not in modeling_finetune.MODELS:
+        raise RunError(f"{checkpoint} does not say how it was fine-tuned; only this project's checkpoints can be drawn")
+    data_set, path = DATA_SETS[run.data_set], Path(run.data_path)
+    if path.is_dir():
+        path = Path(data_set.list_path(run.data_path, "test.csv"))
+    videos = read_list(str(path), label_text, run.data_root)
     several = data_set.multi_label or bool(getattr(run, "several_labels", False))
     task = MultiLabelTask() if several else Task()
     names = read_class_names(str(path.parent), num_classes) or [f"class {label}" for label in range(num_classes)]

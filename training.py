@@ -258,9 +258,9 @@ class Run:
         self.control.close()
         if self.stopping:
             kept = self.options.output_dir and not self.writer.failures
-            done, remedy = ("saved", "; run the same command to resume") if kept else ("not saved", "")
-            place = (self.position.epoch, self.position.step)
-            logger.info("stopped by a signal: %s at epoch %d, step %d%s", done, *place, remedy)
+            place = f"epoch {self.position.epoch}, step {self.position.step}"
+            text = "saved at %s; run the same command to resume" if kept else "not saved at %s"
+            logger.info(f"stopped by a signal: {text}", place)
 
     def save_or_stop(self, epoch: Epoch) -> bool:
         """After a step, save if due or if told to stop; returns whether the epoch ends here."""

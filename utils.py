@@ -60,7 +60,8 @@ def last_line(error: Exception) -> str:
 def run_main(function: Any, *args: Any) -> None:
     """Call a program's main function and exit with its code.
 
-    The code is 1, after a one-line message, on RunError or if a process was lost; EXIT_REQUEUE if told to stop.
+    The code is 1, after a one-line message, on RunError, if a file cannot be read or written, or if a process was lost;
+    EXIT_REQUEUE if told to stop.
     """
     leave_on_signal()
     try:
@@ -68,6 +69,11 @@ def run_main(function: Any, *args: Any) -> None:
     except RunError as error:
         if should_print(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         reason = first_line(error)[-160:]

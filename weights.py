@@ -6,7 +6,6 @@ Files are read with weights_only=True, so no code in them is executed. (CLIP fil
 import argparse
 import hashlib
 import json
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -249,11 +248,11 @@ def from_transformers(theirs: Weights) -> Weights:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Return a hash of the size and the beginning of a checkpoint file, or of those in a folder of transformers."""
+    """Return a hash of a checkpoint file, or of those in a folder of transformers."""
     found, path = hashlib.sha256(), Path(path)
     for file in weight_files(path) if path.is_dir() else [path]:
         with open(file, "rb") as opened:
-            found.update(b"%d" % os.fstat(opened.fileno()).st_size + opened.read(1 << 24))
+            hashlib.file_digest(opened, lambda: found)
     return found.hexdigest()[:16]
 
 

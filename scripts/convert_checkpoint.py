@@ -257,8 +257,11 @@ def main(args: argparse.Namespace) -> None:
         if classes:
             raise RunError("--classes: a folder of transformers has its own names of classes")
         frames, side, classes = read_config(model, source)
+        options = {"num_frames": frames, "input_size": side, "max_bad_fraction": 0.05}  # as stored_options returns them
     else:
-        trained = checkpoint.get("args")
+        if classes and destination.suffix in FILES:
+            raise RunError("--classes: only a folder of transformers holds the names of classes; omit it")
+        options, trained = stored_options(checkpoint), checkpoint.get("args")
         frames, side = getattr(trained, "num_frames", 16), getattr(trained, "input_size", 224)
     frames, side = args.num_frames or frames, args.input_size or side
     with user_errors("--"):
@@ -267,7 +270,7 @@ def main(args: argparse.Namespace) -> None:
     with user_errors(), TemporaryDirectory(dir=destination.parent) as folder:
         draft = Path(folder) / destination.name
         if draft.suffix in FILES:
-            write_ours(weights, draft, stored_options(checkpoint))
+            write_ours(weights, draft, options)
         else:
             write_theirs(weights, draft, frames, side, classes)
         gap = difference(model, load(draft)[0], frames, side)

@@ -15,7 +15,7 @@ __all__ = ["ROOT", "log_of"]
 pytest_plugins = ("fixtures_video", "fixtures_programs")
 NAME = "run_class_finetuning.py"
 TINY = """--model vit_tiny_patch16_224 --input_size 32 --num_frames 4 --sampling_rate 2 --num_workers 0
-    --log_interval 1""".split()
+    --log_interval 1 --max_bad_fraction 0.5""".split()
 PLAIN = ["--aa", "", *"--mixup 0 --cutmix 0 --reprob 0 --smoothing 0 --drop_path 0".split()]
 LEARN = """--batch_size 3 --num_sample 4 --lr 0.08 --layer_decay 1 --init_scale 1 --warmup_epochs 1
     --test_num_segment 2 --test_num_crop 3""".split()
@@ -23,7 +23,8 @@ TRAIN = [*TINY, *PLAIN, *LEARN]
 CUSTOM = ["--data_set", "custom", "--nb_classes", "3"]
 EPOCHS = 20
 CLASSES = np.array(["riding a bike", "a rabbit", "phoning"])
-SEEN = ["--num_workers", "0", "--test_num_segment", "2", "--test_num_crop", "3"]  # what does not belong to the training
+SEEN = """--num_workers 0 --test_num_segment 2 --test_num_crop 3
+    --max_bad_fraction 0.5""".split()  # what does not belong to the training
 METRICS = ("acc1", "class_acc1", "acc5", "class_acc5", "videos", "views", "unreadable")
 
 

@@ -1,6 +1,7 @@
 """Conversions to Hugging Face's VideoMAE and back: bit by bit, by outputs of their own classes, by their pipeline."""
 
 import argparse
+import json
 import shutil
 
 import convert_checkpoint
@@ -104,6 +105,8 @@ def mask():
 def test_there_and_back_no_bit_changes(models, folders, tmp_path, kind):
     convert(folders / kind, tmp_path / "back.pth")
     assert same(weights_of(tmp_path / "back.pth"), models[kind].state_dict())
+    kept, config = trained_with(str(tmp_path / "back.pth")), json.loads((folders / kind / "config.json").read_text())
+    assert (kept["num_frames"], kept["input_size"]) == (config["num_frames"], config["image_size"])
 
 
 def close(ours, theirs):
@@ -315,6 +318,8 @@ def test_other_refusals(files, folders, tmp_path):
     refuses(
         tmp_path, "has its own names", folders / "classifier", tmp_path / "n.pth", "--classes", tmp_path / "two.txt"
     )
+    file = tmp_path / "new.safetensors"
+    refuses(tmp_path, "--classes: only a folder", source, file, "--classes", tmp_path / "two.txt")
     refuses(tmp_path, "already there", source, tmp_path / "empty")
     refuses(tmp_path, "from a folder to a file", folders / "pixels", new)
     refuses(tmp_path, "no config.json", tmp_path / "empty", tmp_path / "new.pth")

@@ -302,6 +302,27 @@ def test_predictions_of_files_folders_and_lists(run, custom, trained, data, brok
     assert found.code == 1 and "test.csv, line 2: label -1 (none)" in found.err and "--predict" in found.err, found.all
 
 
+def test_a_test_of_too_many_unreadable_videos_fails_after_it_is_written(run, custom, trained, tmp_path):
+    options = ["--eval", "--finetune", trained.best, "--output_dir", tmp_path, "--max_bad_fraction", 0.1]
+    found = run(*custom, *TRAIN, *options)
+    assert found.code == 1 and "error: 1 of 7 videos could not be read, more than --max_bad_fraction 0.1" in found.err
+    assert test_metrics_of(log_of(tmp_path))[0]["unreadable"] == 1 and (tmp_path / "test_predictions.npz").is_file()
+
+
+def test_names_of_any_bytes_and_full_disks(run, custom, trained, data, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
+    shutil.copy(data / "bikes 0.mp4", name)
+    options = [*custom, *TRAIN, "--finetune", trained.best, "--output_dir"]
+    found = run(*options, tmp_path / "out", "--predict", os.fsdecode(name))
+    assert found.code == 0 and (tmp_path / "out" / "predictions.npz").is_file(), found.all
+    assert name in (tmp_path / "out" / "predictions.csv").read_bytes()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "test_predictions.npz").symlink_to("/dev/full")
+    found = run(*options, tmp_path / "full", "--eval")
+    assert found.code == 1 and "Traceback" not in found.all and "No space left on device" in found.err, found.all
+    assert len(test_metrics_of(log_of(tmp_path / "full"))) == 1  # logged before
+
+
 def test_predict_prints_five_of_many_and_needs_no_lists(run, clips, tmp_path):
     torch.save({"module": MODELS["vit_tiny_patch16_224"](num_classes=174).state_dict()}, tmp_path / "model.pth")
     argv = ["--data_set", "SSV2", *TINY, "--finetune", tmp_path / "model.pth", "--output_dir", tmp_path]

@@ -13,6 +13,7 @@ from fixtures_finetuning import CLASSES, CUSTOM, EPOCHS, SEEN, TINY, TRAIN, log_
 
 from options import check_start
 from utils import RunError
+from weights import fingerprint
 
 pytest_plugins = "fixtures_finetuning"
 
@@ -106,6 +107,18 @@ def test_a_run_from_another_encoder_is_another_one(tmp_path):
         else:
             with pytest.raises(RunError, match=f"x.pth is of .* from ViT-B-16 .*/a, not from {encoder} {path}: choose"):
                 check_start(args, vars(first), "x.pth")
+
+
+def test_a_fingerprint_is_of_every_byte(tmp_path):
+    """Files that differ only after many megabytes, such as two heads on one encoder."""
+    found = set()
+    for name, last in (("a", 0), ("b", 1), ("c", 0)):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(20 << 20)
+            file.seek((20 << 20) - 1)
+            file.write(bytes([last]))
+        found.add(fingerprint(tmp_path / name))
+    assert len(found) == 2
 
 
 def test_the_best_weights_are_of_the_run_that_is_tested(run, custom, tmp_path):

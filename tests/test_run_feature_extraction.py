@@ -252,6 +252,8 @@ def test_a_folder_with_fewer_settings_is_gone_on_with(extract, whole, tmp_path):
         ("--data_path {t}/none.csv", "none.csv: no such list file"),
         ("--shard_size 0", "--shard_size 0: must be at least 1"),
         ("--stride 4 --stride_seconds 1", "--stride and --stride_seconds: give one of them"),
+        ("--stride_seconds nan", "--stride and --stride_seconds: give one of them"),
+        ("--num_workers -1", "--num_workers -1: must be at least 0"),
         ("--stride 4 --num_crop 3", "--stride: windows are dense and central"),
         ("--input_size 40", "--input_size 40 is not divisible"),
         ("--model vit_small_patch16_224", "check --model"),

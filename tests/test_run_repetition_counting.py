@@ -235,6 +235,16 @@ def test_every_byte_matters_or_is_reported(repetitions, tmp_path):
             read_annotation(tmp_path / "cut.mat", "")
 
 
+def test_two_videos_of_one_name_are_reported(repetitions, tmp_path):
+    (tmp_path / "videos").mkdir()
+    name = next(repetitions.videos.glob("*/*_c02.mp4"))
+    for folder in ("a", "b"):
+        (tmp_path / "videos" / folder).mkdir()
+        shutil.copy(name, tmp_path / "videos" / folder)
+    with pytest.raises(ValueError, match=f"two videos of one name, .*/a/{name.name} and .*/b/{name.name}"):
+        read_annotations(str(repetitions.annotations / "val"), str(tmp_path / "videos"))
+
+
 def test_missing_videos_and_folders_are_reported(count, repetitions, tmp_path):
     found = count("--data_root", tmp_path)
     wanted = f"{repetitions.annotations}/train: 6 of 6 videos are not in --data_root {tmp_path}, the first: v_"

@@ -65,6 +65,15 @@ def test_all_cells_run_to_the_table(severe, severe_data, tmp_path):
     shutil.copy(severe_data["MODEL_PATH"], tmp_path / "other.pth")  # not to be given the figures of the first one
     other = severe("run_all.sh", *TINY, **OPTIONS, MODEL_PATH=str(tmp_path / "other.pth"))
     assert other.code == 1 and re.search(f"not of {tmp_path / 'other.pth'} .*: choose another OUTPUT_DIR", other.err)
+    shutil.copy(severe_data["MODEL_PATH"], tmp_path / "model.pth")
+    known = tmp_path / "out" / "fx_s1" / "model_path.txt"
+    known.write_text(known.read_text().replace(severe_data["MODEL_PATH"], str(tmp_path / "model.pth")))
+    here = {"CELLS": "fx_s1", "MODEL_PATH": str(tmp_path / "model.pth")}
+    assert severe("run_all.sh", *TINY, **OPTIONS | here).code == 0
+    (tmp_path / "model.pth").write_bytes((tmp_path / "model.pth").read_bytes() + b" ")  # other weights of that name
+    other = severe("run_all.sh", *TINY, **OPTIONS | here)
+    assert other.code == 1 and "choose another OUTPUT_DIR" in other.err
+    known.write_text(known.read_text().replace(str(tmp_path / "model.pth"), severe_data["MODEL_PATH"]))
     other = severe("run_all.sh", *TINY, "--seed", "1", **OPTIONS)
     assert other.code == 1 and "--seed 1" in other.err and "choose another OUTPUT_DIR" in other.err
 

@@ -11,6 +11,7 @@ import sys
 import termios
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,11 +63,15 @@ def test_exit_codes(capfd):
     def fails():
         raise RunError("--flag x: wrong")
 
-    for function, code in ((fails, 1), (lambda: 0, 0), (lambda: None, 0), (lambda: utils.EXIT_REQUEUE, 85)):
+    def writes():
+        Path("/proc/none.csv").write_text("")
+
+    ends = ((lambda: 0, 0), (lambda: None, 0), (lambda: utils.EXIT_REQUEUE, 85))
+    for function, code in ((fails, 1), (writes, 1), *ends):
         with pytest.raises(SystemExit) as exit_:
             utils.run_main(function)
         assert exit_.value.code == code
-    assert capfd.readouterr().err == "error: --flag x: wrong\n"
+    assert capfd.readouterr().err == "error: --flag x: wrong\nerror: /proc/none.csv: No such file or directory\n"
 
 
 # Two processes --------------------------------------------------------------------------------------------------

@@ -32,12 +32,19 @@ source "$HERE/../common.sh"
 require_paths MODEL_PATH
 [[ $MODEL_PATH == hf://* ]] || MODEL_PATH=$(realpath "$MODEL_PATH")
 
+stopped=0 # by Ctrl-C, or a signal to all processes; torchrun does not return EXIT_REQUEUE
+trap 'stopped=1' INT TERM
+
+weights=
+[[ $MODEL_PATH == hf://* ]] ||
+  weights=" (sha256 $(find -L "$MODEL_PATH" -type f -print0 | sort -z | xargs -0 cat | sha256sum | cut -c 1-16))"
+
 # record_of CELL [options]: prints the model and the options of a cell, which model_path.txt holds when it is finished.
 record_of() {
   local own=$CLASS_OPTIONS
   [[ $1 != ucf_rc ]] || own=$COUNT_OPTIONS
   shift
-  echo "$MODEL_PATH${own:+ $own}${*:+ $*}"
+  echo "$MODEL_PATH$weights${own:+ $own}${*:+ $*}"
 }
 
 for cell in $CELLS; do
@@ -75,10 +82,11 @@ run_cell() {
   echo "$cell: ${!name}, output in $folder"
   # shellcheck disable=SC2086 # several options
   DATA_PATH=${!name} DATA_ROOT=$UCF_RC_VIDEOS OUTPUT_DIR=$folder MODEL_PATH=$MODEL_PATH \
-    bash "$HERE/$cell.sh" $options "$@" 2>&1 | tee "$folder/output.txt" || code=${PIPESTATUS[0]}
-  if ((code == 85)); then # utils.EXIT_REQUEUE
+    bash "$HERE/$cell.sh" $options "$@" 2>&1 | (trap '' INT TERM && exec tee "$folder/output.txt") ||
+    code=${PIPESTATUS[0]}
+  if ((code == 85 || stopped)); then # utils.EXIT_REQUEUE
     echo "$cell: stopped by a signal; run the same command to resume"
-    exit "$code"
+    exit 85
   fi
   if ((code != 0)); then
     note="failed, $(grep -m1 -o 'error: .*' "$folder/output.txt" || echo "code $code, see $folder/output.txt")"
