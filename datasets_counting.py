@@ -70,10 +70,12 @@ def read_annotations(folder: str, root: str) -> VideoList:
     if not files:
         raise ValueError(f"{folder}: no annotations there (*.mat)")
     found = [path for pattern in ("*.*", "*/*.*") for path in sorted(Path(root).glob(pattern))]
-    videos = dict[str, str]()
+    videos, wanted = dict[str, str](), {file.stem for file in files}
     for path in found:
-        if path.suffix.lower() in VIDEO_SUFFIXES and videos.setdefault(path.stem, str(path)) != str(path):
-            raise ValueError(f"--data_root {root}: two videos of one name, {videos[path.stem]} and {path}")
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.stem in wanted:
+            if path.stem in videos:
+                raise ValueError(f"--data_root {root}: two videos of one name, {videos[path.stem]} and {path}")
+            videos[path.stem] = str(path)
     missing = [file.stem for file in files if file.stem not in videos]
     if missing:
         raise ValueError(

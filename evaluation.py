@@ -4,7 +4,6 @@ A video is identified by its line in the list. One that could not be read counts
 """
 
 import csv
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -187,24 +186,27 @@ def predict(scores: list[VideoScore], videos: VideoList, task: Task, output_dir:
     warn_of_unreadable(scores[1:] if failed else scores, videos, "no prediction")
     if reason := broadcast(f"{videos.path(scores[0].index)}: {scores[0].error}" if failed else ""):
         raise RunError(f"{videos.source}: no video could be read, the first: {reason}")
-    unreadable = broadcast(sum(bool(score.error) for score in scores))
-    if rank() != 0:
-        return unreadable
+    if rank() == 0:
+        write_predictions(Path(output_dir), scores, videos, task)
+    return broadcast(sum(bool(score.error) for score in scores))
+
+
+def write_predictions(folder: Path, scores: list[VideoScore], videos: VideoList, task: Task) -> None:
+    """Write the files of predict, and print the classes of a single video."""
     combined, names = combine_views(scores, task.num_classes, task.combine), task.names or range(task.num_classes)
     paths, places = [videos.path(score.index) for score in scores], range(1, min(TOP, task.num_classes) + 1)
     rows: list[list] = [["path", *(f"{head}{place}" for place in places for head in ("class", "score"))]]
     for score, path, row in zip(scores, paths, combined):
         best = np.argsort(-row, kind="stable")[: 0 if score.error else TOP]
         rows.append([path, *(cell for c in best for cell in (names[c], f"{row[c]:.4f}"))])
-    write_table(Path(output_dir, "predictions.csv"), rows)
+    write_table(folder / "predictions.csv", rows)
     classes = [str(name) for name in names]
-    np.savez(Path(output_dir, "predictions.npz"), video=paths, scores=combined.astype(np.float32), classes=classes)
+    np.savez(folder / "predictions.npz", video=paths, scores=combined.astype(np.float32), classes=classes)
     if len(videos) == 1:
         for name, score in zip(rows[1][1::2], rows[1][2::2]):
             print(f"{score}  {name}")
     message = "%d videos: most probable classes in %s, scores of all %d classes in predictions.npz beside it"
-    logger.info(message, len(videos), os.path.join(output_dir, "predictions.csv"), task.num_classes)
-    return unreadable
+    logger.info(message, len(videos), folder / "predictions.csv", task.num_classes)
 
 
 def write_test(
@@ -270,12 +272,12 @@ class Evaluator:
         scores = self.outputs(model, videos, self.val_views, "validation", self.task.probabilities)
         if not isinstance(model, ProbedEncoder):
             metrics = compute_metrics(scores, videos, self.task)
-            self.check(metrics["unreadable"], metrics["videos"])
+            self.check(metrics["unreadable"], videos)
             return metrics
         found = [
             compute_metrics([score.of_probe(p) for score in scores], videos, self.task) for p in range(len(model.lr_wd))
         ]
-        self.check(found[0]["unreadable"], found[0]["videos"])
+        self.check(found[0]["unreadable"], videos)
         best = max(range(len(found)), key=lambda p: found[p][self.task.metric])
         model.best.fill_(best)
         return found[best] | {"probe_lr": model.lr_wd[best][0], "probe_wd": model.lr_wd[best][1]}
@@ -297,7 +299,7 @@ class Evaluator:
         known = gather_scores(self.outputs(features, train, self.val_views, "train features"), everywhere=True)
         if (unreadable := warn_of_unreadable(known, train, "left out")) == len(known):
             raise RunError(f"{train.source}: none of its {len(train)} videos could be read")
-        self.check(unreadable, len(known))
+        self.check(unreadable, train)
         known = [score for score in known if not score.error]
         queries = self.outputs(features, test, self.val_views, "test features")
         seen = [score for score in queries if not score.error]
@@ -312,13 +314,12 @@ class Evaluator:
         """Write and log metrics from this process's scores, or predictions if there are no labels."""
         if labelled and not self.task.unlabelled(videos):
             metrics = compute_metrics(scores, videos, self.task, self.output_dir, "test")
-            self.check(metrics["unreadable"], metrics["videos"])
+            self.check(metrics["unreadable"], videos)
             return
         if labelled:
             logger.info("%s has no labels (-1): writing predictions, no accuracy", videos.source)
-        unreadable = predict(scores, videos, self.task, self.output_dir)
-        self.check(unreadable, len(videos))
+        self.check(predict(scores, videos, self.task, self.output_dir), videos)
 
-    def check(self, unreadable: float, videos: float) -> None:
-        """Raise RunError if too many videos could not be read; everything is written by then."""
-        check_bad_fraction(unreadable, videos, self.max_bad_fraction, "they are named above")
+    def check(self, unreadable: float, videos: VideoList) -> None:
+        """Raise RunError if too many videos of a list could not be read."""
+        check_bad_fraction(unreadable, len(videos), self.max_bad_fraction, f"{videos.source}: they are named above")

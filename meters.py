@@ -215,7 +215,7 @@ class BadFiles:
         if not self.file:
             return
         try:
-            with open(self.file, "a+") as file:
+            with open(self.file, "a+", errors="surrogateescape") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.seek(0)
                 if path not in (noted.split("\t")[0] for noted in file.read().splitlines()):

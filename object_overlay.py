@@ -193,7 +193,7 @@ def gaussian_path(
     """Draw smoothed random points, stretched to a random extent, somewhere in the frame.
 
     Args:
-        size: (w, h) of the object's first box, pixels.
+        size: unused; see linear_path.
         frame: (W, H), pixels.
         unit: factor on distances, which are given for frames of 224 pixels.
     Returns:
@@ -319,7 +319,7 @@ class ObjectOverlay:
         if self.motion not in MOTION_TYPES:
             raise ValueError(f"unknown motion_type {self.motion!r}, choose from {tuple(MOTION_TYPES)}")
         if self.num_rois < 1 or min(self.scales) < 1:
-            raise ValueError(f"num_rois {self.num_rois}, scales from {min(self.scales)}: both must be at least 1")
+            raise ValueError(f"num_rois {self.num_rois} and the smallest of scales {self.scales} must be at least 1")
         self.unit = min(self.frame) / REFERENCE_SIZE
 
     def __call__(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:

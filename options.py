@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -150,7 +151,7 @@ def follow(args: argparse.Namespace, stored: dict[str, Any], source: str, names:
     unknown = [name for name in CLIP_OPTIONS if name in names and name not in stored and name not in args.given]
     if unknown:
         used = ", ".join(f"--{name} {getattr(args, name)}" for name in unknown)
-        logger.info("%s does not say how it was trained; using %s", source, used)
+        logger.info("%s does not hold all options it was trained with; using %s", source, used)
     taken = {name: stored[name] for name in names if name in stored and name not in args.given}
     new = [f"--{name} {value}" for name, value in taken.items() if getattr(args, name) != value]
     vars(args).update(taken)
@@ -175,7 +176,8 @@ def check_start(args: argparse.Namespace, stored: dict[str, Any], source: str) -
     Raises RunError if that run started from others, wherever their files were.
     """
     before, here = stored.get("start_weights"), {name: value for name in STARTS if (value := getattr(args, name, ""))}
-    if before == "" and stored.get("encoder"):  # by an earlier version, which did not note encoders
+    earlier = re.search(r"\b(?<!sha256:)[0-9a-f]{16}\b", before or "") or (before == "" and stored.get("encoder"))
+    if earlier:  # of a version that noted the beginning of the files, and no encoders
         before = None
     contents = lambda name, value: fingerprint(value) if name != "encoder" and os.path.exists(value) else value
     now = " ".join(contents(*start) for start in here.items()) or before or ""

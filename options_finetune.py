@@ -19,7 +19,7 @@ from modeling_image import find_encoder
 from options import Problems
 from shards import problem_of
 from video_transforms_finetune import TrainAugmentation
-from weights import check_kind
+from weights import check_kind, local_path
 
 LIST_SUFFIXES = (".csv", ".txt", ".list", ".lst", ".tsv")  # other files that --predict names are videos
 TEXT = """Fine-tune or probe a SMILE encoder for classification, and test it.
@@ -242,7 +242,7 @@ def find_problems(args: argparse.Namespace) -> Problems:
     problems.numbers(0, "knn", "test_num_segment", "test_num_crop", "samples_per_class", "num_train_videos", "examples")
     problems.numbers(1, "batch_size", "num_sample", "val_freq")
     if args.encoder:
-        problems.attempt(find_encoder, args.encoder, args.encoder_weights, prefix="--encoder_")
+        problems.attempt(find_encoder, args.encoder, local_path(args.encoder_weights), prefix="--encoder_")
     elif os.path.exists(args.finetune):
         problems.attempt(check_kind, args.finetune, "blocks.0.attn.qkv.weight", "SMILE or VideoMAE", args.model_key)
     problems.attempt(token_grid, args.num_frames, args.input_size, args.input_size, prefix="--")
@@ -286,6 +286,7 @@ def contradictions(args: argparse.Namespace) -> dict[str, Any]:
         "--examples draws by a rule of its own: omit --samples_per_class and --num_train_videos": args.examples and few,
         "--resume continues training: give the weights to test to --finetune": args.resume and tests,
         "--linear_probe normalises over the batch: it needs 2 clips or more (--batch_size)": args.linear_probe
+        and not tests
         and args.batch_size * args.num_sample < 2,
         "--dry_run tries a training step: omit it with --eval, --predict and --knn": args.dry_run and tests,
         "--linear_probe and --attentive_probe: choose one": args.linear_probe and args.attentive_probe,

@@ -54,7 +54,7 @@ def build_model(args: argparse.Namespace) -> TokenEncoder | ProbedEncoder:
     encoder: TokenEncoder
     if args.encoder:
         with utils.user_errors("--encoder_"):
-            encoder = build_encoder(args.encoder, args.encoder_weights)
+            encoder = build_encoder(args.encoder, local_path(args.encoder_weights))
     else:
         classes = 0 if probing or args.knn else num_classes(args)
         rates = (args.drop, args.attn_drop_rate, args.drop_path, args.fc_drop_rate)
@@ -199,8 +199,7 @@ def load_for_test(args: argparse.Namespace, model: nn.Module, path: str, key: st
 
 def check(args: argparse.Namespace) -> None:
     """Complete the arguments from the checkpoint, and raise RunError if anything is wrong with them."""
-    for name in ("finetune", "resume", "encoder_weights"):
-        setattr(args, name, local_path(getattr(args, name)))
+    args.finetune, args.resume = local_path(args.finetune), local_path(args.resume)
     follow_checkpoint(args)
     find_problems(args).raise_if_any()
     if args.enable_deepspeed and args.zero_stage == 0:

@@ -176,7 +176,7 @@ def write_index(args: argparse.Namespace, files: list[Path]) -> list[list[str]]:
     """Join the parts of the index, and describe the windows; returns the lines of videos that could not be read."""
     folder, lines = Path(args.output_dir), list[list[str]]()
     for path in files:
-        with open(part_of(path, is_windows(args)), newline="") as file:
+        with open(part_of(path, is_windows(args)), newline="", errors="surrogateescape") as file:
             lines += csv.reader(file)
     write_table(folder / "index.csv", [list(COLUMNS), *lines])
     if is_windows(args):

@@ -203,7 +203,7 @@ def build_drawer(args: argparse.Namespace, path: str, device: torch.device) -> t
     checkpoint = read_checkpoint(path) if path else {}
     run = run_arguments(args, checkpoint)
     for name in pretraining.TEACHER_WEIGHTS:
-        setattr(run, name, local_path(getattr(run, name, "")))
+        setattr(run, name, local_path(getattr(run, name, None) or ""))
     weights = model_weights(checkpoint, path) if path else {}
     if not run.data_path and run.background not in pretraining.GENERATED:
         raise RunError("give --data_path, a list of videos")

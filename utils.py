@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import errno
 import functools
 import logging
 import multiprocessing
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 EXIT_REQUEUE = 85  # the run was told to stop and has saved a checkpoint: start it again (scripts/slurm)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 PATIENCE = 5.0  # seconds that the first process waits for others that end with an error as well
 
 logger = logging.getLogger("smile")
@@ -71,9 +73,11 @@ def run_main(function: Any, *args: Any) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except OSError as error:
-        if error.strerror is None:
+        if not error.filename and error.errno not in DISK_ERRORS:
             raise
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        problem = f"{error.filename or 'a file could not be written'}: {error.strerror}"
+        if should_print(problem):
+            print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
         reason = first_line(error)[-160:]

@@ -253,7 +253,7 @@ def fingerprint(path: str | Path) -> str:
     for file in weight_files(path) if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             hashlib.file_digest(opened, lambda: found)
-    return found.hexdigest()[:16]
+    return f"sha256:{found.hexdigest()[:16]}"
 
 
 def check_kind(path: str, name: str, kind: str, key: str = "") -> None:

@@ -10,6 +10,7 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -309,18 +310,24 @@ def test_a_test_of_too_many_unreadable_videos_fails_after_it_is_written(run, cus
     assert test_metrics_of(log_of(tmp_path))[0]["unreadable"] == 1 and (tmp_path / "test_predictions.npz").is_file()
 
 
-def test_names_of_any_bytes_and_full_disks(run, custom, trained, data, tmp_path):
+def test_a_name_of_any_bytes(run, custom, trained, data, tmp_path):
     name = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
-    shutil.copy(data / "bikes 0.mp4", name)
-    options = [*custom, *TRAIN, "--finetune", trained.best, "--output_dir"]
-    found = run(*options, tmp_path / "out", "--predict", os.fsdecode(name))
+    try:
+        shutil.copy(data / "bikes 0.mp4", name)
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    options = [*custom, *TRAIN, "--finetune", trained.best, "--output_dir", tmp_path / "out"]
+    found = run(*options, "--predict", os.fsdecode(name))
     assert found.code == 0 and (tmp_path / "out" / "predictions.npz").is_file(), found.all
     assert name in (tmp_path / "out" / "predictions.csv").read_bytes()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "test_predictions.npz").symlink_to("/dev/full")
-    found = run(*options, tmp_path / "full", "--eval")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+def test_a_full_disk_does_not_hide_the_accuracy(run, custom, trained, tmp_path):
+    (tmp_path / "test_predictions.npz").symlink_to("/dev/full")
+    found = run(*custom, *TRAIN, "--finetune", trained.best, "--output_dir", tmp_path, "--eval")
     assert found.code == 1 and "Traceback" not in found.all and "No space left on device" in found.err, found.all
-    assert len(test_metrics_of(log_of(tmp_path / "full"))) == 1  # logged before
+    assert len(test_metrics_of(log_of(tmp_path))) == 1
 
 
 def test_predict_prints_five_of_many_and_needs_no_lists(run, clips, tmp_path):

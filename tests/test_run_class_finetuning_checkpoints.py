@@ -109,6 +109,16 @@ def test_a_run_from_another_encoder_is_another_one(tmp_path):
                 check_start(args, vars(first), "x.pth")
 
 
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its note of the weights was of the beginning of the file alone."""
+    (tmp_path / "a").write_bytes(b"weights")
+    args = argparse.Namespace(finetune=str(tmp_path / "a"))
+    check_start(args, {"start_weights": "0123456789abcdef"}, "x.pth")
+    assert args.start_weights == fingerprint(tmp_path / "a")
+    with pytest.raises(RunError, match="x.pth is of a run that started from"):
+        check_start(args, {"start_weights": "sha256:0123456789abcdef"}, "x.pth")
+
+
 def test_a_fingerprint_is_of_every_byte(tmp_path):
     """Files that differ only after many megabytes, such as two heads on one encoder."""
     found = set()

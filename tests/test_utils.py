@@ -11,7 +11,6 @@ import sys
 import termios
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,19 +58,21 @@ def test_user_errors_become_one_line_errors():
         raise ZeroDivisionError
 
 
-def test_exit_codes(capfd):
+def test_exit_codes(capfd, tmp_path):
     def fails():
         raise RunError("--flag x: wrong")
 
     def writes():
-        Path("/proc/none.csv").write_text("")
+        (tmp_path / "none" / "x.csv").write_text("")
 
     ends = ((lambda: 0, 0), (lambda: None, 0), (lambda: utils.EXIT_REQUEUE, 85))
     for function, code in ((fails, 1), (writes, 1), *ends):
         with pytest.raises(SystemExit) as exit_:
             utils.run_main(function)
         assert exit_.value.code == code
-    assert capfd.readouterr().err == "error: --flag x: wrong\nerror: /proc/none.csv: No such file or directory\n"
+    assert (
+        capfd.readouterr().err == f"error: --flag x: wrong\nerror: {tmp_path}/none/x.csv: No such file or directory\n"
+    )
 
 
 # Two processes --------------------------------------------------------------------------------------------------

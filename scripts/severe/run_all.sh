@@ -32,19 +32,19 @@ source "$HERE/../common.sh"
 require_paths MODEL_PATH
 [[ $MODEL_PATH == hf://* ]] || MODEL_PATH=$(realpath "$MODEL_PATH")
 
-stopped=0 # by Ctrl-C, or a signal to all processes; torchrun does not return EXIT_REQUEUE
-trap 'stopped=1' INT TERM
-
 weights=
-[[ $MODEL_PATH == hf://* ]] ||
-  weights=" (sha256 $(find -L "$MODEL_PATH" -type f -print0 | sort -z | xargs -0 cat | sha256sum | cut -c 1-16))"
+if [[ -d $MODEL_PATH ]]; then # of transformers
+  weights=$(cat "$MODEL_PATH"/*.safetensors "$MODEL_PATH"/*.bin 2>/dev/null | sha256sum)
+elif [[ $MODEL_PATH != hf://* ]]; then
+  weights=$(sha256sum <"$MODEL_PATH")
+fi
 
 # record_of CELL [options]: prints the model and the options of a cell, which model_path.txt holds when it is finished.
 record_of() {
   local own=$CLASS_OPTIONS
   [[ $1 != ucf_rc ]] || own=$COUNT_OPTIONS
   shift
-  echo "$MODEL_PATH$weights${own:+ $own}${*:+ $*}"
+  echo "$MODEL_PATH${weights:+ (sha256 ${weights:0:16})}${own:+ $own}${*:+ $*}"
 }
 
 for cell in $CELLS; do
@@ -55,7 +55,10 @@ for cell in $CELLS; do
     die "$OUTPUT_DIR/$cell is of $(<"$model"), not of $wanted: choose another OUTPUT_DIR (or remove $model)"
 done
 
-is_done() {
+stopped=0 # by Ctrl-C; torchrun does not return EXIT_REQUEUE
+trap 'stopped=1' INT
+
+has_test() {
   grep -qsE '"test_(acc1|map|mae)"' "$1/log.txt"
 }
 
@@ -64,7 +67,7 @@ run_cell() {
   local cell=$1 folder=$OUTPUT_DIR/$1 name code=0 options
   shift
   note=
-  if is_done "$folder"; then
+  if [[ -e $folder/model_path.txt ]] && has_test "$folder"; then
     echo "$cell: done, in $folder"
     return
   fi
@@ -84,6 +87,9 @@ run_cell() {
   DATA_PATH=${!name} DATA_ROOT=$UCF_RC_VIDEOS OUTPUT_DIR=$folder MODEL_PATH=$MODEL_PATH \
     bash "$HERE/$cell.sh" $options "$@" 2>&1 | (trap '' INT TERM && exec tee "$folder/output.txt") ||
     code=${PIPESTATUS[0]}
+  if ((code == 0)) && has_test "$folder"; then
+    record_of "$cell" "$@" >"$folder/model_path.txt"
+  fi
   if ((code == 85 || stopped)); then # utils.EXIT_REQUEUE
     echo "$cell: stopped by a signal; run the same command to resume"
     exit 85
@@ -91,9 +97,6 @@ run_cell() {
   if ((code != 0)); then
     note="failed, $(grep -m1 -o 'error: .*' "$folder/output.txt" || echo "code $code, see $folder/output.txt")"
     echo "$cell: $note"
-  fi
-  if is_done "$folder"; then
-    record_of "$cell" "$@" >"$folder/model_path.txt"
   fi
 }
 
