@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 import numpy as np
+from fixtures_video import usual_priority
 
 WIDTH, HEIGHT, RATE = 128, 96, 25
 
@@ -117,6 +118,7 @@ def write_kind(path: str, kind: Kind, frames: int) -> None:
             frame.pts, frame.time_base = kind.stamps[number] if kind.stamps else number, unit
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    usual_priority()
     if kind.change:
         with av.open(first) as source, av.open(path, "w") as target:
             stream = target.add_stream_from_template(source.streams.video[0])

@@ -93,6 +93,12 @@ def write_mp4(
         if audio:
             file.mux([*audio.encode(silence()), *audio.encode()])
         put(stream.encode())
+    usual_priority()
+
+
+def usual_priority():
+    """Undo what SVT-AV1 does as root: it gives the process real-time priority, and all others would wait for it."""
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def write_sound(path, container=None, codec="aac"):
