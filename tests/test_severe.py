@@ -111,7 +111,11 @@ def test_it_goes_on_after_cells_that_cannot_be_run(severe, severe_data, tmp_path
     assert "mean" not in ours
 
 
-def test_without_any_data_it_says_so(severe):
+def test_without_any_data_it_says_so(severe, tmp_path):
+    (tmp_path / "a model").mkdir()  # of transformers
+    (tmp_path / "a model" / "model.safetensors").write_bytes(b"weights")
+    found = severe("run_all.sh", **dict.fromkeys(VARIABLES, "/no"), MODEL_PATH=str(tmp_path / "a model"))
+    assert found.code == 0 and "without a result" in found.out, found.err
     found = severe("run_all.sh", **dict.fromkeys(VARIABLES, "/path/to/nothing"))
     assert found.code == 0 and found.out.count("no such folder") == 16 and found.err == ""
     found = severe("run_all.sh", MODEL_PATH="/no/model.pth")

@@ -34,7 +34,7 @@ require_paths MODEL_PATH
 
 weights=
 if [[ -d $MODEL_PATH ]]; then # of transformers
-  weights=$(cat "$MODEL_PATH"/*.safetensors "$MODEL_PATH"/*.bin 2>/dev/null | sha256sum)
+  weights=$(cat "$MODEL_PATH"/*.safetensors "$MODEL_PATH"/*.bin 2>/dev/null | sha256sum) || true # one of the two
 elif [[ $MODEL_PATH != hf://* ]]; then
   weights=$(sha256sum <"$MODEL_PATH")
 fi
