@@ -68,14 +68,12 @@ def run_main(function: Any, *args: Any) -> None:
     leave_on_signal()
     try:
         code = function(*args)
-    except RunError as error:
-        if should_print(str(error)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except OSError as error:
-        if not error.filename and error.errno not in DISK_ERRORS:
-            raise
-        problem = f"{error.filename or 'a file could not be written'}: {error.strerror}"
+    except (RunError, OSError) as error:
+        problem = str(error)
+        if isinstance(error, OSError):
+            if not error.filename and error.errno not in DISK_ERRORS:
+                raise
+            problem = f"{error.filename or 'a file could not be written'}: {error.strerror}"
         if should_print(problem):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(1)

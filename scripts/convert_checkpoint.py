@@ -257,13 +257,13 @@ def main(args: argparse.Namespace) -> None:
         if classes:
             raise RunError("--classes: a folder of transformers has its own names of classes")
         frames, side, classes = read_config(model, source)
-        options = dict[str, Any]()
     else:
         if classes and destination.suffix in FILES:
             raise RunError("--classes: only a folder of transformers holds the names of classes; omit it")
-        options, trained = stored_options(checkpoint), checkpoint.get("args")
+        trained = checkpoint.get("args")
         frames, side = getattr(trained, "num_frames", 16), getattr(trained, "input_size", 224)
     frames, side = args.num_frames or frames, args.input_size or side
+    options = stored_options(checkpoint)
     if source.is_dir():  # max_bad_fraction marks the options of this project
         options = {"num_frames": frames, "input_size": side, "max_bad_fraction": 0.05}
     with user_errors("--"):

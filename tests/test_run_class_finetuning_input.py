@@ -133,7 +133,8 @@ FAULTS = {
     "--data_path {t}/label": "label/train.csv, line 4: label 3 is not in [0, 3)",
     "--data_path {t}/no_names --nb_classes 2": "train.csv, line 5: label 2 is not in [0, 2)",
     "--data_path {t}/no_label": "no_label/train.csv, line 5: ",
-    "--data_path {t}/missing --max_bad_fraction 0.05": "missing/train.csv, line 4: no such file: nowhere/gone.mp4 (1",
+    "--data_path {t}/missing --max_bad_fraction 0.05": "missing/train.csv, line 4: "
+    "no such file: nowhere/gone.mp4 (1 of 7",
     "--data_path {t}/wrong_folder --data_root /no/folder": "wrong_folder/val.csv, line 1: no such file: "
     "/no/folder/elsewhere/0.mp4 (200 of 200|--data_root",
     "--data_path {t}/no_val": "no_val/val.csv: no such list file",

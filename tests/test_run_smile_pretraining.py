@@ -311,7 +311,8 @@ def test_a_dry_run_times_its_last_steps_and_writes_nothing(start, data_args, ref
     result = start(*TINY, *TRAIN, *data_args, *long, "--dry_run", *folders).end()
     assert result.code == 0 and "dry run: 5 steps went well" in result.out and list(tmp_path.iterdir()) == []
     times = [float(time) for time in re.findall(r"loss .* step_time ([\d.e-]+)", result.out)]
-    said = re.search(r"([\d.]+) s per step .* last 3\), ([\d.]+) samples .*: (\d+) steps .* ([\d.]+) hours", result.out)
+    text = r"([\d.]+) s per step \(.* last 3\), ([\d.]+) samples .*: (\d+) steps .* ([\d.]+) hours"
+    said = re.search(text, result.out)
     step, speed, steps, hours = (float(number) for number in said.groups())
     assert len(times) == 5 and step == pytest.approx(sorted(times[2:])[1])  # the first two start things up
     assert speed == pytest.approx(4 * 2 / step, rel=1e-2) and steps == 50000 * STEPS

@@ -33,10 +33,9 @@ require_paths MODEL_PATH
 [[ $MODEL_PATH == hf://* ]] || MODEL_PATH=$(realpath "$MODEL_PATH")
 
 weights=
-if [[ -d $MODEL_PATH ]]; then # of transformers
-  weights=$(cat "$MODEL_PATH"/*.safetensors "$MODEL_PATH"/*.bin 2>/dev/null | sha256sum) || true # one of the two
-elif [[ $MODEL_PATH != hf://* ]]; then
-  weights=$(sha256sum <"$MODEL_PATH")
+if [[ $MODEL_PATH != hf://* ]]; then
+  weights=$(cd "$ROOT" && python -c 'import sys; from utils import run_main; from weights import fingerprint
+run_main(lambda: print(fingerprint(sys.argv[1])))' "$MODEL_PATH")
 fi
 
 # record_of CELL [options]: prints the model and the options of a cell, which model_path.txt holds when it is finished.
@@ -44,7 +43,7 @@ record_of() {
   local own=$CLASS_OPTIONS
   [[ $1 != ucf_rc ]] || own=$COUNT_OPTIONS
   shift
-  echo "$MODEL_PATH${weights:+ (sha256 ${weights:0:16})}${own:+ $own}${*:+ $*}"
+  echo "$MODEL_PATH${weights:+ ($weights)}${own:+ $own}${*:+ $*}"
 }
 
 for cell in $CELLS; do
